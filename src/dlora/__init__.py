@@ -1,0 +1,69 @@
+"""DLoRA: fine-tune a language model in the cloud with data that stays on the edge.
+
+    cloud = dlora.connect("127.0.0.1:50051")
+    model = dlora.get_peft_model(cloud, peft.LoraConfig(r=8))
+    tokenizer = dlora.load_tokenizer(cloud)
+
+Implements the split of "DLoRA: Distributed Parameter-Efficient Fine-Tuning Solution for
+Large Language Model" (Gao & Zhang, 2024, arXiv:2404.05182).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dlora.errors import (
+    DataError,
+    DivergedError,
+    DLoRAError,
+    ModelError,
+    PeerError,
+    PeerLost,
+    UsageError,
+    WireError,
+)
+from dlora.version import __version__
+
+if TYPE_CHECKING:
+    from dlora.client import connect
+    from dlora.edge import SplitModel, get_peft_model, load_adapter, load_tokenizer
+    from dlora.in_process import in_process
+    from dlora.link import RetryPolicy
+
+__all__ = [
+    "DLoRAError",
+    "DataError",
+    "DivergedError",
+    "ModelError",
+    "PeerError",
+    "PeerLost",
+    "RetryPolicy",
+    "SplitModel",
+    "UsageError",
+    "WireError",
+    "__version__",
+    "connect",
+    "get_peft_model",
+    "in_process",
+    "load_adapter",
+    "load_tokenizer",
+]
+
+_HOMES = {
+    "RetryPolicy": "dlora.link",
+    "SplitModel": "dlora.edge",
+    "connect": "dlora.client",
+    "get_peft_model": "dlora.edge",
+    "in_process": "dlora.in_process",
+    "load_adapter": "dlora.edge",
+    "load_tokenizer": "dlora.edge",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `import dlora` and `dlora --help` need not wait for torch."""
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'dlora' has no attribute {name!r}")

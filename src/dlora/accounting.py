@@ -1,0 +1,84 @@
+"""What a run costs: exact bytes, round trips and FLOPs, and the formulas they are checked against.
+
+FLOPs count 2 per multiply-add of matrix products; look-ups, norms and softmax count nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+
+__all__ = ["Meter", "adapter_flops", "step_traffic"]
+
+
+@dataclass
+class Meter:
+    """Counters that only grow. Subtract two snapshots to get the cost of what lies between."""
+
+    sent_bytes: int = 0
+    """Serialised messages, edge to cloud; repeated micro-batches count again."""
+    received_bytes: int = 0
+    round_trips: int = 0
+    """Times that the edge had to wait for an answer to something it had sent."""
+    wait_s: float = 0.0
+    """Seconds in which the edge waited for the cloud."""
+    micro_batches: int = 0
+    retries: int = 0
+    tokens: int = 0
+    """Attended tokens (padding left out) of finished forward passes."""
+    adapter_flops: int = 0
+    head_flops: int = 0
+    embedding_flops: int = 0
+    """Always 0: an embedding is a look-up. Kept so that the sum of the edge is complete."""
+    cloud_forward_flops: int = 0
+    cloud_backward_flops: int = 0
+
+    @property
+    def edge_flops(self) -> int:
+        """All FLOPs on the edge."""
+        return self.adapter_flops + self.head_flops + self.embedding_flops
+
+    def copy(self) -> Meter:
+        """A snapshot."""
+        return Meter(**asdict(self))
+
+    def __sub__(self, other: Meter) -> Meter:
+        return Meter(**{f.name: getattr(self, f.name) - getattr(other, f.name) for f in fields(self)})
+
+    def __add__(self, other: Meter) -> Meter:
+        return Meter(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+
+def adapter_flops(rows: int, d: int, r: int, o: int, *, training: bool, input_grad: bool) -> int:
+    """FLOPs of one LoRA module x A^T B^T on [rows, d] -> [rows, o] with rank r.
+
+    Backward adds dB and the gradient at the rank (2 r o each), dA (d r) and, where the site
+    asks for it, dx (d r).
+    """
+    macs = r * (d + o)
+    if training:
+        macs += 2 * r * o + d * r + (d * r if input_grad else 0)
+    return 2 * rows * macs
+
+
+def step_traffic(
+    rows: int,
+    kept: int,
+    embedding_width: int,
+    hidden_width: int,
+    sites: Iterable[tuple[int, int]],
+    itemsize: int,
+) -> tuple[int, int]:
+    """(sent, received) payload bytes of one training micro-batch on the plain wire.
+
+    `sites` holds (d, o) of the active sites in calling order: input width, summed output
+    widths. The first one sends no input gradient. Framing adds under 1 % from some hundred
+    tokens on.
+    """
+    sites = list(sites)
+    sent = embedding_width * rows + hidden_width * kept
+    received = hidden_width * kept
+    for index, (d, o) in enumerate(sites):
+        sent += rows * (o + (d if index else 0))
+        received += rows * (d + o)
+    return sent * itemsize, received * itemsize

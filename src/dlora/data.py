@@ -1,0 +1,107 @@
+"""Training data on the edge: files or hub data sets, checked row by row, in the forms that trl takes."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from datasets import Dataset, load_dataset
+
+from dlora.errors import DataError
+
+__all__ = ["FORMS", "load_rows"]
+
+FORMS: Final = (("prompt", "completion"), ("messages",), ("text",))
+_WANT: Final = "want columns `prompt` and `completion`, or `messages`, or `text`"
+
+
+def load_rows(source: str) -> tuple[Dataset, list[str]]:
+    """Load a data file or hub data set: (rows for trl, where each came from, such as "file.jsonl:3").
+
+    `messages` become prompt (all but the last) and completion (the last, which must be the
+    assistant's): the loss is on completions wherever they exist, else on the whole text.
+    Raises DataError, naming file and line.
+    """
+    path = Path(source)
+    if path.suffix in (".jsonl", ".json", ".csv") or path.exists():
+        if not path.is_file():
+            raise DataError(f"{source}: no such file")
+        reader = _read_csv if path.suffix == ".csv" else _read_jsonl
+        found = list(reader(path))
+    else:
+        found = list(_read_hub(source))
+    if not found:
+        raise DataError(f"{source}: no rows. {_WANT[0].upper() + _WANT[1:]}.")
+    where, first = found[0]
+    form = next((form for form in FORMS if all(name in first for name in form)), None)
+    if form is None:
+        raise DataError(f"{where}: got columns {', '.join(first) or 'none'}; {_WANT}")
+    rows = [_check_row(where, row, form) for where, row in found]
+    return Dataset.from_list(rows), [where for where, _ in found]
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig") as file:
+        number = 0
+        try:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise DataError(f"{path}:{number}: got a {type(row).__name__}, want one JSON object a line")
+                yield f"{path}:{number}", row
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{number}: not JSON ({error.msg}); want one JSON object a line") from None
+        except UnicodeDecodeError:
+            raise DataError(f"{path}:{number + 1}: not UTF-8 text") from None
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    raise DataError(f"{path}:{reader.line_num}: the row has not as many fields as the header")
+                yield f"{path}:{reader.line_num}", row
+        except csv.Error as error:
+            raise DataError(f"{path}:{reader.line_num}: not CSV ({error})") from None
+        except UnicodeDecodeError:
+            raise DataError(f"{path}:{reader.line_num + 1}: not UTF-8 text") from None
+
+
+def _read_hub(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    name, _, split = source.partition(":")
+    try:
+        dataset = load_dataset(name, split=split or "train")
+    except Exception as error:  # hub, network and format errors of many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{source}: no such file, and not loadable as a Hugging Face data set: {reason}") from error
+    for number, row in enumerate(dataset, start=1):
+        yield f"{source}:{number}", row
+
+
+def _check_row(where: str, row: dict[str, Any], form: tuple[str, ...]) -> dict[str, Any]:
+    missing = [name for name in form if row.get(name) in (None, "", [])]
+    if missing:
+        raise DataError(f"{where}: `{missing[0]}` is missing or empty; the first row has {' and '.join(form)}")
+    if form == ("messages",):
+        messages = row["messages"]
+        fine = isinstance(messages, list) and all(
+            isinstance(one, dict) and isinstance(one.get("role"), str) and isinstance(one.get("content"), str)
+            for one in messages
+        )
+        if not fine:
+            raise DataError(f"{where}: `messages` must be a list of {{role, content}} with text in both")
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise DataError(f"{where}: the last of at least two messages must have role assistant")
+        plain = [{"role": one["role"], "content": one["content"]} for one in messages]
+        return {"prompt": plain[:-1], "completion": plain[-1:]}
+    for name in form:
+        if not isinstance(row[name], str):
+            raise DataError(f"{where}: `{name}` is a {type(row[name]).__name__}, want text")
+    return {name: row[name] for name in form}

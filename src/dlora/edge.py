@@ -1,0 +1,442 @@
+"""The edge half: a peft model whose decoder lives in the cloud.
+
+`get_peft_model(link, LoraConfig(...))` gives a real `PeftModel` around the architecture's own
+`...ForCausalLM` class. Embedding, LM head and LoRA weights are here; the decoder is an empty
+shell whose forward drives a stream to the cloud. Training loops, `Trainer`, `SFTTrainer` and
+`save_pretrained` see what they know.
+
+Shapes: B batch, T tokens, K kept positions, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import logging
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+from accelerate import init_empty_weights
+from peft import LoraConfig, PeftConfig, PeftModelForCausalLM, TaskType
+from peft.tuners.lora import LoraLayer
+from peft.utils import load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from dlora.accounting import Meter
+from dlora.errors import DLoRAError, ModelError, UsageError
+from dlora.link import Link, RetryPolicy
+from dlora.micro_batch import ActiveSite, MicroBatch, SplitForward
+from dlora.proto import dlora_pb2 as pb
+from dlora.wire import PROTOCOL_VERSION, WIRE_DTYPES, encode, pack_mask
+
+__all__ = ["SplitModel", "get_peft_model", "load_adapter", "load_tokenizer"]
+
+log = logging.getLogger(__name__)
+
+IGNORE: Final = -100  # the label of a position without supervision, as in PyTorch and transformers
+
+# Options of LoraConfig that need nothing but A and B. Every other option must be at its default.
+_SUPPORTED_OPTIONS: Final = frozenset(
+    "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules "
+    "exclude_modules lora_alpha lora_dropout fan_in_fan_out use_rslora init_lora_weights layers_to_transform "
+    "layers_pattern rank_pattern alpha_pattern".split()
+)
+_SUPPORTED_INITS: Final = (True, False, "gaussian", "orthogonal")
+
+# Arguments of a decoder's forward that change nothing here, or are honoured before it is called.
+_HARMLESS_ARGUMENTS: Final = frozenset(
+    "use_cache return_dict num_items_in_batch logits_to_keep cache_position fused_lm_head".split()
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """Which last hidden states the next forward needs; noted by hooks outside the decoder."""
+
+    keep_BT: Tensor | None = None
+    """Bool mask of positions; None: all."""
+    compact_labels: Tensor | None = None
+    """Labels to match; then the kept positions return alone, [1, K + 1, D], with a last row of zeros."""
+
+
+class SplitModel(PeftModelForCausalLM):
+    """A `PeftModel` whose decoder runs in the cloud.
+
+    `head_positions` says where logits are computed: "supervised" (only where a label asks for
+    it; logits then have shape [1, K + 1, vocab]), "all", or "auto": supervised while training,
+    all otherwise. Without labels it is always all.
+    """
+
+    head_positions: Literal["auto", "supervised", "all"] = "auto"
+
+    def __init__(self, base: PreTrainedModel, config: LoraConfig, link: Link, wire_dtype: str, retry: RetryPolicy):
+        super().__init__(base, config, adapter_name="default")
+        self.link = link
+        self.retry = retry
+        self.wire_dtype = wire_dtype
+        self.meter = Meter()
+        self.sites = _match_sites(self, link.description)
+        self._request = _Request()
+        self._accepts_position_ids = "position_ids" in inspect.signature(type(_decoder(base)).forward).parameters
+        self._signature = inspect.signature(self.forward)
+        _decoder(base).forward = types.MethodType(_remote_forward, self)
+        # generate() calls the base model and not this one; peft may call the base model's forward
+        # and not the model. So hook both.
+        self.register_forward_pre_hook(SplitModel._note_request, with_kwargs=True)
+        base.register_forward_pre_hook(lambda _, args, kwargs: self._note_request(args, kwargs), with_kwargs=True)
+
+    # ----------------------------------------------------------------- what is asked of the decoder
+
+    def _note_request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Note the positions whose hidden states matter; with labels, gather those labels to match.
+
+        The next-token losses of transformers and trl pair hidden state i with label i + 1. Kept
+        rows with a row of zeros behind them, and kept labels with an ignored one before them,
+        keep that pairing in every loss function.
+        """
+        labels: Tensor | None = kwargs.get("labels")
+        if labels is not None and labels is self._request.compact_labels:
+            return args, kwargs  # the outer of the two hooks has been here
+        self._request = _Request()
+        if labels is None and len(args) > 3:
+            labels = self._signature.bind_partial(*args).arguments.get("labels")
+            if labels is not None:
+                raise UsageError("pass labels by name: model(input_ids=..., labels=...)")
+        keep_last = kwargs.get("logits_to_keep", 0)
+        if labels is None:
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            if isinstance(keep_last, int) and keep_last > 0 and ids is not None:
+                keep_BT = torch.zeros_like(ids, dtype=torch.bool)
+                keep_BT[:, -keep_last:] = True
+                self._request = _Request(keep_BT)
+            return args, kwargs
+        everywhere = self.head_positions == "all" or (self.head_positions == "auto" and not self.training)
+        if everywhere or kwargs.get("shift_labels") is not None:
+            return args, kwargs
+        keep_BT = torch.zeros_like(labels, dtype=torch.bool)
+        keep_BT[:, :-1] = labels[:, 1:] != IGNORE
+        kept = labels[:, 1:][keep_BT[:, :-1]]
+        compact = torch.cat([kept.new_full((1,), IGNORE), kept])[None]
+        self._request = _Request(keep_BT, compact)
+        return args, {**kwargs, "labels": compact}
+
+    def run_decoder(self, embeddings_BTD: Tensor, mask_BT: Tensor | None, position_ids: Tensor | None) -> Tensor:
+        """Run the remote decoder; return hidden states [B, T, D], or [1, K + 1, D] if only labels were asked for.
+
+        Positions that were not asked for, padding among them, are zero.
+        """
+        request, self._request = self._request, _Request()
+        batch, length, _ = embeddings_BTD.shape
+        attended = torch.ones(batch, length, dtype=torch.bool) if mask_BT is None else mask_BT.bool().cpu()
+        if request.keep_BT is None:
+            keep_BT = attended
+        elif request.keep_BT.shape == attended.shape:
+            keep_BT = request.keep_BT.cpu()
+        else:
+            raise UsageError(f"labels have shape {list(request.keep_BT.shape)}, input_ids {list(attended.shape)}")
+        # A loss on padding (left-padded labels, say) needs what the model makes of padding.
+        dense = bool((keep_BT & ~attended).any())
+        rows = torch.ones_like(attended) if dense else attended
+        keep = keep_BT.reshape(-1).nonzero()[:, 0]
+        sites = self._active_sites()
+        parameters = [parameter for site in sites for parameter in site.parameters]
+        begin = pb.Begin(
+            protocol_version=PROTOCOL_VERSION,
+            fingerprint=self.link.description.fingerprint,
+            wire_dtype=WIRE_DTYPES[self.wire_dtype],
+            training=torch.is_grad_enabled() and bool(parameters),
+            batch=batch,
+            length=length,
+            attention_mask=pack_mask(mask_BT),
+            position_ids=self._position_ids(position_ids, batch, length),
+            dense=dense,
+            keep=keep.tolist(),
+            sites=[pb.ActiveSite(site=site.index, modules=site.modules) for site in sites],
+            embeddings=encode(embeddings_BTD.detach()[rows.to(embeddings_BTD.device)], WIRE_DTYPES[self.wire_dtype]),
+        )
+        micro_batch = MicroBatch(self.link, self.retry, self.meter, begin, sites, embeddings_BTD.device)
+        if begin.training:
+            kept_KD = SplitForward.apply(micro_batch, *parameters)
+        else:
+            kept_KD = micro_batch.forward()
+        kept_KD = kept_KD.to(embeddings_BTD.dtype)
+        compact = request.compact_labels is not None
+        head_rows = len(keep) + 1 if compact else batch * length
+        self._count_head(head_rows, training=begin.training)
+        if compact:
+            return torch.cat([kept_KD, kept_KD.new_zeros(1, kept_KD.shape[1])])[None]
+        full = kept_KD.new_zeros(batch * length, kept_KD.shape[1])
+        return full.index_put((keep.to(full.device),), kept_KD).view(batch, length, -1)
+
+    def _position_ids(self, position_ids: Tensor | None, batch: int, length: int) -> list[int]:
+        if position_ids is None:
+            return []
+        if not self._accepts_position_ids:
+            raise UsageError(f"{type(self.get_base_model()).__name__} takes no position_ids")
+        values: list[int] = position_ids.expand(batch, length).reshape(-1).tolist()
+        return values
+
+    def _active_sites(self) -> list[ActiveSite]:
+        """Sites whose adapters are switched on, now; `disable_adapter()` switches all off."""
+        active = []
+        for site in self.sites:
+            used = [
+                (module, layer)
+                for module, layer in zip(site.modules, site.layers, strict=True)
+                if not layer.disable_adapters and any(name in layer.lora_A for name in layer.active_adapters)
+            ]
+            if any(layer.merged for _, layer in used):
+                raise UsageError("adapters cannot be merged on the edge, which has no base weights: use `dlora merge`")
+            if used:
+                modules, layers = zip(*used, strict=True)
+                active.append(dataclasses.replace(site, modules=modules, layers=layers))
+        return active
+
+    def _count_head(self, rows: int, *, training: bool) -> None:
+        head = self.get_output_embeddings()
+        if head is not None:
+            vocab, width = head.weight.shape
+            self.meter.head_flops += 2 * rows * vocab * width * (2 if training else 1)
+
+    # ----------------------------------------------------------------- saving and loading
+
+    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        """Write a standard adapter folder. Unlike peft's own default this never asks a hub."""
+        kwargs.setdefault("save_embedding_layers", False)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def get_peft_model(
+    link: Link,
+    config: LoraConfig,
+    *,
+    wire_dtype: str = "fp16",
+    retry: RetryPolicy | None = None,
+    device: str | torch.device = "cpu",
+) -> SplitModel:
+    """Put a fresh LoRA adapter on the cloud's model: `peft.get_peft_model` for a model that is elsewhere.
+
+    `link` comes from `dlora.connect` or `dlora.in_process`. `wire_dtype` is fp32 (exact), fp16 or
+    bf16. Raises UsageError for what cannot be supported, by name. At the same seed the
+    adapter starts with the same values as `peft.get_peft_model` on the full model.
+    """
+    if wire_dtype not in WIRE_DTYPES:
+        raise UsageError(f"wire dtype: got {wire_dtype!r}, want one of {', '.join(WIRE_DTYPES)}")
+    config = _checked(config)
+    description = link.description
+    base = _skeleton(description, link.edge_files())
+    config.base_model_name_or_path = description.model_id
+    try:
+        model = SplitModel(base, config, link, wire_dtype, retry or RetryPolicy())
+    except ValueError as error:
+        if isinstance(error, DLoRAError):
+            raise
+        # peft says which targets it did not find; say what there is.
+        raise UsageError(f"{error} This server allows: {_allowed_names(description)}.") from error
+    _drop_decoder_weights(model, base)
+    return model.to(device)
+
+
+def load_adapter(
+    link: Link,
+    folder: str | Path,
+    *,
+    is_trainable: bool = True,
+    wire_dtype: str = "fp16",
+    retry: RetryPolicy | None = None,
+    device: str | torch.device = "cpu",
+) -> SplitModel:
+    """Put an existing adapter folder, made here or by peft, on the cloud's model.
+
+    Raises UsageError if it does not fit: another kind of adapter, other modules, other shapes.
+    """
+    config = read_adapter_config(folder)
+    config.inference_mode = not is_trainable
+    model = get_peft_model(link, config, wire_dtype=wire_dtype, retry=retry, device=device)
+    try:
+        weights = load_peft_weights(str(folder), device=str(device))
+        result = set_peft_model_state_dict(model, weights)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise UsageError(f"the adapter in {folder} does not fit {link.description.model_id}: {error}") from error
+    missing = [name for name in result.missing_keys if "lora_" in name]
+    if missing or result.unexpected_keys:
+        raise UsageError(
+            f"the adapter in {folder} does not fit {link.description.model_id}: it lacks {missing[:3]} and has "
+            f"unknown {result.unexpected_keys[:3]}"
+        )
+    return model
+
+
+def read_adapter_config(folder: str | Path) -> LoraConfig:
+    """The LoraConfig of a local adapter folder. Raises UsageError if there is none; asks no hub."""
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise UsageError(f"{folder} holds no adapter: adapter_config.json is missing")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{folder}/adapter_config.json cannot be read: {error}") from error
+    if not isinstance(config, LoraConfig):
+        raise UsageError(f"the adapter in {folder} is of kind {config.peft_type}, want LORA")
+    return config
+
+
+def load_tokenizer(link: Link) -> PreTrainedTokenizerBase:
+    """The served model's tokenizer; only data files come from the peer, never code."""
+    folder = link.edge_files()
+    if not (folder / "tokenizer_config.json").is_file():
+        raise UsageError(f"{link.address} serves no tokenizer with {link.description.model_id}: load one yourself")
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return tokenizer
+
+
+def _checked(config: LoraConfig) -> LoraConfig:
+    """A copy of the config for causal LMs; refuses, by name, options that need the base weights."""
+    if not isinstance(config, LoraConfig):
+        raise UsageError(f"got a {type(config).__name__}, want a peft.LoraConfig")
+    config = dataclasses.replace(config, task_type=TaskType.CAUSAL_LM)
+    plain = LoraConfig()
+    for option in dataclasses.fields(config):
+        value = getattr(config, option.name)
+        if option.name not in _SUPPORTED_OPTIONS and value and value != getattr(plain, option.name):
+            raise UsageError(
+                f"LoraConfig.{option.name}={value!r} is not supported: the edge computes B(A(x)) and has no base weights"
+            )
+    if config.init_lora_weights not in _SUPPORTED_INITS:
+        raise UsageError(
+            f"LoraConfig.init_lora_weights={config.init_lora_weights!r} needs the base weights, which stay in the "
+            f"cloud: use one of {_SUPPORTED_INITS}"
+        )
+    return config
+
+
+def _skeleton(description: pb.Description, folder: Path) -> PreTrainedModel:
+    """The architecture's own class: real embedding and head, a decoder with shapes but no memory."""
+    values = json.loads(description.config_json)
+    model_type = values.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise ModelError(f"this transformers does not know model type {model_type!r}: upgrade transformers")
+    config = CONFIG_MAPPING[model_type].from_dict(values)
+    # Buffers keep their values (Gemma scales its embedding with one); parameters get no memory.
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = type(model.generation_config).from_pretrained(folder)
+    model.generation_config.use_cache = False  # the cloud keeps no KV cache yet
+    model.config._name_or_path = description.model_id
+    model.name_or_path = description.model_id
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    weights = load_file(folder / "edge.safetensors")
+    _fill(embedding, weights, "embedding.")
+    tied = "head.weight" not in weights
+    if tied:
+        head.weight = embedding.weight
+    _fill(head, weights, "head.", skip=("weight",) if tied else ())
+    held = {id(parameter) for module in (embedding, head) for parameter in module.parameters()}
+    dtype = embedding.weight.dtype
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in held:
+                # The right shape on the CPU with one element of memory: peft reads shape, dtype
+                # and device here, and so draws the very numbers it draws on the full model.
+                stand_in = torch.zeros(1, dtype=dtype).expand(parameter.shape)
+                setattr(module, name, nn.Parameter(stand_in, requires_grad=False))
+    model.requires_grad_(False)
+    return model
+
+
+def _fill(module: nn.Module, weights: Mapping[str, Tensor], prefix: str, skip: tuple[str, ...] = ()) -> None:
+    for name, parameter in list(module.named_parameters()):
+        if name in skip:
+            continue
+        value = weights.get(prefix + name)
+        if value is None or value.shape != parameter.shape:
+            got = "nothing" if value is None else list(value.shape)
+            raise ModelError(f"edge file {prefix}{name}: got {got}, want {list(parameter.shape)}")
+        setattr(module, name, nn.Parameter(value, requires_grad=False))
+
+
+def _drop_decoder_weights(model: SplitModel, base: PreTrainedModel) -> None:
+    """Replace the stand-ins by empty tensors: moving the model to a device then moves nothing."""
+    held = {id(p) for module in (base.get_input_embeddings(), base.get_output_embeddings()) for p in module.parameters()}
+    for module in base.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in held and parameter.numel() and parameter.untyped_storage().nbytes() < 16:
+                setattr(module, name, nn.Parameter(parameter.new_empty(0), requires_grad=False))
+    model.eval() if model.peft_config["default"].inference_mode else model.train()
+
+
+def _decoder(base: PreTrainedModel) -> nn.Module:
+    decoder: nn.Module = base.get_decoder()
+    return decoder
+
+
+def _match_sites(model: SplitModel, description: pb.Description) -> tuple[ActiveSite, ...]:
+    """Pair every LoRA layer with the cloud's sites. Raises UsageError for layers the cloud cannot serve."""
+    layers = {
+        name: module
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    sites = []
+    for index, site in enumerate(description.sites):
+        modules = [i for i, module in enumerate(site.modules) if module.name in layers]
+        for i in modules:
+            if not site.modules[i].allowed:
+                raise UsageError(
+                    f"this server does not allow adapters on {site.modules[i].name}. It allows: "
+                    f"{_allowed_names(description)}."
+                )
+        if modules:
+            sites.append(
+                ActiveSite(
+                    index=index,
+                    in_features=site.in_features,
+                    modules=tuple(modules),
+                    layers=tuple(layers.pop(site.modules[i].name) for i in modules),
+                )
+            )
+    if layers:
+        raise UsageError(
+            f"target module {next(iter(layers))} cannot be adapted from the edge: it is not a linear module of the "
+            f"decoder that runs once for each token. This server allows: {_allowed_names(description)}."
+        )
+    return tuple(sites)
+
+
+def _allowed_names(description: pb.Description) -> str:
+    """The last parts of the names of all modules that may be targeted."""
+    names = {module.name.rpartition(".")[2]: None for site in description.sites for module in site.modules if module.allowed}
+    return ", ".join(names) or "none"
+
+
+def _remote_forward(
+    model: SplitModel,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    inputs_embeds: Tensor | None = None,
+    **others: Any,
+) -> BaseModelOutputWithPastAndCrossAttentions:
+    """Stands in for the decoder's forward; refuses by name what would change the result unnoticed."""
+    if past_key_values is not None:
+        raise UsageError("a KV cache in the cloud is not supported yet: call generate(..., use_cache=False)")
+    for name, value in others.items():
+        if name not in _HARMLESS_ARGUMENTS and value is not None and value is not False:
+            raise UsageError(f"argument {name} is not supported by a split model")
+    if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2):
+        raise UsageError("attention_mask: want a [batch, length] tensor of 0 and 1")
+    if inputs_embeds is None:
+        if input_ids is None:
+            raise UsageError("got neither input_ids nor inputs_embeds")
+        inputs_embeds = model.get_input_embeddings()(input_ids.view(-1, input_ids.shape[-1]))
+    hidden = model.run_decoder(inputs_embeds, attention_mask, position_ids)
+    return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)

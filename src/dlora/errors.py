@@ -1,0 +1,60 @@
+"""Everything that DLoRA raises on purpose.
+
+DLoRAError
+├── UsageError (ValueError)        settings, data or adapter that cannot work; the user can mend it
+│   └── DataError                  a row of a data file; names file and line
+├── ModelError (ValueError)        a model that cannot be split correctly
+├── WireError (ValueError)         bytes or frames that cannot be what they claim to be
+├── PeerError (ConnectionError)    the other half said no, and would say no again
+├── PeerLost (ConnectionError)     the other half went away or is busy; trying again may work
+└── DivergedError (ArithmeticError) training produced a value that is not finite
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "DLoRAError",
+    "DataError",
+    "DivergedError",
+    "ModelError",
+    "PeerError",
+    "PeerLost",
+    "UsageError",
+    "WireError",
+]
+
+
+class DLoRAError(Exception):
+    """Base of all errors with a message meant for the user: what was got, wanted, and what to do."""
+
+
+class UsageError(DLoRAError, ValueError):
+    """Settings, data or an adapter that cannot work together."""
+
+
+class DataError(UsageError):
+    """A data file or one row of it; the message starts with file and line."""
+
+
+class ModelError(DLoRAError, ValueError):
+    """A model that cannot be split correctly; the message says why."""
+
+
+class WireError(DLoRAError, ValueError):
+    """Bytes or frames that cannot be what they claim to be."""
+
+
+class PeerError(DLoRAError, ConnectionError):
+    """The other half refused, and would refuse the same request again."""
+
+
+class PeerLost(DLoRAError, ConnectionError):
+    """The other half went away or is busy. `retry_after_s` is its own hint, if it gave one."""
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DivergedError(DLoRAError, ArithmeticError):
+    """Training produced a value that is not finite; nothing was updated with it."""

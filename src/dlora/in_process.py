@@ -1,0 +1,95 @@
+"""Cloud and edge in one process: the same frames through queues, for notebooks, sweeps and fast tests."""
+
+from __future__ import annotations
+
+import queue
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dlora.cloud import CloudModel
+from dlora.edge_files import write_edge_files
+from dlora.errors import DLoRAError, PeerError, PeerLost
+from dlora.proto import dlora_pb2 as pb
+
+__all__ = ["InProcessLink", "in_process"]
+
+
+class InProcessLink:
+    """A `Link` to a `CloudModel` of this process; frames are the ones that would cross the network."""
+
+    def __init__(self, cloud: CloudModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        self.cloud = cloud
+        self.description = cloud.describe()
+        self.address = "in process"
+        self._folder = tempfile.TemporaryDirectory(prefix="dlora-edge-")
+        write_edge_files(cloud.model, tokenizer, Path(self._folder.name))
+        self._threads = ThreadPoolExecutor(thread_name_prefix="dlora-cloud")
+
+    def open(self) -> _QueueStream:
+        """Start a micro-batch on a thread of its own."""
+        stream = _QueueStream()
+        stream.future = self._threads.submit(stream.serve, self.cloud)
+        return stream
+
+    def edge_files(self) -> Path:
+        """The folder with embedding, head and tokenizer."""
+        return Path(self._folder.name)
+
+    def close(self) -> None:
+        """End the threads and remove the folder."""
+        self._threads.shutdown(cancel_futures=True)
+        self._folder.cleanup()
+
+
+class _QueueStream:
+    """Both ends of one stream: the edge's `Stream`, and in `serve` the cloud's `Pipe`."""
+
+    def __init__(self) -> None:
+        self.to_cloud: queue.SimpleQueue[pb.EdgeFrame | None] = queue.SimpleQueue()
+        self.to_edge: queue.SimpleQueue[pb.CloudFrame | DLoRAError | BaseException] = queue.SimpleQueue()
+        self.future: Future[None] | None = None
+
+    def send(self, frame: pb.EdgeFrame) -> None:
+        self.to_cloud.put(frame)
+
+    def receive(self) -> pb.CloudFrame:
+        frame = self.to_edge.get()
+        if isinstance(frame, DLoRAError):
+            raise PeerError(str(frame)) from frame
+        if isinstance(frame, BaseException):
+            raise frame
+        return frame
+
+    def close(self) -> None:
+        self.to_cloud.put(None)
+
+    def serve(self, cloud: CloudModel) -> None:
+        pipe = _CloudEnd(self)
+        try:
+            cloud.run(cloud.plan(pipe.receive().begin), pipe)
+        except BaseException as error:  # the edge's thread raises it
+            self.to_edge.put(error)
+
+
+class _CloudEnd:
+    def __init__(self, stream: _QueueStream) -> None:
+        self.stream = stream
+
+    def send(self, frame: pb.CloudFrame) -> None:
+        self.stream.to_edge.put(frame)
+
+    def receive(self) -> pb.EdgeFrame:
+        frame = self.stream.to_cloud.get()
+        if frame is None:
+            raise PeerLost("the edge closed the stream")
+        return frame
+
+
+def in_process(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, model_id: str | None = None
+) -> InProcessLink:
+    """Use a loaded transformers model as the cloud, in this process; takes the place of `connect`."""
+    return InProcessLink(CloudModel(model, model_id=model_id or model.name_or_path), tokenizer)

@@ -1,0 +1,78 @@
+"""How an edge reaches a cloud: what every transport offers, and when to try again."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from dlora.errors import PeerLost
+from dlora.proto import dlora_pb2 as pb
+
+__all__ = ["Link", "RetryPolicy", "Stream"]
+
+
+class Stream(Protocol):
+    """One micro-batch's frames, in order."""
+
+    def send(self, frame: pb.EdgeFrame) -> None:
+        """Queue a frame for the cloud."""
+
+    def receive(self) -> pb.CloudFrame:
+        """Wait for the next frame. Raises PeerLost (try again) or PeerError (do not)."""
+
+    def close(self) -> None:
+        """End the stream, finished or not. Never raises; may be called twice."""
+
+
+class Link(Protocol):
+    """A cloud within reach: over gRPC or in this process."""
+
+    description: pb.Description
+    address: str
+
+    def open(self) -> Stream:
+        """Start a micro-batch."""
+
+    def edge_files(self) -> Path:
+        """A folder with embedding, head and tokenizer; fetched on first use."""
+
+    def close(self) -> None:
+        """Give the connection back."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetryPolicy:
+    """How long a lost cloud is waited for."""
+
+    give_up_after_s: float = 600.0
+    """Seconds without one finished micro-batch after which the loss is final."""
+    first_delay_s: float = 0.2
+    longest_delay_s: float = 10.0
+    sleep: Callable[[float], None] = time.sleep
+    clock: Callable[[], float] = time.monotonic
+
+    def attempts(self) -> Iterator[Callable[[PeerLost], None]]:
+        """Yield once an attempt; call what is yielded with the error to wait before the next.
+
+        Delays double from `first_delay_s`, with up to half of jitter so that many edges do not
+        come back at once. The cloud's own hint is kept to. Raises the error when time is up.
+        """
+        start = self.clock()
+        delay = self.first_delay_s
+        while True:
+
+            def wait(error: PeerLost) -> None:
+                nonlocal delay
+                pause = max(error.retry_after_s or 0.0, delay * random.uniform(0.5, 1.0))
+                if self.clock() - start + pause > self.give_up_after_s:
+                    raise PeerLost(
+                        f"{error} (gave up after {self.clock() - start:.0f} s; nothing saved so far is lost)"
+                    ) from error
+                self.sleep(pause)
+                delay = min(2 * delay, self.longest_delay_s)
+
+            yield wait

@@ -1,0 +1,1 @@
+"""The wire as generated from dlora.proto by `make stubs`."""

@@ -1,0 +1,237 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DTYPE_UNSPECIFIED: _ClassVar[DType]
+    FP32: _ClassVar[DType]
+    FP16: _ClassVar[DType]
+    BF16: _ClassVar[DType]
+DTYPE_UNSPECIFIED: DType
+FP32: DType
+FP16: DType
+BF16: DType
+
+class Tensor(_message.Message):
+    __slots__ = ("dtype", "shape", "exponent", "data")
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    EXPONENT_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    dtype: DType
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    exponent: int
+    data: bytes
+    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., exponent: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class DescribeRequest(_message.Message):
+    __slots__ = ("protocol_version",)
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    def __init__(self, protocol_version: _Optional[int] = ...) -> None: ...
+
+class ModuleInfo(_message.Message):
+    __slots__ = ("name", "out_features", "allowed")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    OUT_FEATURES_FIELD_NUMBER: _ClassVar[int]
+    ALLOWED_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    out_features: int
+    allowed: bool
+    def __init__(self, name: _Optional[str] = ..., out_features: _Optional[int] = ..., allowed: _Optional[bool] = ...) -> None: ...
+
+class SiteInfo(_message.Message):
+    __slots__ = ("in_features", "modules")
+    IN_FEATURES_FIELD_NUMBER: _ClassVar[int]
+    MODULES_FIELD_NUMBER: _ClassVar[int]
+    in_features: int
+    modules: _containers.RepeatedCompositeFieldContainer[ModuleInfo]
+    def __init__(self, in_features: _Optional[int] = ..., modules: _Optional[_Iterable[_Union[ModuleInfo, _Mapping]]] = ...) -> None: ...
+
+class FileInfo(_message.Message):
+    __slots__ = ("name", "size", "sha256")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    size: int
+    sha256: str
+    def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ..., sha256: _Optional[str] = ...) -> None: ...
+
+class Limits(_message.Message):
+    __slots__ = ("max_tokens", "max_length", "max_message_bytes", "max_inflight_bytes", "bytes_per_token", "bytes_per_token_squared")
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_INFLIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_TOKEN_SQUARED_FIELD_NUMBER: _ClassVar[int]
+    max_tokens: int
+    max_length: int
+    max_message_bytes: int
+    max_inflight_bytes: int
+    bytes_per_token: float
+    bytes_per_token_squared: float
+    def __init__(self, max_tokens: _Optional[int] = ..., max_length: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_inflight_bytes: _Optional[int] = ..., bytes_per_token: _Optional[float] = ..., bytes_per_token_squared: _Optional[float] = ...) -> None: ...
+
+class Description(_message.Message):
+    __slots__ = ("protocol_version", "software_version", "model_id", "fingerprint", "config_json", "compute_dtype", "embedding_width", "hidden_width", "sites", "wire_dtypes", "limits", "edge_files")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_WIDTH_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_WIDTH_FIELD_NUMBER: _ClassVar[int]
+    SITES_FIELD_NUMBER: _ClassVar[int]
+    WIRE_DTYPES_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    EDGE_FILES_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    software_version: str
+    model_id: str
+    fingerprint: str
+    config_json: str
+    compute_dtype: str
+    embedding_width: int
+    hidden_width: int
+    sites: _containers.RepeatedCompositeFieldContainer[SiteInfo]
+    wire_dtypes: _containers.RepeatedScalarFieldContainer[DType]
+    limits: Limits
+    edge_files: _containers.RepeatedCompositeFieldContainer[FileInfo]
+    def __init__(self, protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., model_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., config_json: _Optional[str] = ..., compute_dtype: _Optional[str] = ..., embedding_width: _Optional[int] = ..., hidden_width: _Optional[int] = ..., sites: _Optional[_Iterable[_Union[SiteInfo, _Mapping]]] = ..., wire_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., edge_files: _Optional[_Iterable[_Union[FileInfo, _Mapping]]] = ...) -> None: ...
+
+class FetchEdgeFilesRequest(_message.Message):
+    __slots__ = ("fingerprint",)
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    fingerprint: str
+    def __init__(self, fingerprint: _Optional[str] = ...) -> None: ...
+
+class FileChunk(_message.Message):
+    __slots__ = ("name", "data")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    data: bytes
+    def __init__(self, name: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class ActiveSite(_message.Message):
+    __slots__ = ("site", "modules")
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    MODULES_FIELD_NUMBER: _ClassVar[int]
+    site: int
+    modules: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, site: _Optional[int] = ..., modules: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Begin(_message.Message):
+    __slots__ = ("protocol_version", "fingerprint", "wire_dtype", "training", "batch", "length", "attention_mask", "position_ids", "dense", "keep", "sites", "embeddings")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_MASK_FIELD_NUMBER: _ClassVar[int]
+    POSITION_IDS_FIELD_NUMBER: _ClassVar[int]
+    DENSE_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    SITES_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    fingerprint: str
+    wire_dtype: DType
+    training: bool
+    batch: int
+    length: int
+    attention_mask: bytes
+    position_ids: _containers.RepeatedScalarFieldContainer[int]
+    dense: bool
+    keep: _containers.RepeatedScalarFieldContainer[int]
+    sites: _containers.RepeatedCompositeFieldContainer[ActiveSite]
+    embeddings: Tensor
+    def __init__(self, protocol_version: _Optional[int] = ..., fingerprint: _Optional[str] = ..., wire_dtype: _Optional[_Union[DType, str]] = ..., training: _Optional[bool] = ..., batch: _Optional[int] = ..., length: _Optional[int] = ..., attention_mask: _Optional[bytes] = ..., position_ids: _Optional[_Iterable[int]] = ..., dense: _Optional[bool] = ..., keep: _Optional[_Iterable[int]] = ..., sites: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., embeddings: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
+class SiteDeltas(_message.Message):
+    __slots__ = ("site", "deltas")
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    DELTAS_FIELD_NUMBER: _ClassVar[int]
+    site: int
+    deltas: _containers.RepeatedCompositeFieldContainer[Tensor]
+    def __init__(self, site: _Optional[int] = ..., deltas: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
+
+class InputGrad(_message.Message):
+    __slots__ = ("site", "grad")
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    GRAD_FIELD_NUMBER: _ClassVar[int]
+    site: int
+    grad: Tensor
+    def __init__(self, site: _Optional[int] = ..., grad: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
+class HiddenGrad(_message.Message):
+    __slots__ = ("grad",)
+    GRAD_FIELD_NUMBER: _ClassVar[int]
+    grad: Tensor
+    def __init__(self, grad: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
+class EdgeFrame(_message.Message):
+    __slots__ = ("begin", "deltas", "hidden_grad", "input_grad")
+    BEGIN_FIELD_NUMBER: _ClassVar[int]
+    DELTAS_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_GRAD_FIELD_NUMBER: _ClassVar[int]
+    INPUT_GRAD_FIELD_NUMBER: _ClassVar[int]
+    begin: Begin
+    deltas: SiteDeltas
+    hidden_grad: HiddenGrad
+    input_grad: InputGrad
+    def __init__(self, begin: _Optional[_Union[Begin, _Mapping]] = ..., deltas: _Optional[_Union[SiteDeltas, _Mapping]] = ..., hidden_grad: _Optional[_Union[HiddenGrad, _Mapping]] = ..., input_grad: _Optional[_Union[InputGrad, _Mapping]] = ...) -> None: ...
+
+class SiteInput(_message.Message):
+    __slots__ = ("site", "x", "wants_input_grad")
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    X_FIELD_NUMBER: _ClassVar[int]
+    WANTS_INPUT_GRAD_FIELD_NUMBER: _ClassVar[int]
+    site: int
+    x: Tensor
+    wants_input_grad: bool
+    def __init__(self, site: _Optional[int] = ..., x: _Optional[_Union[Tensor, _Mapping]] = ..., wants_input_grad: _Optional[bool] = ...) -> None: ...
+
+class Hidden(_message.Message):
+    __slots__ = ("hidden",)
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    hidden: Tensor
+    def __init__(self, hidden: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
+class DeltaGrads(_message.Message):
+    __slots__ = ("site", "grads")
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    GRADS_FIELD_NUMBER: _ClassVar[int]
+    site: int
+    grads: _containers.RepeatedCompositeFieldContainer[Tensor]
+    def __init__(self, site: _Optional[int] = ..., grads: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
+
+class Done(_message.Message):
+    __slots__ = ("forward_flops", "backward_flops")
+    FORWARD_FLOPS_FIELD_NUMBER: _ClassVar[int]
+    BACKWARD_FLOPS_FIELD_NUMBER: _ClassVar[int]
+    forward_flops: int
+    backward_flops: int
+    def __init__(self, forward_flops: _Optional[int] = ..., backward_flops: _Optional[int] = ...) -> None: ...
+
+class CloudFrame(_message.Message):
+    __slots__ = ("input", "hidden", "delta_grads", "done")
+    INPUT_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    DELTA_GRADS_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    input: SiteInput
+    hidden: Hidden
+    delta_grads: DeltaGrads
+    done: Done
+    def __init__(self, input: _Optional[_Union[SiteInput, _Mapping]] = ..., hidden: _Optional[_Union[Hidden, _Mapping]] = ..., delta_grads: _Optional[_Union[DeltaGrads, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ...) -> None: ...

@@ -1,0 +1,182 @@
+"""Every setting of a training run: the one list behind flags, YAML file and library."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from dlora.errors import UsageError
+
+__all__ = ["ServeSettings", "TrainSettings"]
+
+# Handed to the trainer by `TrainSettings.trainer_arguments`, or fixed because the split needs it.
+_RESERVED: Final = frozenset(
+    "output_dir fp16 bf16 gradient_checkpointing packing padding_free max_length remove_unused_columns "
+    "resume_from_checkpoint completion_only_loss assistant_only_loss dataloader_num_workers push_to_hub".split()
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Settings of `dlora train`."""
+
+    server: str
+    """Address of `dlora serve`, as host:port."""
+    data: str
+    """Training data: a .jsonl or .csv file, or a Hugging Face data set id (org/name or org/name:split). Rows have
+    `prompt` and `completion`, or `messages`, or `text`."""
+    output: Path
+    """Folder for the adapter, run.json and checkpoints."""
+    eval_data: str | None = None
+    """Held-out data in the same forms; measured every `eval_steps`."""
+    adapter: Path | None = None
+    """An existing LoRA adapter folder to start from; its own LoRA settings then hold."""
+    r: int = 8
+    """LoRA rank."""
+    lora_alpha: float = 16
+    """LoRA alpha: deltas are scaled by alpha / r."""
+    lora_dropout: float = 0.0
+    """Dropout on the input of the LoRA modules, in [0, 1)."""
+    target_modules: list[str] | str | None = None
+    """Linear modules to adapt, by the last part of their name, or all-linear. Default: peft's for this architecture."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Ranks for modules whose name matches a pattern."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Alphas for modules whose name matches a pattern."""
+    wire_dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
+    """How tensors travel. fp32 is exact; fp16 and bf16 halve the traffic."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    optim: str = "adamw_torch"
+    """Optimizer, by its name in transformers."""
+    lr_scheduler_type: str = "linear"
+    """Schedule, by its name in transformers."""
+    warmup_steps: float = 0.0
+    """Steps of rising learning rate; under 1: a share of all steps."""
+    weight_decay: float = 0.0
+    """Weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping; 0 turns it off."""
+    epochs: float = 3.0
+    """Passes over the data."""
+    max_steps: int = -1
+    """Optimizer steps; when positive it replaces `epochs`."""
+    batch_size: int = 8
+    """Rows of a micro-batch."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches of an optimizer step."""
+    eval_batch_size: int = 8
+    """Rows of a micro-batch in evaluation."""
+    max_length: int = 512
+    """Longest row in tokens, prompt and completion."""
+    overlong: Literal["error", "drop", "truncate"] = "error"
+    """What to do with longer rows."""
+    eval_steps: int | None = None
+    """Optimizer steps between evaluations; default: once an epoch."""
+    save_steps: int | None = None
+    """Optimizer steps between checkpoints; default: with each evaluation."""
+    save_total_limit: int = 2
+    """Checkpoints kept, the best among them."""
+    early_stopping_patience: int | None = None
+    """Stop after so many evaluations without a better eval loss."""
+    keep_best: bool = True
+    """With eval data: end with the adapter of the best evaluation, not the last."""
+    logging_steps: int = 1
+    """Optimizer steps between log records."""
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Where logs go: tensorboard, wandb, mlflow, ... or none."""
+    seed: int = 0
+    """Seed of adapter initialisation, data order and dropout."""
+    resume: bool = False
+    """Continue the run in `output` from its last checkpoint."""
+    give_up_after_s: float = 600.0
+    """How long a lost server is waited for, in seconds."""
+    device: str = "cpu"
+    """Device of the edge's half."""
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """More arguments for trl.SFTConfig, by name."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work, all checks here and nowhere else."""
+        for name in ("r", "batch_size", "gradient_accumulation_steps", "eval_batch_size", "max_length", "logging_steps"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}: got {getattr(self, name)}, want at least 1")
+        for name in ("eval_steps", "save_steps", "early_stopping_patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name}: got {value}, want at least 1")
+        if not 0 <= self.lora_dropout < 1:
+            raise UsageError(f"lora_dropout: got {self.lora_dropout}, want a value in [0, 1)")
+        if self.max_steps < 1 and self.epochs <= 0:
+            raise UsageError("give epochs or max_steps: both are zero or negative")
+        if self.learning_rate <= 0:
+            raise UsageError(f"learning_rate: got {self.learning_rate}, want a positive number")
+        if self.early_stopping_patience is not None and self.eval_data is None:
+            raise UsageError("early_stopping_patience needs eval_data")
+        if self.output.exists() and not self.output.is_dir():
+            raise UsageError(f"output: {self.output} is a file, want a folder")
+        if reserved := sorted(_RESERVED & self.trainer.keys()):
+            raise UsageError(f"trainer: {', '.join(reserved)} cannot be set here")
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """Names of settings whose value in `other`, a saved `as_dict`, is not this one's.
+
+        Where the run may go on elsewhere or wait longer, a difference does not count.
+        """
+        free = {"resume", "server", "give_up_after_s", "output", "report_to", "device"}
+        return [name for name, value in self.as_dict().items() if name not in free and other.get(name) != value]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as they go into run.json."""
+        values = dataclasses.asdict(self)
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """Settings of `dlora serve`."""
+
+    model: str
+    """Hugging Face id, local folder, .gguf file, or smollm2 (the model of the demo)."""
+    model_id: str | None = None
+    """Public name that adapters will carry; default: the hub id or the name of the file or folder."""
+    host: str = "127.0.0.1"
+    """Address to listen on. There is no encryption yet: anything but loopback needs a tunnel around it."""
+    port: int = 50051
+    """Port to listen on; 0 picks a free one."""
+    device: str = "cpu"
+    """Device of the model, for example cuda."""
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Compute dtype of the model."""
+    allow_modules: str = ".*"
+    """Regular expression over full module names: what edges may adapt."""
+    max_tokens: int = 16_384
+    """Tokens of one micro-batch, padding included."""
+    max_length: int = 8_192
+    """Tokens of one sequence; the model's own limit applies too."""
+    max_message_mib: int = 256
+    """Largest message in MiB."""
+    max_inflight_mib: int = 8_192
+    """Activations held for all micro-batches in flight, in MiB."""
+    max_streams: int = 64
+    """Micro-batches in flight."""
+    compute_slots: int = 1
+    """Micro-batches that compute at the same moment."""
+    edge_timeout_s: float = 120.0
+    """How long a micro-batch waits for its edge, in seconds."""
+    threads: int | None = None
+    """CPU threads for computing; default: PyTorch's."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        for name in ("max_tokens", "max_length", "max_message_mib", "max_inflight_mib", "max_streams", "compute_slots"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}: got {getattr(self, name)}, want at least 1")
+        if not 0 <= self.port < 65536:
+            raise UsageError(f"port: got {self.port}, want 0 to 65535")
+        if self.max_message_mib > 2047:
+            raise UsageError(f"max_message_mib: got {self.max_message_mib}, gRPC allows up to 2047")

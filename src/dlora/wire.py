@@ -1,0 +1,116 @@
+"""Tensors as messages, and what both halves must agree on about frames.
+
+Shapes: N rows (attended tokens), D width.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dlora.errors import WireError
+from dlora.proto import dlora_pb2 as pb
+
+PROTOCOL_VERSION: Final = 1
+MAX_MESSAGE_BYTES: Final = 256 * 2**20
+RETRY_AFTER_KEY: Final = "retry-after-ms"
+"""Trailing metadata beside RESOURCE_EXHAUSTED: the server is busy, and when to ask again."""
+
+WIRE_DTYPES: Final[dict[str, pb.DType]] = {"fp32": pb.FP32, "fp16": pb.FP16, "bf16": pb.BF16}
+_TORCH_DTYPES: Final[dict[int, torch.dtype]] = {
+    pb.FP32: torch.float32,
+    pb.FP16: torch.float16,
+    pb.BF16: torch.bfloat16,
+}
+# fp16 holds 2^-24 .. 2^16. Tensors are scaled so that their largest value lies just under 2^15:
+# gradients of a mean loss would otherwise vanish, and rare activations overflow.
+_FP16_TOP: Final = 15
+
+
+def channel_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str, int]]:
+    """gRPC options for servers and channels of this protocol."""
+    return [
+        # gRPC's own limit acts before a message is allocated; its default of 4 MiB is under one frame.
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        # A peer behind a dead link is noticed after at most 30 s, and NAT entries stay alive.
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ]
+
+
+def encode(tensor: Tensor, dtype: pb.DType) -> pb.Tensor:
+    """Turn a tensor of any shape and device into its wire form; `decode` is the inverse.
+
+    Exact for FP32; FP16 keeps 11 significant bits (a power of two is factored out per
+    tensor, so neither overflow nor small gradients are lost), BF16 keeps 8.
+    """
+    tensor = tensor.detach()
+    exponent = 0
+    if dtype == pb.FP16:
+        tensor, exponent = _scale_for_fp16(tensor)
+    values = tensor.to(device="cpu", dtype=_TORCH_DTYPES[dtype]).contiguous()
+    if dtype != pb.FP32:
+        values = values.view(torch.int16)
+    return pb.Tensor(dtype=dtype, shape=list(tensor.shape), exponent=exponent, data=values.numpy().tobytes())
+
+
+def _scale_for_fp16(tensor: Tensor) -> tuple[Tensor, int]:
+    top = tensor.abs().max().item() if tensor.numel() else 0.0
+    if top == 0.0 or not math.isfinite(top):  # not finite: let the receiver see it
+        return tensor, 0
+    exponent = math.frexp(top)[1] - _FP16_TOP
+    return tensor.float() * 2.0**-exponent, exponent
+
+
+def decode(message: pb.Tensor, shape: Sequence[int], what: str) -> Tensor:
+    """Rebuild a tensor as float32 on the CPU.
+
+    `shape` is what the receiver expects; `what` names the tensor in errors. Raises
+    WireError if dtype, shape, byte count or exponent do not fit, before anything is copied.
+    """
+    if message.dtype not in _TORCH_DTYPES:
+        raise WireError(f"{what}: got dtype number {message.dtype}, want one of {sorted(WIRE_DTYPES)}")
+    if list(message.shape) != list(shape):
+        raise WireError(f"{what}: got shape {list(message.shape)[:8]}, want {list(shape)}")
+    dtype = _TORCH_DTYPES[message.dtype]
+    need = math.prod(shape) * dtype.itemsize
+    if len(message.data) != need:
+        raise WireError(f"{what}: got {len(message.data)} bytes, shape {list(shape)} in {dtype} needs {need}")
+    if message.exponent and (message.dtype != pb.FP16 or abs(message.exponent) > 200):
+        raise WireError(f"{what}: got exponent {message.exponent}, want 0, or within 200 for fp16")
+    if need == 0:
+        return torch.zeros(*shape)
+    with warnings.catch_warnings():
+        # The bytes are read-only; the copy below is what leaves this function.
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        values = torch.frombuffer(message.data, dtype=dtype).view(*shape)
+    values = values.clone() if dtype == torch.float32 else values.float()
+    return values.mul_(2.0**message.exponent) if message.exponent else values
+
+
+def pack_mask(mask_BT: Tensor | None) -> bytes:
+    """One byte a token; empty for None."""
+    return b"" if mask_BT is None else mask_BT.to("cpu", torch.uint8).numpy().tobytes()
+
+
+def unpack_mask(data: bytes, batch: int, length: int) -> Tensor | None:
+    """The inverse of `pack_mask`: [batch, length] of int64, or None. Raises WireError."""
+    if not data:
+        return None
+    if len(data) != batch * length:
+        raise WireError(f"attention mask: got {len(data)} bytes, want {batch} x {length}")
+    values = np.frombuffer(data, dtype=np.uint8)
+    if values.max() > 1:
+        raise WireError(f"attention mask: got a value {values.max()}, want 0 or 1")
+    return torch.from_numpy(values.astype(np.int64)).view(batch, length)
