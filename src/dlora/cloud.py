@@ -109,7 +109,7 @@ class CloudModel:
             raise ModelError(f"{type(model).__name__} has no LM head: only decoder-only causal LMs can be served")
         self.head = head
         self.device = self.embedding.weight.device
-        if getattr(model, "is_gradient_checkpointing", False):
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             raise ModelError("gradient checkpointing would run every exchange twice: disable it on the served model")
         model_length = getattr(model.config, "max_position_embeddings", None) or limits.max_length
         self.limits = Limits(

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 
 from dlora.errors import UsageError
 
-__all__ = ["ServeSettings", "TrainSettings"]
+__all__ = ["DemoSettings", "MergeSettings", "ServeSettings", "TrainSettings"]
 
 # Handed to the trainer by `TrainSettings.trainer_arguments`, or fixed because the split needs it.
 _RESERVED: Final = frozenset(
@@ -180,3 +180,33 @@ class ServeSettings:
             raise UsageError(f"port: got {self.port}, want 0 to 65535")
         if self.max_message_mib > 2047:
             raise UsageError(f"max_message_mib: got {self.max_message_mib}, gRPC allows up to 2047")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeSettings:
+    """Settings of `dlora merge`."""
+
+    model: str
+    """The base: Hugging Face id, local folder, .gguf file, or smollm2."""
+    adapter: Path
+    """Adapter folder, as `dlora train` or peft writes it."""
+    output: Path
+    """New folder for the full model."""
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Dtype of the merged weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings:
+    """Settings of `dlora demo`."""
+
+    output: Path = Path("runs/demo")
+    """Folder for the adapter and run.json."""
+    epochs: float = 3.0
+    """Passes over the demo's training rows."""
+    learning_rate: float = 3e-3
+    """Peak learning rate."""
+    seed: int = 0
+    """Seed of the run."""
+    examples: int = 8
+    """Held-out answers shown side by side."""

@@ -265,7 +265,6 @@ def trainer_arguments(settings: TrainSettings) -> dict[str, Any]:
     save_steps = settings.save_steps or eval_steps
     return {
         "output_dir": str(settings.output / "checkpoints"),
-        "logging_dir": None,
         "learning_rate": settings.learning_rate,
         "optim": settings.optim,
         "lr_scheduler_type": settings.lr_scheduler_type,
@@ -285,6 +284,7 @@ def trainer_arguments(settings: TrainSettings) -> dict[str, Any]:
         "load_best_model_at_end": evaluates and settings.keep_best,
         "metric_for_best_model": "eval_loss" if evaluates else None,
         "prediction_loss_only": True,
+        "disable_tqdm": False,
         "logging_steps": settings.logging_steps,
         "logging_nan_inf_filter": False,
         "report_to": settings.report_to or "none",

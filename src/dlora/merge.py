@@ -1,0 +1,41 @@
+"""Base model plus adapter as one full model, where the base is at hand."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from peft import PeftModel
+
+from dlora.edge import read_adapter_config
+from dlora.errors import UsageError
+from dlora.load import load_model
+from dlora.settings import MergeSettings
+
+__all__ = ["merge"]
+
+
+def merge(settings: MergeSettings) -> tuple[str, str]:
+    """Write the merged model and tokenizer; return (id of the base, id that the adapter names).
+
+    Raises UsageError if the adapter does not fit the base or `output` is not empty.
+    """
+    if settings.output.exists() and any(settings.output.iterdir()):
+        raise UsageError(f"{settings.output} is not empty: use a new folder")
+    config = read_adapter_config(settings.adapter)
+    loaded = load_model(settings.model, dtype=settings.dtype)
+    try:
+        merged = PeftModel.from_pretrained(loaded.model, str(settings.adapter)).merge_and_unload()
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"the adapter in {settings.adapter} does not fit {settings.model}: {reason}") from error
+    settings.output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=settings.output.parent, prefix=".merging-") as scratch:
+        folder = Path(scratch) / "model"
+        merged.save_pretrained(folder)
+        if loaded.tokenizer is not None:
+            loaded.tokenizer.save_pretrained(folder)
+        if settings.output.exists():
+            settings.output.rmdir()
+        folder.rename(settings.output)
+    return loaded.model_id, config.base_model_name_or_path or "an unnamed model"
