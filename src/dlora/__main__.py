@@ -33,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     for noisy in ("httpx", "httpcore", "httpx2", "httpcore2", "filelock", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # A log writer's thread that meets a full disk: one line, the run itself decides what follows.
+    threading.excepthook = lambda args: logging.getLogger("dlora").error("%s: %s", args.exc_type.__name__, args.exc_value)
     if not sys.warnoptions:
         warnings.simplefilter("ignore", FutureWarning)  # peft and transformers talking to each other
     argv = sys.argv[1:] if argv is None else argv
@@ -51,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno is None:
             raise
-        print(f"dlora: {error.strerror}: {error.filename or 'while writing'}. What was saved before is fine.", file=sys.stderr)
+        where = f": {error.filename}" if error.filename else " while writing"
+        print(f"dlora: {error.strerror}{where}. What was saved before is fine.", file=sys.stderr)
         return 1
 
 

@@ -38,7 +38,7 @@ _TRY_AGAIN: Final = (
 
 
 def connect(
-    address: str, *, timeout_s: float = 10.0, frame_timeout_s: float = _FRAME_TIMEOUT_S, cache: Path | None = None
+    address: str, *, timeout_s: float = 5.0, frame_timeout_s: float = _FRAME_TIMEOUT_S, cache: Path | None = None
 ) -> GrpcLink:
     """Connect to `dlora serve` at host:port and check that both speak the same protocol.
 

@@ -69,7 +69,7 @@ def _scale_for_fp16(tensor: Tensor) -> tuple[Tensor, int]:
     top = tensor.abs().max().item() if tensor.numel() else 0.0
     if top == 0.0 or not math.isfinite(top):  # not finite: let the receiver see it
         return tensor, 0
-    exponent = math.frexp(top)[1] - _FP16_TOP
+    exponent = max(-120, math.frexp(top)[1] - _FP16_TOP)  # 2^120 is still a float32
     return tensor.float() * 2.0**-exponent, exponent
 
 

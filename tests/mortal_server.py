@@ -1,0 +1,36 @@
+"""A server process that comes back when it is killed: loads once, forks one child a life.
+
+Run as: python mortal_server.py MODEL_FOLDER PORT. Prints the child's pid when it serves.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+os.environ["OMP_NUM_THREADS"] = "1"  # a fork must not inherit a pool of threads that do not exist in it
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dlora.cloud import CloudModel
+from dlora.server import Server
+
+
+def main(folder: str, port: int) -> None:
+    """Serve; after each SIGKILL serve again."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    while True:
+        pid = os.fork()
+        if pid == 0:
+            server = Server(CloudModel(model, model_id="example-org/llama"), tokenizer, port=port)
+            server.start()
+            print(os.getpid(), flush=True)
+            time.sleep(600)
+            os._exit(0)
+        os.waitpid(pid, 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,149 @@
+"""Bytes, round trips and FLOPs against independent counts: a TCP relay, the formulas, torch's own counter."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, batches, lora, make_base, make_split
+from torch.utils.flop_counter import FlopCounterMode
+
+import dlora
+from dlora.accounting import Meter, step_traffic
+from dlora.cloud import CloudModel, _sample_ids, _ZeroEdge
+from dlora.in_process import InProcessLink
+from dlora.server import Server
+from dlora.wire import WIRE_DTYPES
+
+ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+class Relay:
+    """A TCP relay that counts the bytes of each direction."""
+
+    def __init__(self, port: int) -> None:
+        self.port, self.up, self.down = port, 0, 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                edge, _ = self.listener.accept()
+            except OSError:
+                return
+            cloud = socket.create_connection(("127.0.0.1", self.port))
+            threading.Thread(target=self._pump, args=(edge, cloud, "up"), daemon=True).start()
+            threading.Thread(target=self._pump, args=(cloud, edge, "down"), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, direction: str) -> None:
+        try:
+            while data := source.recv(1 << 16):
+                setattr(self, direction, getattr(self, direction) + len(data))
+                sink.sendall(data)
+        except OSError:
+            pass
+
+
+@contextmanager
+def relayed(cloud: CloudModel, cache: Path) -> Iterator[tuple[Any, Relay]]:
+    """A link to a real server through a counting relay."""
+    with Server(cloud) as server:
+        relay = Relay(server.port)
+        link = dlora.connect(relay.address, cache=cache)
+        yield link, relay
+        link.close()
+        relay.listener.close()
+
+
+@pytest.mark.parametrize("wire_dtype", WIRE_DTYPES)
+def test_traffic_is_what_crosses_the_socket_and_what_the_formula_says(
+    cloud_models: Callable[[str], CloudModel], tmp_path: Path, wire_dtype: str
+) -> None:
+    """Counted bytes are within 1 % of the bytes on the socket and of the formula, in each direction."""
+    batch = batches(rows=16, length=48)[0]
+    with relayed(cloud_models("llama"), tmp_path) as (link, relay):
+        split = make_split(link, lora(), wire_dtype=wire_dtype)
+        before = (relay.up, relay.down)
+        for _ in range(3):
+            split(**batch).loss.backward()
+        up, down = relay.up - before[0], relay.down - before[1]
+    rows = int(batch["attention_mask"].sum())
+    kept = int((batch["labels"][:, 1:] != -100).sum())
+    sites = [(site.in_features, sum(layer.out_features for layer in site.layers)) for site in split.sites]
+    sent, received = step_traffic(rows, kept, 64, 64, sites, ITEMSIZE[wire_dtype])
+    assert split.meter.sent_bytes == pytest.approx(3 * sent, rel=0.01)
+    assert split.meter.received_bytes == pytest.approx(3 * received, rel=0.01)
+    assert split.meter.sent_bytes == pytest.approx(up, rel=0.01)
+    assert split.meter.received_bytes == pytest.approx(down, rel=0.01)
+
+
+def test_round_trips_are_two_a_site_and_one(cloud_models: Callable[[str], CloudModel]) -> None:
+    """A training micro-batch waits once before each site's input, once for the hidden states, once a site backwards."""
+    link = InProcessLink(cloud_models("llama"))
+    split = make_split(link, lora(target_modules="all-linear"))
+    split(**batches()[0]).loss.backward()
+    assert split.meter.round_trips == 2 * 12 + 1
+    link.close()
+
+
+def test_padding_does_not_travel(cloud_models: Callable[[str], CloudModel]) -> None:
+    """The same tokens cost the same bytes, padded or not, but for one mask byte a padded token."""
+    link = InProcessLink(cloud_models("llama"))
+    sent = []
+    for padding in (0, 40):
+        split = make_split(link, lora())
+        ids = torch.arange(5, 25)[None]
+        ids, mask = (torch.nn.functional.pad(x, (0, padding)) for x in (ids, torch.ones_like(ids)))
+        split(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
+        sent.append(split.meter.sent_bytes)
+    assert sent[1] - sent[0] == 40
+    link.close()
+
+
+@pytest.mark.parametrize("positions", ["supervised", "all"])
+@pytest.mark.parametrize("targets", [["q_proj", "k_proj", "v_proj"], "all-linear"])
+def test_edge_flops_equal_torchs_count(
+    cloud_models: Callable[[str], CloudModel], positions: str, targets: Any
+) -> None:
+    """Adapter and head FLOPs are exactly those that torch counts on the edge's thread."""
+    link = InProcessLink(cloud_models("llama"))
+    split = make_split(link, lora(target_modules=targets))
+    split.head_positions = positions
+    with FlopCounterMode(display=False) as counter:
+        split(**batches()[0]).loss.backward()
+    assert split.meter.edge_flops == counter.get_total_flops()
+    link.close()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("first_site", [0, 1, 5])
+def test_cloud_flops_equal_torchs_count(family: str, first_site: int) -> None:
+    """Forward and backward FLOPs, down to the lowest active site, are exactly those that torch counts."""
+    base = make_base(family)
+    base.set_attn_implementation("eager")  # torch does not count its fused CPU attention
+    cloud = CloudModel(base, model_id="x/y")
+    ids = _sample_ids(base, 3, 13)
+    found = []
+    for training in (False, True):
+        plan = cloud._probe_plan(ids, None, training=training)
+        plan.active = plan.active[first_site:]
+        with FlopCounterMode(display=False) as counter:
+            cloud.run(plan, _ZeroEdge())
+        assert sum(cloud.flops(plan)) == counter.get_total_flops()
+        found.append(cloud.flops(plan))
+    assert found[0][1] == 0 < found[1][1] < found[1][0] * 1.2
+
+
+def test_meters_add_and_subtract() -> None:
+    """The cost of a part is the difference of two snapshots, in every field."""
+    one, other = Meter(sent_bytes=5, wait_s=1.5, tokens=2), Meter(sent_bytes=2, wait_s=0.5)
+    assert one - other == Meter(sent_bytes=3, wait_s=1.0, tokens=2)
+    assert (one - other) + other == one

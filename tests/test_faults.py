@@ -1,0 +1,174 @@
+"""SIGKILL of the server in every phase of a step: the run's adapter is that of the run without faults."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import adapter, batches, lora
+
+import dlora
+from dlora.errors import PeerLost
+from dlora.link import RetryPolicy
+from dlora.proto import dlora_pb2 as pb
+
+
+class Mortal:
+    """A server process that can be killed and comes back on the same port."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        command = [sys.executable, str(Path(__file__).with_name("mortal_server.py")), str(folder), str(self.port)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        self.pid = self.next_life()
+
+    def next_life(self) -> int:
+        assert self.process.stdout is not None
+        return int(self.process.stdout.readline())
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        self.pid = self.next_life()
+
+    def end(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def mortal(model_folder: Path) -> Iterator[Mortal]:
+    """The server of this file's tests."""
+    server = Mortal(model_folder)
+    yield server
+    server.end()
+
+
+class FaultyLink:
+    """A real link that calls `fault` once in each micro-batch of `plan`.
+
+    `plan` maps the number of a micro-batch to (operation, count): "open", "send" or "receive",
+    and how many of those come first. `number` is set by who trains.
+    """
+
+    def __init__(self, link: Any, plan: dict[int, tuple[str, int]], fault: Callable[[], None]) -> None:
+        self.link, self.plan, self.fault = link, dict(plan), fault
+        self.description, self.address = link.description, link.address
+        self.number = 0
+
+    def edge_files(self) -> Path:
+        return self.link.edge_files()
+
+    def open(self) -> Any:
+        where = self.plan.pop(self.number, None)
+        if where == ("open", 0):
+            self.fault()
+        return _FaultyStream(self.link.open(), where, self)
+
+    def close(self) -> None:
+        self.link.close()
+
+
+class _FaultyStream:
+    def __init__(self, stream: Any, where: tuple[str, int] | None, owner: FaultyLink) -> None:
+        self.stream, self.where, self.owner = stream, where, owner
+        self.counts = {"send": 0, "receive": 0}
+
+    def _step(self, operation: str) -> None:
+        if self.where == (operation, self.counts[operation]):
+            self.owner.fault()
+        self.counts[operation] += 1
+
+    def send(self, frame: pb.EdgeFrame) -> None:
+        self._step("send")
+        self.stream.send(frame)
+
+    def receive(self) -> pb.CloudFrame:
+        self._step("receive")
+        return self.stream.receive()
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+def run(link: Any, cache: Path) -> tuple[list[torch.Tensor], dlora.SplitModel]:
+    """Train six micro-batches with LoRA dropout; two make an optimizer step."""
+    torch.manual_seed(1)
+    retry = RetryPolicy(give_up_after_s=60.0, first_delay_s=0.02, longest_delay_s=0.2)
+    split = dlora.get_peft_model(link, lora(lora_dropout=0.3), wire_dtype="fp32", retry=retry)
+    optimizer = torch.optim.AdamW(adapter(split).values(), lr=1e-2)
+    torch.manual_seed(2)
+    for number, batch in enumerate(batches(6)):
+        if isinstance(link, FaultyLink):
+            link.number = number
+        split(**batch).loss.backward()
+        if number % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    return [parameter.detach() for parameter in adapter(split).values()], split
+
+
+# 3 sites: forward sends 1 + 3 frames and receives 3 + 1, backward sends 1 + 2 and receives 3 + 1.
+PHASES = {
+    0: ("open", 0),  # between two steps
+    1: ("send", 2),  # in forward, with an answer under way
+    2: ("receive", 3),  # before the last hidden states
+    3: ("send", 4),  # after the loss, before backward
+    4: ("receive", 5),  # in the middle of backward
+    5: ("receive", 7),  # all gradients are there, the last word is not
+}
+
+
+def test_server_killed_in_every_phase(mortal: Mortal, tmp_path: Path) -> None:
+    """Six kills, one in each phase, cost no step and change no bit, dropout and accumulation included."""
+    link = dlora.connect(f"127.0.0.1:{mortal.port}", cache=tmp_path)
+    want, calm = run(link, tmp_path)
+    faulty = FaultyLink(link, PHASES, mortal.kill)
+    got, shaken = run(faulty, tmp_path)
+    link.close()
+    assert not faulty.plan, "every fault must have happened"
+    assert calm.meter.retries == 0
+    assert shaken.meter.retries >= 4  # the first and last kill may come where nothing is lost
+    assert shaken.meter.micro_batches == calm.meter.micro_batches
+    assert all(torch.equal(one, other) for one, other in zip(want, got, strict=True))
+
+
+def test_server_that_stays_away_is_given_up(mortal: Mortal, tmp_path: Path) -> None:
+    """After the patience is used up the edge says so, and how long it tried."""
+    link = dlora.connect(f"127.0.0.1:{mortal.port}", cache=tmp_path)
+    clock = iter(range(0, 1000, 7))
+    retry = RetryPolicy(give_up_after_s=20.0, sleep=lambda _: None, clock=lambda: float(next(clock)))
+    split = dlora.get_peft_model(link, lora(), wire_dtype="fp32", retry=retry)
+    link.close()  # the channel is closed for good: every attempt fails
+
+    class Gone:
+        description, address = link.description, link.address
+
+        def open(self) -> Any:
+            raise PeerLost("nobody there")
+
+    split.link = Gone()
+    with pytest.raises(PeerLost, match=r"nobody there \(gave up after \d+ s; nothing saved so far is lost\)"):
+        split(**batches()[0])
+
+
+def test_retry_delays_double_and_keep_to_the_hint() -> None:
+    """Pauses grow with jitter up to the longest, and never undercut the cloud's own hint."""
+    pauses: list[float] = []
+    policy = RetryPolicy(first_delay_s=1.0, longest_delay_s=4.0, sleep=pauses.append, clock=lambda: 0.0)
+    for number, wait in enumerate(policy.attempts()):
+        if number == 5:
+            break
+        wait(PeerLost("busy", retry_after_s=9.0 if number == 4 else None))
+    for pause, longest in zip(pauses[:4], (1, 2, 4, 4), strict=True):
+        assert longest / 2 <= pause <= longest
+    assert pauses[4] == 9.0

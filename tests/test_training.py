@@ -1,0 +1,431 @@
+"""`dlora train`: the whole run, resuming, stopping, and input that cannot work."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_base
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+
+import dlora
+from dlora import training
+from dlora.__main__ import main
+from dlora.cloud import CloudModel
+from dlora.errors import DataError, DivergedError, UsageError
+from dlora.in_process import InProcessLink
+from dlora.server import Server
+from dlora.settings import TrainSettings
+from dlora.training import train
+
+DESKS = ("north", "south", "east", "west")
+
+
+@pytest.fixture(scope="module")
+def link(cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedTokenizerFast) -> Iterator[InProcessLink]:
+    """A tiny Llama with a tokenizer, in this process."""
+    made = InProcessLink(cloud_models("llama"), tokenizer)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def server(cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedTokenizerFast) -> Iterator[Server]:
+    """The same behind gRPC, for the command line."""
+    with Server(cloud_models("llama"), tokenizer) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 rows of prompt and completion."""
+    file = tmp_path_factory.mktemp("data") / "train.jsonl"
+    rows = [{"prompt": f"parcel {n * 37 % 91}:", "completion": f" {DESKS[n % 4]}"} for n in range(24)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+def settings(data: Path, output: Path, **changes: Any) -> TrainSettings:
+    """A run of 6 steps of 2 micro-batches."""
+    values: dict[str, Any] = {
+        "server": "in-process",
+        "data": str(data),
+        "output": output,
+        "batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "epochs": 1.0,
+        "lora_dropout": 0.2,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 2,
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "save_steps": 2,
+    }
+    return TrainSettings(**(values | changes))
+
+
+def saved(output: Path) -> dict[str, torch.Tensor]:
+    """The adapter's tensors."""
+    return load_file(output / "adapter_model.safetensors")
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two runs ended with the very same adapter."""
+    a, b = saved(one), saved(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class _Interrupt(TrainerCallback):
+    """Sends this process a signal at a step, as a person at the keyboard would."""
+
+    def __init__(self, step: int, number: int = signal.SIGINT) -> None:
+        self.step, self.number = step, number
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.fixture
+def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Make runs of this test get a signal at the given step."""
+    build = training._build_trainer
+
+    def arrange(step: int | None, number: int = signal.SIGINT) -> None:
+        def wrapped(*args: Any) -> Any:
+            trainer = build(*args)
+            if step is not None:
+                trainer.add_callback(_Interrupt(step, number))
+            return trainer
+
+        monkeypatch.setattr(training, "_build_trainer", wrapped)
+
+    return arrange
+
+
+def test_run_leaves_adapter_and_record(link: InProcessLink, data: Path, tmp_path: Path) -> None:
+    """A run ends with an adapter that peft loads and a run.json with settings, versions and exact costs."""
+    record = train(settings(data, tmp_path / "run", eval_data=str(data), eval_steps=3, save_steps=3), link)
+    assert record == json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["status"] == "finished" and record["steps"] == 6
+    assert record["model_id"] == "example-org/llama"
+    assert record["eval_loss"] < 6 and record["best_eval_loss"] <= record["eval_loss"]
+    cost = record["cost"]
+    assert min(cost[name] for name in ("sent_bytes", "received_bytes", "adapter_flops", "head_flops", "tokens")) > 0
+    assert cost["micro_batches"] == 12 + 2 * 3
+    state = json.loads((tmp_path / "run/checkpoints/checkpoint-6/trainer_state.json").read_text())
+    step = next(entry for entry in state["log_history"] if "loss" in entry)
+    assert step["sent_mb"] > 0 and step["round_trips"] == 14 and step["tokens_per_second"] > 0
+    local = PeftModel.from_pretrained(make_base("llama"), str(tmp_path / "run"))
+    assert any(parameter.abs().max() > 0 for name, parameter in local.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("stop_at", [1, 3])
+def test_resumed_run_equals_one_never_stopped(
+    link: InProcessLink, data: Path, tmp_path: Path, interrupt_at: Callable[..., None], stop_at: int
+) -> None:
+    """Ctrl-C finishes the step and saves; --resume ends with the very bits of a run never stopped."""
+    interrupt_at(None)
+    whole = train(settings(data, tmp_path / "whole"), link)
+    interrupt_at(stop_at)
+    stopped = train(settings(data, tmp_path / "run"), link)
+    assert stopped["status"] == "interrupted" and stopped["steps"] == stop_at + 1
+    interrupt_at(None)
+    resumed = train(settings(data, tmp_path / "run", resume=True), link)
+    assert resumed["status"] == "finished" and resumed["steps"] == 6
+    assert same(tmp_path / "whole", tmp_path / "run")
+    for name in ("sent_bytes", "tokens", "micro_batches", "adapter_flops"):
+        assert resumed["cost"][name] == whole["cost"][name], name
+
+
+def test_half_written_checkpoint_is_passed_over(link: InProcessLink, data: Path, tmp_path: Path) -> None:
+    """A newest checkpoint that a crash left incomplete costs its steps, not the run."""
+    train(settings(data, tmp_path / "whole"), link)
+    train(settings(data, tmp_path / "run"), link)
+    newest = tmp_path / "run/checkpoints/checkpoint-6"
+    (newest / "trainer_state.json").unlink()
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    (tmp_path / "run/run.json").write_text(json.dumps(record | {"status": "failed"}))
+    train(settings(data, tmp_path / "run", resume=True), link)
+    assert same(tmp_path / "whole", tmp_path / "run")
+
+
+def test_existing_runs_are_never_overwritten(link: InProcessLink, data: Path, tmp_path: Path) -> None:
+    """A folder with a run is only ever resumed, with the same settings, and only if unfinished."""
+    train(settings(data, tmp_path / "run", max_steps=1, save_steps=1), link)
+    with pytest.raises(UsageError, match="already holds a run"):
+        train(settings(data, tmp_path / "run"), link)
+    with pytest.raises(UsageError, match="these settings differ.*: learning_rate"):
+        train(settings(data, tmp_path / "run", resume=True, max_steps=1, save_steps=1, learning_rate=1.0), link)
+    with pytest.raises(UsageError, match="finished"):
+        train(settings(data, tmp_path / "run", resume=True, max_steps=1, save_steps=1), link)
+    with pytest.raises(UsageError, match="holds no run"):
+        train(settings(data, tmp_path / "other", resume=True), link)
+
+
+def test_starting_from_an_existing_adapter(link: InProcessLink, data: Path, tmp_path: Path) -> None:
+    """A run can start from a saved adapter: its first loss is near where the other ended, not at the base."""
+    first = train(settings(data, tmp_path / "one", epochs=4.0, lora_dropout=0.0), link)
+    second = train(settings(data, tmp_path / "two", adapter=tmp_path / "one", max_steps=1, learning_rate=1e-9), link)
+    base = train(settings(data, tmp_path / "base", max_steps=1, learning_rate=1e-9), link)
+    assert second["train_loss"] < base["train_loss"] - 1
+    assert second["train_loss"] == pytest.approx(first["train_loss"], abs=1)
+    assert not same(tmp_path / "one", tmp_path / "base")
+
+
+def test_early_stopping_keeps_the_best_adapter(link: InProcessLink, data: Path, tmp_path: Path) -> None:
+    """Evaluation that gets worse ends the run early, with the adapter of the best evaluation."""
+    options = {"eval_data": str(data), "eval_steps": 1, "save_steps": 1, "early_stopping_patience": 2}
+    record = train(settings(data, tmp_path / "run", learning_rate=3.0, max_grad_norm=0.0, epochs=5.0, **options), link)
+    assert record["steps"] < 30
+    best = Path(record["best_checkpoint"])
+    assert same(best, tmp_path / "run")
+
+
+def test_nan_stops_before_the_update(link: InProcessLink, data: Path, tmp_path: Path) -> None:
+    """A gradient that is not finite is never applied, and the last checkpoint stays usable."""
+
+    class Poison(TrainerCallback):
+        def on_substep_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            if state.global_step == 3:
+                next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("nan"))
+
+    build = training._build_trainer
+    with pytest.MonkeyPatch.context() as patch:
+
+        def wrapped(*args: Any) -> Any:
+            trainer = build(*args)
+            trainer.add_callback(Poison())
+            return trainer
+
+        patch.setattr(training, "_build_trainer", wrapped)
+        with pytest.raises(DivergedError, match="step 4: the gradient of .*lora_A.* is not finite"):
+            train(settings(data, tmp_path / "run"), link)
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "failed"
+    train(settings(data, tmp_path / "whole"), link)
+    train(settings(data, tmp_path / "run", resume=True), link)
+    assert same(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("", "no rows"),
+        ("\n\n", "no rows"),
+        ('{"question": "a"}', r"x\.jsonl:1: got columns question; want columns `prompt` and"),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}', r"x\.jsonl:2: `completion` is missing or empty"),
+        ('{"prompt": "a", "completion": "b"}\nnot json', r"x\.jsonl:2: not JSON"),
+        ('{"prompt": "a", "completion": 3}', r"x\.jsonl:1: `completion` is a int, want text"),
+        ("[1]", r"x\.jsonl:1: got a list, want one JSON object"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', r"x\.jsonl:1: the last of at least two messages"),
+        ('{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}', r"x\.jsonl:1: `messages` must be"),
+        ('{"prompt": "' + "a" * 600 + '", "completion": "b"}', r"x\.jsonl:1: 6\d\d tokens, max_length is 512; 1 of 1"),
+    ],
+)
+def test_bad_data_names_file_and_line(link: InProcessLink, tmp_path: Path, rows: str, message: str) -> None:
+    """Rows that cannot be used are refused with file, line and what is wanted, before any step."""
+    (tmp_path / "x.jsonl").write_text(rows)
+    with pytest.raises(DataError, match=message):
+        train(settings(tmp_path / "x.jsonl", tmp_path / "run"), link)
+    assert not (tmp_path / "run/run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "prompt,completion\nparcel 1:, north\nparcel 2:, south\n"),
+        ("a.jsonl", '{"text": "the north desk"}\n{"text": "the south desk"}'),
+        (
+            "b.jsonl",
+            '{"messages": [{"role": "user", "content": "parcel"}, {"role": "assistant", "content": "north"}]}\n' * 2,
+        ),
+    ],
+)
+def test_every_form_of_data_trains(link: InProcessLink, tmp_path: Path, name: str, content: str) -> None:
+    """CSV, text and chat messages all make a finished run."""
+    (tmp_path / name).write_text(content)
+    options = {"batch_size": 2, "gradient_accumulation_steps": 1}
+    assert train(settings(tmp_path / name, tmp_path / "run", **options), link)["status"] == "finished"
+
+
+def test_only_completions_are_supervised(link: InProcessLink, tmp_path: Path) -> None:
+    """With messages the loss is on the last answer alone: the head ran for its tokens and no others."""
+    answer = "north"
+    rows = [{"messages": [{"role": "user", "content": "x" * 80}, {"role": "assistant", "content": answer}]}] * 2
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    record = train(settings(tmp_path / "a.jsonl", tmp_path / "run", gradient_accumulation_steps=1), link)
+    per_row = 2 * 2 * 300 * 64  # forward and backward of one row of the head
+    assert record["cost"]["head_flops"] / per_row <= 2 * (len(answer) + 4) + 1
+
+
+@pytest.mark.parametrize("overlong", ["drop", "truncate"])
+def test_overlong_rows_can_be_dropped_or_truncated(link: InProcessLink, tmp_path: Path, overlong: str) -> None:
+    """With the option set, long rows cost a warning instead of the run."""
+    rows = [{"prompt": "a" * (40 if n else 4), "completion": " north"} for n in range(6)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {"max_length": 30, "overlong": overlong, "batch_size": 6, "gradient_accumulation_steps": 1}
+    record = train(settings(tmp_path / "a.jsonl", tmp_path / "run", **options), link)
+    assert record["cost"]["tokens"] == (30 * 5 + 11 if overlong == "truncate" else 11)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 0}, "r: got 0"),
+        ({"lora_dropout": 1.0}, "lora_dropout"),
+        ({"epochs": 0.0}, "epochs or max_steps"),
+        ({"early_stopping_patience": 2}, "needs eval_data"),
+        ({"trainer": {"bf16": True}}, "trainer: bf16 cannot be set here"),
+        ({"trainer": {"no_such_thing": 1}}, "no_such_thing"),
+        ({"lr_scheduler_type": "zigzag"}, "zigzag"),
+        ({"target_modules": ["nonsense"]}, "nonsense.* allows: q_proj, k_proj, v_proj, o_proj"),
+        ({"target_modules": ["lm_head"]}, "lm_head"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(
+    link: InProcessLink, data: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """Settings that cannot work are refused with name and value."""
+    with pytest.raises(UsageError, match=message):
+        train(settings(data, tmp_path / "run", **changes), link)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("use_dora", True), ("bias", "all"), ("modules_to_save", ["lm_head"]), ("init_lora_weights", "pissa")],
+)
+def test_unsupported_lora_options_are_refused_by_name(link: InProcessLink, option: str, value: Any) -> None:
+    """What needs the base weights is refused with the option's name, never silently wrong."""
+    from peft import LoraConfig
+
+    with pytest.raises(UsageError, match=f"LoraConfig.{option}"):
+        dlora.get_peft_model(link, LoraConfig(target_modules=["q_proj"], **{option: value}))
+
+
+def test_adapter_that_does_not_fit_is_refused(link: InProcessLink, data: Path, tmp_path: Path) -> None:
+    """Adapter folders that are missing, of other shapes or of other modules are refused with the reason."""
+    with pytest.raises(UsageError, match="holds no adapter"):
+        dlora.load_adapter(link, tmp_path)
+    train(settings(data, tmp_path / "run", max_steps=1), link)
+    config = json.loads((tmp_path / "run/adapter_config.json").read_text())
+    (tmp_path / "run/adapter_config.json").write_text(json.dumps(config | {"r": 3}))
+    with pytest.raises(UsageError, match="does not fit example-org/llama"):
+        dlora.load_adapter(link, tmp_path / "run")
+    (tmp_path / "run/adapter_config.json").write_text(json.dumps(config | {"target_modules": ["o_proj"]}))
+    with pytest.raises(UsageError, match="does not fit example-org/llama"):
+        dlora.load_adapter(link, tmp_path / "run")
+
+
+def cli(*words: str) -> subprocess.CompletedProcess[str]:
+    """`dlora` as a user starts it."""
+    return subprocess.run([sys.executable, "-m", "dlora", *words], capture_output=True, text=True, timeout=120)
+
+
+def test_command_line_trains_from_yaml_and_flags(server: Server, data: Path, tmp_path: Path) -> None:
+    """Settings come from YAML, flags override them, and the result names cost and folder."""
+    file = tmp_path / "run.yaml"
+    file.write_text(f"server: {server.address}\ndata: {data}\noutput: {tmp_path / 'run'}\nmax_steps: 5\nr: 4\n")
+    done = cli("train", "--config", str(file), "--max-steps", "2", "--report_to", "[tensorboard]")
+    assert done.returncode == 0, done.stderr
+    assert "finished after 2 steps" in done.stdout and "MB up" in done.stdout
+    assert "loss" in done.stderr and "tok/s" in done.stderr, "the progress bar"
+    assert json.loads((tmp_path / "run/adapter_config.json").read_text())["r"] == 4
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--server", "127.0.0.1:1"], "no DLoRA server answers at 127.0.0.1:1"),
+        (["--data", "nowhere.jsonl"], "dlora: nowhere.jsonl: no such file"),
+        (["--r", "zero"], "r"),
+        (["--no-such-flag", "1"], "no_such_flag"),
+    ],
+)
+def test_user_errors_are_one_line(
+    server: Server, data: Path, tmp_path: Path, flags: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """User errors end with one line that says what to do, and no traceback."""
+    words = ["train", "--server", server.address, "--data", str(data), "--output", str(tmp_path / "run"), *flags]
+    try:
+        code = main(words)
+    except SystemExit as exit_:
+        code = exit_.code
+    captured = capfd.readouterr()
+    assert code in (1, 2)
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_full_disk_keeps_what_was_saved(server: Server, data: Path, tmp_path: Path) -> None:
+    """When nothing more can be written the run ends with one line, and earlier checkpoints still resume."""
+    words = ["--server", server.address, "--data", str(data), "--output", str(tmp_path / "run"), "--save_steps", "1"]
+    code = f"""
+import resource, signal
+from transformers import TrainerCallback
+from dlora import training
+from dlora.__main__ import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+class Full(TrainerCallback):
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 2:  # from now on no file can grow beyond 1 KiB, as on a full disk
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+build = training._build_trainer
+def wrapped(*args):
+    trainer = build(*args); trainer.add_callback(Full()); return trainer
+training._build_trainer = wrapped
+raise SystemExit(main(["train", *{words!r}, "--max_steps", "4"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr and "File too large" in done.stderr, done.stderr[-2000:]
+    resumed = cli("train", *words, "--max_steps", "4", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    whole = cli("train", *words[:4], "--output", str(tmp_path / "whole"), *words[6:], "--max_steps", "4")
+    assert whole.returncode == 0
+    assert same(tmp_path / "whole", tmp_path / "run")
+
+
+def test_merged_model_has_the_split_models_logits(
+    link: InProcessLink, data: Path, tmp_path: Path, model_folder: Path
+) -> None:
+    """`dlora merge` writes a full model whose logits are those of the split model."""
+    from transformers import AutoModelForCausalLM
+
+    train(settings(data, tmp_path / "run"), link)
+    done = ["--model", str(model_folder), "--adapter", str(tmp_path / "run"), "--output", str(tmp_path / "merged")]
+    assert main(["merge", *done]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    split = dlora.load_adapter(link, tmp_path / "run", is_trainable=False, wire_dtype="fp32")
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(split(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    assert main(["merge", *done]) == 2, "an existing folder is not overwritten"
+
+
+def test_serve_command_stops_cleanly(model_folder: Path) -> None:
+    """`dlora serve` says what it serves and when it is ready, and SIGTERM ends it with code 0."""
+    command = [sys.executable, "-m", "dlora", "serve", "--model", str(model_folder), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        timer = threading.Timer(60, process.kill)
+        timer.start()
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("ready"):
+                process.send_signal(signal.SIGTERM)
+        assert process.wait() == 0, process.stderr.read()
+        timer.cancel()
+    text = "".join(lines)
+    assert "tiny-llama" in text and "21 modules at 12 sites" in text and "stopping" in text

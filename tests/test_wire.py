@@ -1,0 +1,83 @@
+"""Tensors and masks as bytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dlora.errors import WireError
+from dlora.proto import dlora_pb2 as pb
+from dlora.wire import WIRE_DTYPES, decode, encode, pack_mask, unpack_mask
+
+# Largest relative error of one value: half a unit in the last place.
+EPSILON = {"fp32": 0.0, "fp16": 2**-11, "bf16": 2**-8}
+
+
+def test_every_wire_dtype_has_a_codec() -> None:
+    """No dtype of the protocol lacks an encoder and decoder."""
+    known = {value.number for value in pb.DType.DESCRIPTOR.values if value.number}
+    assert set(WIRE_DTYPES.values()) == known
+    for dtype in WIRE_DTYPES.values():
+        assert decode(encode(torch.ones(2), dtype), [2], "ones").tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("name", WIRE_DTYPES)
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (5, 3), (2, 3, 4)])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e9])
+def test_round_trip(name: str, shape: tuple[int, ...], scale: float) -> None:
+    """Any shape survives at any scale, off by at most the dtype's rounding of the largest value."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * scale
+    got = decode(encode(values, WIRE_DTYPES[name]), shape, "values")
+    assert got.shape == values.shape and got.dtype == torch.float32
+    if values.numel():
+        assert (got - values).abs().max() <= EPSILON[name] * values.abs().max()
+
+
+@given(st.lists(st.floats(-(2.0**127), 2.0**127, width=32, allow_subnormal=False), min_size=1, max_size=20))
+@settings(max_examples=100, deadline=None)
+def test_fp16_never_overflows(values: list[float]) -> None:
+    """fp16 with its exponent holds every finite float32 to 2^-11 of the tensor's largest value."""
+    tensor = torch.tensor(values)
+    got = decode(encode(tensor, pb.FP16), [len(values)], "values")
+    assert torch.isfinite(got).all()
+    assert (got.double() - tensor.double()).abs().max() <= 2**-11 * tensor.double().abs().max()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": 9}, "dtype number 9"),
+        ({"dtype": 0}, "dtype number 0"),
+        ({"shape": [3, 2]}, "shape"),
+        ({"shape": [2**31, 2**31]}, "shape"),
+        ({"data": b"123"}, "3 bytes"),
+        ({"data": b""}, "0 bytes"),
+        ({"exponent": 1}, "exponent"),
+        ({"dtype": pb.FP16, "data": b"x" * 12, "exponent": 10_000}, "exponent"),
+    ],
+)
+def test_bytes_that_do_not_fit_are_refused(change: dict, message: str) -> None:
+    """A tensor message whose fields do not fit together raises WireError and says which."""
+    fields = {"dtype": pb.FP32, "shape": [2, 3], "exponent": 0, "data": b"x" * 24} | change
+    with pytest.raises(WireError, match=message):
+        decode(pb.Tensor(**fields), [2, 3], "thing")
+
+
+def test_decoded_tensor_owns_its_memory() -> None:
+    """Writing to a decoded tensor does not write into the message's bytes."""
+    message = encode(torch.zeros(4), pb.FP32)
+    decode(message, [4], "zeros").fill_(7)
+    assert message.data == bytes(16)
+
+
+def test_mask_round_trip_and_refusals() -> None:
+    """Masks survive; a wrong length or value is refused."""
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    assert torch.equal(unpack_mask(pack_mask(mask), 2, 3), mask)
+    assert unpack_mask(pack_mask(None), 2, 3) is None
+    with pytest.raises(WireError, match="want 2 x 4"):
+        unpack_mask(pack_mask(mask), 2, 4)
+    with pytest.raises(WireError, match="value 2"):
+        unpack_mask(b"\x02\x00\x01", 1, 3)
