@@ -183,7 +183,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     special = ["<pad>", "<s>", "</s>"]
     core.train_from_iterator(
         ["the desk of the message"] * 3,
-        trainers.BpeTrainer(vocab_size=VOCAB - 10, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=VOCAB - 10, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     made = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     made.chat_template = (

@@ -236,7 +236,8 @@ class Rows(torch.utils.data.Dataset):
 def assert_same_change(local: torch.nn.Module, split: torch.nn.Module, start: dict[str, torch.Tensor]) -> None:
     """The adapters' changes differ by at most 1e-4 of their norm."""
     want, got = (
-        torch.cat([(p.detach() - start[name]).flatten() for name, p in adapter(model).items()]) for model in (local, split)
+        torch.cat([(p.detach() - start[name]).flatten() for name, p in adapter(model).items()])
+        for model in (local, split)
     )
     assert want.norm() > 1e-3
     assert (got - want).norm() <= 1e-4 * want.norm()
@@ -285,7 +286,11 @@ def test_sft_trainer_trains_the_split_model_unchanged(
             disable_tqdm=True,
         )
         trainer = SFTTrainer(
-            model=model, args=arguments, train_dataset=rows, eval_dataset=rows, processing_class=copy.deepcopy(tokenizer)
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            eval_dataset=rows,
+            processing_class=copy.deepcopy(tokenizer),
         )
         trainer.train()
         trainer.evaluate()

@@ -18,7 +18,7 @@ from dlora.demo import data_file
 from dlora.wire import PROTOCOL_VERSION
 
 SOURCE = Path(dlora.__file__).parent
-CLOUD = {"cloud", "server", "load", "sites"}
+CLOUD = {"cloud", "exchange", "server", "load", "sites"}
 EDGE = {"edge", "micro_batch", "client", "link", "training", "data", "accounting"}
 
 
@@ -93,7 +93,7 @@ def demo_rows(name: str) -> list[tuple[list[str], str]]:
 
 
 def test_demo_data_is_fair() -> None:
-    """Over 300 training and 60 held-out rows, no five words in a row shared, no answer over 20 %, none in its prompt."""
+    """Over 300 training and 60 held-out rows, no five words in a row shared, no answer over 20 %."""
     train, heldout = demo_rows("train.jsonl"), demo_rows("heldout.jsonl")
     assert len(train) >= 300 and len(heldout) >= 60
     for rows in (train, heldout):

@@ -12,9 +12,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings  # type: ignore[attr-defined]
 
-from dlora.errors import DLoRAError, PeerLost, UsageError
+from dlora.errors import DLoRAError, UsageError
 from dlora.settings import DemoSettings, MergeSettings, ServeSettings, TrainSettings
 from dlora.version import __version__
 
@@ -34,7 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     for noisy in ("httpx", "httpcore", "httpx2", "httpcore2", "filelock", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # A log writer's thread that meets a full disk: one line, the run itself decides what follows.
-    threading.excepthook = lambda args: logging.getLogger("dlora").error("%s: %s", args.exc_type.__name__, args.exc_value)
+    threading.excepthook = lambda args: logging.getLogger("dlora").error(
+        "%s: %s", args.exc_type.__name__, args.exc_value
+    )
     if not sys.warnoptions:
         warnings.simplefilter("ignore", FutureWarning)  # peft and transformers talking to each other
     argv = sys.argv[1:] if argv is None else argv
@@ -70,7 +72,9 @@ def _plain_flags(argv: list[str]) -> list[str]:
 
 def _parser() -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="dlora", description="Fine-tune a model in the cloud with data that stays here.", epilog=_EPILOG)
+    parser = ArgumentParser(
+        prog="dlora", description="Fine-tune a model in the cloud with data that stays here.", epilog=_EPILOG
+    )
     parser.add_argument("--version", action="version", version=f"dlora {__version__}")
     commands = parser.add_subcommands(dest="subcommand")
     for name, settings, text in (
@@ -123,13 +127,17 @@ def _serve(values: dict[str, Any]) -> int:
         edge_timeout_s=settings.edge_timeout_s,
     )
     if settings.host not in ("127.0.0.1", "localhost", "::1", "[::1]"):
-        print(f"warning: {settings.host} is not loopback, and nothing is encrypted or authenticated yet", file=sys.stderr)
+        print(
+            f"warning: {settings.host} is not loopback, and nothing is encrypted or authenticated yet", file=sys.stderr
+        )
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     modules = [module for site in cloud.sites for module in site.modules if module.allowed]
     with Server(cloud, loaded.tokenizer, host=settings.host, port=settings.port, options=options) as server:
-        print(f"model      {loaded.model_id}, {settings.dtype} on {settings.device}, fingerprint {cloud.fingerprint[:12]}")
+        print(
+            f"model      {loaded.model_id}, {settings.dtype} on {settings.device}, fingerprint {cloud.fingerprint[:12]}"
+        )
         print(f"adapters   {len(modules)} modules at {len(cloud.sites)} sites may be adapted")
         print(f"memory     {cloud.bytes_per_token / 2**10:.0f} KiB of activations a training token")
         print(f"ready      {server.address}", flush=True)
@@ -166,7 +174,8 @@ def print_result(record: dict[str, Any], output: Path) -> None:
     print(f"{record['status']} after {record['steps']} steps and {record['seconds']:.0f} s: {loss}")
     print(f"traffic    {cost['sent_bytes'] / 1e6:.1f} MB up, {cost['received_bytes'] / 1e6:.1f} MB down, ", end="")
     print(f"{cost['round_trips']} round trips, {cost['retries']} retries")
-    print(f"compute    edge {edge / 1e9:.1f} GFLOP (adapters {cost['adapter_flops'] / 1e9:.1f}), cloud {cloud / 1e9:.1f} GFLOP")
+    adapters = cost["adapter_flops"]
+    print(f"compute    edge {edge / 1e9:.1f} GFLOP (adapters {adapters / 1e9:.1f}), cloud {cloud / 1e9:.1f} GFLOP")
     print(f"adapter    {output}")
     if record["status"] == "interrupted":
         print("continue   the same command with --resume")

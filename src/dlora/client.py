@@ -67,7 +67,7 @@ class GrpcLink:
                 ("grpc.max_reconnect_backoff_ms", 2_000),
             ],
         )
-        self._stub = rpc.DLoRAStub(self._channel)  # type: ignore[no-untyped-call]
+        self._stub = rpc.DLoRAStub(self._channel)
         try:
             request = pb.DescribeRequest(protocol_version=PROTOCOL_VERSION)
             self.description: pb.Description = self._stub.Describe(request, timeout=timeout_s, wait_for_ready=True)
@@ -89,7 +89,9 @@ class GrpcLink:
         infos = sorted(self.description.edge_files, key=lambda info: info.name)
         for info in infos:
             if info.name not in ALLOWED_FILES:
-                raise WireError(f"{self.address} offers a file {info.name[:80]!r}, which is not on the list of edge files")
+                raise WireError(
+                    f"{self.address} offers a file {info.name[:80]!r}, which is not on the list of edge files"
+                )
         digest = hashlib.sha256("".join(f"{info.name} {info.sha256}\n" for info in infos).encode()).hexdigest()
         folder = self.cache / "edge" / digest[:32]
         if not folder.is_dir():

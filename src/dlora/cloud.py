@@ -13,38 +13,26 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from dataclasses import dataclass
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dlora.errors import ModelError, UsageError, WireError
+from dlora.exchange import Pipe, Plan, Step, current_step
 from dlora.proto import dlora_pb2 as pb
 from dlora.sites import Site, attention_flops, forward_flops, trace
 from dlora.wire import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, decode, encode, unpack_mask
 
-__all__ = ["CloudModel", "Limits", "Pipe", "Plan"]
+__all__ = ["CloudModel", "Limits"]
 
 # Largest difference allowed at load between the full model's logits and the split's, as a share
 # of the largest logit. Equal arithmetic gives 0; 1e-4 leaves room for kernels that depend on shape.
 _SPLIT_TOLERANCE: Final = 1e-4
-
-_current = threading.local()  # .step: the micro-batch that this thread computes
-
-
-class Pipe(Protocol):
-    """The edge, as one micro-batch sees it."""
-
-    def send(self, frame: pb.CloudFrame) -> None:
-        """Queue a frame for the edge."""
-
-    def receive(self) -> pb.EdgeFrame:
-        """Wait for the edge's next frame. Raises PeerLost when it is gone or too slow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,29 +46,6 @@ class Limits:
     max_message_bytes: int = MAX_MESSAGE_BYTES
     max_inflight_bytes: int = 8 * 2**30
     """Activations held for all micro-batches in flight."""
-
-
-@dataclass(kw_only=True)
-class Plan:
-    """A checked `Begin`: everything a micro-batch needs, nothing that is not validated."""
-
-    dtype: pb.DType
-    training: bool
-    batch: int
-    length: int
-    mask_BT: Tensor | None
-    position_ids_BT: Tensor | None
-    rows_N: Tensor | None
-    """Flat positions of the rows that travel; None: all of them."""
-    keep: Tensor
-    active: tuple[tuple[Site, tuple[int, ...]], ...]
-    embeddings: pb.Tensor
-    cost_bytes: int = field(default=0)
-
-    @property
-    def num_rows(self) -> int:
-        """N: the rows that travel in every tensor but the last hidden states."""
-        return self.batch * self.length if self.rows_N is None else len(self.rows_N)
 
 
 class CloudModel:
@@ -131,6 +96,8 @@ class CloudModel:
         )
         self.sites = found.sites
         self.unusable = found.unusable
+        # Modules outside the layers, such as OPT's projections of the embedding, have layer -1.
+        self.layers = sorted({module.layer for site in self.sites for module in site.modules} - {-1})
         self._install_hooks()
         self.hidden_width = self._check_split(ids_BT)
         self.bytes_per_token, self.bytes_per_token_squared = self._measure_cost()
@@ -238,7 +205,9 @@ class CloudModel:
             previous = entry.site
             site, modules = self.sites[entry.site], tuple(entry.modules)
             if not modules or sorted(set(modules)) != list(modules) or modules[-1] >= len(site.modules):
-                raise WireError(f"site {entry.site}: got modules {modules[:8]}, want ascending, 1 to {len(site.modules)}")
+                raise WireError(
+                    f"site {entry.site}: got modules {modules[:8]}, want ascending, 1 to {len(site.modules)}"
+                )
             for index in modules:
                 if not site.modules[index].allowed:
                     raise UsageError(f"this server does not allow adapters on {site.modules[index].name}")
@@ -250,15 +219,9 @@ class CloudModel:
 
         Raises PeerLost if the edge goes away, WireError if it sends what does not fit.
         """
-        step = _Step(self, plan, pipe)
-        _current.step = step
-        try:
-            # On CUDA autograd would otherwise run backward on one thread a device, where a wait
-            # for one edge blocks all others.
-            with torch.autograd.set_multithreading_enabled(False):
-                step.run()
-        finally:
-            _current.step = None
+        Step(self.decoder, self.embedding.weight, plan, pipe).run()
+        forward, backward = self.flops(plan)
+        pipe.send(pb.CloudFrame(done=pb.Done(forward_flops=forward, backward_flops=backward)))
 
     def flops(self, plan: Plan) -> tuple[int, int]:
         """(forward, backward) matmul FLOPs in the cloud of one micro-batch.
@@ -267,9 +230,8 @@ class CloudModel:
         weights are frozen. Attention counts densely, its backward as twice its forward.
         """
         tokens = plan.batch * plan.length
-        layers = sorted({module.layer for site in self.sites for module in site.modules})
         attention = attention_flops(self.model.config, plan.batch, plan.length)
-        forward = forward_flops(self.sites, tokens) + attention * len(layers)
+        forward = forward_flops(self.sites, tokens) + attention * len(self.layers)
         if not (plan.training and plan.active):
             return forward, 0
         lowest = plan.active[0][0]
@@ -277,14 +239,13 @@ class CloudModel:
         layer = lowest.modules[0].layer
         # The first site of a layer feeds its attention; from any later one attention gets no gradient.
         reads_layer_input = all(site.modules[0].layer != layer for site in self.sites[: lowest.index])
-        num_attention = sum(1 for one in layers if one > layer or (one == layer and reads_layer_input))
+        num_attention = sum(1 for one in self.layers if one > layer or (one == layer and reads_layer_input))
         return forward, forward_flops(above, tokens) + 2 * attention * num_attention
 
     def _cost_bytes(self, batch: int, length: int, training: bool) -> int:
         cost = batch * (self.bytes_per_token * length + self.bytes_per_token_squared * length * length)
         # Without backward only a layer's own tensors live at once.
-        num_layers = max(1, len({module.layer for site in self.sites for module in site.modules}))
-        return int(cost if training else 2 * cost / num_layers)
+        return int(cost if training else 2 * cost / max(1, len(self.layers)))
 
     # ----------------------------------------------------------------- set-up
 
@@ -293,11 +254,8 @@ class CloudModel:
             for index, info in enumerate(site.modules):
                 module = self.model.get_submodule(info.name)
 
-                def before(
-                    module: nn.Module, args: tuple[Tensor], site: int = site.index, index: int = index
-                ) -> None:
-                    step: _Step | None = getattr(_current, "step", None)
-                    if step is not None:
+                def before(module: nn.Module, args: tuple[Tensor], site: int = site.index, index: int = index) -> None:
+                    if (step := current_step()) is not None:
                         step.before(site, index, args[0])
 
                 def after(
@@ -307,7 +265,7 @@ class CloudModel:
                     site: int = site.index,
                     index: int = index,
                 ) -> Tensor:
-                    step: _Step | None = getattr(_current, "step", None)
+                    step = current_step()
                     return output if step is None else step.after(site, index, output)
 
                 module.register_forward_pre_hook(before)
@@ -389,147 +347,6 @@ class CloudModel:
         return max(s0 / t0, s1 / t1) - b * (t0 if s0 / t0 > s1 / t1 else t1), b
 
 
-class _Step:
-    """One micro-batch in the cloud: the forward, the backward, and the exchanges between."""
-
-    def __init__(self, cloud: CloudModel, plan: Plan, pipe: Pipe) -> None:
-        self.cloud, self.plan, self.pipe = cloud, plan, pipe
-        self.modules = {site.index: modules for site, modules in plan.active}
-        self.sites = {site.index: site for site, _ in plan.active}
-        self.tokens: dict[int, Tensor] = {}
-        self.deltas: dict[int, tuple[Tensor, ...]] = {}
-        # Frozen weights ask for no gradient: the lowest exchange needs an input that does.
-        self.anchor = torch.zeros((), device=cloud.device, requires_grad=plan.training)
-
-    def run(self) -> None:
-        plan, cloud = self.plan, self.cloud
-        embeddings = decode(plan.embeddings, (plan.num_rows, cloud.embedding.weight.shape[1]), "embeddings")
-        inputs: dict[str, Any] = {"inputs_embeds": self._scatter(embeddings.to(cloud.embedding.weight.dtype))}
-        if plan.mask_BT is not None:
-            inputs["attention_mask"] = plan.mask_BT
-        if plan.position_ids_BT is not None:
-            inputs["position_ids"] = plan.position_ids_BT
-        training = plan.training and bool(plan.active)
-        with torch.set_grad_enabled(training):
-            hidden_BTD = cloud.decoder(**inputs, use_cache=False).last_hidden_state
-            hidden = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[plan.keep]
-        self.pipe.send(pb.CloudFrame(hidden=pb.Hidden(hidden=encode(hidden, plan.dtype))))
-        if training:
-            del hidden_BTD, inputs
-            message = self._receive("hidden_grad").grad
-            grad = decode(message, tuple(hidden.shape), "gradient of the last hidden states")
-            hidden.backward(grad.to(hidden))
-        forward, backward = cloud.flops(plan)
-        self.pipe.send(pb.CloudFrame(done=pb.Done(forward_flops=forward, backward_flops=backward)))
-
-    def before(self, site: int, index: int, x: Tensor) -> None:
-        """Before an active site's first module: x leaves, while the base layer goes on computing."""
-        if self.modules.get(site, (-1,))[0] == index:
-            self.tokens[site] = _Ask.apply(x, self.anchor, self, site)
-
-    def after(self, site: int, index: int, output: Tensor) -> Tensor:
-        """After a module: its base output plus its delta, in the base output's dtype as peft has it."""
-        modules = self.modules.get(site, ())
-        if index not in modules:
-            return output
-        if site not in self.deltas:
-            self.deltas[site] = _Answer.apply(self.tokens.pop(site), self, site)
-        delta = self.deltas[site][modules.index(index)]
-        if index == modules[-1]:
-            del self.deltas[site]
-        return (output + delta.view_as(output)).to(output.dtype)
-
-    # The four halves of an exchange, called by the autograd functions below.
-
-    def send_input(self, site: int, x: Tensor, wants_grad: bool) -> None:
-        x_ND = encode(self._gather(x), self.plan.dtype)
-        self.pipe.send(pb.CloudFrame(input=pb.SiteInput(site=site, x=x_ND, wants_input_grad=wants_grad)))
-
-    def receive_deltas(self, site: int) -> tuple[Tensor, ...]:
-        message = self._receive("deltas")
-        modules = self._check_site(message, site)
-        if len(message.deltas) != len(modules):
-            raise WireError(f"site {site}: got {len(message.deltas)} deltas, want {len(modules)}")
-        return tuple(
-            self._scatter(decode(delta, (self.plan.num_rows, self._width(site, module)), f"delta at site {site}"))
-            for delta, module in zip(message.deltas, modules, strict=True)
-        )
-
-    def send_delta_grads(self, site: int, grads: tuple[Tensor, ...]) -> None:
-        messages = [encode(self._gather(grad), self.plan.dtype) for grad in grads]
-        self.pipe.send(pb.CloudFrame(delta_grads=pb.DeltaGrads(site=site, grads=messages)))
-
-    def receive_input_grad(self, site: int, like: Tensor) -> Tensor:
-        message = self._receive("input_grad")
-        self._check_site(message, site)
-        shape = (self.plan.num_rows, self.sites[site].in_features)
-        return self._scatter(decode(message.grad, shape, f"input gradient at site {site}")).view_as(like).to(like.dtype)
-
-    def _receive(self, kind: str) -> Any:
-        frame = self.pipe.receive()
-        if frame.WhichOneof("kind") != kind:
-            raise WireError(f"got frame {frame.WhichOneof('kind')!r}, want {kind!r}")
-        return getattr(frame, kind)
-
-    def _check_site(self, message: Any, site: int) -> tuple[int, ...]:
-        if message.site != site:
-            raise WireError(f"got an answer for site {message.site}, want {site}")
-        return self.modules[site]
-
-    def _width(self, site: int, module: int) -> int:
-        return self.sites[site].modules[module].out_features
-
-    def _gather(self, x: Tensor) -> Tensor:
-        """[B, T, D] or [B * T, D] -> [N, D]."""
-        flat = x.reshape(-1, x.shape[-1])
-        return flat if self.plan.rows_N is None else flat[self.plan.rows_N]
-
-    def _scatter(self, rows: Tensor) -> Tensor:
-        """[N, D] -> [B, T, D], zero where no row travelled."""
-        plan = self.plan
-        rows = rows.to(self.cloud.device)
-        if plan.rows_N is not None:
-            full = rows.new_zeros(plan.batch * plan.length, rows.shape[1])
-            full[plan.rows_N] = rows
-            rows = full
-        return rows.view(plan.batch, plan.length, -1)
-
-
-class _Ask(torch.autograd.Function):
-    """First half of an exchange: x leaves in forward, its gradient comes back in backward.
-
-    Split from `_Answer` so that base layers between the two run while the edge works, in both
-    directions: autograd runs nodes in reverse order of creation.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, step: _Step, site: int) -> Tensor:
-        ctx.step, ctx.site, ctx.x = step, site, torch.empty_like(x, device="meta")
-        step.send_input(site, x, ctx.needs_input_grad[0])
-        return anchor.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, None, None, None]:
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None
-        grad = ctx.step.receive_input_grad(ctx.site, ctx.x)
-        return grad, None, None, None
-
-
-class _Answer(torch.autograd.Function):
-    """Second half: deltas arrive in forward, their gradients leave in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, token: Tensor, step: _Step, site: int) -> tuple[Tensor, ...]:
-        ctx.step, ctx.site, ctx.token = step, site, token
-        return step.receive_deltas(site)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        ctx.step.send_delta_grads(ctx.site, grads)
-        return torch.zeros_like(ctx.token), None, None
-
-
 class _ZeroEdge:
     """An edge whose adapters are all zero: for the checks and measurements at load."""
 
@@ -554,7 +371,9 @@ class _ZeroEdge:
     def receive(self) -> pb.EdgeFrame:
         frame = self.answers.pop(0)
         if frame.WhichOneof("kind") == "deltas":
-            step: _Step = _current.step
+            step = current_step()
+            if step is None:
+                raise AssertionError("deltas are asked for inside a step")
             site = frame.deltas.site
             for module in step.modules[site]:
                 zeros = torch.zeros(step.plan.num_rows, step.sites[site].modules[module].out_features)

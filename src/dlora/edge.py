@@ -164,7 +164,7 @@ class SplitModel(PeftModelForCausalLM):
         )
         micro_batch = MicroBatch(self.link, self.retry, self.meter, begin, sites, embeddings_BTD.device)
         if begin.training:
-            kept_KD = SplitForward.apply(micro_batch, *parameters)
+            kept_KD = SplitForward.apply(micro_batch, *parameters)  # type: ignore[no-untyped-call]
         else:
             kept_KD = micro_batch.forward()
         kept_KD = kept_KD.to(embeddings_BTD.dtype)
@@ -307,7 +307,7 @@ def _checked(config: LoraConfig) -> LoraConfig:
         value = getattr(config, option.name)
         if option.name not in _SUPPORTED_OPTIONS and value and value != getattr(plain, option.name):
             raise UsageError(
-                f"LoraConfig.{option.name}={value!r} is not supported: the edge computes B(A(x)) and has no base weights"
+                f"LoraConfig.{option.name}={value!r} is not supported: the edge has no base weights, only B(A(x))"
             )
     if config.init_lora_weights not in _SUPPORTED_INITS:
         raise UsageError(
@@ -365,7 +365,9 @@ def _fill(module: nn.Module, weights: Mapping[str, Tensor], prefix: str, skip: t
 
 def _drop_decoder_weights(model: SplitModel, base: PreTrainedModel) -> None:
     """Replace the stand-ins by empty tensors: moving the model to a device then moves nothing."""
-    held = {id(p) for module in (base.get_input_embeddings(), base.get_output_embeddings()) for p in module.parameters()}
+    held = {
+        id(p) for module in (base.get_input_embeddings(), base.get_output_embeddings()) for p in module.parameters()
+    }
     for module in base.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in held and parameter.numel() and parameter.untyped_storage().nbytes() < 16:
@@ -380,11 +382,7 @@ def _decoder(base: PreTrainedModel) -> nn.Module:
 
 def _match_sites(model: SplitModel, description: pb.Description) -> tuple[ActiveSite, ...]:
     """Pair every LoRA layer with the cloud's sites. Raises UsageError for layers the cloud cannot serve."""
-    layers = {
-        name: module
-        for name, module in model.get_base_model().named_modules()
-        if isinstance(module, LoraLayer)
-    }
+    layers = {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
     sites = []
     for index, site in enumerate(description.sites):
         modules = [i for i, module in enumerate(site.modules) if module.name in layers]
@@ -413,7 +411,9 @@ def _match_sites(model: SplitModel, description: pb.Description) -> tuple[Active
 
 def _allowed_names(description: pb.Description) -> str:
     """The last parts of the names of all modules that may be targeted."""
-    names = {module.name.rpartition(".")[2]: None for site in description.sites for module in site.modules if module.allowed}
+    names = {
+        module.name.rpartition(".")[2]: None for site in description.sites for module in site.modules if module.allowed
+    }
     return ", ".join(names) or "none"
 
 

@@ -60,7 +60,7 @@ def load_model(
         raise UsageError(f"no such folder: {source}")
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], trust_remote_code=False)
-    except (OSError, ValueError, KeyError, EnvironmentError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load model {name!r}: {_first_line(error)}") from error
     try:
         model = model.to(device)

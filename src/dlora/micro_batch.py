@@ -245,7 +245,6 @@ class MicroBatch:
         return values
 
     def _send(self, frame: pb.EdgeFrame) -> None:
-        assert self.stream is not None
         size = frame.ByteSize()
         limit = self.link.description.limits.max_message_bytes
         if size > limit:
@@ -254,19 +253,23 @@ class MicroBatch:
                 "use a smaller batch or shorter sequences"
             )
         self.meter.sent_bytes += size
-        self.stream.send(frame)
+        self._open_stream().send(frame)
 
     def _receive(self) -> pb.CloudFrame:
-        assert self.stream is not None
         start = time.perf_counter()
         try:
-            frame = self.stream.receive()
+            frame = self._open_stream().receive()
         finally:
             self.meter.wait_s += time.perf_counter() - start
         self.meter.received_bytes += frame.ByteSize()
         if frame.WhichOneof("kind") != "done":  # comes with what went before: no trip of its own
             self.meter.round_trips += 1
         return frame
+
+    def _open_stream(self) -> Stream:
+        if self.stream is None:
+            raise PeerLost("the stream of this micro-batch is closed")
+        return self.stream
 
     def _lost(self, error: PeerLost) -> None:
         self.close()

@@ -23,9 +23,10 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from transformers import PreTrainedTokenizerBase
 
-from dlora.cloud import CloudModel, Plan
+from dlora.cloud import CloudModel
 from dlora.edge_files import describe_files, write_edge_files
 from dlora.errors import ModelError, PeerLost, UsageError, WireError
+from dlora.exchange import Plan
 from dlora.proto import dlora_pb2 as pb
 from dlora.proto import dlora_pb2_grpc as rpc
 from dlora.wire import PROTOCOL_VERSION, RETRY_AFTER_KEY, channel_options

@@ -102,7 +102,14 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work, all checks here and nowhere else."""
-        for name in ("r", "batch_size", "gradient_accumulation_steps", "eval_batch_size", "max_length", "logging_steps"):
+        for name in (
+            "r",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "eval_batch_size",
+            "max_length",
+            "logging_steps",
+        ):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: got {getattr(self, name)}, want at least 1")
         for name in ("eval_steps", "save_steps", "early_stopping_patience"):

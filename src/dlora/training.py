@@ -1,8 +1,8 @@
 """A training run: settings in, adapter folder and run.json out, on trl's SFTTrainer.
 
-    output/adapter_config.json, adapter_model.safetensors   the adapter, as peft writes it
-    output/run.json                                          settings, versions, costs, how it ended
-    output/checkpoints/checkpoint-N/                         what --resume continues from
+output/adapter_config.json, adapter_model.safetensors   the adapter, as peft writes it
+output/run.json                                          settings, versions, costs, how it ended
+output/checkpoints/checkpoint-N/                         what --resume continues from
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def train(settings: TrainSettings, link: Link) -> dict[str, Any]:
     return record
 
 
-class SplitTrainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
+class SplitTrainer(SFTTrainer):
     """SFTTrainer whose log records also say what the split costs."""
 
     accounting: AccountingCallback | None = None
@@ -103,7 +103,7 @@ class SplitTrainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
         super().log(logs, start_time)
 
 
-class AccountingCallback(TrainerCallback):  # type: ignore[misc]
+class AccountingCallback(TrainerCallback):
     """Meters per log record and in checkpoints. `total` spans all parts of a resumed run."""
 
     def __init__(self, meter: Meter) -> None:
@@ -145,10 +145,12 @@ class AccountingCallback(TrainerCallback):  # type: ignore[misc]
         _write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / _METER_FILE, asdict(self.total))
 
 
-class _Progress(ProgressCallback):  # type: ignore[misc]
+class _Progress(ProgressCallback):
     """The trainer's bar, with the last record behind it instead of a line for each."""
 
-    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
         if self.training_bar is None or logs is None:
             return
         if "loss" in logs:
@@ -160,7 +162,7 @@ class _Progress(ProgressCallback):  # type: ignore[misc]
             self.training_bar.write(f"step {state.global_step}: eval loss {float(logs['eval_loss']):.4f}")
 
 
-class _StopOnSignal(TrainerCallback):  # type: ignore[misc]
+class _StopOnSignal(TrainerCallback):
     """After a signal: save at the end of the step, then stop."""
 
     def __init__(self) -> None:
@@ -172,7 +174,7 @@ class _StopOnSignal(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
 
 
-class _StopOnDivergence(TrainerCallback):  # type: ignore[misc]
+class _StopOnDivergence(TrainerCallback):
     """Refuse an update with gradients that are not finite: the adapter stays as it was."""
 
     def on_pre_optimizer_step(
@@ -229,9 +231,7 @@ def _build_model(settings: TrainSettings, link: Link) -> SplitModel:
     return model
 
 
-def _build_trainer(
-    settings: TrainSettings, model: SplitModel, tokenizer: PreTrainedTokenizerBase
-) -> SplitTrainer:
+def _build_trainer(settings: TrainSettings, model: SplitModel, tokenizer: PreTrainedTokenizerBase) -> SplitTrainer:
     rows, origins = load_rows(settings.data)
     eval_rows, eval_origins = load_rows(settings.eval_data) if settings.eval_data else (None, [])
     try:
@@ -316,9 +316,13 @@ def _fit_length(rows: Dataset, origins: list[str], settings: TrainSettings) -> D
             f"{len(rows)} rows are longer (the longest has {max(lengths)} tokens). Raise max_length, or set overlong "
             "to drop or truncate."
         )
-    log.warning("%d of %d rows are over max_length %d: %s", len(over), len(rows), settings.max_length, settings.overlong)
+    log.warning(
+        "%d of %d rows are over max_length %d: %s", len(over), len(rows), settings.max_length, settings.overlong
+    )
     if settings.overlong == "truncate":
-        columns = [name for name in ("input_ids", "completion_mask", "assistant_masks", "labels") if name in rows.column_names]
+        columns = [
+            name for name in ("input_ids", "completion_mask", "assistant_masks", "labels") if name in rows.column_names
+        ]
         limit = settings.max_length
         rows = rows.map(lambda row: {name: row[name][:limit] for name in columns}, desc="Truncating")
         if "completion_mask" in columns and (empty := sum(not any(mask) for mask in rows["completion_mask"])):

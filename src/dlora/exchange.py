@@ -1,0 +1,213 @@
+"""One micro-batch in the cloud: forward, backward, and an exchange with the edge at every active site.
+
+Shapes: B batch, T tokens, N rows that travel, K kept rows, D width of a site's input, O of an output.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dlora.errors import WireError
+from dlora.proto import dlora_pb2 as pb
+from dlora.sites import Site
+from dlora.wire import decode, encode
+
+__all__ = ["Pipe", "Plan", "Step", "current_step"]
+
+_thread = threading.local()
+
+
+def current_step() -> Step | None:
+    """The micro-batch that this thread computes: hooks are shared by all of them."""
+    step: Step | None = getattr(_thread, "step", None)
+    return step
+
+
+class Pipe(Protocol):
+    """The edge, as one micro-batch sees it."""
+
+    def send(self, frame: pb.CloudFrame) -> None:
+        """Queue a frame for the edge."""
+
+    def receive(self) -> pb.EdgeFrame:
+        """Wait for the edge's next frame. Raises PeerLost when it is gone or too slow."""
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """A checked `Begin`: everything a micro-batch needs, nothing that is not validated."""
+
+    dtype: pb.DType
+    training: bool
+    batch: int
+    length: int
+    mask_BT: Tensor | None
+    position_ids_BT: Tensor | None
+    rows_N: Tensor | None
+    """Flat positions of the rows that travel; None: all of them."""
+    keep: Tensor
+    active: tuple[tuple[Site, tuple[int, ...]], ...]
+    embeddings: pb.Tensor
+    cost_bytes: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        """N: the rows that travel in every tensor but the last hidden states."""
+        return self.batch * self.length if self.rows_N is None else len(self.rows_N)
+
+
+class Step:
+    """One micro-batch in the cloud: the forward, the backward, and the exchanges between."""
+
+    def __init__(self, decoder: nn.Module, embedding: Tensor, plan: Plan, pipe: Pipe) -> None:
+        self.decoder, self.plan, self.pipe = decoder, plan, pipe
+        self.embedding = embedding  # its width, dtype and device are those of what goes into the decoder
+        self.modules = {site.index: modules for site, modules in plan.active}
+        self.sites = {site.index: site for site, _ in plan.active}
+        self.tokens: dict[int, Tensor] = {}
+        self.deltas: dict[int, tuple[Tensor, ...]] = {}
+        # Frozen weights ask for no gradient: the lowest exchange needs an input that does.
+        self.anchor = torch.zeros((), device=embedding.device, requires_grad=plan.training)
+
+    def run(self) -> None:
+        """Forward and, in training, backward. Raises WireError for frames that do not fit."""
+        _thread.step = self
+        try:
+            # On CUDA autograd would otherwise run backward on one thread a device, where a wait
+            # for one edge blocks all others.
+            with torch.autograd.set_multithreading_enabled(False):
+                self._run()
+        finally:
+            _thread.step = None
+
+    def _run(self) -> None:
+        plan = self.plan
+        embeddings = decode(plan.embeddings, (plan.num_rows, self.embedding.shape[1]), "embeddings")
+        inputs: dict[str, Any] = {"inputs_embeds": self._scatter(embeddings.to(self.embedding.dtype))}
+        if plan.mask_BT is not None:
+            inputs["attention_mask"] = plan.mask_BT
+        if plan.position_ids_BT is not None:
+            inputs["position_ids"] = plan.position_ids_BT
+        training = plan.training and bool(plan.active)
+        with torch.set_grad_enabled(training):
+            hidden_BTD = self.decoder(**inputs, use_cache=False).last_hidden_state
+            hidden = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[plan.keep]
+        self.pipe.send(pb.CloudFrame(hidden=pb.Hidden(hidden=encode(hidden, plan.dtype))))
+        if training:
+            del hidden_BTD, inputs
+            message = self._receive("hidden_grad").grad
+            grad = decode(message, tuple(hidden.shape), "gradient of the last hidden states")
+            hidden.backward(grad.to(hidden))
+
+    def before(self, site: int, index: int, x: Tensor) -> None:
+        """Before an active site's first module: x leaves, while the base layer goes on computing."""
+        if self.modules.get(site, (-1,))[0] == index:
+            self.tokens[site] = _Ask.apply(x, self.anchor, self, site)  # type: ignore[no-untyped-call]
+
+    def after(self, site: int, index: int, output: Tensor) -> Tensor:
+        """After a module: its base output plus its delta, in the base output's dtype as peft has it."""
+        modules = self.modules.get(site, ())
+        if index not in modules:
+            return output
+        if site not in self.deltas:
+            token = self.tokens.pop(site)
+            self.deltas[site] = _Answer.apply(token, self, site)  # type: ignore[no-untyped-call]
+        delta = self.deltas[site][modules.index(index)]
+        if index == modules[-1]:
+            del self.deltas[site]
+        return (output + delta.view_as(output)).to(output.dtype)
+
+    # The four halves of an exchange, called by the autograd functions below.
+
+    def send_input(self, site: int, x: Tensor, wants_grad: bool) -> None:
+        x_ND = encode(self._gather(x), self.plan.dtype)
+        self.pipe.send(pb.CloudFrame(input=pb.SiteInput(site=site, x=x_ND, wants_input_grad=wants_grad)))
+
+    def receive_deltas(self, site: int) -> tuple[Tensor, ...]:
+        message = self._receive("deltas")
+        modules = self._check_site(message, site)
+        if len(message.deltas) != len(modules):
+            raise WireError(f"site {site}: got {len(message.deltas)} deltas, want {len(modules)}")
+        return tuple(
+            self._scatter(decode(delta, (self.plan.num_rows, self._width(site, module)), f"delta at site {site}"))
+            for delta, module in zip(message.deltas, modules, strict=True)
+        )
+
+    def send_delta_grads(self, site: int, grads: tuple[Tensor, ...]) -> None:
+        messages = [encode(self._gather(grad), self.plan.dtype) for grad in grads]
+        self.pipe.send(pb.CloudFrame(delta_grads=pb.DeltaGrads(site=site, grads=messages)))
+
+    def receive_input_grad(self, site: int, like: Tensor) -> Tensor:
+        message = self._receive("input_grad")
+        self._check_site(message, site)
+        shape = (self.plan.num_rows, self.sites[site].in_features)
+        return self._scatter(decode(message.grad, shape, f"input gradient at site {site}")).view_as(like).to(like.dtype)
+
+    def _receive(self, kind: str) -> Any:
+        frame = self.pipe.receive()
+        if frame.WhichOneof("kind") != kind:
+            raise WireError(f"got frame {frame.WhichOneof('kind')!r}, want {kind!r}")
+        return getattr(frame, kind)
+
+    def _check_site(self, message: Any, site: int) -> tuple[int, ...]:
+        if message.site != site:
+            raise WireError(f"got an answer for site {message.site}, want {site}")
+        return self.modules[site]
+
+    def _width(self, site: int, module: int) -> int:
+        return self.sites[site].modules[module].out_features
+
+    def _gather(self, x: Tensor) -> Tensor:
+        """[B, T, D] or [B * T, D] -> [N, D]."""
+        flat = x.reshape(-1, x.shape[-1])
+        return flat if self.plan.rows_N is None else flat[self.plan.rows_N]
+
+    def _scatter(self, rows: Tensor) -> Tensor:
+        """[N, D] -> [B, T, D], zero where no row travelled."""
+        plan = self.plan
+        rows = rows.to(self.embedding.device)
+        if plan.rows_N is not None:
+            full = rows.new_zeros(plan.batch * plan.length, rows.shape[1])
+            full[plan.rows_N] = rows
+            rows = full
+        return rows.view(plan.batch, plan.length, -1)
+
+
+class _Ask(torch.autograd.Function):
+    """First half of an exchange: x leaves in forward, its gradient comes back in backward.
+
+    Split from `_Answer` so that base layers between the two run while the edge works, in both
+    directions: autograd runs nodes in reverse order of creation.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, step: Step, site: int) -> Tensor:
+        ctx.step, ctx.site, ctx.x = step, site, torch.empty_like(x, device="meta")
+        step.send_input(site, x, ctx.needs_input_grad[0])
+        return anchor.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, None, None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        grad = ctx.step.receive_input_grad(ctx.site, ctx.x)
+        return grad, None, None, None
+
+
+class _Answer(torch.autograd.Function):
+    """Second half: deltas arrive in forward, their gradients leave in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, step: Step, site: int) -> tuple[Tensor, ...]:
+        ctx.step, ctx.site, ctx.token = step, site, token
+        return step.receive_deltas(site)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        ctx.step.send_delta_grads(ctx.site, grads)
+        return torch.zeros_like(ctx.token), None, None
