@@ -34,7 +34,7 @@ CONFIG = {
     "target_modules": ["q_proj", "k_proj", "v_proj"],
     "wire_dtype": "fp16",
     "compute_dtype": "fp32",
-    "steps": 5,
+    "steps": 4,
     "rounds": 3,
     "seed": 0,
 }

@@ -6,6 +6,7 @@ Shapes: N rows that travel (attended tokens), K kept rows of the last hidden sta
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from dlora.accounting import Meter, adapter_flops
 from dlora.errors import PeerError, PeerLost, WireError
 from dlora.link import Link, RetryPolicy, Stream
 from dlora.proto import dlora_pb2 as pb
-from dlora.wire import decode, encode
+from dlora.wire import decode, encode, largest
 
 __all__ = ["ActiveSite", "MicroBatch", "SplitForward"]
 
@@ -237,7 +238,7 @@ class MicroBatch:
 
     def _decode(self, message: pb.Tensor, shape: tuple[int, ...], what: str) -> Tensor:
         values = decode(message, shape, what).to(self.device)
-        if not torch.isfinite(values).all():
+        if not math.isfinite(largest(values)):
             raise PeerError(
                 f"{what}: the cloud sent values that are not finite. The adapter is unchanged. Try wire dtype fp32 or "
                 "bf16, a lower learning rate, or another server."

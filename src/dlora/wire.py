@@ -6,7 +6,6 @@ Shapes: N rows (attended tokens), D width.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Final
 
@@ -57,20 +56,28 @@ def encode(tensor: Tensor, dtype: pb.DType) -> pb.Tensor:
     """
     tensor = tensor.detach()
     exponent = 0
-    if dtype == pb.FP16:
-        tensor, exponent = _scale_for_fp16(tensor)
+    if dtype == pb.FP16 and (exponent := _fp16_exponent(tensor)):
+        tensor = tensor.float() * 2.0**-exponent
     values = tensor.to(device="cpu", dtype=_TORCH_DTYPES[dtype]).contiguous()
     if dtype != pb.FP32:
         values = values.view(torch.int16)
     return pb.Tensor(dtype=dtype, shape=list(tensor.shape), exponent=exponent, data=values.numpy().tobytes())
 
 
-def _scale_for_fp16(tensor: Tensor) -> tuple[Tensor, int]:
-    top = tensor.abs().max().item() if tensor.numel() else 0.0
-    if top == 0.0 or not math.isfinite(top):  # not finite: let the receiver see it
-        return tensor, 0
-    exponent = max(-120, math.frexp(top)[1] - _FP16_TOP)  # 2^120 is still a float32
-    return tensor.float() * 2.0**-exponent, exponent
+def largest(tensor: Tensor) -> float:
+    """The largest absolute value; 0 for an empty tensor, NaN or infinity where there is one."""
+    if not tensor.numel():
+        return 0.0
+    low, high = torch.aminmax(tensor)  # one pass and no copy, unlike isfinite or abs
+    return max(-low.item(), high.item())
+
+
+def _fp16_exponent(tensor: Tensor) -> int:
+    top = largest(tensor)
+    # Well inside fp16's range scaling gains nothing. Not finite: let the receiver see it.
+    if 1.0 <= top < 2.0**_FP16_TOP or top == 0.0 or not math.isfinite(top):
+        return 0
+    return max(-120, math.frexp(top)[1] - _FP16_TOP)  # 2^120 is still a float32
 
 
 def decode(message: pb.Tensor, shape: Sequence[int], what: str) -> Tensor:
@@ -85,17 +92,14 @@ def decode(message: pb.Tensor, shape: Sequence[int], what: str) -> Tensor:
         raise WireError(f"{what}: got shape {list(message.shape)[:8]}, want {list(shape)}")
     dtype = _TORCH_DTYPES[message.dtype]
     need = math.prod(shape) * dtype.itemsize
-    if len(message.data) != need:
-        raise WireError(f"{what}: got {len(message.data)} bytes, shape {list(shape)} in {dtype} needs {need}")
+    data = message.data  # a copy, each time it is asked for
+    if len(data) != need:
+        raise WireError(f"{what}: got {len(data)} bytes, shape {list(shape)} in {dtype} needs {need}")
     if message.exponent and (message.dtype != pb.FP16 or abs(message.exponent) > 200):
         raise WireError(f"{what}: got exponent {message.exponent}, want 0, or within 200 for fp16")
     if need == 0:
         return torch.zeros(*shape)
-    with warnings.catch_warnings():
-        # The bytes are read-only; the copy below is what leaves this function.
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        values = torch.frombuffer(message.data, dtype=dtype).view(*shape)
-    values = values.clone() if dtype == torch.float32 else values.float()
+    values = torch.frombuffer(bytearray(data), dtype=dtype).view(*shape).float()
     return values.mul_(2.0**message.exponent) if message.exponent else values
 
 
