@@ -4,8 +4,8 @@
     python benchmarks/local_vs_split.py table    # the tables of docs/benchmarks.md
 
 Both halves of the split run on this machine, in two processes over a loopback socket. Arms
-take turns, each in a fresh process, so that drift of the machine hits all of them. The first
-step of each turn is not counted.
+take turns, each in a fresh process, so that drift of the machine hits all of them; threads are
+bound to cores in all of them. The first step of each turn is not counted.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def arm(kind: str, head: str, address: str) -> dict[str, Any]:
 
 def run() -> None:
     """All turns, in turn; write the result file."""
-    from dlora.demo import serving
+    from dlora.demo import SHARED_CORES, serving
 
     turns = []
     with serving(CONFIG["model"]) as address:
@@ -123,7 +123,7 @@ def run() -> None:
             for head in HEADS:
                 for kind in ("local", "split"):
                     command = [sys.executable, __file__, "arm", "--kind", kind, "--head", head, "--address", address]
-                    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"} if kind == "split" else os.environ
+                    environment = os.environ | SHARED_CORES  # for both, so that they differ in nothing else
                     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
                     found = json.loads(done.stdout.splitlines()[-1])
                     turns.append({"round": number, "head": head, "kind": kind, **found})

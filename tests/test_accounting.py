@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 import dlora
 from dlora.accounting import Meter, step_traffic
 from dlora.cloud import CloudModel, _sample_ids, _ZeroEdge
-from dlora.in_process import InProcessLink
+from dlora.embedded import InProcessLink
 from dlora.server import Server
 from dlora.wire import WIRE_DTYPES
 

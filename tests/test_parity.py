@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import dlora
-from dlora.in_process import InProcessLink
+from dlora.embedded import InProcessLink
 
 Links = Callable[[str], Any]
 

@@ -23,8 +23,8 @@ import dlora
 from dlora import training
 from dlora.__main__ import main
 from dlora.cloud import CloudModel
+from dlora.embedded import InProcessLink
 from dlora.errors import DataError, DivergedError, UsageError
-from dlora.in_process import InProcessLink
 from dlora.server import Server
 from dlora.settings import TrainSettings
 from dlora.training import train
@@ -286,6 +286,7 @@ def test_overlong_rows_can_be_dropped_or_truncated(link: InProcessLink, tmp_path
         ({"lora_dropout": 1.0}, "lora_dropout"),
         ({"epochs": 0.0}, "epochs or max_steps"),
         ({"early_stopping_patience": 2}, "needs eval_data"),
+        ({"eval_data": "x.jsonl", "eval_steps": 3}, "save_steps: got 2 with eval_steps 3"),
         ({"trainer": {"bf16": True}}, "trainer: bf16 cannot be set here"),
         ({"trainer": {"no_such_thing": 1}}, "no_such_thing"),
         ({"lr_scheduler_type": "zigzag"}, "zigzag"),

@@ -27,7 +27,7 @@ from dlora.version import __version__
 if TYPE_CHECKING:
     from dlora.client import connect
     from dlora.edge import SplitModel, get_peft_model, load_adapter, load_tokenizer
-    from dlora.in_process import in_process
+    from dlora.embedded import in_process
     from dlora.link import RetryPolicy
 
 __all__ = [
@@ -54,7 +54,7 @@ _HOMES = {
     "SplitModel": "dlora.edge",
     "connect": "dlora.client",
     "get_peft_model": "dlora.edge",
-    "in_process": "dlora.in_process",
+    "in_process": "dlora.embedded",
     "load_adapter": "dlora.edge",
     "load_tokenizer": "dlora.edge",
 }

@@ -25,9 +25,12 @@ _EPILOG = "Every command: dlora COMMAND --help. Settings can also come from a YA
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return the exit code: 0 fine, 1 failed, 2 wrong usage, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
     # The halves take turns: threads that spin while the other half works would steal its cores.
     # Read by OpenMP when torch is loaded, which is later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if argv[:1] == ["demo"]:  # both halves on one machine, see demo.SHARED_CORES
+        os.environ.setdefault("OMP_PROC_BIND", "true")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
@@ -39,7 +42,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     if not sys.warnoptions:
         warnings.simplefilter("ignore", FutureWarning)  # peft and transformers talking to each other
-    argv = sys.argv[1:] if argv is None else argv
     try:
         parsed = _parser().parse_args(_plain_flags(argv))
         name: str = parsed.subcommand

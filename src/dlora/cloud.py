@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from dlora.errors import ModelError, UsageError, WireError
 from dlora.exchange import Pipe, Plan, Step, current_step
@@ -65,6 +65,12 @@ class CloudModel:
         limits: Limits | None = None,
     ) -> None:
         limits = limits or Limits()
+        built_by_edges = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
+        if built_by_edges is not type(model):
+            name = getattr(built_by_edges, "__name__", "nothing")
+            raise ModelError(
+                f"{type(model).__name__} cannot be split: edges build {name} from its configuration. Only decoder-only causal LMs that transformers itself brings can be served."
+            )
         self.model = model.eval().requires_grad_(False)
         self.model_id = model_id
         self.decoder = _decoder_of(model)
@@ -76,7 +82,7 @@ class CloudModel:
         self.device = self.embedding.weight.device
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             raise ModelError("gradient checkpointing would run every exchange twice: disable it on the served model")
-        model_length = getattr(model.config, "max_position_embeddings", None) or limits.max_length
+        model_length = getattr(model.config.get_text_config(), "max_position_embeddings", None) or limits.max_length
         self.limits = Limits(
             max_tokens=limits.max_tokens,
             max_length=min(limits.max_length, model_length),

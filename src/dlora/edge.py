@@ -206,7 +206,12 @@ class SplitModel(PeftModelForCausalLM):
             vocab, width = head.weight.shape
             self.meter.head_flops += 2 * rows * vocab * width * (2 if training else 1)
 
-    # ----------------------------------------------------------------- saving and loading
+    # ----------------------------------------------------------------- adapters: adding, saving, loading
+
+    def add_adapter(self, adapter_name: str, peft_config: LoraConfig, *args: Any, **kwargs: Any) -> None:
+        """Add another adapter, under the same rules as the first."""
+        super().add_adapter(adapter_name, _checked(peft_config), *args, **kwargs)
+        self.sites = _match_sites(self, self.link.description)
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
         """Write a standard adapter folder. Unlike peft's own default this never asks a hub."""

@@ -69,7 +69,6 @@ class Step:
         self.embedding = embedding  # its width, dtype and device are those of what goes into the decoder
         self.modules = {site.index: modules for site, modules in plan.active}
         self.sites = {site.index: site for site, _ in plan.active}
-        self.tokens: dict[int, Tensor] = {}
         self.deltas: dict[int, tuple[Tensor, ...]] = {}
         # Frozen weights ask for no gradient: the lowest exchange needs an input that does.
         self.anchor = torch.zeros((), device=embedding.device, requires_grad=plan.training)
@@ -105,24 +104,21 @@ class Step:
             hidden.backward(grad.to(hidden))
 
     def before(self, site: int, index: int, x: Tensor) -> None:
-        """Before an active site's first module: x leaves, while the base layer goes on computing."""
+        """Before an active site's first module: exchange x for the deltas of all its active modules."""
         if self.modules.get(site, (-1,))[0] == index:
-            self.tokens[site] = _Ask.apply(x, self.anchor, self, site)  # type: ignore[no-untyped-call]
+            self.deltas[site] = _Exchange.apply(x, self.anchor, self, site)  # type: ignore[no-untyped-call]
 
     def after(self, site: int, index: int, output: Tensor) -> Tensor:
         """After a module: its base output plus its delta, in the base output's dtype as peft has it."""
         modules = self.modules.get(site, ())
         if index not in modules:
             return output
-        if site not in self.deltas:
-            token = self.tokens.pop(site)
-            self.deltas[site] = _Answer.apply(token, self, site)  # type: ignore[no-untyped-call]
         delta = self.deltas[site][modules.index(index)]
         if index == modules[-1]:
             del self.deltas[site]
         return (output + delta.view_as(output)).to(output.dtype)
 
-    # The four halves of an exchange, called by the autograd functions below.
+    # What the autograd function below is made of.
 
     def send_input(self, site: int, x: Tensor, wants_grad: bool) -> None:
         x_ND = encode(self._gather(x), self.plan.dtype)
@@ -178,36 +174,21 @@ class Step:
         return rows.view(plan.batch, plan.length, -1)
 
 
-class _Ask(torch.autograd.Function):
-    """First half of an exchange: x leaves in forward, its gradient comes back in backward.
+class _Exchange(torch.autograd.Function):
+    """x goes to the edge and deltas come back; in backward their gradients go and that of x comes back.
 
-    Split from `_Answer` so that base layers between the two run while the edge works, in both
-    directions: autograd runs nodes in reverse order of creation.
+    The cloud waits at once: base layers that run while the edge computes would hide little of
+    the wait, and where both halves share cores they cost more than they hide.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, step: Step, site: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, step: Step, site: int) -> tuple[Tensor, ...]:
         ctx.step, ctx.site, ctx.x = step, site, torch.empty_like(x, device="meta")
         step.send_input(site, x, ctx.needs_input_grad[0])
-        return anchor.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, None, None, None]:
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None
-        grad = ctx.step.receive_input_grad(ctx.site, ctx.x)
-        return grad, None, None, None
-
-
-class _Answer(torch.autograd.Function):
-    """Second half: deltas arrive in forward, their gradients leave in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, token: Tensor, step: Step, site: int) -> tuple[Tensor, ...]:
-        ctx.step, ctx.site, ctx.token = step, site, token
         return step.receive_deltas(site)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
         ctx.step.send_delta_grads(ctx.site, grads)
-        return torch.zeros_like(ctx.token), None, None
+        grad = ctx.step.receive_input_grad(ctx.site, ctx.x) if ctx.needs_input_grad[0] else None
+        return grad, None, None, None

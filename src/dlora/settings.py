@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -40,7 +41,8 @@ class TrainSettings:
     lora_dropout: float = 0.0
     """Dropout on the input of the LoRA modules, in [0, 1)."""
     target_modules: list[str] | str | None = None
-    """Linear modules to adapt, by the last part of their name, or all-linear. Default: peft's for this architecture."""
+    """Linear modules to adapt: names such as q_proj,v_proj (or a list), all-linear, or a regular expression over full
+    names. Default: peft's for this architecture."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -124,10 +126,23 @@ class TrainSettings:
             raise UsageError(f"learning_rate: got {self.learning_rate}, want a positive number")
         if self.early_stopping_patience is not None and self.eval_data is None:
             raise UsageError("early_stopping_patience needs eval_data")
+        best = self.eval_data is not None and self.keep_best
+        if best and self.save_steps and (self.eval_steps is None or self.save_steps % self.eval_steps):
+            raise UsageError(
+                f"save_steps: got {self.save_steps} with eval_steps {self.eval_steps}; keep_best needs checkpoints at "
+                "evaluations: give eval_steps, and a multiple of it as save_steps, or keep_best false"
+            )
         if self.output.exists() and not self.output.is_dir():
             raise UsageError(f"output: {self.output} is a file, want a folder")
         if reserved := sorted(_RESERVED & self.trainer.keys()):
             raise UsageError(f"trainer: {', '.join(reserved)} cannot be set here")
+
+    @property
+    def targets(self) -> list[str] | str | None:
+        """`target_modules` as peft takes it: plain names as a list."""
+        if isinstance(self.target_modules, str) and re.fullmatch(r"\w+(,\w+)*", self.target_modules):
+            return self.target_modules.split(",")
+        return self.target_modules
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """Names of settings whose value in `other`, a saved `as_dict`, is not this one's.

@@ -140,6 +140,7 @@ def forward_flops(sites: Sequence[Site], tokens: int) -> int:
 
 def attention_flops(config: Any, batch: int, length: int) -> int:
     """FLOPs of Q K^T and P V of one layer, counted densely (no discount for the causal mask)."""
+    config = config.get_text_config()
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return int(4 * batch * length * length * heads * head_dim)

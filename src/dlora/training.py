@@ -221,7 +221,7 @@ def _build_model(settings: TrainSettings, link: Link) -> SplitModel:
             r=settings.r,
             lora_alpha=settings.lora_alpha,
             lora_dropout=settings.lora_dropout,
-            target_modules=settings.target_modules,
+            target_modules=settings.targets,
             use_rslora=settings.use_rslora,
             rank_pattern=settings.rank_pattern,
             alpha_pattern=settings.alpha_pattern,
@@ -250,7 +250,7 @@ def _build_trainer(settings: TrainSettings, model: SplitModel, tokenizer: PreTra
             processing_class=tokenizer,
             callbacks=callbacks,
         )
-    except RuntimeError as error:  # the trainer's word for a logger that is not installed
+    except (RuntimeError, ValueError) as error:  # a logger that is not installed, a tokenizer without chat template
         raise UsageError(f"the trainer refused: {str(error).splitlines()[0]}") from error
     trainer.train_dataset = _fit_length(trainer.train_dataset, origins, settings)
     if trainer.eval_dataset is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import tempfile
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,12 +26,12 @@ class InProcessLink:
         self.address = "in process"
         self._folder = tempfile.TemporaryDirectory(prefix="dlora-edge-")
         write_edge_files(cloud.model, tokenizer, Path(self._folder.name))
-        self._threads = ThreadPoolExecutor(thread_name_prefix="dlora-cloud")
 
     def open(self) -> _QueueStream:
         """Start a micro-batch on a thread of its own."""
         stream = _QueueStream()
-        stream.future = self._threads.submit(stream.serve, self.cloud)
+        # A daemon: a loss that never sees its backward must not keep the interpreter from ending.
+        threading.Thread(target=stream.serve, args=(self.cloud,), name="dlora-cloud", daemon=True).start()
         return stream
 
     def edge_files(self) -> Path:
@@ -39,8 +39,7 @@ class InProcessLink:
         return Path(self._folder.name)
 
     def close(self) -> None:
-        """End the threads and remove the folder."""
-        self._threads.shutdown(cancel_futures=True)
+        """Remove the folder."""
         self._folder.cleanup()
 
 
@@ -50,7 +49,6 @@ class _QueueStream:
     def __init__(self) -> None:
         self.to_cloud: queue.SimpleQueue[pb.EdgeFrame | None] = queue.SimpleQueue()
         self.to_edge: queue.SimpleQueue[pb.CloudFrame | DLoRAError | BaseException] = queue.SimpleQueue()
-        self.future: Future[None] | None = None
 
     def send(self, frame: pb.EdgeFrame) -> None:
         self.to_cloud.put(frame)
