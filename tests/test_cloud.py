@@ -76,7 +76,7 @@ def test_encoder_decoder_is_refused() -> None:
         CloudModel(model, model_id="x/y")
 
 
-def test_module_that_runs_twice_is_not_offered(tmp_path: Path) -> None:
+def test_module_that_runs_twice_is_not_offered() -> None:
     """Layers that share their weights run twice; adapting them is refused with the reason, the rest still works."""
     base = make_base("llama")
     base.model.layers[1].mlp = base.model.layers[0].mlp
@@ -103,21 +103,24 @@ def test_fingerprint_is_that_of_the_weights() -> None:
     assert prints[0] == prints[1] != prints[2]
 
 
-def test_half_precision_cloud_trains(tmp_path: Path) -> None:
+def test_half_precision_cloud_trains() -> None:
     """A bf16 cloud serves an fp32 adapter: the loss is near the fp32 cloud's, and gradients arrive."""
     losses = []
     for dtype in (torch.float32, torch.bfloat16):
-        split = make_split(dlora.in_process(make_base("llama").to(dtype), model_id="x/y"), lora())
+        link = dlora.in_process(make_base("llama").to(dtype), model_id="x/y")
+        split = make_split(link, lora())
         loss = split(**batches()[0]).loss
         loss.backward()
         losses.append(loss.item())
         assert all(parameter.grad.any() and parameter.dtype == torch.float32 for parameter in adapter(split).values())
+        link.close()
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
-def test_second_adapter_on_other_modules_counts(tmp_path: Path) -> None:
+def test_second_adapter_on_other_modules_counts() -> None:
     """An adapter added later, on modules that the first does not touch, changes the output."""
-    split = make_split(dlora.in_process(make_base("llama"), model_id="x/y"), lora(target_modules=["q_proj"])).eval()
+    link = dlora.in_process(make_base("llama"), model_id="x/y")
+    split = make_split(link, lora(target_modules=["q_proj"])).eval()
     ids = batches()[0]["input_ids"]
     split.add_adapter("second", lora(target_modules=["down_proj"]))
     split.set_adapter("second")
@@ -125,6 +128,7 @@ def test_second_adapter_on_other_modules_counts(tmp_path: Path) -> None:
         base = split(input_ids=ids).logits
     with torch.no_grad():
         assert not torch.allclose(split(input_ids=ids).logits, base, atol=1e-3)
+    link.close()
 
 
 def test_loss_without_backward_does_not_keep_the_process(model_folder: Path) -> None:

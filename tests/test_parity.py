@@ -266,6 +266,23 @@ def test_plain_trainer_trains_the_split_model_unchanged(links: Links, tmp_path: 
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_sft_trainer_with_half_precision_autocast_runs(
+    links: Links, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """trl's own default of bf16 autocast also trains: the loss falls, and the adapter stays fp32."""
+    from datasets import Dataset
+
+    rows = Dataset.from_list([{"prompt": f"message {n * 7}", "completion": f" desk {n % 3}"} for n in range(8)])
+    split = make_split(links("llama"), lora(), wire_dtype="bf16")
+    options = {"per_device_train_batch_size": 8, "max_steps": 12, "learning_rate": 2e-2, "logging_steps": 1}
+    arguments = SFTConfig(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, bf16=True, **options)
+    trainer = SFTTrainer(model=split, args=arguments, train_dataset=rows, processing_class=copy.deepcopy(tokenizer))
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.5
+    assert all(parameter.dtype == torch.float32 for parameter in adapter(split).values())
+
+
 def test_sft_trainer_trains_the_split_model_unchanged(
     links: Links, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:

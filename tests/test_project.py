@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,15 @@ def test_wire_document_states_the_protocol_version() -> None:
     """The wire document speaks of the version in the code."""
     text = (SOURCE.parents[1] / "docs/wire-protocol.md").read_text()
     assert f"version {PROTOCOL_VERSION}" in text
+
+
+def test_benchmark_document_shows_the_result_file() -> None:
+    """The tables of docs/benchmarks.md are those that the benchmark makes of its committed result."""
+    root = SOURCE.parents[1]
+    spec = spec_from_file_location("local_vs_split", root / "benchmarks/local_vs_split.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.table(json.loads(module.RESULT.read_text())) in (root / "docs/benchmarks.md").read_text()
 
 
 def demo_rows(name: str) -> list[tuple[list[str], str]]:

@@ -229,6 +229,18 @@ def test_memory_limit_is_known_before_computing(tmp_path: Path) -> None:
         link.close()
 
 
+def test_message_over_the_limit_is_refused_before_it_is_sent(tmp_path: Path) -> None:
+    """An edge knows the server's message limit and says what to do, instead of a broken stream."""
+    cloud = CloudModel(make_base("llama"), model_id="x/y", limits=Limits(max_message_bytes=50_000))
+    with Server(cloud) as server:
+        link = dlora.connect(server.address, cache=tmp_path)
+        split = make_split(link, lora())
+        with pytest.raises(PeerError, match="over the server's limit of 0 MiB: use a smaller batch"):
+            split(**batches(rows=16, length=40)[0])
+        split(**batches()[0]).loss.backward()
+        link.close()
+
+
 def test_measured_cost_covers_what_autograd_saves(cloud_models: Callable[[str], CloudModel]) -> None:
     """The cost known beforehand is the memory that a training step really saves, within 10 %."""
     from dlora.cloud import _sample_ids, _ZeroEdge

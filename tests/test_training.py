@@ -172,6 +172,10 @@ def test_existing_runs_are_never_overwritten(link: InProcessLink, data: Path, tm
         train(settings(data, tmp_path / "run", resume=True, max_steps=1, save_steps=1), link)
     with pytest.raises(UsageError, match="holds no run"):
         train(settings(data, tmp_path / "other", resume=True), link)
+    other = dlora.in_process(make_base("llama", seed=9), model_id="example-org/other")
+    with pytest.raises(UsageError, match="now serves example-org/other"):
+        train(settings(data, tmp_path / "run", resume=True, max_steps=1, save_steps=1), other)
+    other.close()
 
 
 def test_starting_from_an_existing_adapter(link: InProcessLink, data: Path, tmp_path: Path) -> None:

@@ -116,7 +116,8 @@ class GrpcLink:
         request = pb.FetchEdgeFilesRequest(fingerprint=self.description.fingerprint)
         with tqdm(total=total, unit="B", unit_scale=True, desc="embedding, head, tokenizer") as bar:
             try:
-                for chunk in self._stub.FetchEdgeFiles(request):
+                # Enough for a slow line of 50 kB/s; a cloud that stalls for longer is not waited for.
+                for chunk in self._stub.FetchEdgeFiles(request, timeout=120 + total / 50_000):
                     if chunk.name not in wanted or got[chunk.name] + len(chunk.data) > wanted[chunk.name].size:
                         raise WireError(f"{self.address} sent more of {chunk.name[:80]!r} than it had announced")
                     with (folder / chunk.name).open("ab") as file:

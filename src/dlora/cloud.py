@@ -69,7 +69,8 @@ class CloudModel:
         if built_by_edges is not type(model):
             name = getattr(built_by_edges, "__name__", "nothing")
             raise ModelError(
-                f"{type(model).__name__} cannot be split: edges build {name} from its configuration. Only decoder-only causal LMs that transformers itself brings can be served."
+                f"{type(model).__name__} cannot be split: edges build {name} from its configuration. "
+                "Only decoder-only causal LMs that transformers itself brings can be served."
             )
         self.model = model.eval().requires_grad_(False)
         self.model_id = model_id
