@@ -171,9 +171,10 @@ class _Servicer(rpc.DLoRAServicer):
     async def FetchEdgeFiles(self, request: pb.FetchEdgeFilesRequest, context: Any) -> AsyncIterator[pb.FileChunk]:
         if request.fingerprint != self.cloud.fingerprint:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "the served model has changed: connect again")
+        size = min(_CHUNK_BYTES, self.cloud.limits.max_message_bytes // 2)  # room for the frame around it
         for info in self.description.edge_files:
             with (self.folder / info.name).open("rb") as file:
-                while data := await asyncio.to_thread(file.read, _CHUNK_BYTES):
+                while data := await asyncio.to_thread(file.read, size):
                     yield pb.FileChunk(name=info.name, data=data)
 
     async def Step(self, requests: AsyncIterator[pb.EdgeFrame], context: Any) -> AsyncIterator[pb.CloudFrame]:
