@@ -54,6 +54,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dlora: interrupted", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+            raise
+        # torch's word for a write that failed, without the reason
+        print("dlora: cannot write: is the disk full? What was saved before is fine.", file=sys.stderr)
+        return 1
     except OSError as error:
         if error.errno is None:
             raise

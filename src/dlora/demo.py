@@ -89,7 +89,10 @@ def serving(model: str, *flags: str) -> Iterator[str]:
     """A `dlora serve` process on a free port; yields its address and ends it afterwards."""
     command = [sys.executable, "-m", "dlora", "serve", "--model", model, "--port", "0", *flags]
     environment = os.environ | SHARED_CORES
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    # A session of its own: Ctrl-C is for the edge, which finishes its step and then ends the server.
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as process:
         try:
             for line in process.stdout or ():
                 if line.startswith("ready"):
