@@ -43,8 +43,9 @@ def data_file(name: str) -> Path:
 
 def run_demo(settings: DemoSettings) -> int:
     """Train against a server in a process of its own and compare; return the exit code."""
-    if (settings.output / "run.json").exists():
-        raise UsageError(f"{settings.output} already holds a run: remove it, or give another --output")
+    earlier = settings.output / "run.json"
+    if earlier.exists() and json.loads(earlier.read_text()).get("status") == "finished":
+        raise UsageError(f"{settings.output} already holds a finished run: remove it, or give another --output")
     transformers_logging.set_verbosity_error()
     heldout = [json.loads(line) for line in data_file("heldout.jsonl").read_text().splitlines()]
     print("starting a server process with SmolLM2-135M-Instruct (the first start unpacks the model: about a minute)")
@@ -64,9 +65,11 @@ def run_demo(settings: DemoSettings) -> int:
             batch_size=12,
             report_to=[],
             seed=settings.seed,
+            resume=earlier.exists(),
         )
         record = train(options, link)
         if record["status"] != "finished":
+            print(f"stopped after {record['steps']} steps; the same command continues")
             return 130
         model = load_adapter(link, settings.output, is_trainable=False)
         with model.disable_adapter():
