@@ -20,7 +20,7 @@ from dlora.wire import PROTOCOL_VERSION
 
 SOURCE = Path(dlora.__file__).parent
 CLOUD = {"cloud", "exchange", "server", "load", "sites"}
-EDGE = {"edge", "micro_batch", "client", "link", "training", "data", "accounting"}
+EDGE = {"edge", "conversation", "micro_batch", "kv_cache", "client", "link", "training", "data", "accounting"}
 
 
 def imported(name: str) -> set[str]:

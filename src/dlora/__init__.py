@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from dlora.client import connect
     from dlora.edge import SplitModel, get_peft_model, load_adapter, load_tokenizer
     from dlora.embedded import in_process
+    from dlora.kv_cache import CloudCache
     from dlora.link import RetryPolicy
 
 __all__ = [
+    "CloudCache",
     "DLoRAError",
     "DataError",
     "DivergedError",
@@ -50,6 +52,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CloudCache": "dlora.kv_cache",
     "RetryPolicy": "dlora.link",
     "SplitModel": "dlora.edge",
     "connect": "dlora.client",

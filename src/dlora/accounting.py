@@ -23,6 +23,8 @@ class Meter:
     wait_s: float = 0.0
     """Seconds in which the edge waited for the cloud."""
     micro_batches: int = 0
+    passes: int = 0
+    """Forward passes with a KV cache: one a generated token, fewer with drafts."""
     retries: int = 0
     tokens: int = 0
     """Attended tokens (padding left out) of finished forward passes."""

@@ -10,9 +10,11 @@ Shapes: B batch, T tokens, N rows that travel, D width of a site's input, O of a
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +22,8 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from dlora.errors import ModelError, UsageError, WireError
 from dlora.exchange import Pipe, Plan, Step, current_step
@@ -29,6 +32,8 @@ from dlora.sites import Site, attention_flops, forward_flops, trace
 from dlora.wire import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, decode, encode, unpack_mask
 
 __all__ = ["CloudModel", "Limits"]
+
+log = logging.getLogger(__name__)
 
 # Largest difference allowed at load between the full model's logits and the split's, as a share
 # of the largest logit. Equal arithmetic gives 0; 1e-4 leaves room for kernels that depend on shape.
@@ -108,6 +113,7 @@ class CloudModel:
         self._install_hooks()
         self.hidden_width = self._check_split(ids_BT)
         self.bytes_per_token, self.bytes_per_token_squared = self._measure_cost()
+        self.cache_bytes_per_token = self._check_cache(ids_BT)
         self.config_json = _public_config(model)
         self.fingerprint = _fingerprint(self.config_json, model)
 
@@ -141,6 +147,7 @@ class CloudModel:
                 max_inflight_bytes=self.limits.max_inflight_bytes,
                 bytes_per_token=self.bytes_per_token,
                 bytes_per_token_squared=self.bytes_per_token_squared,
+                cache_bytes_per_token=self.cache_bytes_per_token,
             ),
         )
 
@@ -160,46 +167,101 @@ class CloudModel:
                 f"the edge expects the model {begin.fingerprint[:12]!r}, this cloud serves {self.fingerprint[:12]!r} "
                 f"({self.model_id}): connect again to use it, or point the edge at the right server"
             )
-        batch, length, tokens = begin.batch, begin.length, begin.batch * begin.length
-        if tokens == 0:
-            raise WireError(f"empty micro-batch: {batch} x {length} tokens")
-        if length > self.limits.max_length:
-            raise UsageError(
-                f"a sequence of {length} tokens is over this server's limit of {self.limits.max_length}: "
-                "lower the maximum length"
-            )
-        cost = self._cost_bytes(batch, length, begin.training)
-        if tokens > self.limits.max_tokens or cost > self.limits.max_inflight_bytes:
-            raise UsageError(
-                f"a micro-batch of {batch} x {length} tokens is over this server's limits ({self.limits.max_tokens} "
-                f"tokens; it needs {cost / 2**20:.0f} MiB of activations, {self.limits.max_inflight_bytes / 2**20:.0f} "
-                "are there): lower the batch size and raise the accumulation"
-            )
+        if begin.cache_length:
+            if begin.training:
+                raise WireError("a KV cache is for generation, not for training")
+            if not self.cache_bytes_per_token:
+                raise UsageError(f"{type(self.model).__name__} is served without KV cache: use use_cache=False")
+            if begin.cache_length > self.limits.max_length:
+                raise UsageError(
+                    f"a KV cache of {begin.cache_length} tokens is over this server's limit of "
+                    f"{self.limits.max_length}: ask for fewer new tokens"
+                )
         if begin.wire_dtype not in (pb.FP32, pb.FP16, pb.BF16):
             raise WireError(f"wire dtype number {begin.wire_dtype} is not known")
-        mask_BT = unpack_mask(begin.attention_mask, batch, length)
+        return self._plan_pass(
+            begin,
+            Plan(
+                dtype=begin.wire_dtype,
+                training=begin.training,
+                batch=begin.batch,
+                length=0,
+                mask_BT=None,
+                position_ids_BT=None,
+                rows_N=None,
+                keep=torch.empty(0, dtype=torch.int64),
+                active=self._check_active(begin),
+                embeddings=begin.embeddings,
+                cache_length=begin.cache_length,
+                rollback=begin.rollback,
+            ),
+        )
+
+    def extend(self, before: Plan, message: pb.Extend) -> Plan:
+        """The same for an `Extend`, after the pass `before`."""
+        cached = before.past + before.length
+        if message.drop and not before.rollback:
+            raise WireError("drop: this stream's KV cache was not asked to roll back")
+        if message.drop > cached:
+            raise WireError(f"drop: got {message.drop} tokens, the KV cache holds {cached}")
+        mask_BT, order = before.mask_BT, None
+        if message.order:
+            if len(message.order) != before.batch or max(message.order) >= before.batch:
+                raise WireError(f"order: want {before.batch} rows under {before.batch}")
+            order = torch.tensor(message.order, dtype=torch.int64, device=self.device)
+        past = cached - message.drop
+        if mask_BT is not None:
+            mask_BT = (mask_BT if order is None else mask_BT[order])[:, :past]
+        return self._plan_pass(
+            message, dataclasses.replace(before, mask_BT=mask_BT, past=past, drop=message.drop, order=order)
+        )
+
+    def _plan_pass(self, message: pb.Begin | pb.Extend, before: Plan) -> Plan:
+        """`before` with the tokens of `message` behind the cached ones, checked."""
+        batch, length, past = before.batch, message.length, before.past
+        tokens = batch * length
+        if tokens == 0:
+            raise WireError(f"empty micro-batch: {batch} x {length} tokens")
+        if past + length > self.limits.max_length:
+            raise UsageError(
+                f"a sequence of {past + length} tokens is over this server's limit of {self.limits.max_length}: "
+                "lower the maximum length"
+            )
+        if before.cache_length and past + length > before.cache_length:
+            raise WireError(f"{past + length} tokens do not fit a KV cache of {before.cache_length}")
+        cost = self._cost_bytes(batch, length, before.training, past, before.cache_length)
+        if tokens > self.limits.max_tokens or cost > self.limits.max_inflight_bytes:
+            what = "activations" if not before.cache_length else "activations and KV cache"
+            raise UsageError(
+                f"a micro-batch of {batch} x {length} tokens is over this server's limits ({self.limits.max_tokens} "
+                f"tokens; it needs {cost / 2**20:.0f} MiB of {what}, {self.limits.max_inflight_bytes / 2**20:.0f} "
+                "are there): lower the batch size and raise the accumulation"
+            )
+        new_BT = unpack_mask(message.attention_mask, batch, length)
         position_ids_BT = None
-        if begin.position_ids:
-            if len(begin.position_ids) != tokens or max(begin.position_ids) >= self.limits.max_length:
+        if message.position_ids:
+            if len(message.position_ids) != tokens or max(message.position_ids) >= self.limits.max_length:
                 raise WireError(f"position_ids: want {tokens} values under {self.limits.max_length}")
             if not self.takes_position_ids:
                 raise UsageError(f"{type(self.model).__name__} takes no position_ids")
-            position_ids_BT = torch.tensor(begin.position_ids, dtype=torch.int64).view(batch, length).to(self.device)
-        keep = torch.tensor(begin.keep, dtype=torch.int64)
+            position_ids_BT = torch.tensor(message.position_ids, dtype=torch.int64).view(batch, length).to(self.device)
+        keep = torch.tensor(message.keep, dtype=torch.int64)
         if len(keep) and (int(keep[-1]) >= tokens or bool((keep[1:] <= keep[:-1]).any())):
             raise WireError(f"keep: want ascending positions under {tokens}")
-        rows_N = None if mask_BT is None or begin.dense else mask_BT.reshape(-1).nonzero()[:, 0].to(self.device)
-        return Plan(
-            dtype=begin.wire_dtype,
-            training=begin.training,
-            batch=batch,
+        rows_N = None if new_BT is None or message.dense else new_BT.reshape(-1).nonzero()[:, 0].to(self.device)
+        mask_BT = None if new_BT is None else new_BT.to(self.device)
+        if past and (mask_BT is not None or before.mask_BT is not None):
+            ones = torch.ones(batch, past + length, dtype=torch.int64, device=self.device)
+            parts = (before.mask_BT, ones[:, :past]), (mask_BT, ones[:, past:])
+            mask_BT = torch.cat([other if part is None else part for part, other in parts], dim=1)
+        return dataclasses.replace(
+            before,
             length=length,
-            mask_BT=None if mask_BT is None else mask_BT.to(self.device),
+            mask_BT=mask_BT,
             position_ids_BT=position_ids_BT,
             rows_N=None if rows_N is not None and len(rows_N) == tokens else rows_N,
             keep=keep.to(self.device),
-            active=self._check_active(begin),
-            embeddings=begin.embeddings,
+            embeddings=message.embeddings,
             cost_bytes=cost,
         )
 
@@ -222,13 +284,34 @@ class CloudModel:
         return tuple(active)
 
     def run(self, plan: Plan, pipe: Pipe) -> None:
-        """Compute one micro-batch, talking to the edge at every active site.
+        """Compute one micro-batch, or pass after pass with a KV cache until the edge closes the stream.
 
-        Raises PeerLost if the edge goes away, WireError if it sends what does not fit.
+        Talks to the edge at every active site. Raises PeerLost if the edge goes away,
+        WireError if it sends what does not fit.
         """
+        pipe.admit(plan.cost_bytes)
+        if plan.cache_length:
+            self._run_cached(plan, pipe)
+            return
         Step(self.decoder, self.embedding.weight, plan, pipe).run()
         forward, backward = self.flops(plan)
         pipe.send(pb.CloudFrame(done=pb.Done(forward_flops=forward, backward_flops=backward)))
+
+    def _run_cached(self, plan: Plan, pipe: Pipe) -> None:
+        cache = DynamicCache(config=self.model.config)
+        if plan.rollback:
+            cache.activate_past_recording()
+        while True:
+            Step(self.decoder, self.embedding.weight, plan, pipe, cache, self.flops(plan)[0]).run()
+            frame = pipe.receive()
+            if frame.WhichOneof("kind") != "extend":
+                raise WireError(f"got frame {frame.WhichOneof('kind')!r}, want 'extend'")
+            plan = self.extend(plan, frame.extend)
+            pipe.admit(plan.cost_bytes)
+            if plan.order is not None:
+                cache.reorder_cache(plan.order)
+            if plan.rollback:
+                cache.crop(-plan.drop)
 
     def flops(self, plan: Plan) -> tuple[int, int]:
         """(forward, backward) matmul FLOPs in the cloud of one micro-batch.
@@ -237,7 +320,7 @@ class CloudModel:
         weights are frozen. Attention counts densely, its backward as twice its forward.
         """
         tokens = plan.batch * plan.length
-        attention = attention_flops(self.model.config, plan.batch, plan.length)
+        attention = attention_flops(self.model.config, plan.batch, plan.length, plan.past)
         forward = forward_flops(self.sites, tokens) + attention * len(self.layers)
         if not (plan.training and plan.active):
             return forward, 0
@@ -249,10 +332,13 @@ class CloudModel:
         num_attention = sum(1 for one in self.layers if one > layer or (one == layer and reads_layer_input))
         return forward, forward_flops(above, tokens) + 2 * attention * num_attention
 
-    def _cost_bytes(self, batch: int, length: int, training: bool) -> int:
-        cost = batch * (self.bytes_per_token * length + self.bytes_per_token_squared * length * length)
+    def _cost_bytes(self, batch: int, length: int, training: bool, past: int = 0, cache_length: int = 0) -> int:
+        """Memory that a pass needs beside the weights, its stream's whole KV cache included."""
+        cost = batch * length * (self.bytes_per_token + self.bytes_per_token_squared * (past + length))
+        if training:
+            return int(cost)
         # Without backward only a layer's own tensors live at once.
-        return int(cost if training else 2 * cost / max(1, len(self.layers)))
+        return int(2 * cost / max(1, len(self.layers))) + batch * cache_length * self.cache_bytes_per_token
 
     # ----------------------------------------------------------------- set-up
 
@@ -353,6 +439,35 @@ class CloudModel:
         b = max(0.0, (s1 / t1 - s0 / t0) / (t1 - t0))
         return max(s0 / t0, s1 / t1) - b * (t0 if s0 / t0 > s1 / t1 else t1), b
 
+    def _check_cache(self, ids_BT: Tensor) -> int:
+        """Compare two passes with a KV cache with one without; return the cache's bytes for each token.
+
+        0 where they differ or where the cache is not made of keys and values alone: edges then
+        generate without it.
+        """
+        embeddings = self.embedding(ids_BT)
+        mask_BT = torch.ones_like(ids_BT)
+        mask_BT[-1, :2] = 0  # on the left, where batches of prompts are padded
+        half = ids_BT.shape[1] // 2
+        cache = DynamicCache(config=self.model.config)
+        if not half or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+            return 0
+        with torch.no_grad():
+            want = self.decoder(inputs_embeds=embeddings, attention_mask=mask_BT, use_cache=False).last_hidden_state
+            for start, end in ((0, half), (half, ids_BT.shape[1])):
+                got = self.decoder(
+                    inputs_embeds=embeddings[:, start:end],
+                    attention_mask=mask_BT[:, :end],
+                    past_key_values=cache,
+                    use_cache=True,
+                ).last_hidden_state
+        difference, scale = (got - want[:, half:]).abs().max().item(), want.abs().max().item()
+        if not difference <= _SPLIT_TOLERANCE * max(scale, 1e-6):
+            log.warning("%s is served without KV cache: with it, results differ", type(self.model).__name__)
+            return 0
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
+        return held // ids_BT.numel()
+
 
 class _ZeroEdge:
     """An edge whose adapters are all zero: for the checks and measurements at load."""
@@ -361,6 +476,9 @@ class _ZeroEdge:
         self.answers: list[pb.EdgeFrame] = []
         self.hidden = pb.Tensor()
         self.widths: dict[int, int] = {}
+
+    def admit(self, cost_bytes: int) -> None:
+        """Nobody else is there."""
 
     def send(self, frame: pb.CloudFrame) -> None:
         kind = frame.WhichOneof("kind")

@@ -26,16 +26,24 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dlora.accounting import Meter
+from dlora.conversation import ActiveSite, Conversation
 from dlora.errors import DLoRAError, ModelError, UsageError
+from dlora.kv_cache import CloudCache, Pass
 from dlora.link import Link, RetryPolicy
-from dlora.micro_batch import ActiveSite, MicroBatch, SplitForward
+from dlora.micro_batch import MicroBatch, SplitForward
 from dlora.proto import dlora_pb2 as pb
-from dlora.wire import PROTOCOL_VERSION, WIRE_DTYPES, encode, pack_mask
+from dlora.wire import PROTOCOL_VERSION, WIRE_DTYPES
 
 __all__ = ["SplitModel", "get_peft_model", "load_adapter", "load_tokenizer"]
 
@@ -53,7 +61,7 @@ _SUPPORTED_INITS: Final = (True, False, "gaussian", "orthogonal")
 
 # Arguments of a decoder's forward that change nothing here, or are honoured before it is called.
 _HARMLESS_ARGUMENTS: Final = frozenset(
-    "use_cache return_dict num_items_in_batch logits_to_keep cache_position fused_lm_head".split()
+    "return_dict num_items_in_batch logits_to_keep cache_position fused_lm_head".split()
 )
 
 
@@ -128,61 +136,69 @@ class SplitModel(PeftModelForCausalLM):
         self._request = _Request(keep_BT, compact)
         return args, {**kwargs, "labels": compact}
 
-    def run_decoder(self, embeddings_BTD: Tensor, mask_BT: Tensor | None, position_ids: Tensor | None) -> Tensor:
+    def run_decoder(
+        self,
+        embeddings_BTD: Tensor,
+        mask_BT: Tensor | None,
+        position_ids: Tensor | None,
+        cache: CloudCache | None = None,
+    ) -> Tensor:
         """Run the remote decoder; return hidden states [B, T, D], or [1, K + 1, D] if only labels were asked for.
 
-        Positions that were not asked for, padding among them, are zero.
+        Positions that were not asked for, padding among them, are zero. With a `cache` the
+        tokens follow those in it, and the mask covers both: [B, P + T].
         """
         request, self._request = self._request, _Request()
         batch, length, _ = embeddings_BTD.shape
-        attended = torch.ones(batch, length, dtype=torch.bool) if mask_BT is None else mask_BT.bool().cpu()
+        if cache is not None:
+            mask_BT = _new_columns(cache, mask_BT, batch, length)
+        attended_BT = torch.ones(batch, length, dtype=torch.bool) if mask_BT is None else mask_BT.bool().cpu()
         if request.keep_BT is None:
-            keep_BT = attended
-        elif request.keep_BT.shape == attended.shape:
+            keep_BT = attended_BT
+        elif request.keep_BT.shape == attended_BT.shape:
             keep_BT = request.keep_BT.cpu()
         else:
-            raise UsageError(f"labels have shape {list(request.keep_BT.shape)}, input_ids {list(attended.shape)}")
-        # A loss on padding (left-padded labels, say) needs what the model makes of padding.
-        dense = bool((keep_BT & ~attended).any())
-        rows = torch.ones_like(attended) if dense else attended
-        keep = keep_BT.reshape(-1).nonzero()[:, 0]
+            raise UsageError(f"labels have shape {list(request.keep_BT.shape)}, input_ids {list(attended_BT.shape)}")
+        new = Pass(embeddings_BTD, mask_BT, self._position_ids(position_ids, batch, length), keep_BT)
         sites = self._active_sites()
         parameters = [parameter for site in sites for parameter in site.parameters]
-        begin = pb.Begin(
-            protocol_version=PROTOCOL_VERSION,
-            fingerprint=self.link.description.fingerprint,
-            wire_dtype=WIRE_DTYPES[self.wire_dtype],
-            training=torch.is_grad_enabled() and bool(parameters),
-            batch=batch,
-            length=length,
-            attention_mask=pack_mask(mask_BT),
-            position_ids=self._position_ids(position_ids, batch, length),
-            dense=dense,
-            keep=keep.tolist(),
-            sites=[pb.ActiveSite(site=site.index, modules=site.modules) for site in sites],
-            embeddings=encode(embeddings_BTD.detach()[rows.to(embeddings_BTD.device)], WIRE_DTYPES[self.wire_dtype]),
-        )
-        micro_batch = MicroBatch(self.link, self.retry, self.meter, begin, sites, embeddings_BTD.device)
-        if begin.training:
-            kept_KD = SplitForward.apply(micro_batch, *parameters)  # type: ignore[no-untyped-call]
+        training = torch.is_grad_enabled() and bool(parameters)
+        if cache is not None:
+            if training:
+                raise UsageError("a KV cache in the cloud keeps no gradients: use torch.no_grad(), or no cache")
+            dtype, device = WIRE_DTYPES[self.wire_dtype], embeddings_BTD.device
+            cache.bind(Conversation(self.link, self.meter, sites, dtype, device))
+            kept_KD = cache.forward(new, self.retry)
         else:
-            kept_KD = micro_batch.forward()
+            begin = pb.Begin(
+                protocol_version=PROTOCOL_VERSION,
+                fingerprint=self.link.description.fingerprint,
+                wire_dtype=WIRE_DTYPES[self.wire_dtype],
+                training=training,
+                batch=batch,
+                sites=[pb.ActiveSite(site=site.index, modules=site.modules) for site in sites],
+                **new.fields(WIRE_DTYPES[self.wire_dtype]),
+            )
+            micro_batch = MicroBatch(self.link, self.retry, self.meter, begin, sites, embeddings_BTD.device)
+            if training:
+                kept_KD = SplitForward.apply(micro_batch, *parameters)  # type: ignore[no-untyped-call]
+            else:
+                kept_KD = micro_batch.forward()
         kept_KD = kept_KD.to(embeddings_BTD.dtype)
         compact = request.compact_labels is not None
-        head_rows = len(keep) + 1 if compact else batch * length
-        self._count_head(head_rows, training=begin.training)
+        self._count_head(len(kept_KD) + 1 if compact else batch * length, training=training)
         if compact:
             return torch.cat([kept_KD, kept_KD.new_zeros(1, kept_KD.shape[1])])[None]
+        keep = keep_BT.reshape(-1).nonzero()[:, 0].to(kept_KD.device)
         full = kept_KD.new_zeros(batch * length, kept_KD.shape[1])
-        return full.index_put((keep.to(full.device),), kept_KD).view(batch, length, -1)
+        return full.index_put((keep,), kept_KD).view(batch, length, -1)
 
-    def _position_ids(self, position_ids: Tensor | None, batch: int, length: int) -> list[int]:
+    def _position_ids(self, position_ids: Tensor | None, batch: int, length: int) -> Tensor | None:
         if position_ids is None:
-            return []
+            return None
         if not self._accepts_position_ids:
             raise UsageError(f"{type(self.get_base_model()).__name__} takes no position_ids")
-        values: list[int] = position_ids.expand(batch, length).reshape(-1).tolist()
-        return values
+        return position_ids.expand(batch, length).cpu()
 
     def _active_sites(self) -> list[ActiveSite]:
         """Sites whose adapters are switched on, now; `disable_adapter()` switches all off."""
@@ -205,6 +221,29 @@ class SplitModel(PeftModelForCausalLM):
         if head is not None:
             vocab, width = head.weight.shape
             self.meter.head_flops += 2 * rows * vocab * width * (2 if training else 1)
+
+    # ----------------------------------------------------------------- generation
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`generate` of transformers, with a KV cache in the cloud that is freed at the end.
+
+        To keep the cache for a next turn pass your own: `past_key_values=dlora.CloudCache()`.
+        Raises UsageError for cache implementations that need keys and values here.
+        """
+        config = kwargs.get("generation_config") or self.generation_config
+        implementation = kwargs.get("cache_implementation", config.cache_implementation)
+        if implementation not in (None, "dynamic"):
+            raise UsageError(
+                f"cache_implementation={implementation!r} is not supported: keys and values stay in the cloud"
+            )
+        use_cache = kwargs.get("use_cache", config.use_cache)
+        if kwargs.get("past_key_values") is not None or use_cache is False:
+            return super().generate(*args, **kwargs)
+        cache = CloudCache(_expected_length(args, kwargs, config))
+        try:
+            return super().generate(*args, **kwargs, past_key_values=cache)
+        finally:
+            cache.close()
 
     # ----------------------------------------------------------------- adapters: adding, saving, loading
 
@@ -334,7 +373,9 @@ def _skeleton(description: pb.Description, folder: Path) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     if (folder / "generation_config.json").is_file():
         model.generation_config = type(model.generation_config).from_pretrained(folder)
-    model.generation_config.use_cache = False  # the cloud keeps no KV cache yet
+    if not description.limits.cache_bytes_per_token:
+        log.warning("%s is served without KV cache: generation is slow", description.model_id)
+        model.generation_config.use_cache = False
     model.config._name_or_path = description.model_id
     model.name_or_path = description.model_id
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -414,6 +455,14 @@ def _match_sites(model: SplitModel, description: pb.Description) -> tuple[Active
     return tuple(sites)
 
 
+def _expected_length(args: tuple[Any, ...], kwargs: dict[str, Any], config: GenerationConfig) -> int:
+    """Tokens that a call of `generate` may come to; 0 if it does not say."""
+    prompt = next((one for one in (*args, kwargs.get("inputs"), kwargs.get("input_ids")) if one is not None), None)
+    length: int = prompt.shape[1] if isinstance(prompt, Tensor) and prompt.dim() == 2 else 0
+    new = kwargs.get("max_new_tokens", config.max_new_tokens)
+    return length + new if new else kwargs.get("max_length", config.max_length) or 0
+
+
 def _allowed_names(description: pb.Description) -> str:
     """The last parts of the names of all modules that may be targeted."""
     names = {
@@ -429,11 +478,17 @@ def _remote_forward(
     position_ids: Tensor | None = None,
     past_key_values: Any = None,
     inputs_embeds: Tensor | None = None,
+    use_cache: bool | None = None,
     **others: Any,
 ) -> BaseModelOutputWithPastAndCrossAttentions:
     """Stands in for the decoder's forward; refuses by name what would change the result unnoticed."""
-    if past_key_values is not None:
-        raise UsageError("a KV cache in the cloud is not supported yet: call generate(..., use_cache=False)")
+    if past_key_values is None and use_cache:
+        past_key_values = CloudCache()
+    if past_key_values is not None and not isinstance(past_key_values, CloudCache):
+        raise UsageError(
+            f"past_key_values: got a {type(past_key_values).__name__}, want a dlora.CloudCache: keys and values stay "
+            "in the cloud"
+        )
     for name, value in others.items():
         if name not in _HARMLESS_ARGUMENTS and value is not None and value is not False:
             raise UsageError(f"argument {name} is not supported by a split model")
@@ -443,5 +498,22 @@ def _remote_forward(
         if input_ids is None:
             raise UsageError("got neither input_ids nor inputs_embeds")
         inputs_embeds = model.get_input_embeddings()(input_ids.view(-1, input_ids.shape[-1]))
-    hidden = model.run_decoder(inputs_embeds, attention_mask, position_ids)
-    return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+    hidden = model.run_decoder(inputs_embeds, attention_mask, position_ids, past_key_values)
+    return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden, past_key_values=past_key_values)
+
+
+def _new_columns(cache: CloudCache, mask_BT: Tensor | None, batch: int, length: int) -> Tensor | None:
+    """The mask of the new tokens alone. Raises UsageError if that of the cached ones has changed."""
+    if mask_BT is None:
+        return None
+    past = cache.get_seq_length()
+    if mask_BT.shape != (batch, past + length):
+        raise UsageError(
+            f"attention_mask: got shape {list(mask_BT.shape)}, want {[batch, past + length]}: cached and new tokens"
+        )
+    known_BT = cache.known_mask(batch)
+    before_BT = mask_BT[:, :past].bool().cpu()
+    same = bool(before_BT.all()) if known_BT is None else torch.equal(before_BT, known_BT.bool().cpu())
+    if not same:
+        raise UsageError("attention_mask: other tokens than before are masked in the cached part: start a new cache")
+    return mask_BT[:, past:].cpu()

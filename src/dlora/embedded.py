@@ -76,6 +76,9 @@ class _CloudEnd:
     def __init__(self, stream: _QueueStream) -> None:
         self.stream = stream
 
+    def admit(self, cost_bytes: int) -> None:
+        """One process, one user: whatever was within the limits is admitted."""
+
     def send(self, frame: pb.CloudFrame) -> None:
         self.stream.to_edge.put(frame)
 

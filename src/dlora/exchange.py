@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from dlora.errors import WireError
 from dlora.proto import dlora_pb2 as pb
@@ -29,7 +30,10 @@ def current_step() -> Step | None:
 
 
 class Pipe(Protocol):
-    """The edge, as one micro-batch sees it."""
+    """The edge, as one stream sees it."""
+
+    def admit(self, cost_bytes: int) -> None:
+        """Make room for what the stream now needs, and for computing. Raises PeerLost if there is none."""
 
     def send(self, frame: pb.CloudFrame) -> None:
         """Queue a frame for the edge."""
@@ -40,13 +44,14 @@ class Pipe(Protocol):
 
 @dataclass(kw_only=True)
 class Plan:
-    """A checked `Begin`: everything a micro-batch needs, nothing that is not validated."""
+    """A checked `Begin` or `Extend`: everything one pass needs, nothing that is not validated."""
 
     dtype: pb.DType
     training: bool
     batch: int
     length: int
     mask_BT: Tensor | None
+    """With a KV cache: [B, past + T]."""
     position_ids_BT: Tensor | None
     rows_N: Tensor | None
     """Flat positions of the rows that travel; None: all of them."""
@@ -54,6 +59,15 @@ class Plan:
     active: tuple[tuple[Site, tuple[int, ...]], ...]
     embeddings: pb.Tensor
     cost_bytes: int = 0
+    past: int = 0
+    """Tokens of each sequence that are in the KV cache already."""
+    cache_length: int = 0
+    """Tokens of each sequence that the KV cache may come to hold; 0: there is none."""
+    rollback: bool = False
+    drop: int = 0
+    """Cached tokens to forget before the pass; `past` is without them."""
+    order: Tensor | None = None
+    """Rows of the cache, in their new order."""
 
     @property
     def num_rows(self) -> int:
@@ -62,10 +76,21 @@ class Plan:
 
 
 class Step:
-    """One micro-batch in the cloud: the forward, the backward, and the exchanges between."""
+    """One pass in the cloud: the forward, in training the backward, and the exchanges between.
 
-    def __init__(self, decoder: nn.Module, embedding: Tensor, plan: Plan, pipe: Pipe) -> None:
-        self.decoder, self.plan, self.pipe = decoder, plan, pipe
+    `cache` is the stream's KV cache, if it has one. `flops` are told to the edge with it.
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        embedding: Tensor,
+        plan: Plan,
+        pipe: Pipe,
+        cache: Cache | None = None,
+        flops: int = 0,
+    ) -> None:
+        self.decoder, self.plan, self.pipe, self.cache, self.flops = decoder, plan, pipe, cache, flops
         self.embedding = embedding  # its width, dtype and device are those of what goes into the decoder
         self.modules = {site.index: modules for site, modules in plan.active}
         self.sites = {site.index: site for site, _ in plan.active}
@@ -92,15 +117,18 @@ class Step:
             inputs["attention_mask"] = plan.mask_BT
         if plan.position_ids_BT is not None:
             inputs["position_ids"] = plan.position_ids_BT
+        if self.cache is not None:
+            inputs["past_key_values"] = self.cache
         training = plan.training and bool(plan.active)
         with torch.set_grad_enabled(training):
-            hidden_BTD = self.decoder(**inputs, use_cache=False).last_hidden_state
+            hidden_BTD = self.decoder(**inputs, use_cache=self.cache is not None).last_hidden_state
             hidden = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[plan.keep]
-        self.pipe.send(pb.CloudFrame(hidden=pb.Hidden(hidden=encode(hidden, plan.dtype))))
+        message = pb.Hidden(hidden=encode(hidden, plan.dtype), forward_flops=self.flops)
+        self.pipe.send(pb.CloudFrame(hidden=message))
         if training:
             del hidden_BTD, inputs
-            message = self._receive("hidden_grad").grad
-            grad = decode(message, tuple(hidden.shape), "gradient of the last hidden states")
+            grad_message = self._receive("hidden_grad").grad
+            grad = decode(grad_message, tuple(hidden.shape), "gradient of the last hidden states")
             hidden.backward(grad.to(hidden))
 
     def before(self, site: int, index: int, x: Tensor) -> None:

@@ -12,7 +12,7 @@ import queue
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,7 +26,6 @@ from transformers import PreTrainedTokenizerBase
 from dlora.cloud import CloudModel
 from dlora.edge_files import describe_files, write_edge_files
 from dlora.errors import ModelError, PeerLost, UsageError, WireError
-from dlora.exchange import Plan
 from dlora.proto import dlora_pb2 as pb
 from dlora.proto import dlora_pb2_grpc as rpc
 from dlora.wire import PROTOCOL_VERSION, RETRY_AFTER_KEY, channel_options
@@ -182,7 +181,7 @@ class _Servicer(rpc.DLoRAServicer):
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
         if len(self.pipes) >= self.options.max_streams:
             await self._abort(context, _Busy(f"all {self.options.max_streams} streams are taken", retry_after_s=1.0))
-        pipe = _GrpcPipe(self.slots, self.options.edge_timeout_s)
+        pipe = _GrpcPipe(self.slots, self.options.edge_timeout_s, self._reserve)
         self.pipes.add(pipe)
         reader = asyncio.create_task(pipe.read(requests))
         work = asyncio.get_running_loop().run_in_executor(self.workers, self._work, pipe)
@@ -199,36 +198,33 @@ class _Servicer(rpc.DLoRAServicer):
             self.pipes.discard(pipe)
 
     def _work(self, pipe: _GrpcPipe) -> BaseException | None:
-        """On a worker thread: one micro-batch, from its first frame to its last. Returns the error, if any."""
-        cost = 0
+        """On a worker thread: one stream, from its first frame to its last. Returns the error, if any."""
         try:
             frame = pipe.receive()
             if frame.WhichOneof("kind") != "begin":
                 raise WireError(f"got frame {frame.WhichOneof('kind')!r}, want 'begin'")
-            plan = self.cloud.plan(frame.begin)
-            cost = self._admit(plan)
-            pipe.take_slot()
-            self.cloud.run(plan, pipe)
+            self.cloud.run(self.cloud.plan(frame.begin), pipe)
             return None
         except Exception as error:
             return error
         finally:
-            with self.lock:
-                self.inflight_bytes -= cost
+            self._reserve(pipe, 0)
             pipe.release_slot()
             pipe.finish()
 
-    def _admit(self, plan: Plan) -> int:
+    def _reserve(self, pipe: _GrpcPipe, cost_bytes: int) -> None:
+        """Let the stream hold so many bytes, in place of what it held."""
         limit = self.cloud.limits.max_inflight_bytes
         with self.lock:
-            if self.inflight_bytes + plan.cost_bytes > limit:
+            free = limit - self.inflight_bytes + pipe.reserved_bytes
+            if cost_bytes > free:
                 raise _Busy(
-                    f"busy: this micro-batch needs {plan.cost_bytes / 2**20:.0f} MiB of activations, "
-                    f"{(limit - self.inflight_bytes) / 2**20:.0f} MiB are free",
+                    f"busy: this micro-batch needs {cost_bytes / 2**20:.0f} MiB of activations, "
+                    f"{free / 2**20:.0f} MiB are free",
                     retry_after_s=0.5,
                 )
-            self.inflight_bytes += plan.cost_bytes
-        return plan.cost_bytes
+            self.inflight_bytes += cost_bytes - pipe.reserved_bytes
+            pipe.reserved_bytes = cost_bytes
 
     async def _abort(self, context: Any, error: BaseException) -> NoReturn:
         """End the stream with the status that tells the edge whether to try again."""
@@ -267,8 +263,9 @@ class _GrpcPipe:
     The worker holds a compute slot, except while it waits for the edge.
     """
 
-    def __init__(self, slots: threading.Semaphore, timeout_s: float) -> None:
-        self.slots, self.timeout_s = slots, timeout_s
+    def __init__(self, slots: threading.Semaphore, timeout_s: float, reserve: Callable[[_GrpcPipe, int], None]) -> None:
+        self.slots, self.timeout_s, self.reserve = slots, timeout_s, reserve
+        self.reserved_bytes = 0
         self.loop = asyncio.get_running_loop()
         self.outbox: asyncio.Queue[pb.CloudFrame | None] = asyncio.Queue()
         self.inbox: queue.SimpleQueue[pb.EdgeFrame | None] = queue.SimpleQueue()
@@ -307,6 +304,11 @@ class _GrpcPipe:
             self.loop.call_soon_threadsafe(self.outbox.put_nowait, frame)
         except RuntimeError:  # the loop is closed: nobody is left to read
             self.closed = self.closed or "the server has stopped"
+
+    def admit(self, cost_bytes: int) -> None:
+        self.reserve(self, cost_bytes)
+        if not self.has_slot:
+            self.take_slot()
 
     def receive(self) -> pb.EdgeFrame:
         held = self.has_slot

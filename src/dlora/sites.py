@@ -138,9 +138,12 @@ def forward_flops(sites: Sequence[Site], tokens: int) -> int:
     return sum(2 * tokens * site.in_features * module.out_features for site in sites for module in site.modules)
 
 
-def attention_flops(config: Any, batch: int, length: int) -> int:
-    """FLOPs of Q K^T and P V of one layer, counted densely (no discount for the causal mask)."""
+def attention_flops(config: Any, batch: int, length: int, past: int = 0) -> int:
+    """FLOPs of Q K^T and P V of one layer, counted densely (no discount for the causal mask).
+
+    `length` new tokens look at themselves and at `past` cached ones.
+    """
     config = config.get_text_config()
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return int(4 * batch * length * length * heads * head_dim)
+    return int(4 * batch * length * (past + length) * heads * head_dim)

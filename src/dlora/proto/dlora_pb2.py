@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x64lora/proto/dlora.proto\x12\x08\x64lora.v1\"W\n\x06Tensor\x12\x1e\n\x05\x64type\x18\x01 \x01(\x0e\x32\x0f.dlora.v1.DType\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x10\n\x08\x65xponent\x18\x03 \x01(\x11\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"+\n\x0f\x44\x65scribeRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\"A\n\nModuleInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cout_features\x18\x02 \x01(\r\x12\x0f\n\x07\x61llowed\x18\x03 \x01(\x08\"F\n\x08SiteInfo\x12\x13\n\x0bin_features\x18\x01 \x01(\r\x12%\n\x07modules\x18\x02 \x03(\x0b\x32\x14.dlora.v1.ModuleInfo\"6\n\x08\x46ileInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"\xa1\x01\n\x06Limits\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmax_length\x18\x02 \x01(\r\x12\x19\n\x11max_message_bytes\x18\x03 \x01(\x04\x12\x1a\n\x12max_inflight_bytes\x18\x04 \x01(\x04\x12\x17\n\x0f\x62ytes_per_token\x18\x05 \x01(\x01\x12\x1f\n\x17\x62ytes_per_token_squared\x18\x06 \x01(\x01\"\xd6\x02\n\x0b\x44\x65scription\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x18\n\x10software_version\x18\x02 \x01(\t\x12\x10\n\x08model_id\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x13\n\x0b\x63onfig_json\x18\x05 \x01(\t\x12\x15\n\rcompute_dtype\x18\x06 \x01(\t\x12\x17\n\x0f\x65mbedding_width\x18\x07 \x01(\r\x12\x14\n\x0chidden_width\x18\x08 \x01(\r\x12!\n\x05sites\x18\t \x03(\x0b\x32\x12.dlora.v1.SiteInfo\x12$\n\x0bwire_dtypes\x18\n \x03(\x0e\x32\x0f.dlora.v1.DType\x12 \n\x06limits\x18\x0b \x01(\x0b\x32\x10.dlora.v1.Limits\x12&\n\nedge_files\x18\x0c \x03(\x0b\x32\x12.dlora.v1.FileInfo\",\n\x15\x46\x65tchEdgeFilesRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\"\'\n\tFileChunk\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"+\n\nActiveSite\x12\x0c\n\x04site\x18\x01 \x01(\r\x12\x0f\n\x07modules\x18\x02 \x03(\r\"\xa2\x02\n\x05\x42\x65gin\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12#\n\nwire_dtype\x18\x03 \x01(\x0e\x32\x0f.dlora.v1.DType\x12\x10\n\x08training\x18\x04 \x01(\x08\x12\r\n\x05\x62\x61tch\x18\x05 \x01(\r\x12\x0e\n\x06length\x18\x06 \x01(\r\x12\x16\n\x0e\x61ttention_mask\x18\x07 \x01(\x0c\x12\x14\n\x0cposition_ids\x18\x08 \x03(\r\x12\r\n\x05\x64\x65nse\x18\t \x01(\x08\x12\x0c\n\x04keep\x18\n \x03(\r\x12#\n\x05sites\x18\x0b \x03(\x0b\x32\x14.dlora.v1.ActiveSite\x12$\n\nembeddings\x18\x0c \x01(\x0b\x32\x10.dlora.v1.Tensor\"<\n\nSiteDeltas\x12\x0c\n\x04site\x18\x01 \x01(\r\x12 \n\x06\x64\x65ltas\x18\x02 \x03(\x0b\x32\x10.dlora.v1.Tensor\"9\n\tInputGrad\x12\x0c\n\x04site\x18\x01 \x01(\r\x12\x1e\n\x04grad\x18\x02 \x01(\x0b\x32\x10.dlora.v1.Tensor\",\n\nHiddenGrad\x12\x1e\n\x04grad\x18\x01 \x01(\x0b\x32\x10.dlora.v1.Tensor\"\xb5\x01\n\tEdgeFrame\x12 \n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x0f.dlora.v1.BeginH\x00\x12&\n\x06\x64\x65ltas\x18\x02 \x01(\x0b\x32\x14.dlora.v1.SiteDeltasH\x00\x12+\n\x0bhidden_grad\x18\x03 \x01(\x0b\x32\x14.dlora.v1.HiddenGradH\x00\x12)\n\ninput_grad\x18\x04 \x01(\x0b\x32\x13.dlora.v1.InputGradH\x00\x42\x06\n\x04kind\"P\n\tSiteInput\x12\x0c\n\x04site\x18\x01 \x01(\r\x12\x1b\n\x01x\x18\x02 \x01(\x0b\x32\x10.dlora.v1.Tensor\x12\x18\n\x10wants_input_grad\x18\x03 \x01(\x08\"*\n\x06Hidden\x12 \n\x06hidden\x18\x01 \x01(\x0b\x32\x10.dlora.v1.Tensor\";\n\nDeltaGrads\x12\x0c\n\x04site\x18\x01 \x01(\r\x12\x1f\n\x05grads\x18\x02 \x03(\x0b\x32\x10.dlora.v1.Tensor\"5\n\x04\x44one\x12\x15\n\rforward_flops\x18\x01 \x01(\x04\x12\x16\n\x0e\x62\x61\x63kward_flops\x18\x02 \x01(\x04\"\xab\x01\n\nCloudFrame\x12$\n\x05input\x18\x01 \x01(\x0b\x32\x13.dlora.v1.SiteInputH\x00\x12\"\n\x06hidden\x18\x02 \x01(\x0b\x32\x10.dlora.v1.HiddenH\x00\x12+\n\x0b\x64\x65lta_grads\x18\x03 \x01(\x0b\x32\x14.dlora.v1.DeltaGradsH\x00\x12\x1e\n\x04\x64one\x18\x04 \x01(\x0b\x32\x0e.dlora.v1.DoneH\x00\x42\x06\n\x04kind*<\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x08\n\x04\x46P32\x10\x01\x12\x08\n\x04\x46P16\x10\x02\x12\x08\n\x04\x42\x46\x31\x36\x10\x03\x32\xc6\x01\n\x05\x44LoRA\x12<\n\x08\x44\x65scribe\x12\x19.dlora.v1.DescribeRequest\x1a\x15.dlora.v1.Description\x12H\n\x0e\x46\x65tchEdgeFiles\x12\x1f.dlora.v1.FetchEdgeFilesRequest\x1a\x13.dlora.v1.FileChunk0\x01\x12\x35\n\x04Step\x12\x13.dlora.v1.EdgeFrame\x1a\x14.dlora.v1.CloudFrame(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x64lora/proto/dlora.proto\x12\x08\x64lora.v1\"W\n\x06Tensor\x12\x1e\n\x05\x64type\x18\x01 \x01(\x0e\x32\x0f.dlora.v1.DType\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x10\n\x08\x65xponent\x18\x03 \x01(\x11\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"+\n\x0f\x44\x65scribeRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\"A\n\nModuleInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cout_features\x18\x02 \x01(\r\x12\x0f\n\x07\x61llowed\x18\x03 \x01(\x08\"F\n\x08SiteInfo\x12\x13\n\x0bin_features\x18\x01 \x01(\r\x12%\n\x07modules\x18\x02 \x03(\x0b\x32\x14.dlora.v1.ModuleInfo\"6\n\x08\x46ileInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"\xc0\x01\n\x06Limits\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmax_length\x18\x02 \x01(\r\x12\x19\n\x11max_message_bytes\x18\x03 \x01(\x04\x12\x1a\n\x12max_inflight_bytes\x18\x04 \x01(\x04\x12\x17\n\x0f\x62ytes_per_token\x18\x05 \x01(\x01\x12\x1f\n\x17\x62ytes_per_token_squared\x18\x06 \x01(\x01\x12\x1d\n\x15\x63\x61\x63he_bytes_per_token\x18\x07 \x01(\x04\"\xd6\x02\n\x0b\x44\x65scription\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x18\n\x10software_version\x18\x02 \x01(\t\x12\x10\n\x08model_id\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x13\n\x0b\x63onfig_json\x18\x05 \x01(\t\x12\x15\n\rcompute_dtype\x18\x06 \x01(\t\x12\x17\n\x0f\x65mbedding_width\x18\x07 \x01(\r\x12\x14\n\x0chidden_width\x18\x08 \x01(\r\x12!\n\x05sites\x18\t \x03(\x0b\x32\x12.dlora.v1.SiteInfo\x12$\n\x0bwire_dtypes\x18\n \x03(\x0e\x32\x0f.dlora.v1.DType\x12 \n\x06limits\x18\x0b \x01(\x0b\x32\x10.dlora.v1.Limits\x12&\n\nedge_files\x18\x0c \x03(\x0b\x32\x12.dlora.v1.FileInfo\",\n\x15\x46\x65tchEdgeFilesRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\"\'\n\tFileChunk\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"+\n\nActiveSite\x12\x0c\n\x04site\x18\x01 \x01(\r\x12\x0f\n\x07modules\x18\x02 \x03(\r\"\xca\x02\n\x05\x42\x65gin\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12#\n\nwire_dtype\x18\x03 \x01(\x0e\x32\x0f.dlora.v1.DType\x12\x10\n\x08training\x18\x04 \x01(\x08\x12\r\n\x05\x62\x61tch\x18\x05 \x01(\r\x12\x0e\n\x06length\x18\x06 \x01(\r\x12\x16\n\x0e\x61ttention_mask\x18\x07 \x01(\x0c\x12\x14\n\x0cposition_ids\x18\x08 \x03(\r\x12\r\n\x05\x64\x65nse\x18\t \x01(\x08\x12\x0c\n\x04keep\x18\n \x03(\r\x12#\n\x05sites\x18\x0b \x03(\x0b\x32\x14.dlora.v1.ActiveSite\x12$\n\nembeddings\x18\x0c \x01(\x0b\x32\x10.dlora.v1.Tensor\x12\x14\n\x0c\x63\x61\x63he_length\x18\r \x01(\r\x12\x10\n\x08rollback\x18\x0e \x01(\x08\"\xa6\x01\n\x06\x45xtend\x12\x0c\n\x04\x64rop\x18\x01 \x01(\r\x12\r\n\x05order\x18\x02 \x03(\r\x12\x0e\n\x06length\x18\x03 \x01(\r\x12\x16\n\x0e\x61ttention_mask\x18\x04 \x01(\x0c\x12\x14\n\x0cposition_ids\x18\x05 \x03(\r\x12\r\n\x05\x64\x65nse\x18\x06 \x01(\x08\x12\x0c\n\x04keep\x18\x07 \x03(\r\x12$\n\nembeddings\x18\x08 \x01(\x0b\x32\x10.dlora.v1.Tensor\"<\n\nSiteDeltas\x12\x0c\n\x04site\x18\x01 \x01(\r\x12 \n\x06\x64\x65ltas\x18\x02 \x03(\x0b\x32\x10.dlora.v1.Tensor\"9\n\tInputGrad\x12\x0c\n\x04site\x18\x01 \x01(\r\x12\x1e\n\x04grad\x18\x02 \x01(\x0b\x32\x10.dlora.v1.Tensor\",\n\nHiddenGrad\x12\x1e\n\x04grad\x18\x01 \x01(\x0b\x32\x10.dlora.v1.Tensor\"\xd9\x01\n\tEdgeFrame\x12 \n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x0f.dlora.v1.BeginH\x00\x12&\n\x06\x64\x65ltas\x18\x02 \x01(\x0b\x32\x14.dlora.v1.SiteDeltasH\x00\x12+\n\x0bhidden_grad\x18\x03 \x01(\x0b\x32\x14.dlora.v1.HiddenGradH\x00\x12)\n\ninput_grad\x18\x04 \x01(\x0b\x32\x13.dlora.v1.InputGradH\x00\x12\"\n\x06\x65xtend\x18\x05 \x01(\x0b\x32\x10.dlora.v1.ExtendH\x00\x42\x06\n\x04kind\"P\n\tSiteInput\x12\x0c\n\x04site\x18\x01 \x01(\r\x12\x1b\n\x01x\x18\x02 \x01(\x0b\x32\x10.dlora.v1.Tensor\x12\x18\n\x10wants_input_grad\x18\x03 \x01(\x08\"A\n\x06Hidden\x12 \n\x06hidden\x18\x01 \x01(\x0b\x32\x10.dlora.v1.Tensor\x12\x15\n\rforward_flops\x18\x02 \x01(\x04\";\n\nDeltaGrads\x12\x0c\n\x04site\x18\x01 \x01(\r\x12\x1f\n\x05grads\x18\x02 \x03(\x0b\x32\x10.dlora.v1.Tensor\"5\n\x04\x44one\x12\x15\n\rforward_flops\x18\x01 \x01(\x04\x12\x16\n\x0e\x62\x61\x63kward_flops\x18\x02 \x01(\x04\"\xab\x01\n\nCloudFrame\x12$\n\x05input\x18\x01 \x01(\x0b\x32\x13.dlora.v1.SiteInputH\x00\x12\"\n\x06hidden\x18\x02 \x01(\x0b\x32\x10.dlora.v1.HiddenH\x00\x12+\n\x0b\x64\x65lta_grads\x18\x03 \x01(\x0b\x32\x14.dlora.v1.DeltaGradsH\x00\x12\x1e\n\x04\x64one\x18\x04 \x01(\x0b\x32\x0e.dlora.v1.DoneH\x00\x42\x06\n\x04kind*<\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x08\n\x04\x46P32\x10\x01\x12\x08\n\x04\x46P16\x10\x02\x12\x08\n\x04\x42\x46\x31\x36\x10\x03\x32\xc6\x01\n\x05\x44LoRA\x12<\n\x08\x44\x65scribe\x12\x19.dlora.v1.DescribeRequest\x1a\x15.dlora.v1.Description\x12H\n\x0e\x46\x65tchEdgeFiles\x12\x1f.dlora.v1.FetchEdgeFilesRequest\x1a\x13.dlora.v1.FileChunk0\x01\x12\x35\n\x04Step\x12\x13.dlora.v1.EdgeFrame\x1a\x14.dlora.v1.CloudFrame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'dlora.proto.dlora_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=2067
-  _globals['_DTYPE']._serialized_end=2127
+  _globals['_DTYPE']._serialized_start=2366
+  _globals['_DTYPE']._serialized_end=2426
   _globals['_TENSOR']._serialized_start=37
   _globals['_TENSOR']._serialized_end=124
   _globals['_DESCRIBEREQUEST']._serialized_start=126
@@ -44,35 +44,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FILEINFO']._serialized_start=310
   _globals['_FILEINFO']._serialized_end=364
   _globals['_LIMITS']._serialized_start=367
-  _globals['_LIMITS']._serialized_end=528
-  _globals['_DESCRIPTION']._serialized_start=531
-  _globals['_DESCRIPTION']._serialized_end=873
-  _globals['_FETCHEDGEFILESREQUEST']._serialized_start=875
-  _globals['_FETCHEDGEFILESREQUEST']._serialized_end=919
-  _globals['_FILECHUNK']._serialized_start=921
-  _globals['_FILECHUNK']._serialized_end=960
-  _globals['_ACTIVESITE']._serialized_start=962
-  _globals['_ACTIVESITE']._serialized_end=1005
-  _globals['_BEGIN']._serialized_start=1008
-  _globals['_BEGIN']._serialized_end=1298
-  _globals['_SITEDELTAS']._serialized_start=1300
-  _globals['_SITEDELTAS']._serialized_end=1360
-  _globals['_INPUTGRAD']._serialized_start=1362
-  _globals['_INPUTGRAD']._serialized_end=1419
-  _globals['_HIDDENGRAD']._serialized_start=1421
-  _globals['_HIDDENGRAD']._serialized_end=1465
-  _globals['_EDGEFRAME']._serialized_start=1468
-  _globals['_EDGEFRAME']._serialized_end=1649
-  _globals['_SITEINPUT']._serialized_start=1651
-  _globals['_SITEINPUT']._serialized_end=1731
-  _globals['_HIDDEN']._serialized_start=1733
-  _globals['_HIDDEN']._serialized_end=1775
-  _globals['_DELTAGRADS']._serialized_start=1777
-  _globals['_DELTAGRADS']._serialized_end=1836
-  _globals['_DONE']._serialized_start=1838
-  _globals['_DONE']._serialized_end=1891
-  _globals['_CLOUDFRAME']._serialized_start=1894
-  _globals['_CLOUDFRAME']._serialized_end=2065
-  _globals['_DLORA']._serialized_start=2130
-  _globals['_DLORA']._serialized_end=2328
+  _globals['_LIMITS']._serialized_end=559
+  _globals['_DESCRIPTION']._serialized_start=562
+  _globals['_DESCRIPTION']._serialized_end=904
+  _globals['_FETCHEDGEFILESREQUEST']._serialized_start=906
+  _globals['_FETCHEDGEFILESREQUEST']._serialized_end=950
+  _globals['_FILECHUNK']._serialized_start=952
+  _globals['_FILECHUNK']._serialized_end=991
+  _globals['_ACTIVESITE']._serialized_start=993
+  _globals['_ACTIVESITE']._serialized_end=1036
+  _globals['_BEGIN']._serialized_start=1039
+  _globals['_BEGIN']._serialized_end=1369
+  _globals['_EXTEND']._serialized_start=1372
+  _globals['_EXTEND']._serialized_end=1538
+  _globals['_SITEDELTAS']._serialized_start=1540
+  _globals['_SITEDELTAS']._serialized_end=1600
+  _globals['_INPUTGRAD']._serialized_start=1602
+  _globals['_INPUTGRAD']._serialized_end=1659
+  _globals['_HIDDENGRAD']._serialized_start=1661
+  _globals['_HIDDENGRAD']._serialized_end=1705
+  _globals['_EDGEFRAME']._serialized_start=1708
+  _globals['_EDGEFRAME']._serialized_end=1925
+  _globals['_SITEINPUT']._serialized_start=1927
+  _globals['_SITEINPUT']._serialized_end=2007
+  _globals['_HIDDEN']._serialized_start=2009
+  _globals['_HIDDEN']._serialized_end=2074
+  _globals['_DELTAGRADS']._serialized_start=2076
+  _globals['_DELTAGRADS']._serialized_end=2135
+  _globals['_DONE']._serialized_start=2137
+  _globals['_DONE']._serialized_end=2190
+  _globals['_CLOUDFRAME']._serialized_start=2193
+  _globals['_CLOUDFRAME']._serialized_end=2364
+  _globals['_DLORA']._serialized_start=2429
+  _globals['_DLORA']._serialized_end=2627
 # @@protoc_insertion_point(module_scope)

@@ -65,20 +65,22 @@ class FileInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ..., sha256: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_tokens", "max_length", "max_message_bytes", "max_inflight_bytes", "bytes_per_token", "bytes_per_token_squared")
+    __slots__ = ("max_tokens", "max_length", "max_message_bytes", "max_inflight_bytes", "bytes_per_token", "bytes_per_token_squared", "cache_bytes_per_token")
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_INFLIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
     BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     BYTES_PER_TOKEN_SQUARED_FIELD_NUMBER: _ClassVar[int]
+    CACHE_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     max_tokens: int
     max_length: int
     max_message_bytes: int
     max_inflight_bytes: int
     bytes_per_token: float
     bytes_per_token_squared: float
-    def __init__(self, max_tokens: _Optional[int] = ..., max_length: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_inflight_bytes: _Optional[int] = ..., bytes_per_token: _Optional[float] = ..., bytes_per_token_squared: _Optional[float] = ...) -> None: ...
+    cache_bytes_per_token: int
+    def __init__(self, max_tokens: _Optional[int] = ..., max_length: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_inflight_bytes: _Optional[int] = ..., bytes_per_token: _Optional[float] = ..., bytes_per_token_squared: _Optional[float] = ..., cache_bytes_per_token: _Optional[int] = ...) -> None: ...
 
 class Description(_message.Message):
     __slots__ = ("protocol_version", "software_version", "model_id", "fingerprint", "config_json", "compute_dtype", "embedding_width", "hidden_width", "sites", "wire_dtypes", "limits", "edge_files")
@@ -131,7 +133,7 @@ class ActiveSite(_message.Message):
     def __init__(self, site: _Optional[int] = ..., modules: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Begin(_message.Message):
-    __slots__ = ("protocol_version", "fingerprint", "wire_dtype", "training", "batch", "length", "attention_mask", "position_ids", "dense", "keep", "sites", "embeddings")
+    __slots__ = ("protocol_version", "fingerprint", "wire_dtype", "training", "batch", "length", "attention_mask", "position_ids", "dense", "keep", "sites", "embeddings", "cache_length", "rollback")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -144,6 +146,8 @@ class Begin(_message.Message):
     KEEP_FIELD_NUMBER: _ClassVar[int]
     SITES_FIELD_NUMBER: _ClassVar[int]
     EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    ROLLBACK_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     fingerprint: str
     wire_dtype: DType
@@ -156,7 +160,29 @@ class Begin(_message.Message):
     keep: _containers.RepeatedScalarFieldContainer[int]
     sites: _containers.RepeatedCompositeFieldContainer[ActiveSite]
     embeddings: Tensor
-    def __init__(self, protocol_version: _Optional[int] = ..., fingerprint: _Optional[str] = ..., wire_dtype: _Optional[_Union[DType, str]] = ..., training: _Optional[bool] = ..., batch: _Optional[int] = ..., length: _Optional[int] = ..., attention_mask: _Optional[bytes] = ..., position_ids: _Optional[_Iterable[int]] = ..., dense: _Optional[bool] = ..., keep: _Optional[_Iterable[int]] = ..., sites: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., embeddings: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+    cache_length: int
+    rollback: bool
+    def __init__(self, protocol_version: _Optional[int] = ..., fingerprint: _Optional[str] = ..., wire_dtype: _Optional[_Union[DType, str]] = ..., training: _Optional[bool] = ..., batch: _Optional[int] = ..., length: _Optional[int] = ..., attention_mask: _Optional[bytes] = ..., position_ids: _Optional[_Iterable[int]] = ..., dense: _Optional[bool] = ..., keep: _Optional[_Iterable[int]] = ..., sites: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., embeddings: _Optional[_Union[Tensor, _Mapping]] = ..., cache_length: _Optional[int] = ..., rollback: _Optional[bool] = ...) -> None: ...
+
+class Extend(_message.Message):
+    __slots__ = ("drop", "order", "length", "attention_mask", "position_ids", "dense", "keep", "embeddings")
+    DROP_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_MASK_FIELD_NUMBER: _ClassVar[int]
+    POSITION_IDS_FIELD_NUMBER: _ClassVar[int]
+    DENSE_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
+    drop: int
+    order: _containers.RepeatedScalarFieldContainer[int]
+    length: int
+    attention_mask: bytes
+    position_ids: _containers.RepeatedScalarFieldContainer[int]
+    dense: bool
+    keep: _containers.RepeatedScalarFieldContainer[int]
+    embeddings: Tensor
+    def __init__(self, drop: _Optional[int] = ..., order: _Optional[_Iterable[int]] = ..., length: _Optional[int] = ..., attention_mask: _Optional[bytes] = ..., position_ids: _Optional[_Iterable[int]] = ..., dense: _Optional[bool] = ..., keep: _Optional[_Iterable[int]] = ..., embeddings: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class SiteDeltas(_message.Message):
     __slots__ = ("site", "deltas")
@@ -181,16 +207,18 @@ class HiddenGrad(_message.Message):
     def __init__(self, grad: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class EdgeFrame(_message.Message):
-    __slots__ = ("begin", "deltas", "hidden_grad", "input_grad")
+    __slots__ = ("begin", "deltas", "hidden_grad", "input_grad", "extend")
     BEGIN_FIELD_NUMBER: _ClassVar[int]
     DELTAS_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_GRAD_FIELD_NUMBER: _ClassVar[int]
     INPUT_GRAD_FIELD_NUMBER: _ClassVar[int]
+    EXTEND_FIELD_NUMBER: _ClassVar[int]
     begin: Begin
     deltas: SiteDeltas
     hidden_grad: HiddenGrad
     input_grad: InputGrad
-    def __init__(self, begin: _Optional[_Union[Begin, _Mapping]] = ..., deltas: _Optional[_Union[SiteDeltas, _Mapping]] = ..., hidden_grad: _Optional[_Union[HiddenGrad, _Mapping]] = ..., input_grad: _Optional[_Union[InputGrad, _Mapping]] = ...) -> None: ...
+    extend: Extend
+    def __init__(self, begin: _Optional[_Union[Begin, _Mapping]] = ..., deltas: _Optional[_Union[SiteDeltas, _Mapping]] = ..., hidden_grad: _Optional[_Union[HiddenGrad, _Mapping]] = ..., input_grad: _Optional[_Union[InputGrad, _Mapping]] = ..., extend: _Optional[_Union[Extend, _Mapping]] = ...) -> None: ...
 
 class SiteInput(_message.Message):
     __slots__ = ("site", "x", "wants_input_grad")
@@ -203,10 +231,12 @@ class SiteInput(_message.Message):
     def __init__(self, site: _Optional[int] = ..., x: _Optional[_Union[Tensor, _Mapping]] = ..., wants_input_grad: _Optional[bool] = ...) -> None: ...
 
 class Hidden(_message.Message):
-    __slots__ = ("hidden",)
+    __slots__ = ("hidden", "forward_flops")
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_FLOPS_FIELD_NUMBER: _ClassVar[int]
     hidden: Tensor
-    def __init__(self, hidden: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+    forward_flops: int
+    def __init__(self, hidden: _Optional[_Union[Tensor, _Mapping]] = ..., forward_flops: _Optional[int] = ...) -> None: ...
 
 class DeltaGrads(_message.Message):
     __slots__ = ("site", "grads")

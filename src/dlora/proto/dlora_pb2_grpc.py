@@ -69,7 +69,8 @@ class DLoRAServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Step(self, request_iterator, context):
-        """One micro-batch: forward and, in training, backward. All state lives in the stream.
+        """One micro-batch: forward and, in training, backward; or, with a KV cache, one forward after
+        another. All state lives in the stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,173 @@
+"""The edge's end of a stream: sends frames, answers the cloud at every active site, counts.
+
+What training (`micro_batch.py`) and generation (`kv_cache.py`) have in common.
+
+Shapes: N rows that travel (attended tokens), K kept rows of the last hidden states.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from dlora.accounting import Meter, adapter_flops
+from dlora.errors import PeerError, PeerLost, WireError
+from dlora.link import Link, Stream
+from dlora.proto import dlora_pb2 as pb
+from dlora.wire import decode, encode, largest
+
+__all__ = ["ActiveSite", "Conversation", "Record"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActiveSite:
+    """The adapted modules of one site, in the cloud's order."""
+
+    index: int
+    in_features: int
+    modules: tuple[int, ...]
+    """Indices into the cloud's list of this site's modules."""
+    layers: tuple[LoraLayer, ...]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable LoRA parameters of this site, in a fixed order."""
+        found: list[nn.Parameter] = []
+        for layer in self.layers:
+            for name in layer.active_adapters:
+                if name in layer.lora_A:
+                    found += [*layer.lora_A[name].parameters(), *layer.lora_B[name].parameters()]
+        return [parameter for parameter in found if parameter.requires_grad]
+
+
+@dataclass
+class Record:
+    """What backward needs of one site's forward."""
+
+    x: Tensor
+    deltas: list[Tensor]
+    wants_input_grad: bool
+
+
+def delta(layer: LoraLayer, x: Tensor) -> Tensor:
+    """What the layer's active adapters add to its base output: sum of scaling * B(A(dropout(x)))."""
+    total: Tensor | None = None
+    for name in layer.active_adapters:
+        if name in layer.lora_A:
+            lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
+            part = lora_B(lora_A(layer.lora_dropout[name](x.to(lora_A.weight.dtype)))) * layer.scaling[name]
+            total = part if total is None else total + part
+    if total is None:
+        raise WireError("a site without an active adapter was asked for a delta")
+    return total
+
+
+class Conversation:
+    """One stream with the cloud at a time, and the answers to what it asks."""
+
+    def __init__(
+        self, link: Link, meter: Meter, sites: Sequence[ActiveSite], wire_dtype: pb.DType, device: torch.device
+    ) -> None:
+        self.link, self.meter, self.wire_dtype, self.device = link, meter, wire_dtype, device
+        self.sites = {site.index: site for site in sites}
+        self.stream: Stream | None = None
+        self.records: dict[int, Record] = {}
+
+    def close(self) -> None:
+        """Drop the stream, if any: the cloud frees what it holds for it."""
+        if self.stream is not None:
+            self.stream.close()
+            self.stream = None
+
+    def __del__(self) -> None:
+        self.close()
+
+    def ask(self, frame: pb.EdgeFrame, num_rows: int, num_kept: int, *, training: bool) -> tuple[Tensor, int]:
+        """Send a frame that starts a forward pass, and answer until the cloud is through.
+
+        Returns the kept last hidden states, float32 [K, hidden_width], and the cloud's FLOPs
+        where it tells them here. Raises PeerLost, PeerError or WireError.
+        """
+        self.records.clear()
+        self.send(frame)
+        while (kind := (reply := self.receive()).WhichOneof("kind")) == "input":
+            self._answer(reply.input, num_rows, training)
+        if kind != "hidden":
+            raise WireError(f"the cloud sent frame {kind!r} in forward")
+        shape = (num_kept, int(self.link.description.hidden_width))
+        hidden = self.decode(reply.hidden.hidden, shape, "last hidden states")
+        self.meter.tokens += num_rows
+        return hidden, reply.hidden.forward_flops
+
+    def _answer(self, message: pb.SiteInput, num_rows: int, training: bool) -> None:
+        site = self.site(message.site, done=message.site in self.records)
+        x = self.decode(message.x, (num_rows, site.in_features), f"input of site {site.index}")
+        wants = training and message.wants_input_grad
+        with torch.set_grad_enabled(training):
+            x.requires_grad_(wants)
+            deltas = [delta(layer, x) for layer in site.layers]
+        self.records[site.index] = Record(x if training else x[:0], deltas if training else [], wants)
+        messages = [encode(one, self.wire_dtype) for one in deltas]
+        self.send(pb.EdgeFrame(deltas=pb.SiteDeltas(site=site.index, deltas=messages)))
+        for layer in site.layers:
+            for name in layer.active_adapters:
+                if name in layer.lora_A:
+                    self.meter.adapter_flops += adapter_flops(
+                        num_rows,
+                        layer.in_features,
+                        layer.r[name],
+                        layer.out_features,
+                        training=training,
+                        input_grad=wants,
+                    )
+
+    def site(self, index: int, *, done: bool) -> ActiveSite:
+        """The active site that the cloud speaks of. Raises WireError if there is none or it was done before."""
+        if index not in self.sites or done:
+            raise WireError(f"the cloud asked for site {index}, which is {'done' if done else 'not active'}")
+        return self.sites[index]
+
+    def decode(self, message: pb.Tensor, shape: tuple[int, ...], what: str) -> Tensor:
+        """A tensor of the cloud, on the edge's device. Raises WireError, or PeerError if it is not finite."""
+        values = decode(message, shape, what).to(self.device)
+        if not math.isfinite(largest(values)):
+            raise PeerError(
+                f"{what}: the cloud sent values that are not finite. The adapter is unchanged. Try wire dtype fp32 or "
+                "bf16, a lower learning rate, or another server."
+            )
+        return values
+
+    def send(self, frame: pb.EdgeFrame) -> None:
+        """Send and count. Raises PeerError for what the server would not take."""
+        size = frame.ByteSize()
+        limit = self.link.description.limits.max_message_bytes
+        if size > limit:
+            raise PeerError(
+                f"a message of {size / 2**20:.0f} MiB is over the server's limit of {limit / 2**20:.0f} MiB: "
+                "use a smaller batch or shorter sequences"
+            )
+        self.meter.sent_bytes += size
+        self._open_stream().send(frame)
+
+    def receive(self) -> pb.CloudFrame:
+        """Wait for a frame; count it, the time and the round trip."""
+        start = time.perf_counter()
+        try:
+            frame = self._open_stream().receive()
+        finally:
+            self.meter.wait_s += time.perf_counter() - start
+        self.meter.received_bytes += frame.ByteSize()
+        if frame.WhichOneof("kind") != "done":  # comes with what went before: no trip of its own
+            self.meter.round_trips += 1
+        return frame
+
+    def _open_stream(self) -> Stream:
+        if self.stream is None:
+            raise PeerLost("the stream is closed")
+        return self.stream

@@ -1,0 +1,251 @@
+"""Generation on the edge: a handle on a KV cache that lives in the cloud, in one stream.
+
+transformers' `generate` takes it as `past_key_values`. Keys and values never come here; what
+is kept here is what could make them again: the embeddings, masks and positions that were
+sent. A stream that is lost is opened again and prefilled in one pass.
+
+Shapes: B batch, P cached tokens, T new tokens, D width, K kept positions.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from dlora.conversation import ActiveSite, Conversation
+from dlora.errors import PeerLost, UsageError
+from dlora.link import RetryPolicy
+from dlora.proto import dlora_pb2 as pb
+from dlora.wire import PROTOCOL_VERSION, encode, pack_mask
+
+__all__ = ["CloudCache", "Pass"]
+
+log = logging.getLogger(__name__)
+
+# Room for so many tokens more than are there, where nobody said how many will come.
+_HEADROOM: Final = 256
+# What was sent is kept pass by pass, and joined now and then: neither long lists nor a copy a token.
+_JOIN_AT: Final = 64
+
+
+class Pass:
+    """The new tokens of one forward pass, as they go to the cloud: B x T of them."""
+
+    def __init__(
+        self, embeddings_BTD: Tensor, mask_BT: Tensor | None, position_ids_BT: Tensor | None, keep_BT: Tensor
+    ) -> None:
+        self.embeddings_BTD, self.mask_BT = embeddings_BTD.detach(), mask_BT
+        self.position_ids_BT, self.keep_BT = position_ids_BT, keep_BT
+
+    def fields(self, wire_dtype: pb.DType) -> dict[str, Any]:
+        """The fields that `Begin` and `Extend` share."""
+        attended_BT = torch.ones_like(self.keep_BT) if self.mask_BT is None else self.mask_BT.bool()
+        # A kept position that is padding needs what the model makes of padding: then all travel.
+        dense = bool((self.keep_BT & ~attended_BT).any())
+        rows_BT = torch.ones_like(attended_BT) if dense else attended_BT
+        device = self.embeddings_BTD.device
+        return {
+            "length": self.keep_BT.shape[1],
+            "attention_mask": pack_mask(self.mask_BT),
+            "position_ids": [] if self.position_ids_BT is None else self.position_ids_BT.reshape(-1).tolist(),
+            "dense": dense,
+            "keep": self.keep_BT.reshape(-1).nonzero()[:, 0].tolist(),
+            "embeddings": encode(self.embeddings_BTD[rows_BT.to(device)], wire_dtype),
+        }
+
+
+class CloudCache(Cache):
+    """The edge's handle on a KV cache in the cloud; empty at first, and bound by its first use.
+
+    Greedy search, sampling and beam search only let it grow and reorder its rows; prompt
+    look-up and assisted decoding also roll it back. `expected_length` reserves room in the
+    cloud for so many tokens a sequence; when more come, the cache is made again, larger.
+    """
+
+    def __init__(self, expected_length: int = 0) -> None:
+        super().__init__(layers=[])
+        self.expected_length = expected_length
+        self._talk: Conversation | None = None
+        self._site_key: tuple[object, ...] = ()
+        self._past: list[Pass] = []
+        self._recording = False
+        self._reserved = 0  # tokens a sequence for which the cloud holds room
+        # What the cloud has still to do to its cache before the next tokens.
+        self._drop = 0
+        self._order: Tensor | None = None
+
+    # ----------------------------------------------------------------- what transformers asks of a cache
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """P: tokens of each sequence in the cache."""
+        return sum(one.keep_BT.shape[1] for one in self._past)
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: it grows."""
+        return -1
+
+    def activate_past_recording(self) -> None:
+        """Ask for a cache that can be rolled back in place, also where attention slides over a window."""
+        if not self._recording and self._past:
+            self.close()
+        self._recording = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens: `-n` of them, as transformers has it."""
+        if tokens_to_remove > 0 or -tokens_to_remove > self.get_seq_length():
+            raise UsageError(
+                f"crop: got {tokens_to_remove}, want minus the number of tokens to forget, at most "
+                f"{self.get_seq_length()}"
+            )
+        if tokens_to_remove == 0:
+            return
+        left = -tokens_to_remove
+        self._drop += left
+        while left:
+            last = self._past.pop()
+            stay = max(0, last.keep_BT.shape[1] - left)
+            left -= last.keep_BT.shape[1] - stay
+            if stay:
+                self._past.append(_cut(last, slice(None), slice(stay)))
+        if not self._recording:
+            self.close()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row i continue row `beam_idx[i]`: beam search."""
+        self._past = [_cut(one, beam_idx, slice(None)) for one in self._past]
+        self._order = beam_idx if self._order is None else self._order[beam_idx]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only the rows `indices`; the cloud's cache is then made again."""
+        self._past = [_cut(one, indices, slice(None)) for one in self._past]
+        self.close()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row; the cloud's cache is then made again."""
+        if self._past:
+            rows = torch.arange(self._past[0].keep_BT.shape[0]).repeat_interleave(repeats)
+            self.batch_select_indices(rows)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._past = []
+        self.close()
+
+    def close(self) -> None:
+        """Free the cloud's cache. The next use makes it again from what is known here."""
+        if self._talk is not None:
+            self._talk.close()
+        self._drop, self._order = 0, None
+
+    # ----------------------------------------------------------------- a forward pass
+
+    def bind(self, talk: Conversation) -> None:
+        """Use this conversation; another one than before only if nothing else changed.
+
+        Raises UsageError if other adapters are active than those that filled the cache.
+        """
+        key = tuple((site.index, *site.modules, *_names(site)) for site in talk.sites.values())
+        if self._talk is None or not self._past:
+            self.close()
+            self._talk, self._site_key = talk, key
+        elif key != self._site_key or self._talk.link is not talk.link:
+            raise UsageError("this KV cache was filled with other adapters or another server: start a new one")
+
+    def known_mask(self, batch: int) -> Tensor | None:
+        """The mask [B, P] of what is cached; None if no mask was ever given."""
+        if all(one.mask_BT is None for one in self._past):
+            return None
+        return torch.cat([torch.ones_like(o.keep_BT) if o.mask_BT is None else o.mask_BT for o in self._past], dim=1)
+
+    def forward(self, new: Pass, retry: RetryPolicy) -> Tensor:
+        """Run the new tokens through the cloud; return kept last hidden states, float32 [K, hidden_width].
+
+        If the cloud is lost the whole sequence is sent again, as one pass on a new stream.
+        """
+        talk = self._talk
+        if talk is None:
+            raise AssertionError("bind() comes first")
+        for wait in retry.attempts():
+            try:
+                hidden = self._attempt(talk, new)
+                break
+            except PeerLost as error:
+                self.close()
+                talk.meter.retries += 1
+                log.warning("lost the cloud, the KV cache is made again: %s", error)
+                wait(error)
+            except BaseException:
+                self.close()
+                raise
+        self._past.append(new)
+        if len(self._past) >= _JOIN_AT:
+            self._past = [_joined(self._past)]
+        self._drop, self._order = 0, None
+        return hidden
+
+    def _attempt(self, talk: Conversation, new: Pass) -> Tensor:
+        past, length = self.get_seq_length(), new.keep_BT.shape[1]
+        if talk.stream is not None and past + length > self._reserved:
+            self.close()
+        if talk.stream is None:
+            limit = int(talk.link.description.limits.max_length)
+            room = past + length if past + length <= self.expected_length else 2 * (past + length) + _HEADROOM
+            self._reserved = max(past + length, min(max(room, self.expected_length), limit))
+            whole = _joined([*self._past, new]) if self._past else new
+            fields = whole.fields(talk.wire_dtype)
+            # Of the hidden states only the new ones are asked for.
+            new_keep = [row * (past + length) + past + column for row, column in new.keep_BT.nonzero().tolist()]
+            fields["keep"] = new_keep
+            talk.stream = talk.link.open()
+            frame = pb.EdgeFrame(
+                begin=pb.Begin(
+                    protocol_version=PROTOCOL_VERSION,
+                    fingerprint=talk.link.description.fingerprint,
+                    wire_dtype=talk.wire_dtype,
+                    batch=new.keep_BT.shape[0],
+                    sites=[pb.ActiveSite(site=site.index, modules=site.modules) for site in talk.sites.values()],
+                    cache_length=self._reserved,
+                    rollback=self._recording,
+                    **fields,
+                )
+            )
+            rows = frame.begin.embeddings.shape[0]
+        else:
+            order = [] if self._order is None else self._order.tolist()
+            frame = pb.EdgeFrame(extend=pb.Extend(drop=self._drop, order=order, **new.fields(talk.wire_dtype)))
+            rows = frame.extend.embeddings.shape[0]
+        hidden, flops = talk.ask(frame, rows, int(new.keep_BT.sum()), training=False)
+        talk.meter.cloud_forward_flops += flops
+        talk.meter.passes += 1
+        return hidden
+
+
+def _names(site: ActiveSite) -> tuple[object, ...]:
+    return tuple(tuple(layer.active_adapters) for layer in site.layers)
+
+
+def _cut(one: Pass, rows: Any, columns: slice) -> Pass:
+    def cut(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        return tensor[rows.to(tensor.device) if isinstance(rows, Tensor) else rows][:, columns]
+
+    return Pass(*(cut(t) for t in (one.embeddings_BTD, one.mask_BT, one.position_ids_BT, one.keep_BT)))  # type: ignore[arg-type]
+
+
+def _joined(passes: list[Pass]) -> Pass:
+    """Passes that followed each other, as one."""
+    masked = any(one.mask_BT is not None for one in passes)
+    positioned = all(one.position_ids_BT is not None for one in passes)
+    masks = [torch.ones_like(o.keep_BT) if o.mask_BT is None else o.mask_BT for o in passes]
+    positions = [one.position_ids_BT for one in passes if one.position_ids_BT is not None]
+    return Pass(
+        torch.cat([one.embeddings_BTD for one in passes], dim=1),
+        torch.cat([mask.bool() for mask in masks], dim=1) if masked else None,
+        torch.cat(positions, dim=1) if positioned else None,
+        torch.cat([one.keep_BT for one in passes], dim=1),
+    )
