@@ -204,16 +204,18 @@ class CloudModel:
             raise WireError("drop: this stream's KV cache was not asked to roll back")
         if message.drop > cached:
             raise WireError(f"drop: got {message.drop} tokens, the KV cache holds {cached}")
-        mask_BT, order = before.mask_BT, None
+        mask_BT, order, batch = before.mask_BT, None, before.batch
         if message.order:
-            if len(message.order) != before.batch or max(message.order) >= before.batch:
-                raise WireError(f"order: want {before.batch} rows under {before.batch}")
+            batch = len(message.order)
+            if max(message.order) >= before.batch or batch > self.limits.max_tokens:
+                raise WireError(f"order: got {batch} rows up to {max(message.order)}, want rows under {before.batch}")
             order = torch.tensor(message.order, dtype=torch.int64, device=self.device)
         past = cached - message.drop
         if mask_BT is not None:
             mask_BT = (mask_BT if order is None else mask_BT[order])[:, :past]
         return self._plan_pass(
-            message, dataclasses.replace(before, mask_BT=mask_BT, past=past, drop=message.drop, order=order)
+            message,
+            dataclasses.replace(before, batch=batch, mask_BT=mask_BT, past=past, drop=message.drop, order=order),
         )
 
     def _plan_pass(self, message: pb.Begin | pb.Extend, before: Plan) -> Plan:

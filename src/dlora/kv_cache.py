@@ -115,20 +115,17 @@ class CloudCache(Cache):
             self.close()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row i continue row `beam_idx[i]`: beam search."""
+        """Let row i continue row `beam_idx[i]`: beam search, or several continuations of one prompt."""
         self._past = [_cut(one, beam_idx, slice(None)) for one in self._past]
         self._order = beam_idx if self._order is None else self._order[beam_idx]
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only the rows `indices`; the cloud's cache is then made again."""
-        self._past = [_cut(one, indices, slice(None)) for one in self._past]
-        self.close()
+    batch_select_indices = reorder_cache
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row; the cloud's cache is then made again."""
+        """Let every row be continued `repeats` times."""
         if self._past:
-            rows = torch.arange(self._past[0].keep_BT.shape[0]).repeat_interleave(repeats)
-            self.batch_select_indices(rows)
+            rows = torch.arange(self._past[0].keep_BT.shape[0])
+            self.reorder_cache(rows.repeat_interleave(repeats))
 
     def reset(self) -> None:
         """Forget everything."""

@@ -206,7 +206,8 @@ class _Servicer(rpc.DLoRAServicer):
             self.cloud.run(self.cloud.plan(frame.begin), pipe)
             return None
         except Exception as error:
-            return error
+            # An edge that goes by itself, after an answer or a loss without backward, wants no status.
+            return None if isinstance(error, PeerLost) and pipe.left else error
         finally:
             self._reserve(pipe, 0)
             pipe.release_slot()
@@ -270,6 +271,7 @@ class _GrpcPipe:
         self.outbox: asyncio.Queue[pb.CloudFrame | None] = asyncio.Queue()
         self.inbox: queue.SimpleQueue[pb.EdgeFrame | None] = queue.SimpleQueue()
         self.closed: str | None = None
+        self.left = False  # the edge closed its half in good order
         self.has_slot = False
 
     async def read(self, requests: AsyncIterator[pb.EdgeFrame]) -> None:
@@ -283,6 +285,7 @@ class _GrpcPipe:
         except Exception as error:
             self.close(f"the edge is gone: {error}")
         else:
+            self.left = self.closed is None
             self.close("the edge closed the stream")
 
     def close(self, reason: str) -> None:
