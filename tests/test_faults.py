@@ -142,6 +142,39 @@ def test_server_killed_in_every_phase(mortal: Mortal, tmp_path: Path) -> None:
     assert all(torch.equal(one, other) for one, other in zip(want, got, strict=True))
 
 
+@pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": True, "top_k": 50}])
+def test_server_killed_in_an_answer(mortal: Mortal, tmp_path: Path, options: dict[str, Any]) -> None:
+    """Kills in prefill, between two tokens and within one leave the tokens of an unbroken run, sampled ones too."""
+    link = dlora.connect(f"127.0.0.1:{mortal.port}", cache=tmp_path)
+    retry = RetryPolicy(give_up_after_s=60.0, first_delay_s=0.02, longest_delay_s=0.2)
+    ids = torch.randint(5, 300, (2, 9), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+
+    def answer(link: Any) -> tuple[torch.Tensor, Any]:
+        torch.manual_seed(1)
+        split = dlora.get_peft_model(link, lora(), wire_dtype="fp32", retry=retry).eval()
+        torch.manual_seed(2)
+        return split.generate(input_ids=ids, attention_mask=mask, max_new_tokens=12, **options), split
+
+    want, _ = answer(link)
+    # A pass sends 1 + 3 frames and receives 3 + 1. Each new stream is the next "micro-batch".
+    streams = {0: ("receive", 2), 1: ("send", 4 * 5), 2: ("receive", 4 * 4 + 2)}
+
+    class Counting(FaultyLink):
+        def open(self) -> Any:
+            stream = super().open()
+            self.number += 1
+            return stream
+
+    faulty = Counting(link, streams, mortal.kill)
+    got, shaken = answer(faulty)
+    link.close()
+    assert not faulty.plan, "every fault must have happened"
+    assert shaken.meter.retries >= 3
+    assert torch.equal(got, want)
+
+
 def test_server_that_stays_away_is_given_up(mortal: Mortal, tmp_path: Path) -> None:
     """After the patience is used up the edge says so, and how long it tried."""
     link = dlora.connect(f"127.0.0.1:{mortal.port}", cache=tmp_path)

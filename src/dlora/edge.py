@@ -61,7 +61,7 @@ _SUPPORTED_INITS: Final = (True, False, "gaussian", "orthogonal")
 
 # Arguments of a decoder's forward that change nothing here, or are honoured before it is called.
 _HARMLESS_ARGUMENTS: Final = frozenset(
-    "return_dict num_items_in_batch logits_to_keep cache_position fused_lm_head".split()
+    "return_dict num_items_in_batch logits_to_keep cache_position fused_lm_head tokenizer".split()
 )
 
 
