@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import re
 import signal
 import sys
 import threading
+import time
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings  # type: ignore[attr-defined]
 
 from dlora.errors import DLoRAError, UsageError
-from dlora.settings import DemoSettings, MergeSettings, ServeSettings, TrainSettings
+from dlora.settings import (
+    ApiSettings,
+    ChatSettings,
+    DemoSettings,
+    EdgeSettings,
+    EvalSettings,
+    GenerateSettings,
+    InfoSettings,
+    MergeSettings,
+    ServeSettings,
+    TrainSettings,
+)
 from dlora.version import __version__
 
 __all__ = ["main"]
 
+_SWITCHES = ("--resume", "--use_rslora", "--chat", "--exact_match")  # may stand without true
 _EPILOG = "Every command: dlora COMMAND --help. Settings can also come from a YAML file with --config."
 
 
@@ -47,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         name: str = parsed.subcommand
         values = parsed[name].as_dict()
         values.pop("config", None)
-        return {"serve": _serve, "train": _train, "merge": _merge, "demo": _demo}[name](values)
+        return _COMMANDS[name][1](values)
     except DLoRAError as error:
         print(f"dlora: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
@@ -69,11 +86,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _plain_flags(argv: list[str]) -> list[str]:
-    """Let flags be written with - for _, and --resume alone for --resume=true."""
+    """Let flags be written with - for _, and switches alone for --switch=true."""
     flags = [re.sub(r"^--[^=]+", lambda match: "--" + match[0][2:].replace("-", "_"), word) for word in argv]
     values = [*flags[1:], ""]
     return [
-        f"{flag}=true" if flag in ("--resume", "--use_rslora") and value not in ("true", "false") else flag
+        f"{flag}=true" if flag in _SWITCHES and value not in ("true", "false") else flag
         for flag, value in zip(flags, values, strict=True)
     ]
 
@@ -85,12 +102,7 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dlora {__version__}")
     commands = parser.add_subcommands(dest="subcommand")
-    for name, settings, text in (
-        ("serve", ServeSettings, "Cloud: load a model, freeze it, and serve edges until Ctrl-C."),
-        ("train", TrainSettings, "Edge: train an adapter with private data against a server."),
-        ("merge", MergeSettings, "Write base model plus adapter as one full model, where the base is at hand."),
-        ("demo", DemoSettings, "Server and edge in two processes on this machine: train, compare before and after."),
-    ):
+    for name, (settings, _, text) in _COMMANDS.items():
         command = ArgumentParser(prog=f"dlora {name}", description=text)
         command.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these settings.")
         command.add_class_arguments(settings)
@@ -204,6 +216,201 @@ def _demo(values: dict[str, Any]) -> int:
     from dlora.demo import run_demo
 
     return run_demo(DemoSettings(**values))
+
+
+# ----------------------------------------------------------------- using an adapter
+
+
+@contextmanager
+def _loaded(settings: EdgeSettings, adapter: Path | None) -> Iterator[tuple[Any, Any]]:
+    """Connect and load: (split model, tokenizer). Ends the connection afterwards."""
+    from transformers.utils import logging as transformers_logging
+
+    from dlora.client import connect
+    from dlora.edge import load_tokenizer
+    from dlora.inference import load_for_inference
+
+    transformers_logging.set_verbosity_error()
+    link = connect(settings.server)
+    try:
+        tokenizer = load_tokenizer(link)
+        model = load_for_inference(
+            link,
+            adapter,
+            wire_dtype=settings.wire_dtype,
+            give_up_after_s=settings.give_up_after_s,
+            device=settings.device,
+        )
+        yield model, tokenizer
+    finally:
+        link.close()
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _generate(values: dict[str, Any]) -> int:
+    settings = GenerateSettings(**values)
+    from transformers import set_seed
+
+    from dlora.inference import Pieces, complete, continued, cost_line, load_prompts
+
+    prompts = None if settings.prompts is None else load_prompts(settings.prompts)
+    prompt = settings.prompt
+    if prompts is None and prompt is None:
+        if sys.stdin.isatty():
+            print("reading the prompt from standard input, up to Ctrl-D", file=sys.stderr)
+        prompt = sys.stdin.read()
+    with _loaded(settings, settings.adapter) as (model, tokenizer):
+        set_seed(settings.seed)
+        before, started = model.meter.copy(), time.monotonic()
+        if prompts is None:
+            pieces = Pieces(tokenizer, _write)
+            complete(model, tokenizer, [prompt or ""], chat=settings.chat, streamer=pieces, **settings.options)
+            print()
+            num_tokens = pieces.num_tokens
+        else:
+            start = continued(settings.output, prompts) if settings.output else 0
+            num_tokens = _generate_file(settings, model, tokenizer, prompts[start:], start)
+        print(f"dlora: {cost_line(model.meter - before, num_tokens, time.monotonic() - started)}", file=sys.stderr)
+    return 0
+
+
+def _generate_file(settings: GenerateSettings, model: Any, tokenizer: Any, prompts: list[Any], start: int) -> int:
+    """Answers to a file of prompts, each batch written as soon as it is there; return the number of tokens."""
+    from tqdm.auto import tqdm
+
+    from dlora.inference import complete_file
+
+    total = 0
+    batch_size = 1 if settings.prompt_lookup else settings.batch_size
+    batches = complete_file(model, tokenizer, prompts, batch_size=batch_size, chat=settings.chat, **settings.options)
+    with ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=start + len(prompts), initial=start, desc="answers", unit="prompt"))
+        out = sys.stdout if settings.output is None else stack.enter_context(settings.output.open("a"))
+        for answers, num_tokens in batches:
+            for prompt, text in answers:
+                print(json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False), file=out)
+            out.flush()
+            bar.update(len(answers))
+            total += num_tokens
+    return total
+
+
+def _chat(values: dict[str, Any]) -> int:
+    settings = ChatSettings(**values)
+    from transformers import set_seed
+
+    from dlora.chat import Chat
+    from dlora.inference import cost_line
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # line editing and history for input()
+    with _loaded(settings, settings.adapter) as (model, tokenizer):
+        set_seed(settings.seed)
+        chat = Chat(model, tokenizer, system=settings.system, **settings.options)
+        print(f"{model.link.description.model_id} with {settings.adapter or 'no adapter'}.")
+        print("Ctrl-C stops an answer, /new begins anew, /quit or Ctrl-D leaves.")
+        while True:
+            try:
+                text = input("\n> ").strip()
+            except (EOFError, KeyboardInterrupt):
+                print()
+                return 0
+            if text == "/quit":
+                return 0
+            if text == "/new":
+                chat.forget()
+                print("a new chat")
+            elif text:
+                before, started = model.meter.copy(), time.monotonic()
+                try:
+                    chat.say(text, _write)
+                    print()
+                except KeyboardInterrupt:
+                    print(" [stopped]")
+                except UsageError as error:
+                    print(f"dlora: {error}. /new begins anew.", file=sys.stderr)
+                    continue
+                cost = cost_line(model.meter - before, chat.num_tokens, time.monotonic() - started)
+                print(f"dlora: {cost}", file=sys.stderr)
+
+
+def _eval(values: dict[str, Any]) -> int:
+    settings = EvalSettings(**values)
+    from dlora.evaluate import evaluate
+
+    with _loaded(settings, settings.adapter) as (model, tokenizer):
+        found = evaluate(settings, model, tokenizer)
+    found = {"adapter": None if settings.adapter is None else str(settings.adapter), **found}
+    if settings.output is not None:
+        settings.output.parent.mkdir(parents=True, exist_ok=True)
+        settings.output.write_text(json.dumps(found, indent=2) + "\n")
+    for name, value in found.items():
+        if name == "cost" or name.endswith("_95"):
+            continue
+        interval = found.get(f"{name}_95")
+        shown = f"{value:.4f}" if isinstance(value, float) else value
+        print(f"{name:18} {shown}" + (f"  (95 %: {interval[0]:.4f} to {interval[1]:.4f})" if interval else ""))
+    return 0
+
+
+def _api(values: dict[str, Any]) -> int:
+    settings = ApiSettings(**values)
+    from dlora.api import ApiServer, build_app
+
+    with _loaded(settings, settings.adapter) as (model, tokenizer):
+        name = settings.name or (settings.adapter.resolve().name if settings.adapter else None)
+        name = name or model.link.description.model_id
+        local = settings.host in ("127.0.0.1", "localhost", "::1", "[::1]")
+        if not local:
+            print(f"warning: {settings.host} is not loopback: others may use the adapter", file=sys.stderr)
+        app = build_app(
+            model,
+            tokenizer,
+            name=name,
+            api_key=settings.api_key or os.environ.get("DLORA_API_KEY"),
+            max_new_tokens=settings.max_new_tokens,
+            prompt_lookup=settings.prompt_lookup,
+            **({} if local else {"hosts": ("*",)}),
+        )
+        server = ApiServer(app, settings.host, settings.port)
+        print(f"model      {name}")
+        print(f"ready      {server.url}", flush=True)
+        server.run()
+    return 0
+
+
+def _info(values: dict[str, Any]) -> int:
+    settings = InfoSettings(**values)
+    from dlora.client import connect
+    from dlora.info import describe_adapter, describe_server
+
+    description = None
+    if settings.server is not None:
+        link = connect(settings.server)
+        description = link.description
+        link.close()
+        for name, value in describe_server(settings.server, description):
+            print(f"{name:12} {value}")
+    if settings.adapter is not None:
+        for name, value in describe_adapter(settings.adapter, description):
+            print(f"{name:12} {value}")
+    return 0
+
+
+_COMMANDS: dict[str, tuple[type, Callable[[dict[str, Any]], int], str]] = {
+    "serve": (ServeSettings, _serve, "Cloud: load a model, freeze it, and serve edges until Ctrl-C."),
+    "train": (TrainSettings, _train, "Edge: train an adapter with private data against a server."),
+    "generate": (GenerateSettings, _generate, "Edge: answer a prompt, standard input, or a file of prompts."),
+    "chat": (ChatSettings, _chat, "Edge: talk with the model and a private adapter."),
+    "eval": (EvalSettings, _eval, "Edge: loss and perplexity, exact match, or choice accuracy on a data file."),
+    "api": (ApiSettings, _api, "Edge: an OpenAI-compatible server on loopback, over a private adapter."),
+    "info": (InfoSettings, _info, "What a server serves, and what an adapter folder holds."),
+    "merge": (MergeSettings, _merge, "Write base model plus adapter as one full model, where the base is at hand."),
+    "demo": (DemoSettings, _demo, "Server and edge in two processes on this machine: train, compare before and after."),
+}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +13,7 @@ from datasets import Dataset, load_dataset
 
 from dlora.errors import DataError
 
-__all__ = ["FORMS", "load_rows"]
+__all__ = ["FORMS", "ChoiceRow", "check_choices", "check_rows", "load_rows", "read_rows"]
 
 FORMS: Final = (("prompt", "completion"), ("messages",), ("text",))
 _WANT: Final = "want columns `prompt` and `completion`, or `messages`, or `text`"
@@ -25,6 +26,21 @@ def load_rows(source: str) -> tuple[Dataset, list[str]]:
     assistant's): the loss is on completions wherever they exist, else on the whole text.
     Raises DataError, naming file and line.
     """
+    return check_rows(read_rows(source))
+
+
+def check_rows(found: list[tuple[str, dict[str, Any]]]) -> tuple[Dataset, list[str]]:
+    """The same for rows that are already read."""
+    where, first = found[0]
+    form = next((form for form in FORMS if all(name in first for name in form)), None)
+    if form is None:
+        raise DataError(f"{where}: got columns {', '.join(first) or 'none'}; {_WANT}")
+    rows = [_check_row(where, row, form) for where, row in found]
+    return Dataset.from_list(rows), [where for where, _ in found]
+
+
+def read_rows(source: str) -> list[tuple[str, dict[str, Any]]]:
+    """Rows of a data file or hub data set, each with where it stands. Raises DataError."""
     path = Path(source)
     if path.suffix in (".jsonl", ".json", ".csv") or path.exists():
         if not path.is_file():
@@ -35,12 +51,33 @@ def load_rows(source: str) -> tuple[Dataset, list[str]]:
         found = list(_read_hub(source))
     if not found:
         raise DataError(f"{source}: no rows. {_WANT[0].upper() + _WANT[1:]}.")
-    where, first = found[0]
-    form = next((form for form in FORMS if all(name in first for name in form)), None)
-    if form is None:
-        raise DataError(f"{where}: got columns {', '.join(first) or 'none'}; {_WANT}")
-    rows = [_check_row(where, row, form) for where, row in found]
-    return Dataset.from_list(rows), [where for where, _ in found]
+    return found
+
+
+@dataclass(frozen=True)
+class ChoiceRow:
+    """A question with several continuations of its prompt, one of them right."""
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+def check_choices(found: list[tuple[str, dict[str, Any]]]) -> list[ChoiceRow]:
+    """Rows with `prompt`, `choices` and `answer`. Raises DataError, naming file and line."""
+    rows = []
+    for where, row in found:
+        prompt, choices, answer = row.get("prompt"), row.get("choices"), row.get("answer")
+        if not isinstance(prompt, str) or not prompt:
+            raise DataError(f"{where}: `prompt` is missing or not text")
+        if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+            raise DataError(f"{where}: `choices` must be a list of at least two texts")
+        if isinstance(answer, str) and answer in choices:
+            answer = choices.index(answer)
+        if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+            raise DataError(f"{where}: `answer` is {answer!r}, want one of the choices, or 0 to {len(choices) - 1}")
+        rows.append(ChoiceRow(prompt, tuple(choices), answer))
+    return rows
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -16,13 +16,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from dlora.client import connect
 from dlora.edge import SplitModel, load_adapter, load_tokenizer
 from dlora.errors import PeerLost, UsageError
+from dlora.inference import Prompt, complete
 from dlora.load import DEMO_MODEL
 from dlora.settings import DemoSettings, TrainSettings
 from dlora.training import train
@@ -111,16 +111,12 @@ def serving(model: str, *flags: str) -> Iterator[str]:
 def answers(model: SplitModel, prompts: list[str], title: str, batch_size: int = 24) -> list[str]:
     """Greedy completions of the prompts, up to the end of text, stripped."""
     tokenizer = load_tokenizer(model.link)
-    tokenizer.padding_side = "left"
     found: list[str] = []
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # less padding
     for start in tqdm(range(0, len(prompts), batch_size), desc=title):
-        chosen = [prompts[index] for index in order[start : start + batch_size]]
-        batch: Any = tokenizer(chosen, return_tensors="pt", padding=True)
-        with torch.no_grad():
-            ids = model.generate(**batch, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False, use_cache=False)
-        new = ids[:, batch["input_ids"].shape[1] :]
-        found += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+        chosen: list[Prompt] = [prompts[index] for index in order[start : start + batch_size]]
+        texts, _ = complete(model, tokenizer, chosen, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)
+        found += [text.strip() for text in texts]
     return [text for _, text in sorted(zip(order, found, strict=True))]
 
 
@@ -144,3 +140,5 @@ def _show(
     )
     print("               (this is not confidentiality against a cloud that records it: see the README)")
     print(f"adapter        {settings.output}: PeftModel.from_pretrained(base, {str(settings.output)!r})")
+    print(f"use it         dlora serve --model {DEMO_MODEL}, and in another terminal:")
+    print(f"               dlora generate --server 127.0.0.1:50051 --adapter {settings.output} --prompt ...")

@@ -45,7 +45,15 @@ from dlora.micro_batch import MicroBatch, SplitForward
 from dlora.proto import dlora_pb2 as pb
 from dlora.wire import PROTOCOL_VERSION, WIRE_DTYPES
 
-__all__ = ["SplitModel", "get_peft_model", "load_adapter", "load_tokenizer"]
+__all__ = [
+    "SplitModel",
+    "allowed_names",
+    "get_peft_model",
+    "load_adapter",
+    "load_base",
+    "load_tokenizer",
+    "read_adapter_config",
+]
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +101,7 @@ class SplitModel(PeftModelForCausalLM):
         self.meter = Meter()
         self.sites = _match_sites(self, link.description)
         self._request = _Request()
-        self._accepts_position_ids = "position_ids" in inspect.signature(type(_decoder(base)).forward).parameters
+        self.accepts_position_ids = "position_ids" in inspect.signature(type(_decoder(base)).forward).parameters
         self._signature = inspect.signature(self.forward)
         _decoder(base).forward = types.MethodType(_remote_forward, self)
         # generate() calls the base model and not this one; peft may call the base model's forward
@@ -196,7 +204,7 @@ class SplitModel(PeftModelForCausalLM):
     def _position_ids(self, position_ids: Tensor | None, batch: int, length: int) -> Tensor | None:
         if position_ids is None:
             return None
-        if not self._accepts_position_ids:
+        if not self.accepts_position_ids:
             raise UsageError(f"{type(self.get_base_model()).__name__} takes no position_ids")
         return position_ids.expand(batch, length).cpu()
 
@@ -284,7 +292,7 @@ def get_peft_model(
         if isinstance(error, DLoRAError):
             raise
         # peft says which targets it did not find; say what there is.
-        raise UsageError(f"{error} This server allows: {_allowed_names(description)}.") from error
+        raise UsageError(f"{error} This server allows: {allowed_names(description)}.") from error
     _drop_decoder_weights(model, base)
     return model.to(device)
 
@@ -317,6 +325,21 @@ def load_adapter(
             f"unknown {result.unexpected_keys[:3]}"
         )
     return model
+
+
+def load_base(
+    link: Link, *, wire_dtype: str = "fp16", retry: RetryPolicy | None = None, device: str | torch.device = "cpu"
+) -> SplitModel:
+    """The served model as it is: no adapter is active, and a pass takes one round trip."""
+    names = [module.name for site in link.description.sites for module in site.modules if module.allowed]
+    if not names:
+        raise UsageError(f"{link.address} allows no adapters")
+    # peft wants a module to sit on; it is switched off at once.
+    model = get_peft_model(
+        link, LoraConfig(r=1, target_modules=names[:1]), wire_dtype=wire_dtype, retry=retry, device=device
+    )
+    model.base_model.disable_adapter_layers()
+    return model.eval()
 
 
 def read_adapter_config(folder: str | Path) -> LoraConfig:
@@ -436,7 +459,7 @@ def _match_sites(model: SplitModel, description: pb.Description) -> tuple[Active
             if not site.modules[i].allowed:
                 raise UsageError(
                     f"this server does not allow adapters on {site.modules[i].name}. It allows: "
-                    f"{_allowed_names(description)}."
+                    f"{allowed_names(description)}."
                 )
         if modules:
             sites.append(
@@ -450,7 +473,7 @@ def _match_sites(model: SplitModel, description: pb.Description) -> tuple[Active
     if layers:
         raise UsageError(
             f"target module {next(iter(layers))} cannot be adapted from the edge: it is not a linear module of the "
-            f"decoder that runs once for each token. This server allows: {_allowed_names(description)}."
+            f"decoder that runs once for each token. This server allows: {allowed_names(description)}."
         )
     return tuple(sites)
 
@@ -463,7 +486,7 @@ def _expected_length(args: tuple[Any, ...], kwargs: dict[str, Any], config: Gene
     return length + new if new else kwargs.get("max_length", config.max_length) or 0
 
 
-def _allowed_names(description: pb.Description) -> str:
+def allowed_names(description: pb.Description) -> str:
     """The last parts of the names of all modules that may be targeted."""
     names = {
         module.name.rpartition(".")[2]: None for site in description.sites for module in site.modules if module.allowed
