@@ -211,7 +211,7 @@ def test_idle_cache_is_made_again(cloud_models: Callable[[str], CloudModel], tmp
         cache = dlora.CloudCache()
         first = generated(split, ECHO, past_key_values=cache, **GREEDY)
         deadline = time.monotonic() + 20
-        while server._servicer.pipes and time.monotonic() < deadline:
+        while (server._servicer.pipes or server._servicer.inflight_bytes) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not server._servicer.pipes
         assert server._servicer.inflight_bytes == 0
@@ -244,7 +244,7 @@ def test_answer_frees_the_cloud(links: Links, cloud_models: Callable[[str], Clou
         with pytest.raises(KeyboardInterrupt):
             generated(split, ECHO, streamer=Stop(), **GREEDY)
         deadline = time.monotonic() + 20
-        while server._servicer.pipes and time.monotonic() < deadline:
+        while (server._servicer.pipes or server._servicer.inflight_bytes) and time.monotonic() < deadline:
             time.sleep(0.02)
         assert not server._servicer.pipes and server._servicer.inflight_bytes == 0
         link.close()
@@ -331,6 +331,11 @@ def test_foreign_caches_are_refused_by_name(links: Links) -> None:
         split.generate(**ECHO, cache_implementation="static", **GREEDY)
     with pytest.raises(UsageError, match=r"keeps no gradients"):
         split(**ECHO, use_cache=True)
+    cache = dlora.CloudCache()
+    generated(split, ECHO, past_key_values=cache, **GREEDY)
+    with pytest.raises(UsageError, match="cannot continue a KV cache"):
+        generated(split, ECHO, past_key_values=cache, prompt_lookup_num_tokens=2, **GREEDY)
+    cache.close()
 
 
 def test_changed_past_is_refused(links: Links) -> None:

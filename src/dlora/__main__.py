@@ -376,6 +376,8 @@ def _api(values: dict[str, Any]) -> int:
             **({} if local else {"hosts": ("*",)}),
         )
         server = ApiServer(app, settings.host, settings.port)
+        for number in (signal.SIGINT, signal.SIGTERM):  # the server's own handlers hand on what they got
+            signal.signal(number, lambda *_: None)
         print(f"model      {name}")
         print(f"ready      {server.url}", flush=True)
         server.run()

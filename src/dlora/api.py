@@ -14,7 +14,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -115,6 +115,17 @@ class _Strict:
                 raise HTTPException(400, f"{name}={body[name]!r} is not supported")
         if body.get("tools"):
             raise HTTPException(400, "tools are not supported")
+        temperature = body.get("temperature")
+        if temperature is not None and not 0 <= float(temperature) <= 2:
+            raise HTTPException(400, f"temperature: got {temperature}, want a value from 0 to 2")
+
+    def _streaming(
+        self, request_id: str, model: Any, processor: Any, model_id: str, inputs: Any, *rest: Any, **options: Any
+    ) -> Any:
+        check_room(model.model, inputs["input_ids"].shape[1], 1)  # while there can still be a status
+        response = super()._streaming(request_id, model, processor, model_id, inputs, *rest, **options)  # type: ignore[misc]
+        response.body_iterator = _finished(response.body_iterator)
+        return response
 
     def _build_generation_config(self, body: dict[str, Any], model_config: GenerationConfig, **options: Any) -> Any:
         config = copy.deepcopy(model_config)
@@ -204,6 +215,17 @@ def build_app(
         return {"status": "ok"}
 
     return app
+
+
+async def _finished(events: AsyncIterator[str]) -> AsyncIterator[str]:
+    """The stream of a handler, with errors and its end as OpenAI's clients want them."""
+    start = 'data: {"error": "'
+    async for event in events:
+        if event.startswith(start):
+            message = json.loads(event.removeprefix("data: "))["error"]
+            event = f"data: {json.dumps({'error': {'message': message, 'type': 'server_error'}})}\n\n"
+        yield event
+    yield "data: [DONE]\n\n"
 
 
 def _request_id(kind: str) -> str:

@@ -244,8 +244,14 @@ class SplitModel(PeftModelForCausalLM):
             raise UsageError(
                 f"cache_implementation={implementation!r} is not supported: keys and values stay in the cloud"
             )
+        cached = kwargs.get("past_key_values")
+        drafts = kwargs.get("assistant_model") or kwargs.get(
+            "prompt_lookup_num_tokens", config.prompt_lookup_num_tokens
+        )
+        if drafts and cached is not None and cached.get_seq_length():
+            raise UsageError("transformers' drafting reads the whole prompt: it cannot continue a KV cache")
         use_cache = kwargs.get("use_cache", config.use_cache)
-        if kwargs.get("past_key_values") is not None or use_cache is False:
+        if cached is not None or use_cache is False:
             return super().generate(*args, **kwargs)
         cache = CloudCache(_expected_length(args, kwargs, config))
         try:

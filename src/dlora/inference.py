@@ -171,7 +171,7 @@ class Continuing:
     def __init__(self, model: SplitModel) -> None:
         self.model = model
         self.cache = CloudCache()
-        self.cache.activate_past_recording()
+        self.cache.activate_past_recording()  # turns may go back behind a sliding window
         self.known: list[int] = []
 
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
@@ -179,14 +179,16 @@ class Continuing:
         config = options.get("generation_config") or self.model.generation_config
         beams = options.get("num_beams", config.num_beams) or 1
         use_cache = options.get("use_cache", config.use_cache)
-        if beams > 1 or use_cache is False or input_ids.shape[0] > 1:
+        drafts = options.get("prompt_lookup_num_tokens", config.prompt_lookup_num_tokens)
+        if beams > 1 or drafts or use_cache is False or input_ids.shape[0] > 1:  # each with a cache of its own
             found: Tensor = self.model.generate(input_ids=input_ids, **options)
             return found
         ids: list[int] = input_ids[0].tolist()
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, self.known, strict=False)))
         self.cache.crop(min(same, len(ids) - 1) - len(self.known))
         new = options.get("max_new_tokens", config.max_new_tokens) or 0
-        self.cache.expected_length = len(ids) + new
+        if len(ids) + new > self.cache.expected_length:  # with room for turns to come
+            self.cache.expected_length = 2 * (len(ids) + new) + 256
         try:
             found = self.model.generate(input_ids=input_ids, past_key_values=self.cache, **options)
         except BaseException:  # Ctrl-C, most of all: what the cache holds by then is not worth knowing

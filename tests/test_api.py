@@ -1,0 +1,232 @@
+"""The OpenAI-compatible server, through OpenAI's own client."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from conftest import lora, make_local, make_split
+from transformers import PreTrainedTokenizerFast
+
+import dlora
+from dlora.api import ApiServer, build_app
+from dlora.errors import PeerLost
+from dlora.server import Server
+
+QUESTION = [{"role": "system", "content": "the message"}, {"role": "user", "content": "the desk"}]
+
+
+@pytest.fixture(scope="module")
+def split(
+    cloud_models: Callable[[str], Any], tokenizer: PreTrainedTokenizerFast, tmp_path_factory: Any
+) -> Iterator[Any]:
+    """A split model over a real socket, on the exact wire."""
+    with Server(cloud_models("llama"), tokenizer) as server:
+        link = dlora.connect(server.address, cache=tmp_path_factory.mktemp("cache"))
+        model = make_split(link, lora()).eval()
+        model.generation_config.suppress_tokens = unreadable(tokenizer)
+        yield model
+        link.close()
+
+
+def unreadable(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Tokens that a random model should not say: pieces of UTF-8 characters show differently in pieces."""
+    return [number for number in range(300) if not tokenizer.decode([number]).strip().isalnum()]
+
+
+@pytest.fixture(scope="module")
+def url(split: Any, tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
+    """The API over it."""
+    app = build_app(split, tokenizer, name="mine", api_key="open sesame", max_new_tokens=8)
+    with ApiServer(app, "127.0.0.1", 0).running() as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    """OpenAI's client, pointed at it."""
+    with openai.OpenAI(base_url=url, api_key="open sesame", max_retries=0) as made:
+        yield made
+
+
+def local_answer(tokenizer: PreTrainedTokenizerFast, prompt: Any, **options: Any) -> str:
+    """Local peft's answer to messages or to a text."""
+    text = prompt
+    if not isinstance(prompt, str):
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    batch = tokenizer(text, return_tensors="pt")
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    local = make_local("llama", lora()).eval()
+    torch.manual_seed(5)
+    ids = local.generate(**inputs, **({"do_sample": False, "suppress_tokens": unreadable(tokenizer)} | options))
+    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_chat_is_local_pefts(client: openai.OpenAI, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A chat completion at temperature 0 is local peft's greedy answer, with usage and reason of its end."""
+    answer = client.chat.completions.create(model="mine", messages=QUESTION, temperature=0, max_tokens=6)
+    assert answer.choices[0].message.content == local_answer(tokenizer, QUESTION, max_new_tokens=6)
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.completion_tokens == 6
+
+
+def test_streamed_chat_is_the_same(client: openai.OpenAI, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A streamed chat comes in several pieces which together are the whole answer."""
+    stream = client.chat.completions.create(
+        model="mine",
+        messages=QUESTION,
+        temperature=0,
+        max_tokens=8,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+    assert sum(map(bool, pieces)) > 1
+    assert "".join(pieces) == local_answer(tokenizer, QUESTION, max_new_tokens=8)
+
+
+def test_completions_and_models(client: openai.OpenAI, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Plain completions answer without template, streamed or not; the list of models has the one model."""
+    want = local_answer(tokenizer, "the desk", max_new_tokens=6)
+    answer = client.completions.create(model="mine", prompt="the desk", temperature=0, max_tokens=6)
+    assert answer.choices[0].text == want
+    stream = client.completions.create(model="mine", prompt="the desk", temperature=0, max_tokens=6, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == want
+    assert [model.id for model in client.models.list()] == ["mine"]
+
+
+def test_sampling_follows_the_request(client: openai.OpenAI, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A seed makes samples repeat as local peft's would; without temperature the API samples at 1."""
+    want = local_answer(tokenizer, QUESTION, max_new_tokens=8, do_sample=True, temperature=0.9, top_p=0.8)
+    got = client.chat.completions.create(
+        model="mine", messages=QUESTION, temperature=0.9, top_p=0.8, seed=5, max_completion_tokens=8
+    )
+    assert got.choices[0].message.content == want
+    answers = {
+        client.chat.completions.create(model="mine", messages=QUESTION, seed=seed).choices[0].message.content
+        for seed in range(3)
+    }
+    assert len(answers) > 1
+
+
+def test_next_turn_reads_only_what_is_new(client: openai.OpenAI, split: Any) -> None:
+    """An app that sends its history again pays for the new turn alone."""
+    client.chat.completions.create(model="mine", messages=QUESTION, temperature=0, max_tokens=2)
+    tokens = split.meter.tokens
+    client.chat.completions.create(model="mine", messages=QUESTION, temperature=0, max_tokens=2)
+    assert split.meter.tokens - tokens == 2  # the last token of the prompt and the first of the answer
+
+
+def test_drafts_stream_the_same(split: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    """With prompt look-up several tokens may come at a time, and the text is the same."""
+    app = build_app(split, tokenizer, name="mine", prompt_lookup=3)
+    with (
+        ApiServer(app, "127.0.0.1", 0).running() as url,
+        openai.OpenAI(base_url=url, api_key="-", max_retries=0) as client,
+    ):
+        options = {"model": "mine", "messages": QUESTION, "temperature": 0, "max_tokens": 24}
+        whole = client.chat.completions.create(**options).choices[0].message.content
+        pieces = client.chat.completions.create(**options, stream=True)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in pieces if chunk.choices)
+    assert text == whole
+    assert whole == local_answer(tokenizer, QUESTION, max_new_tokens=24)
+
+
+REFUSALS: list[tuple[dict[str, Any], str]] = [
+    ({"model": "other"}, "pinned to 'mine'"),
+    ({"n": 2}, "n=2 is not supported"),
+    ({"logprobs": True}, "logprobs=True is not supported"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools are not supported"),
+    ({"messages": []}, "messages: want a list"),
+    ({"messages": [{"role": "user", "content": "word " * 400}]}, "sequences of up to 256"),
+    ({"extra_body": {"surprise": 1}}, "Unexpected fields"),
+    ({"temperature": -1}, "temperature"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSALS)
+def test_what_is_not_supported_is_refused(client: openai.OpenAI, change: dict[str, Any], message: str) -> None:
+    """Fields that would be ignored, and prompts that cannot be answered, are refused with a reason."""
+    with pytest.raises(openai.APIStatusError, match=message) as refused:
+        client.chat.completions.create(**({"model": "mine", "messages": QUESTION, "max_tokens": 4} | change))
+    assert 400 <= refused.value.status_code < 500
+
+
+def test_streamed_refusal_has_a_status(client: openai.OpenAI) -> None:
+    """A stream that cannot begin is refused like any other request."""
+    messages = [{"role": "user", "content": "word " * 400}]
+    with pytest.raises(openai.BadRequestError, match="sequences of up to 256"):
+        client.chat.completions.create(model="mine", messages=messages, stream=True)
+
+
+def test_streamed_failure_says_why(
+    split: Any, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cloud that is lost for good in the middle of a stream ends it with the reason, quotes and all."""
+
+    def nobody() -> Any:
+        raise PeerLost('"nobody" there')
+
+    monkeypatch.setattr(split, "retry", dlora.RetryPolicy(give_up_after_s=0.0))
+    monkeypatch.setattr(split.link, "open", nobody)
+    app = build_app(split, tokenizer, name="mine")
+    with (
+        ApiServer(app, "127.0.0.1", 0).running() as url,
+        openai.OpenAI(base_url=url, api_key="-", max_retries=0) as client,
+    ):
+        stream = client.chat.completions.create(model="mine", messages=QUESTION, stream=True)
+        with pytest.raises(openai.APIError, match="'nobody' there"):
+            list(stream)
+        with pytest.raises(openai.InternalServerError, match="'nobody' there"):
+            client.chat.completions.create(model="mine", messages=QUESTION)
+
+
+def test_a_lost_client_stops_the_answer(client: openai.OpenAI, split: Any) -> None:
+    """When an app goes away in the middle of a stream, the next request is answered at once."""
+    stream = client.chat.completions.create(model="mine", messages=QUESTION, max_tokens=200, stream=True)
+    next(iter(stream))
+    stream.close()
+    answer = client.chat.completions.create(model="mine", messages=QUESTION, temperature=0, max_tokens=2)
+    assert answer.usage.completion_tokens == 2
+
+
+def test_strangers_are_kept_out(url: str) -> None:
+    """Without the key, or under a host name that is not loopback's, nothing answers."""
+    with openai.OpenAI(base_url=url, api_key="wrong", max_retries=0) as client:
+        with pytest.raises(openai.AuthenticationError, match="missing or wrong"):
+            client.models.list()
+        with pytest.raises(openai.BadRequestError):
+            client.with_options(api_key="open sesame").models.list(extra_headers={"Host": "evil.example"})
+
+
+def test_command_serves_until_it_is_told_to_stop(
+    cloud_models: Callable[[str], Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """`dlora api` prints its URL, answers OpenAI's client with a private adapter, and SIGTERM ends it with code 0."""
+    with Server(cloud_models("llama"), tokenizer) as server:
+        link = dlora.connect(server.address, cache=tmp_path)
+        make_split(link, lora()).save_pretrained(tmp_path / "mine")
+        link.close()
+        command = [sys.executable, "-m", "dlora", "api", "--server", server.address, "--port", "0"]
+        command += ["--adapter", str(tmp_path / "mine"), "--wire_dtype", "fp32"]
+        environment = os.environ | {"DLORA_API_KEY": "from the environment", "DLORA_CACHE": str(tmp_path)}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+            timer = threading.Timer(90, process.kill)
+            timer.start()
+            url = next(line.split()[1] for line in process.stdout if line.startswith("ready"))
+            with openai.OpenAI(base_url=url, api_key="from the environment", max_retries=0) as client:
+                answer = client.chat.completions.create(model="mine", messages=QUESTION, temperature=0, max_tokens=4)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait() == 0
+            timer.cancel()
+    want = local_answer(tokenizer, QUESTION, max_new_tokens=4, suppress_tokens=None)
+    assert answer.choices[0].message.content == want
