@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import openai
 import pytest
 import torch
 from conftest import adapter
@@ -16,6 +19,7 @@ import dlora
 from dlora.__main__ import main
 from dlora.client import GrpcLink
 from dlora.demo import data_file, serving
+from dlora.inference import Pieces, complete, encode_prompts
 from dlora.load import DEMO_MODEL, DEMO_MODEL_ID, load_model
 
 pytestmark = pytest.mark.slow
@@ -54,11 +58,68 @@ def test_real_model_matches_local(link: GrpcLink) -> None:
     assert split.peft_config["default"].base_model_name_or_path == DEMO_MODEL_ID
 
 
-def test_real_run_learns(link: GrpcLink, tmp_path: Path) -> None:
-    """A dozen steps of `dlora train` at the defaults' wire already halve the loss of the first step."""
-    words = ["--server", link.address, "--data", str(data_file("train.jsonl")), "--output", str(tmp_path / "run")]
-    assert main(["train", *words, "--max-steps", "12", "--learning-rate", "3e-3", "--warmup-steps", "2"]) == 0
-    record = json.loads((tmp_path / "run/run.json").read_text())
-    state = next((tmp_path / "run/checkpoints").glob("*/trainer_state.json"))
+def test_real_generation_matches_local(link: GrpcLink) -> None:
+    """Greedy tokens of padded prompts equal local peft's, with drafts too, and after the cloud was lost."""
+    config = LoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    local = get_peft_model(load_model(DEMO_MODEL).model, config).eval()
+    torch.manual_seed(0)
+    split = dlora.get_peft_model(link, config, wire_dtype="fp32").eval()
+    for model in (local, split):
+        for name, parameter in adapter(model).items():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.002, generator=torch.Generator().manual_seed(len(name)))
+    tokenizer = dlora.load_tokenizer(link)
+    prompts = ["The capital of France is", "One two three four, one two three four, one two"]
+    batch = encode_prompts(tokenizer, prompts)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(split.generate(**batch, **options), local.generate(**batch, **options))
+    one = encode_prompts(tokenizer, prompts[1:])
+    want = local.generate(**one, **options)
+    assert torch.equal(split.generate(**one, **options, prompt_lookup_num_tokens=4), want)
+    cache = dlora.CloudCache()
+    lost = []
+
+    def lose(text: str) -> None:
+        if not lost:
+            lost.append(cache._talk.stream.call.cancel())
+
+    got = split.generate(**one, **options, past_key_values=cache, streamer=Pieces(tokenizer, lose))
+    assert split.meter.retries == 1
+    assert torch.equal(got, want)
+    cache.close()
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short run of the demo."""
+    output = tmp_path_factory.mktemp("runs") / "demo"
+    assert main(["demo", "--output", str(output), "--epochs", "0.4", "--examples", "1"]) == 0
+    return output
+
+
+def test_demo_learns(demo: Path) -> None:
+    """A dozen steps of the demo already halve the loss of the first step."""
+    record = json.loads((demo / "run.json").read_text())
+    state = next((demo / "checkpoints").glob("*/trainer_state.json"))
     losses = [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
+    assert record["steps"] >= 10
     assert record["train_loss"] < 0.5 * losses[0]
+
+
+def test_openai_client_streams_with_the_demos_adapter(demo: Path, link: GrpcLink) -> None:
+    """`dlora api` streams a chat over the demo's adapter to OpenAI's client: the tokens of `generate`."""
+    messages = [{"role": "user", "content": "Which desk mends lifts?"}]
+    model = dlora.load_adapter(link, demo, is_trainable=False)
+    texts, _ = complete(model, dlora.load_tokenizer(link), [messages], max_new_tokens=12, do_sample=False)
+    command = [sys.executable, "-m", "dlora", "api", "--server", link.address, "--adapter", str(demo), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        url = next(line.split()[1] for line in process.stdout or () if line.startswith("ready"))
+        with openai.OpenAI(base_url=url, api_key="-", max_retries=0) as client:
+            stream = client.chat.completions.create(
+                model="demo", messages=messages, temperature=0, max_tokens=12, stream=True
+            )
+            pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+        process.terminate()
+    assert sum(map(bool, pieces)) > 1
+    assert "".join(pieces) == texts[0]

@@ -169,8 +169,8 @@ class SplitModel(PeftModelForCausalLM):
             raise UsageError(f"labels have shape {list(request.keep_BT.shape)}, input_ids {list(attended_BT.shape)}")
         new = Pass(embeddings_BTD, mask_BT, self._position_ids(position_ids, batch, length), keep_BT)
         sites = self._active_sites()
-        parameters = [parameter for site in sites for parameter in site.parameters]
-        training = torch.is_grad_enabled() and bool(parameters)
+        parameters = [p for site in sites for p in site.parameters] if torch.is_grad_enabled() else []
+        training = bool(parameters)
         if cache is not None:
             if training:
                 raise UsageError("a KV cache in the cloud keeps no gradients: use torch.no_grad(), or no cache")

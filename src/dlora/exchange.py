@@ -133,8 +133,13 @@ class Step:
 
     def before(self, site: int, index: int, x: Tensor) -> None:
         """Before an active site's first module: exchange x for the deltas of all its active modules."""
-        if self.modules.get(site, (-1,))[0] == index:
+        if self.modules.get(site, (-1,))[0] != index:
+            return
+        if self.plan.training:
             self.deltas[site] = _Exchange.apply(x, self.anchor, self, site)  # type: ignore[no-untyped-call]
+        else:
+            self.send_input(site, x, wants_grad=False)
+            self.deltas[site] = self.receive_deltas(site)
 
     def after(self, site: int, index: int, output: Tensor) -> Tensor:
         """After a module: its base output plus its delta, in the base output's dtype as peft has it."""
