@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -237,6 +239,27 @@ def test_chat_command(words: list[str]) -> None:
     answer = first.rpartition("> ")[0].rpartition("> ")[2].strip()
     assert answer and answer in second
     assert done.stderr.count("round trips") == 2
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_chat(words: list[str]) -> None:
+    """SIGINT during an answer of `dlora chat` ends that answer; the next line is answered, with its history."""
+    command = [sys.executable, "-m", "dlora", "chat", *words, "--max-new-tokens", "150", "--temperature", "0"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=0
+    ) as process:
+        timer = threading.Timer(90, process.kill)
+        timer.start()
+        seen = ""
+        while not seen.endswith("\n> "):
+            seen += process.stdout.read(1)
+        process.stdin.write("the desk\n")
+        process.stdout.read(1)  # the answer has begun
+        process.send_signal(signal.SIGINT)
+        text, _ = process.communicate("the desk\n/quit\n")
+        timer.cancel()
+    assert process.returncode == 0
+    assert text.count("[stopped]") == 1
+    assert len(text.partition("[stopped]")[2].partition("\n> ")[2]) > 0, "the next message is answered"
 
 
 def test_continuing_takes_up_any_other_sequence(split: Any) -> None:

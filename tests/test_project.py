@@ -21,6 +21,7 @@ from dlora.wire import PROTOCOL_VERSION
 SOURCE = Path(dlora.__file__).parent
 CLOUD = {"cloud", "exchange", "server", "load", "sites"}
 EDGE = {"edge", "conversation", "micro_batch", "kv_cache", "client", "link", "training", "data", "accounting"}
+EDGE |= {"inference", "chat", "evaluate", "api", "info"}
 
 
 def imported(name: str) -> set[str]:
@@ -87,10 +88,11 @@ def test_wire_document_states_the_protocol_version() -> None:
     assert f"version {PROTOCOL_VERSION}" in text
 
 
-def test_benchmark_document_shows_the_result_file() -> None:
+@pytest.mark.parametrize("name", ["local_vs_split", "decoding"])
+def test_benchmark_document_shows_the_result_file(name: str) -> None:
     """The tables of docs/benchmarks.md are those that the benchmark makes of its committed result."""
     root = SOURCE.parents[1]
-    spec = spec_from_file_location("local_vs_split", root / "benchmarks/local_vs_split.py")
+    spec = spec_from_file_location(name, root / f"benchmarks/{name}.py")
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.table(json.loads(module.RESULT.read_text())) in (root / "docs/benchmarks.md").read_text()
