@@ -109,10 +109,12 @@ def make_local(family: str, config: LoraConfig, seed: int = 1) -> PeftModel:
     return get_peft_model(base, config)
 
 
-def make_split(link: Any, config: LoraConfig, seed: int = 1, wire_dtype: str = "fp32") -> SplitModel:
+def make_split(
+    link: Any, config: LoraConfig, seed: int = 1, wire_dtype: str = "fp32", wire: Any = "plain"
+) -> SplitModel:
     """The same adapter on the split model."""
     torch.manual_seed(seed)
-    return dlora.get_peft_model(link, config, wire_dtype=wire_dtype)
+    return dlora.get_peft_model(link, config, wire=wire, wire_dtype=wire_dtype)
 
 
 def adapter(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

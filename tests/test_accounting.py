@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,22 +68,23 @@ def relayed(cloud: CloudModel, cache: Path) -> Iterator[tuple[Any, Relay]]:
         relay.listener.close()
 
 
+@pytest.mark.parametrize("wire", ["plain", "factored"])
 @pytest.mark.parametrize("wire_dtype", WIRE_DTYPES)
 def test_traffic_is_what_crosses_the_socket_and_what_the_formula_says(
-    cloud_models: Callable[[str], CloudModel], tmp_path: Path, wire_dtype: str
+    cloud_models: Callable[[str], CloudModel], tmp_path: Path, wire_dtype: str, wire: str
 ) -> None:
     """Counted bytes are within 1 % of the bytes on the socket and of the formula, in each direction."""
     batch = batches(rows=16, length=48)[0]
     with relayed(cloud_models("llama"), tmp_path) as (link, relay):
-        split = make_split(link, lora(), wire_dtype=wire_dtype)
+        split = make_split(link, lora(r=16), wire_dtype=wire_dtype, wire=wire)
         before = (relay.up, relay.down)
         for _ in range(3):
             split(**batch).loss.backward()
         up, down = relay.up - before[0], relay.down - before[1]
     rows = int(batch["attention_mask"].sum())
     kept = int((batch["labels"][:, 1:] != -100).sum())
-    sites = [(site.in_features, sum(layer.out_features for layer in site.layers)) for site in split.sites]
-    sent, received = step_traffic(rows, kept, 64, 64, sites, ITEMSIZE[wire_dtype])
+    sites = [(site.in_features, [(layer.out_features, 16) for layer in site.layers]) for site in split.sites]
+    sent, received = step_traffic(rows, kept, 64, 64, sites, ITEMSIZE[wire_dtype], factored=wire == "factored")
     assert split.meter.sent_bytes == pytest.approx(3 * sent, rel=0.01)
     assert split.meter.received_bytes == pytest.approx(3 * received, rel=0.01)
     assert split.meter.sent_bytes == pytest.approx(up, rel=0.01)
@@ -126,12 +128,15 @@ class FlopCount(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("wire", ["plain", "factored"])
 @pytest.mark.parametrize("positions", ["supervised", "all"])
 @pytest.mark.parametrize("targets", [["q_proj", "k_proj", "v_proj"], "all-linear"])
-def test_edge_flops_equal_torchs_count(cloud_models: Callable[[str], CloudModel], positions: str, targets: Any) -> None:
+def test_edge_flops_equal_torchs_count(
+    cloud_models: Callable[[str], CloudModel], positions: str, targets: Any, wire: str
+) -> None:
     """Adapter and head FLOPs are exactly those that torch counts on the edge's thread."""
     link = InProcessLink(cloud_models("llama"))
-    split = make_split(link, lora(target_modules=targets))
+    split = make_split(link, lora(target_modules=targets), wire=wire)
     split.head_positions = positions
     with FlopCount() as count:
         split(**batches()[0]).loss.backward()
@@ -156,6 +161,28 @@ def test_cloud_flops_equal_torchs_count(family: str, first_site: int) -> None:
         assert sum(cloud.flops(plan)) == counter.get_total_flops()
         found.append(cloud.flops(plan))
     assert found[0][1] == 0 < found[1][1] < found[1][0] * 1.2
+
+
+def test_cloud_counts_the_product_of_factors() -> None:
+    """On the factored wire the cloud's FLOPs include Z B^T and both its gradients, exactly as torch counts them."""
+    base = make_base("llama")
+    base.set_attn_implementation("eager")
+    link = dlora.in_process(base, model_id="x/y")
+    split = make_split(link, lora(), wire="factored")
+    run, counted = link.cloud.run, []
+
+    def count(*args: Any) -> None:
+        with FlopCount() as counter:
+            run(*args)
+        counted.append(counter.total)
+
+    link.cloud.run = count
+    split(**batches()[0]).loss.backward()
+    deadline = time.monotonic() + 20
+    while not counted and time.monotonic() < deadline:  # `Done` is sent before the count is complete
+        time.sleep(0.01)
+    assert split.meter.cloud_forward_flops + split.meter.cloud_backward_flops == counted[0]
+    link.close()
 
 
 def test_meters_add_and_subtract() -> None:

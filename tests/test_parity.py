@@ -31,10 +31,11 @@ def assert_same_grads(local: torch.nn.Module, split: torch.nn.Module, tolerance:
         assert difference <= tolerance * scale, f"{name}: {difference} of {scale}"
 
 
+@pytest.mark.parametrize("wire", ["plain", "factored"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_split_matches_local(links: Links, family: str) -> None:
+def test_split_matches_local(links: Links, family: str, wire: str) -> None:
     """Loss and every adapter gradient equal local peft's, with padding, unequal lengths and accumulation."""
-    local, split = make_local(family, lora(family)), make_split(links(family), lora(family))
+    local, split = make_local(family, lora(family)), make_split(links(family), lora(family), wire=wire)
     for name, parameter in adapter(local).items():
         assert torch.equal(parameter, adapter(split)[name]), "the two must start from the same adapter"
     for batch in batches(3):

@@ -105,6 +105,35 @@ BAD_ANSWERS: dict[str, tuple[pb.EdgeFrame, str]] = {
 }
 
 
+def factored(*shapes: tuple[tuple[int, int], tuple[int, int]]) -> pb.EdgeFrame:
+    """Zero factors of the given shapes for site 0."""
+    zs = [encode(torch.zeros(*z), pb.FP32) for z, _ in shapes]
+    bs = [encode(torch.zeros(*b), pb.FP32) for _, b in shapes]
+    return pb.EdgeFrame(deltas=pb.SiteDeltas(site=0, deltas=zs, factors=bs))
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (deltas(64, 32), "0 factors for 2 modules"),
+        (factored(((8, 4), (64, 4))), "1 deltas, want 2"),
+        (factored(((8, 4), (64, 3)), ((8, 4), (32, 4))), r"got shape \[64, 3\], want \[64, 4\]"),
+        (factored(((8, 65), (64, 65)), ((8, 4), (32, 4))), "want a rank from 1 to 64"),
+        (factored(((8, 0), (64, 0)), ((8, 4), (32, 4))), "want a rank from 1 to 64"),
+        (factored(((7, 4), (64, 4)), ((8, 4), (32, 4))), r"got shape \[7, 4\], want \[8, 4\]"),
+    ],
+)
+def test_bad_factors_end_the_stream_with_a_reason(link: GrpcLink, answer: pb.EdgeFrame, message: str) -> None:
+    """On the factored wire counts, ranks and shapes are checked before anything is multiplied."""
+    stream = link.open()
+    stream.send(pb.EdgeFrame(begin=begin(link, factored=True)))
+    assert stream.receive().WhichOneof("kind") == "input"
+    stream.send(answer)
+    with pytest.raises(PeerError, match=message):
+        stream.receive()
+    stream.close()
+
+
 @pytest.mark.parametrize("name", BAD_ANSWERS)
 def test_bad_answers_end_the_stream_with_a_reason(link: GrpcLink, name: str) -> None:
     """A malformed or misplaced answer is refused by name, and the server goes on serving."""

@@ -5,7 +5,7 @@ FLOPs count 2 per multiply-add of matrix products; look-ups, norms and softmax c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 
 __all__ = ["Meter", "adapter_flops", "step_traffic"]
@@ -51,12 +51,15 @@ class Meter:
         return Meter(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
 
-def adapter_flops(rows: int, d: int, r: int, o: int, *, training: bool, input_grad: bool) -> int:
+def adapter_flops(
+    rows: int, d: int, r: int, o: int, *, training: bool, input_grad: bool, factored: bool = False
+) -> int:
     """FLOPs of one LoRA module x A^T B^T on [rows, d] -> [rows, o] with rank r.
 
     Backward adds dB and the gradient at the rank (2 r o each), dA (d r) and, where the site
-    asks for it, dx (d r).
+    asks for it, dx (d r). Factored, all that has B in it is the cloud's.
     """
+    o = 0 if factored else o
     macs = r * (d + o)
     if training:
         macs += 2 * r * o + d * r + (d * r if input_grad else 0)
@@ -68,19 +71,22 @@ def step_traffic(
     kept: int,
     embedding_width: int,
     hidden_width: int,
-    sites: Iterable[tuple[int, int]],
+    sites: Iterable[tuple[int, Sequence[tuple[int, int]]]],
     itemsize: int,
+    *,
+    factored: bool = False,
 ) -> tuple[int, int]:
-    """(sent, received) payload bytes of one training micro-batch on the plain wire.
+    """(sent, received) payload bytes of one training micro-batch.
 
-    `sites` holds (d, o) of the active sites in calling order: input width, summed output
-    widths. The first one sends no input gradient. Framing adds under 1 % from some hundred
-    tokens on.
+    `sites` holds, for each active site in calling order, its input width d and (o, r) of its
+    active modules: output width and rank. The first site sends no input gradient. On the plain
+    wire a module sends deltas of width o and gets their gradients; factored it sends Z of
+    width r and B once, and gets the gradients of both. Framing adds under 1 % from some hundred tokens on.
     """
-    sites = list(sites)
     sent = embedding_width * rows + hidden_width * kept
     received = hidden_width * kept
-    for index, (d, o) in enumerate(sites):
-        sent += rows * (o + (d if index else 0))
-        received += rows * (d + o)
+    for index, (d, modules) in enumerate(sites):
+        answers = sum(rows * r + o * r if factored else rows * o for o, r in modules)
+        sent += answers + (rows * d if index else 0)
+        received += answers + rows * d
     return sent * itemsize, received * itemsize

@@ -168,8 +168,8 @@ class CloudModel:
                 f"({self.model_id}): connect again to use it, or point the edge at the right server"
             )
         if begin.cache_length:
-            if begin.training:
-                raise WireError("a KV cache is for generation, not for training")
+            if begin.training or begin.factored:
+                raise WireError("a KV cache is for generation on the plain wire, not for training")
             if not self.cache_bytes_per_token:
                 raise UsageError(f"{type(self.model).__name__} is served without KV cache: use use_cache=False")
             if begin.cache_length > self.limits.max_length:
@@ -192,6 +192,7 @@ class CloudModel:
                 keep=torch.empty(0, dtype=torch.int64),
                 active=self._check_active(begin),
                 embeddings=begin.embeddings,
+                factored=begin.factored,
                 cache_length=begin.cache_length,
                 rollback=begin.rollback,
             ),
@@ -295,8 +296,11 @@ class CloudModel:
         if plan.cache_length:
             self._run_cached(plan, pipe)
             return
-        Step(self.decoder, self.embedding.weight, plan, pipe).run()
+        step = Step(self.decoder, self.embedding.weight, plan, pipe)
+        step.run()
         forward, backward = self.flops(plan)
+        forward += 2 * step.factor_macs
+        backward += 4 * step.factor_macs if backward else 0
         pipe.send(pb.CloudFrame(done=pb.Done(forward_flops=forward, backward_flops=backward)))
 
     def _run_cached(self, plan: Plan, pipe: Pipe) -> None:

@@ -51,7 +51,8 @@ class Record:
     """What backward needs of one site's forward."""
 
     x: Tensor
-    deltas: list[Tensor]
+    answers: list[Tensor]
+    """What the cloud has gradients for: deltas, or all Z and then all B."""
     wants_input_grad: bool
 
 
@@ -68,13 +69,34 @@ def delta(layer: LoraLayer, x: Tensor) -> Tensor:
     return total
 
 
+def factors(layer: LoraLayer, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same sum as Z [N, R] and scaled B [O, R], with Z B^T the delta; R sums the active adapters' ranks."""
+    zs, bs = [], []
+    for name in layer.active_adapters:
+        if name in layer.lora_A:
+            lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
+            zs.append(lora_A(layer.lora_dropout[name](x.to(lora_A.weight.dtype))))
+            bs.append(lora_B.weight * layer.scaling[name])
+    if not zs:
+        raise WireError("a site without an active adapter was asked for a delta")
+    return (zs[0], bs[0]) if len(zs) == 1 else (torch.cat(zs, dim=1), torch.cat(bs, dim=1))
+
+
 class Conversation:
     """One stream with the cloud at a time, and the answers to what it asks."""
 
     def __init__(
-        self, link: Link, meter: Meter, sites: Sequence[ActiveSite], wire_dtype: pb.DType, device: torch.device
+        self,
+        link: Link,
+        meter: Meter,
+        sites: Sequence[ActiveSite],
+        wire_dtype: pb.DType,
+        device: torch.device,
+        *,
+        factored: bool = False,
     ) -> None:
         self.link, self.meter, self.wire_dtype, self.device = link, meter, wire_dtype, device
+        self.factored = factored
         self.sites = {site.index: site for site in sites}
         self.stream: Stream | None = None
         self.records: dict[int, Record] = {}
@@ -111,10 +133,16 @@ class Conversation:
         wants = training and message.wants_input_grad
         with torch.set_grad_enabled(training):
             x.requires_grad_(wants)
-            deltas = [delta(layer, x) for layer in site.layers]
-        self.records[site.index] = Record(x if training else x[:0], deltas if training else [], wants)
-        messages = [encode(one, self.wire_dtype) for one in deltas]
-        self.send(pb.EdgeFrame(deltas=pb.SiteDeltas(site=site.index, deltas=messages)))
+            if self.factored:
+                pairs = [factors(layer, x) for layer in site.layers]
+                answers = [z for z, _ in pairs] + [b for _, b in pairs]
+            else:
+                answers = [delta(layer, x) for layer in site.layers]
+        self.records[site.index] = Record(x if training else x[:0], answers if training else [], wants)
+        messages, count = [encode(one, self.wire_dtype) for one in answers], len(site.layers)
+        self.send(
+            pb.EdgeFrame(deltas=pb.SiteDeltas(site=site.index, deltas=messages[:count], factors=messages[count:]))
+        )
         for layer in site.layers:
             for name in layer.active_adapters:
                 if name in layer.lora_A:
@@ -125,6 +153,7 @@ class Conversation:
                         layer.out_features,
                         training=training,
                         input_grad=wants,
+                        factored=self.factored,
                     )
 
     def site(self, index: int, *, done: bool) -> ActiveSite:

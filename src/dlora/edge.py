@@ -89,6 +89,9 @@ class SplitModel(PeftModelForCausalLM):
     `head_positions` says where logits are computed: "supervised" (only where a label asks for
     it; logits then have shape [1, K + 1, vocab]), "all", or "auto": supervised while training,
     all otherwise. Without labels it is always all.
+
+    `wire` says how deltas travel in training: "plain", or as exact factors ("factored"), which takes several
+    times fewer bytes and shows B to the cloud, which it could solve for anyway.
     """
 
     head_positions: Literal["auto", "supervised", "all"] = "auto"
@@ -98,6 +101,7 @@ class SplitModel(PeftModelForCausalLM):
         self.link = link
         self.retry = retry
         self.wire_dtype = wire_dtype
+        self.wire: Literal["plain", "factored"] = "plain"
         self.meter = Meter()
         self.sites = _match_sites(self, link.description)
         self._request = _Request()
@@ -185,6 +189,7 @@ class SplitModel(PeftModelForCausalLM):
                 training=training,
                 batch=batch,
                 sites=[pb.ActiveSite(site=site.index, modules=site.modules) for site in sites],
+                factored=self.wire == "factored",
                 **new.fields(WIRE_DTYPES[self.wire_dtype]),
             )
             micro_batch = MicroBatch(self.link, self.retry, self.meter, begin, sites, embeddings_BTD.device)
@@ -276,6 +281,7 @@ def get_peft_model(
     link: Link,
     config: LoraConfig,
     *,
+    wire: Literal["plain", "factored"] = "plain",
     wire_dtype: str = "fp16",
     retry: RetryPolicy | None = None,
     device: str | torch.device = "cpu",
@@ -283,9 +289,12 @@ def get_peft_model(
     """Put a fresh LoRA adapter on the cloud's model: `peft.get_peft_model` for a model that is elsewhere.
 
     `link` comes from `dlora.connect` or `dlora.in_process`. `wire_dtype` is fp32 (exact), fp16 or
-    bf16. Raises UsageError for what cannot be supported, by name. At the same seed the
-    adapter starts with the same values as `peft.get_peft_model` on the full model.
+    bf16; `wire` is plain or factored (see `SplitModel`). Raises UsageError for what cannot be
+    supported, by name. At the same seed the adapter starts with the same values as
+    `peft.get_peft_model` on the full model.
     """
+    if wire not in ("plain", "factored"):
+        raise UsageError(f"wire: got {wire!r}, want plain or factored")
     if wire_dtype not in WIRE_DTYPES:
         raise UsageError(f"wire dtype: got {wire_dtype!r}, want one of {', '.join(WIRE_DTYPES)}")
     config = _checked(config)
@@ -299,6 +308,7 @@ def get_peft_model(
             raise
         # peft says which targets it did not find; say what there is.
         raise UsageError(f"{error} This server allows: {allowed_names(description)}.") from error
+    model.wire = wire
     _drop_decoder_weights(model, base)
     return model.to(device)
 
@@ -308,6 +318,7 @@ def load_adapter(
     folder: str | Path,
     *,
     is_trainable: bool = True,
+    wire: Literal["plain", "factored"] = "plain",
     wire_dtype: str = "fp16",
     retry: RetryPolicy | None = None,
     device: str | torch.device = "cpu",
@@ -318,7 +329,7 @@ def load_adapter(
     """
     config = read_adapter_config(folder)
     config.inference_mode = not is_trainable
-    model = get_peft_model(link, config, wire_dtype=wire_dtype, retry=retry, device=device)
+    model = get_peft_model(link, config, wire=wire, wire_dtype=wire_dtype, retry=retry, device=device)
     try:
         weights = load_peft_weights(str(folder), device=str(device))
         result = set_peft_model_state_dict(model, weights)

@@ -58,6 +58,8 @@ class Plan:
     keep: Tensor
     active: tuple[tuple[Site, tuple[int, ...]], ...]
     embeddings: pb.Tensor
+    factored: bool = False
+    """Deltas come as Z = x A^T and B."""
     cost_bytes: int = 0
     past: int = 0
     """Tokens of each sequence that are in the KV cache already."""
@@ -95,6 +97,8 @@ class Step:
         self.modules = {site.index: modules for site, modules in plan.active}
         self.sites = {site.index: site for site, _ in plan.active}
         self.deltas: dict[int, tuple[Tensor, ...]] = {}
+        self.factor_macs = 0
+        """Multiply-adds of Z B^T: known when the ranks are."""
         # Frozen weights ask for no gradient: the lowest exchange needs an input that does.
         self.anchor = torch.zeros((), device=embedding.device, requires_grad=plan.training)
 
@@ -136,10 +140,14 @@ class Step:
         if self.modules.get(site, (-1,))[0] != index:
             return
         if self.plan.training:
-            self.deltas[site] = _Exchange.apply(x, self.anchor, self, site)  # type: ignore[no-untyped-call]
+            answers = _Exchange.apply(x, self.anchor, self, site)  # type: ignore[no-untyped-call]
         else:
             self.send_input(site, x, wants_grad=False)
-            self.deltas[site] = self.receive_deltas(site)
+            answers = self.receive_deltas(site)
+        if self.plan.factored:  # delta = Z B^T; autograd brings the gradients of both factors to the exchange
+            count = len(answers) // 2
+            answers = tuple(z @ b.T for z, b in zip(answers[:count], answers[count:], strict=True))
+        self.deltas[site] = answers
 
     def after(self, site: int, index: int, output: Tensor) -> Tensor:
         """After a module: its base output plus its delta, in the base output's dtype as peft has it."""
@@ -158,18 +166,42 @@ class Step:
         self.pipe.send(pb.CloudFrame(input=pb.SiteInput(site=site, x=x_ND, wants_input_grad=wants_grad)))
 
     def receive_deltas(self, site: int) -> tuple[Tensor, ...]:
+        """One delta for each active module, [B, T, O]; factored: all Z [B, T, R], then all B [O, R]."""
         message = self._receive("deltas")
         modules = self._check_site(message, site)
+        widths = [self._width(site, module) for module in modules]
         if len(message.deltas) != len(modules):
             raise WireError(f"site {site}: got {len(message.deltas)} deltas, want {len(modules)}")
-        return tuple(
-            self._scatter(decode(delta, (self.plan.num_rows, self._width(site, module)), f"delta at site {site}"))
-            for delta, module in zip(message.deltas, modules, strict=True)
+        if len(message.factors) != (len(modules) if self.plan.factored else 0):
+            raise WireError(f"site {site}: got {len(message.factors)} factors for {len(modules)} modules")
+        if not self.plan.factored:
+            return tuple(self._rows(*one, site) for one in zip(message.deltas, widths, strict=True))
+        ranks = [self._rank(z, width, site) for z, width in zip(message.deltas, widths, strict=True)]
+        for module, rank in zip(modules, ranks, strict=True):
+            self.factor_macs += self.plan.batch * self.plan.length * rank * self._width(site, module)
+        return (
+            *(self._rows(*one, site) for one in zip(message.deltas, ranks, strict=True)),
+            *(
+                decode(b, (width, rank), f"factor at site {site}").to(self.embedding.device)
+                for b, width, rank in zip(message.factors, widths, ranks, strict=True)
+            ),
         )
 
+    def _rows(self, message: pb.Tensor, width: int, site: int) -> Tensor:
+        return self._scatter(decode(message, (self.plan.num_rows, width), f"delta at site {site}"))
+
+    def _rank(self, z: pb.Tensor, width: int, site: int) -> int:
+        most = max(width, self.sites[site].in_features)
+        if len(z.shape) != 2 or not 1 <= z.shape[1] <= most:
+            raise WireError(f"delta at site {site}: got shape {list(z.shape)[:8]}, want a rank from 1 to {most}")
+        return int(z.shape[1])
+
     def send_delta_grads(self, site: int, grads: tuple[Tensor, ...]) -> None:
-        messages = [encode(self._gather(grad), self.plan.dtype) for grad in grads]
-        self.pipe.send(pb.CloudFrame(delta_grads=pb.DeltaGrads(site=site, grads=messages)))
+        count = len(self.modules[site])
+        messages = [encode(self._gather(grad), self.plan.dtype) for grad in grads[:count]]
+        factors = [encode(grad, self.plan.dtype) for grad in grads[count:]]
+        frame = pb.DeltaGrads(site=site, grads=messages, factor_grads=factors)
+        self.pipe.send(pb.CloudFrame(delta_grads=frame))
 
     def receive_input_grad(self, site: int, like: Tensor) -> Tensor:
         message = self._receive("input_grad")

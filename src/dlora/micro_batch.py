@@ -40,7 +40,7 @@ class MicroBatch(Conversation):
         sites: Sequence[ActiveSite],
         device: torch.device,
     ) -> None:
-        super().__init__(link, meter, sites, begin.wire_dtype, device)
+        super().__init__(link, meter, sites, begin.wire_dtype, device, factored=begin.factored)
         self.retry, self.begin = retry, begin
         self.rng = _rng_state(device)
 
@@ -116,20 +116,23 @@ class MicroBatch(Conversation):
     def _answer_backward(self, message: pb.DeltaGrads, grads: dict[nn.Parameter, Tensor]) -> None:
         site = self.site(message.site, done=message.site not in self.records)
         record = self.records.pop(site.index)
-        if len(message.grads) != len(record.deltas):
-            raise WireError(f"site {site.index}: got {len(message.grads)} gradients, want {len(record.deltas)}")
+        messages = [*message.grads, *message.factor_grads]
+        if len(messages) != len(record.answers):
+            raise WireError(f"site {site.index}: got {len(messages)} gradients, want {len(record.answers)}")
         received = [
-            self.decode(one, tuple(delta.shape), f"delta gradient at site {site.index}")
-            for one, delta in zip(message.grads, record.deltas, strict=True)
+            self.decode(one, tuple(answer.shape), f"delta gradient at site {site.index}")
+            for one, answer in zip(messages, record.answers, strict=True)
         ]
         parameters = site.parameters
         inputs: list[Tensor] = [*([record.x] if record.wants_input_grad else []), *parameters]
         found: list[Tensor] = []
         if inputs:
-            outputs = [(delta, one) for delta, one in zip(record.deltas, received, strict=True) if delta.requires_grad]
+            outputs = [
+                (answer, one) for answer, one in zip(record.answers, received, strict=True) if answer.requires_grad
+            ]
             found = list(
                 torch.autograd.grad(
-                    [delta for delta, _ in outputs], inputs, [one.to(delta.dtype) for delta, one in outputs]
+                    [answer for answer, _ in outputs], inputs, [one.to(answer.dtype) for answer, one in outputs]
                 )
             )
         if record.wants_input_grad:

@@ -73,6 +73,9 @@ class TrainSettings(EdgeSettings):
     """Ranks for modules whose name matches a pattern."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Alphas for modules whose name matches a pattern."""
+    wire: Literal["plain", "factored"] = "plain"
+    """How deltas travel. factored: as two exact factors, several times fewer bytes; shows the cloud the factor B of
+    every module, which it could solve for on the plain wire too."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     optim: str = "adamw_torch"

@@ -214,7 +214,12 @@ def _build_model(settings: TrainSettings, link: Link) -> SplitModel:
     retry = RetryPolicy(give_up_after_s=settings.give_up_after_s)
     if settings.adapter is not None:
         model = load_adapter(
-            link, settings.adapter, wire_dtype=settings.wire_dtype, retry=retry, device=settings.device
+            link,
+            settings.adapter,
+            wire=settings.wire,
+            wire_dtype=settings.wire_dtype,
+            retry=retry,
+            device=settings.device,
         )
     else:
         config = peft.LoraConfig(
@@ -226,7 +231,14 @@ def _build_model(settings: TrainSettings, link: Link) -> SplitModel:
             rank_pattern=settings.rank_pattern,
             alpha_pattern=settings.alpha_pattern,
         )
-        model = get_peft_model(link, config, wire_dtype=settings.wire_dtype, retry=retry, device=settings.device)
+        model = get_peft_model(
+            link,
+            config,
+            wire=settings.wire,
+            wire_dtype=settings.wire_dtype,
+            retry=retry,
+            device=settings.device,
+        )
     model.head_positions = "supervised"
     return model
 

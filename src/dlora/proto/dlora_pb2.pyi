@@ -133,7 +133,7 @@ class ActiveSite(_message.Message):
     def __init__(self, site: _Optional[int] = ..., modules: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Begin(_message.Message):
-    __slots__ = ("protocol_version", "fingerprint", "wire_dtype", "training", "batch", "length", "attention_mask", "position_ids", "dense", "keep", "sites", "embeddings", "cache_length", "rollback")
+    __slots__ = ("protocol_version", "fingerprint", "wire_dtype", "training", "batch", "length", "attention_mask", "position_ids", "dense", "keep", "sites", "embeddings", "cache_length", "rollback", "factored")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -148,6 +148,7 @@ class Begin(_message.Message):
     EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
     CACHE_LENGTH_FIELD_NUMBER: _ClassVar[int]
     ROLLBACK_FIELD_NUMBER: _ClassVar[int]
+    FACTORED_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     fingerprint: str
     wire_dtype: DType
@@ -162,7 +163,8 @@ class Begin(_message.Message):
     embeddings: Tensor
     cache_length: int
     rollback: bool
-    def __init__(self, protocol_version: _Optional[int] = ..., fingerprint: _Optional[str] = ..., wire_dtype: _Optional[_Union[DType, str]] = ..., training: _Optional[bool] = ..., batch: _Optional[int] = ..., length: _Optional[int] = ..., attention_mask: _Optional[bytes] = ..., position_ids: _Optional[_Iterable[int]] = ..., dense: _Optional[bool] = ..., keep: _Optional[_Iterable[int]] = ..., sites: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., embeddings: _Optional[_Union[Tensor, _Mapping]] = ..., cache_length: _Optional[int] = ..., rollback: _Optional[bool] = ...) -> None: ...
+    factored: bool
+    def __init__(self, protocol_version: _Optional[int] = ..., fingerprint: _Optional[str] = ..., wire_dtype: _Optional[_Union[DType, str]] = ..., training: _Optional[bool] = ..., batch: _Optional[int] = ..., length: _Optional[int] = ..., attention_mask: _Optional[bytes] = ..., position_ids: _Optional[_Iterable[int]] = ..., dense: _Optional[bool] = ..., keep: _Optional[_Iterable[int]] = ..., sites: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., embeddings: _Optional[_Union[Tensor, _Mapping]] = ..., cache_length: _Optional[int] = ..., rollback: _Optional[bool] = ..., factored: _Optional[bool] = ...) -> None: ...
 
 class Extend(_message.Message):
     __slots__ = ("drop", "order", "length", "attention_mask", "position_ids", "dense", "keep", "embeddings")
@@ -185,12 +187,14 @@ class Extend(_message.Message):
     def __init__(self, drop: _Optional[int] = ..., order: _Optional[_Iterable[int]] = ..., length: _Optional[int] = ..., attention_mask: _Optional[bytes] = ..., position_ids: _Optional[_Iterable[int]] = ..., dense: _Optional[bool] = ..., keep: _Optional[_Iterable[int]] = ..., embeddings: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class SiteDeltas(_message.Message):
-    __slots__ = ("site", "deltas")
+    __slots__ = ("site", "deltas", "factors")
     SITE_FIELD_NUMBER: _ClassVar[int]
     DELTAS_FIELD_NUMBER: _ClassVar[int]
+    FACTORS_FIELD_NUMBER: _ClassVar[int]
     site: int
     deltas: _containers.RepeatedCompositeFieldContainer[Tensor]
-    def __init__(self, site: _Optional[int] = ..., deltas: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
+    factors: _containers.RepeatedCompositeFieldContainer[Tensor]
+    def __init__(self, site: _Optional[int] = ..., deltas: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., factors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
 
 class InputGrad(_message.Message):
     __slots__ = ("site", "grad")
@@ -239,12 +243,14 @@ class Hidden(_message.Message):
     def __init__(self, hidden: _Optional[_Union[Tensor, _Mapping]] = ..., forward_flops: _Optional[int] = ...) -> None: ...
 
 class DeltaGrads(_message.Message):
-    __slots__ = ("site", "grads")
+    __slots__ = ("site", "grads", "factor_grads")
     SITE_FIELD_NUMBER: _ClassVar[int]
     GRADS_FIELD_NUMBER: _ClassVar[int]
+    FACTOR_GRADS_FIELD_NUMBER: _ClassVar[int]
     site: int
     grads: _containers.RepeatedCompositeFieldContainer[Tensor]
-    def __init__(self, site: _Optional[int] = ..., grads: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
+    factor_grads: _containers.RepeatedCompositeFieldContainer[Tensor]
+    def __init__(self, site: _Optional[int] = ..., grads: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., factor_grads: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
 
 class Done(_message.Message):
     __slots__ = ("forward_flops", "backward_flops")
