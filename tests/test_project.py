@@ -19,7 +19,7 @@ from dlora.demo import data_file
 from dlora.wire import PROTOCOL_VERSION
 
 SOURCE = Path(dlora.__file__).parent
-CLOUD = {"cloud", "exchange", "server", "load", "sites"}
+CLOUD = {"cloud", "exchange", "adapter_store", "server", "load", "sites"}
 EDGE = {"edge", "conversation", "micro_batch", "kv_cache", "client", "link", "training", "data", "accounting"}
 EDGE |= {"inference", "chat", "evaluate", "api", "info"}
 

@@ -8,7 +8,7 @@ import queue
 import re
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from dlora.cache import default_cache
 from dlora.edge_files import ALLOWED_FILES
-from dlora.errors import PeerError, PeerLost, UsageError, WireError
+from dlora.errors import AdapterMissing, PeerError, PeerLost, UsageError, WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.proto import dlora_pb2_grpc as rpc
 from dlora.wire import PROTOCOL_VERSION, RETRY_AFTER_KEY, channel_options
@@ -83,6 +83,14 @@ class GrpcLink:
 
     def open(self) -> _GrpcStream:
         return _GrpcStream(self._stub, self.address, self.frame_timeout_s)
+
+    def put_adapter(self, modules: Sequence[pb.FrozenModule]) -> None:
+        """Let the cloud hold frozen modules."""
+        request = pb.PutAdapterRequest(fingerprint=self.description.fingerprint, modules=modules)
+        try:
+            self._stub.PutAdapter(request, timeout=self.frame_timeout_s)
+        except grpc.RpcError as error:
+            raise _stream_error(error, self.address) from error
 
     def edge_files(self) -> Path:
         """Fetch the edge files once for each content; later calls and runs use the cache."""
@@ -192,6 +200,8 @@ def _stream_error(error: Any, address: str) -> PeerError | PeerLost:
         if hint is not None and hint.isdigit():
             return PeerLost(message, retry_after_s=int(hint) / 1000)
         return PeerError(f"{message}. Use a smaller batch or shorter sequences.")
+    if code == grpc.StatusCode.NOT_FOUND:
+        return AdapterMissing(message)
     if code in _TRY_AGAIN or "RST_STREAM" in details:
         return PeerLost(message)
     return PeerError(message)

@@ -15,7 +15,7 @@ import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from dlora.errors import ModelError, UsageError, WireError
+from dlora.adapter_store import AdapterStore
+from dlora.errors import AdapterMissing, ModelError, UsageError, WireError
 from dlora.exchange import Pipe, Plan, Step, current_step
 from dlora.proto import dlora_pb2 as pb
 from dlora.sites import Site, attention_flops, forward_flops, trace
@@ -51,6 +52,8 @@ class Limits:
     max_message_bytes: int = MAX_MESSAGE_BYTES
     max_inflight_bytes: int = 8 * 2**30
     """Activations held for all micro-batches in flight."""
+    max_adapter_bytes: int = 2**30
+    """Frozen modules that edges let the cloud apply; the longest unused go first."""
 
 
 class CloudModel:
@@ -94,7 +97,9 @@ class CloudModel:
             max_length=min(limits.max_length, model_length),
             max_message_bytes=limits.max_message_bytes,
             max_inflight_bytes=limits.max_inflight_bytes,
+            max_adapter_bytes=limits.max_adapter_bytes,
         )
+        self.adapters = AdapterStore(limits.max_adapter_bytes, self.device)
         self.takes_position_ids = "position_ids" in inspect.signature(self.decoder.forward).parameters
         self._traced_batch, self._traced_length = 2, min(8, self.limits.max_length)
         ids_BT = _sample_ids(model, self._traced_batch, self._traced_length).to(self.device)
@@ -133,7 +138,12 @@ class CloudModel:
                 pb.SiteInfo(
                     in_features=site.in_features,
                     modules=[
-                        pb.ModuleInfo(name=module.name, out_features=module.out_features, allowed=module.allowed)
+                        pb.ModuleInfo(
+                            name=module.name,
+                            out_features=module.out_features,
+                            allowed=module.allowed,
+                            weight_norm=self.model.get_submodule(module.name).weight.float().norm().item(),
+                        )
                         for module in site.modules
                     ],
                 )
@@ -179,6 +189,9 @@ class CloudModel:
                 )
         if begin.wire_dtype not in (pb.FP32, pb.FP16, pb.BF16):
             raise WireError(f"wire dtype number {begin.wire_dtype} is not known")
+        active = self._check_active(begin.sites)
+        if begin.probe and not (begin.training and active):
+            raise WireError("probe: wants a training step with an active site")
         return self._plan_pass(
             begin,
             Plan(
@@ -190,7 +203,9 @@ class CloudModel:
                 position_ids_BT=None,
                 rows_N=None,
                 keep=torch.empty(0, dtype=torch.int64),
-                active=self._check_active(begin),
+                active=active,
+                idle=self._check_idle(begin.idle, active),
+                probe=self._check_active(begin.probe),
                 embeddings=begin.embeddings,
                 factored=begin.factored,
                 cache_length=begin.cache_length,
@@ -268,10 +283,41 @@ class CloudModel:
             cost_bytes=cost,
         )
 
-    def _check_active(self, begin: pb.Begin) -> tuple[tuple[Site, tuple[int, ...]], ...]:
+    def _check_idle(
+        self, entries: Sequence[pb.IdleModule], active: tuple[tuple[Site, tuple[int, ...]], ...]
+    ) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
+        """The frozen modules that a step refers to. Raises AdapterMissing if one is not here (any more)."""
+        taken = {(site.index, module) for site, modules in active for module in modules}
+        found: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        previous = (-1, -1)
+        for entry in entries:
+            key = (entry.site, entry.module)
+            if key <= previous or key in taken or entry.site >= len(self.sites):
+                raise WireError(f"idle: got {key} after {previous}, want ascending modules that are not active")
+            previous, site = key, self.sites[entry.site]
+            if entry.module >= len(site.modules):
+                raise WireError(f"idle: site {entry.site} has {len(site.modules)} modules, got {entry.module}")
+            module = site.modules[entry.module]
+            if not module.allowed:
+                raise UsageError(f"this server does not allow adapters on {module.name}")
+            pair = self.adapters.get(entry.hash)
+            if pair is None:
+                raise AdapterMissing(f"the frozen module of {module.name} is not here: put it and try again")
+            if (pair[0].shape[1], pair[1].shape[0]) != (site.in_features, module.out_features):
+                raise WireError(f"idle: the frozen module of {module.name} has other widths")
+            found[key] = pair
+        return found
+
+    def put_adapter(self, request: pb.PutAdapterRequest) -> pb.PutAdapterReply:
+        """Keep frozen modules for steps that refer to them by hash."""
+        if request.fingerprint != self.fingerprint:
+            raise UsageError("the served model has changed: connect again")
+        return pb.PutAdapterReply(hashes=[self.adapters.put(module) for module in request.modules])
+
+    def _check_active(self, entries: Sequence[pb.ActiveSite]) -> tuple[tuple[Site, tuple[int, ...]], ...]:
         active = []
         previous = -1
-        for entry in begin.sites:
+        for entry in entries:
             if not previous < entry.site < len(self.sites):
                 raise WireError(f"sites: got {entry.site} after {previous}, want ascending, under {len(self.sites)}")
             previous = entry.site
@@ -299,16 +345,19 @@ class CloudModel:
         step = Step(self.decoder, self.embedding.weight, plan, pipe)
         step.run()
         forward, backward = self.flops(plan)
-        forward += 2 * step.factor_macs
-        backward += 4 * step.factor_macs if backward else 0
-        pipe.send(pb.CloudFrame(done=pb.Done(forward_flops=forward, backward_flops=backward)))
+        forward += 2 * step.forward_macs
+        backward += 2 * step.backward_macs if backward else 0
+        probe = [step.probe_norms.get((site.index, module), 0.0) for site, modules in plan.probe for module in modules]
+        pipe.send(pb.CloudFrame(done=pb.Done(forward_flops=forward, backward_flops=backward, probe=probe)))
 
     def _run_cached(self, plan: Plan, pipe: Pipe) -> None:
         cache = DynamicCache(config=self.model.config)
         if plan.rollback:
             cache.activate_past_recording()
         while True:
-            Step(self.decoder, self.embedding.weight, plan, pipe, cache, self.flops(plan)[0]).run()
+            idle_macs = sum(a.numel() + b.numel() for a, b in plan.idle.values()) * plan.batch * plan.length
+            flops = self.flops(plan)[0] + 2 * idle_macs
+            Step(self.decoder, self.embedding.weight, plan, pipe, cache, flops).run()
             frame = pipe.receive()
             if frame.WhichOneof("kind") != "extend":
                 raise WireError(f"got frame {frame.WhichOneof('kind')!r}, want 'extend'")
@@ -330,6 +379,8 @@ class CloudModel:
         forward = forward_flops(self.sites, tokens) + attention * len(self.layers)
         if not (plan.training and plan.active):
             return forward, 0
+        if plan.probe:  # down to the embeddings
+            return forward, forward + attention * len(self.layers)
         lowest = plan.active[0][0]
         above = [site for site in self.sites if site.index > lowest.index]
         layer = lowest.modules[0].layer
@@ -365,7 +416,7 @@ class CloudModel:
                     index: int = index,
                 ) -> Tensor:
                     step = current_step()
-                    return output if step is None else step.after(site, index, output)
+                    return output if step is None else step.after(site, index, args[0], output)
 
                 module.register_forward_pre_hook(before)
                 module.register_forward_hook(after)

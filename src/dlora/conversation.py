@@ -11,18 +11,22 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from dlora.accounting import Meter, adapter_flops
-from dlora.errors import PeerError, PeerLost, WireError
+from dlora.errors import AdapterMissing, PeerError, PeerLost, WireError
 from dlora.link import Link, Stream
 from dlora.proto import dlora_pb2 as pb
-from dlora.wire import decode, encode, largest
+from dlora.wire import content_hash, decode, encode, largest
 
-__all__ = ["ActiveSite", "Conversation", "Record"]
+__all__ = ["ActiveSite", "Conversation", "Frozen", "Record", "freeze"]
+
+_PUT_BYTES: Final = 32 * 2**20  # frozen modules travel in messages of about this size
+_MOST_PUTS: Final = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,25 @@ class ActiveSite:
                 if name in layer.lora_A:
                     found += [*layer.lora_A[name].parameters(), *layer.lora_B[name].parameters()]
         return [parameter for parameter in found if parameter.requires_grad]
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """An idle module that the cloud applies: where, and what."""
+
+    site: int
+    module: int
+    message: pb.FrozenModule
+    hash: bytes
+
+
+def freeze(site: int, module: int, layer: LoraLayer) -> Frozen:
+    """The sum of a layer's active adapters as one frozen module, exact in float32."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    a = torch.cat([layer.lora_A[name].weight.detach().float() for name in names])
+    b = torch.cat([layer.lora_B[name].weight.detach().float() * layer.scaling[name] for name in names], dim=1)
+    message = pb.FrozenModule(a=encode(a, pb.FP32), b=encode(b, pb.FP32))
+    return Frozen(site, module, message, content_hash(message))
 
 
 @dataclass
@@ -94,9 +117,11 @@ class Conversation:
         device: torch.device,
         *,
         factored: bool = False,
+        frozen: Sequence[Frozen] = (),
     ) -> None:
         self.link, self.meter, self.wire_dtype, self.device = link, meter, wire_dtype, device
-        self.factored = factored
+        self.factored, self.frozen = factored, frozen
+        self.times_put = 0
         self.sites = {site.index: site for site in sites}
         self.stream: Stream | None = None
         self.records: dict[int, Record] = {}
@@ -109,6 +134,28 @@ class Conversation:
 
     def __del__(self) -> None:
         self.close()
+
+    def put_frozen(self, error: AdapterMissing) -> None:
+        """Give the cloud the frozen modules that it does not hold. Raises PeerError if it keeps losing them."""
+        self.close()
+        self.times_put += 1
+        if self.times_put > _MOST_PUTS:
+            raise PeerError(
+                f"{error}. It was put there {_MOST_PUTS} times: is the server's room for adapters too small?"
+            )
+        group: list[pb.FrozenModule] = []
+        for one in self.frozen:
+            group.append(one.message)
+            if sum(message.ByteSize() for message in group) > _PUT_BYTES:
+                self._put(group)
+                group = []
+        self._put(group)
+
+    def _put(self, group: list[pb.FrozenModule]) -> None:
+        if group:
+            self.link.put_adapter(group)
+            self.meter.sent_bytes += sum(message.ByteSize() for message in group)
+            self.meter.round_trips += 1
 
     def ask(self, frame: pb.EdgeFrame, num_rows: int, num_kept: int, *, training: bool) -> tuple[Tensor, int]:
         """Send a frame that starts a forward pass, and answer until the cloud is through.

@@ -15,7 +15,8 @@ import inspect
 import json
 import logging
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -37,7 +38,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dlora.accounting import Meter
-from dlora.conversation import ActiveSite, Conversation
+from dlora.conversation import ActiveSite, Conversation, Frozen, freeze
 from dlora.errors import DLoRAError, ModelError, UsageError
 from dlora.kv_cache import CloudCache, Pass
 from dlora.link import Link, RetryPolicy
@@ -56,6 +57,8 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+
+Idle = Literal["drop", "cloud", "edge"]
 
 IGNORE: Final = -100  # the label of a position without supervision, as in PyTorch and transformers
 
@@ -105,6 +108,13 @@ class SplitModel(PeftModelForCausalLM):
         self.meter = Meter()
         self.sites = _match_sites(self, link.description)
         self._request = _Request()
+        self.idle: Idle = "drop"
+        """What becomes of adapted modules that are not active."""
+        self._active: frozenset[str] | None = None  # None: all
+        self._frozen: dict[str, Frozen] = {}
+        self.probe_modules: Sequence[str] = ()
+        """Modules whose norm of g^T x every training micro-batch asks for, into `probe_norms`."""
+        self.probe_norms: list[dict[str, float]] = []
         self.accepts_position_ids = "position_ids" in inspect.signature(type(_decoder(base)).forward).parameters
         self._signature = inspect.signature(self.forward)
         _decoder(base).forward = types.MethodType(_remote_forward, self)
@@ -172,14 +182,14 @@ class SplitModel(PeftModelForCausalLM):
         else:
             raise UsageError(f"labels have shape {list(request.keep_BT.shape)}, input_ids {list(attended_BT.shape)}")
         new = Pass(embeddings_BTD, mask_BT, self._position_ids(position_ids, batch, length), keep_BT)
-        sites = self._active_sites()
+        sites, frozen = self._active_sites(), self._applied_by_cloud()
         parameters = [p for site in sites for p in site.parameters] if torch.is_grad_enabled() else []
         training = bool(parameters)
         if cache is not None:
             if training:
                 raise UsageError("a KV cache in the cloud keeps no gradients: use torch.no_grad(), or no cache")
             dtype, device = WIRE_DTYPES[self.wire_dtype], embeddings_BTD.device
-            cache.bind(Conversation(self.link, self.meter, sites, dtype, device))
+            cache.bind(Conversation(self.link, self.meter, sites, dtype, device, frozen=frozen))
             kept_KD = cache.forward(new, self.retry)
         else:
             begin = pb.Begin(
@@ -190,9 +200,13 @@ class SplitModel(PeftModelForCausalLM):
                 batch=batch,
                 sites=[pb.ActiveSite(site=site.index, modules=site.modules) for site in sites],
                 factored=self.wire == "factored",
+                idle=[pb.IdleModule(site=one.site, module=one.module, hash=one.hash) for one in frozen],
+                probe=self._probed() if training else [],
                 **new.fields(WIRE_DTYPES[self.wire_dtype]),
             )
-            micro_batch = MicroBatch(self.link, self.retry, self.meter, begin, sites, embeddings_BTD.device)
+            micro_batch = MicroBatch(self.link, self.retry, self.meter, begin, sites, embeddings_BTD.device, frozen)
+            if begin.probe:
+                micro_batch.on_probe = self._note_probe
             if training:
                 kept_KD = SplitForward.apply(micro_batch, *parameters)  # type: ignore[no-untyped-call]
             else:
@@ -213,14 +227,80 @@ class SplitModel(PeftModelForCausalLM):
             raise UsageError(f"{type(self.get_base_model()).__name__} takes no position_ids")
         return position_ids.expand(batch, length).cpu()
 
+    # ----------------------------------------------------------------- active and idle modules
+
+    @property
+    def adapted_modules(self) -> list[str]:
+        """Full names of all modules with an adapter, in the cloud's calling order."""
+        return [name for site in self.sites for name in self._names(site)]
+
+    @property
+    def active_modules(self) -> list[str]:
+        """Those that are trained and exchanged."""
+        return [name for name in self.adapted_modules if self._active is None or name in self._active]
+
+    def set_active(self, modules: Iterable[str], idle: Idle = "drop") -> None:
+        """Train and exchange only these modules, from the next micro-batch on.
+
+        The others become idle: "drop" removes them (their B becomes zero, so that the saved adapter
+        is what was trained; nothing of them leaves the edge), "cloud" uploads them, frozen, for the
+        cloud to apply, "edge" applies them here, at the full price of an exchange. A module that
+        becomes active again goes on with the weights that it has. Raises UsageError for
+        modules without adapter.
+        """
+        active = frozenset(modules)
+        if unknown := sorted(active - set(self.adapted_modules)):
+            raise UsageError(
+                f"set_active: {unknown[0]} has no adapter; those that have: {self.adapted_modules[:3]} ..."
+            )
+        self._active, self.idle, self._frozen = active, idle, {}
+        for site in self.sites:
+            for name, index, layer in zip(self._names(site), site.modules, site.layers, strict=True):
+                if name in active:
+                    continue
+                if idle == "drop":
+                    for adapter in layer.active_adapters:
+                        if adapter in layer.lora_B:
+                            layer.lora_B[adapter].weight.data.zero_()
+                elif idle == "cloud":
+                    frozen = freeze(site.index, index, layer)
+                    if any(frozen.message.b.data):  # a module that was never trained adds nothing
+                        self._frozen[name] = frozen
+        self._train_active_only()
+
+    def _train_active_only(self) -> None:
+        for site in self.sites:
+            for name, layer in zip(self._names(site), site.layers, strict=True):
+                wanted = self._active is None or name in self._active
+                for adapter in layer.active_adapters:
+                    for modules in (layer.lora_A, layer.lora_B):
+                        if adapter in modules:
+                            modules[adapter].requires_grad_(wanted)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Use the base model inside the context; afterwards idle modules are idle again."""
+        try:
+            with super().disable_adapter():
+                yield
+        finally:
+            if self._active is not None:
+                self._train_active_only()
+
+    def _names(self, site: ActiveSite) -> list[str]:
+        modules = self.link.description.sites[site.index].modules
+        return [modules[index].name for index in site.modules]
+
     def _active_sites(self) -> list[ActiveSite]:
-        """Sites whose adapters are switched on, now; `disable_adapter()` switches all off."""
+        """What is exchanged now: active modules, idle ones too with idle="edge"; none in `disable_adapter()`."""
         active = []
         for site in self.sites:
             used = [
                 (module, layer)
-                for module, layer in zip(site.modules, site.layers, strict=True)
-                if not layer.disable_adapters and any(name in layer.lora_A for name in layer.active_adapters)
+                for name, module, layer in zip(self._names(site), site.modules, site.layers, strict=True)
+                if not layer.disable_adapters
+                and any(adapter in layer.lora_A for adapter in layer.active_adapters)
+                and (self._active is None or self.idle == "edge" or name in self._active)
             ]
             if any(layer.merged for _, layer in used):
                 raise UsageError("adapters cannot be merged on the edge, which has no base weights: use `dlora merge`")
@@ -228,6 +308,30 @@ class SplitModel(PeftModelForCausalLM):
                 modules, layers = zip(*used, strict=True)
                 active.append(dataclasses.replace(site, modules=modules, layers=layers))
         return active
+
+    def _applied_by_cloud(self) -> list[Frozen]:
+        """Idle modules that the cloud applies now, in its order."""
+        return [
+            self._frozen[name]
+            for site in self.sites
+            for name, layer in zip(self._names(site), site.layers, strict=True)
+            if name in self._frozen and not layer.disable_adapters
+        ]
+
+    def _probed(self) -> list[pb.ActiveSite]:
+        wanted = set(self.probe_modules)
+        found = []
+        for index, site in enumerate(self.link.description.sites):
+            if modules := [number for number, module in enumerate(site.modules) if module.name in wanted]:
+                found.append(pb.ActiveSite(site=index, modules=modules))
+        return found
+
+    def _note_probe(self, entries: Sequence[pb.ActiveSite], norms: Sequence[float]) -> None:
+        sites = self.link.description.sites
+        names = [sites[entry.site].modules[module].name for entry in entries for module in entry.modules]
+        self.probe_norms.append(dict(zip(names, norms, strict=True)))
+
+    # ----------------------------------------------------------------- accounting
 
     def _count_head(self, rows: int, *, training: bool) -> None:
         head = self.get_output_embeddings()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,6 +35,10 @@ class InProcessLink:
         threading.Thread(target=stream.serve, args=(self.cloud,), name="dlora-cloud", daemon=True).start()
         return stream
 
+    def put_adapter(self, modules: Sequence[pb.FrozenModule]) -> None:
+        """Let the cloud hold frozen modules."""
+        self.cloud.put_adapter(pb.PutAdapterRequest(fingerprint=self.description.fingerprint, modules=modules))
+
     def edge_files(self) -> Path:
         """The folder with embedding, head and tokenizer."""
         return Path(self._folder.name)
@@ -55,7 +60,7 @@ class _QueueStream:
 
     def receive(self) -> pb.CloudFrame:
         frame = self.to_edge.get()
-        if isinstance(frame, DLoRAError):
+        if isinstance(frame, DLoRAError) and not isinstance(frame, PeerLost):
             raise PeerError(str(frame)) from frame
         if isinstance(frame, BaseException):
             raise frame

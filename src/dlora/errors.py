@@ -7,12 +7,14 @@ DLoRAError
 ├── WireError (ValueError)         bytes or frames that cannot be what they claim to be
 ├── PeerError (ConnectionError)    the other half said no, and would say no again
 ├── PeerLost (ConnectionError)     the other half went away or is busy; trying again may work
+│   └── AdapterMissing             the cloud does not hold a frozen module; put it there and try again
 └── DivergedError (ArithmeticError) training produced a value that is not finite
 """
 
 from __future__ import annotations
 
 __all__ = [
+    "AdapterMissing",
     "DLoRAError",
     "DataError",
     "DivergedError",
@@ -54,6 +56,10 @@ class PeerLost(DLoRAError, ConnectionError):
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class AdapterMissing(PeerLost):
+    """The cloud does not hold a frozen module that a step refers to: put it there and try again."""
 
 
 class DivergedError(DLoRAError, ArithmeticError):

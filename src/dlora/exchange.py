@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, N rows that travel, K kept rows, D width of a site's 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -60,6 +60,10 @@ class Plan:
     embeddings: pb.Tensor
     factored: bool = False
     """Deltas come as Z = x A^T and B."""
+    idle: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """(site, module) -> (A, B) that the cloud applies itself."""
+    probe: tuple[tuple[Site, tuple[int, ...]], ...] = ()
+    """Modules whose norm of g^T x is asked for."""
     cost_bytes: int = 0
     past: int = 0
     """Tokens of each sequence that are in the KV cache already."""
@@ -97,8 +101,10 @@ class Step:
         self.modules = {site.index: modules for site, modules in plan.active}
         self.sites = {site.index: site for site, _ in plan.active}
         self.deltas: dict[int, tuple[Tensor, ...]] = {}
-        self.factor_macs = 0
-        """Multiply-adds of Z B^T: known when the ranks are."""
+        # Multiply-adds beside the model's own: factors, idle modules, probes. Known when they are done.
+        self.forward_macs = self.backward_macs = 0
+        self.probed = {(site.index, module) for site, modules in plan.probe for module in modules}
+        self.probe_norms: dict[tuple[int, int], float] = {}
         # Frozen weights ask for no gradient: the lowest exchange needs an input that does.
         self.anchor = torch.zeros((), device=embedding.device, requires_grad=plan.training)
 
@@ -117,6 +123,8 @@ class Step:
         plan = self.plan
         embeddings = decode(plan.embeddings, (plan.num_rows, self.embedding.shape[1]), "embeddings")
         inputs: dict[str, Any] = {"inputs_embeds": self._scatter(embeddings.to(self.embedding.dtype))}
+        if plan.probe:  # all the way down
+            inputs["inputs_embeds"].requires_grad_(True)
         if plan.mask_BT is not None:
             inputs["attention_mask"] = plan.mask_BT
         if plan.position_ids_BT is not None:
@@ -149,15 +157,36 @@ class Step:
             answers = tuple(z @ b.T for z, b in zip(answers[:count], answers[count:], strict=True))
         self.deltas[site] = answers
 
-    def after(self, site: int, index: int, output: Tensor) -> Tensor:
+    def after(self, site: int, index: int, x: Tensor, output: Tensor) -> Tensor:
         """After a module: its base output plus its delta, in the base output's dtype as peft has it."""
         modules = self.modules.get(site, ())
-        if index not in modules:
-            return output
-        delta = self.deltas[site][modules.index(index)]
-        if index == modules[-1]:
-            del self.deltas[site]
-        return (output + delta.view_as(output)).to(output.dtype)
+        if index in modules:
+            delta = self.deltas[site][modules.index(index)]
+            if index == modules[-1]:
+                del self.deltas[site]
+            output = (output + delta.view_as(output)).to(output.dtype)
+        elif (frozen := self.plan.idle.get((site, index))) is not None:
+            a, b = frozen
+            macs = x.numel() // x.shape[-1] * (a.numel() + b.numel())
+            self.forward_macs += macs
+            self.backward_macs += macs if x.requires_grad else 0
+            output = (output + (x.to(a.dtype) @ a.T) @ b.T).to(output.dtype)
+        if (site, index) in self.probed and output.requires_grad:
+            kept = x.detach().reshape(-1, x.shape[-1])
+            output.register_hook(lambda grad: self._probe(site, index, kept, grad.reshape(-1, grad.shape[-1])))
+        return output
+
+    def _probe(self, site: int, index: int, x: Tensor, grad: Tensor) -> None:
+        """Note the Frobenius norm of g^T x: by Gram matrices, or by the product where that is smaller."""
+        (rows, d), o = x.shape, grad.shape[1]
+        x, grad = x.float(), grad.float()
+        if rows * rows * (d + o) <= rows * d * o:
+            norm = ((x @ x.T) * (grad @ grad.T)).sum().clamp(min=0).sqrt()
+            self.backward_macs += rows * rows * (d + o)
+        else:
+            norm = (grad.T @ x).norm()
+            self.backward_macs += rows * d * o
+        self.probe_norms[site, index] = norm.item()
 
     # What the autograd function below is made of.
 
@@ -178,7 +207,8 @@ class Step:
             return tuple(self._rows(*one, site) for one in zip(message.deltas, widths, strict=True))
         ranks = [self._rank(z, width, site) for z, width in zip(message.deltas, widths, strict=True)]
         for module, rank in zip(modules, ranks, strict=True):
-            self.factor_macs += self.plan.batch * self.plan.length * rank * self._width(site, module)
+            self.forward_macs += (macs := self.plan.batch * self.plan.length * rank * self._width(site, module))
+            self.backward_macs += 2 * macs if self.plan.training else 0
         return (
             *(self._rows(*one, site) for one in zip(message.deltas, ranks, strict=True)),
             *(

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Cache
 
 from dlora.conversation import ActiveSite, Conversation
-from dlora.errors import PeerLost, UsageError
+from dlora.errors import AdapterMissing, PeerLost, UsageError
 from dlora.link import RetryPolicy
 from dlora.proto import dlora_pb2 as pb
 from dlora.wire import PROTOCOL_VERSION, encode, pack_mask
@@ -145,7 +145,8 @@ class CloudCache(Cache):
 
         Raises UsageError if other adapters are active than those that filled the cache.
         """
-        key = tuple((site.index, *site.modules, *_names(site)) for site in talk.sites.values())
+        key: tuple[object, ...] = tuple((site.index, *site.modules, *_names(site)) for site in talk.sites.values())
+        key += tuple(frozen.hash for frozen in talk.frozen)
         if self._talk is None or not self._past:
             self.close()
             self._talk, self._site_key = talk, key
@@ -168,7 +169,11 @@ class CloudCache(Cache):
             raise AssertionError("bind() comes first")
         for wait in retry.attempts():
             try:
-                hidden = self._attempt(talk, new)
+                try:
+                    hidden = self._attempt(talk, new)
+                except AdapterMissing as missing:
+                    talk.put_frozen(missing)
+                    hidden = self._attempt(talk, new)
                 break
             except PeerLost as error:
                 self.close()
@@ -205,6 +210,7 @@ class CloudCache(Cache):
                     wire_dtype=talk.wire_dtype,
                     batch=new.keep_BT.shape[0],
                     sites=[pb.ActiveSite(site=site.index, modules=site.modules) for site in talk.sites.values()],
+                    idle=[pb.IdleModule(site=f.site, module=f.module, hash=f.hash) for f in talk.frozen],
                     cache_length=self._reserved,
                     rollback=self._recording,
                     **fields,

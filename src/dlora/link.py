@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -36,6 +36,9 @@ class Link(Protocol):
 
     def open(self) -> Stream:
         """Start a micro-batch."""
+
+    def put_adapter(self, modules: Sequence[pb.FrozenModule]) -> None:
+        """Let the cloud hold frozen modules, for steps that refer to them by hash."""
 
     def edge_files(self) -> Path:
         """A folder with embedding, head and tokenizer; fetched on first use."""

@@ -6,15 +6,15 @@ Shapes: N rows that travel (attended tokens), K kept rows of the last hidden sta
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dlora.accounting import Meter
-from dlora.conversation import ActiveSite, Conversation
-from dlora.errors import PeerLost, WireError
+from dlora.conversation import ActiveSite, Conversation, Frozen
+from dlora.errors import AdapterMissing, PeerLost, WireError
 from dlora.link import Link, RetryPolicy
 from dlora.proto import dlora_pb2 as pb
 from dlora.wire import encode
@@ -39,8 +39,11 @@ class MicroBatch(Conversation):
         begin: pb.Begin,
         sites: Sequence[ActiveSite],
         device: torch.device,
+        frozen: Sequence[Frozen] = (),
     ) -> None:
-        super().__init__(link, meter, sites, begin.wire_dtype, device, factored=begin.factored)
+        super().__init__(link, meter, sites, begin.wire_dtype, device, factored=begin.factored, frozen=frozen)
+        self.on_probe: Callable[[Sequence[pb.ActiveSite], Sequence[float]], None] | None = None
+        """Called with the modules of `Begin.probe` and their norms of g^T x, after backward."""
         self.retry, self.begin = retry, begin
         self.rng = _rng_state(device)
 
@@ -76,6 +79,13 @@ class MicroBatch(Conversation):
     # ----------------------------------------------------------------- one attempt
 
     def _forward(self) -> Tensor:
+        try:
+            return self._forward_once()
+        except AdapterMissing as missing:
+            self.put_frozen(missing)
+            return self._forward_once()
+
+    def _forward_once(self) -> Tensor:
         self.close()
         _set_rng_state(self.rng, self.device)
         self.stream = self.link.open()
@@ -110,6 +120,11 @@ class MicroBatch(Conversation):
             raise WireError(f"the cloud sent frame {frame.WhichOneof('kind')!r}, want 'done'")
         self.meter.cloud_forward_flops += frame.done.forward_flops
         self.meter.cloud_backward_flops += frame.done.backward_flops
+        if self.on_probe is not None:
+            probed = sum(len(entry.modules) for entry in self.begin.probe)
+            if len(frame.done.probe) != probed:
+                raise WireError(f"the cloud sent {len(frame.done.probe)} probe norms, want {probed}")
+            self.on_probe(self.begin.probe, frame.done.probe)
         self.meter.micro_batches += 1
         self.close()
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dlora.cloud import CloudModel
 from dlora.edge_files import describe_files, write_edge_files
-from dlora.errors import ModelError, PeerLost, UsageError, WireError
+from dlora.errors import AdapterMissing, ModelError, PeerLost, UsageError, WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.proto import dlora_pb2_grpc as rpc
 from dlora.wire import PROTOCOL_VERSION, RETRY_AFTER_KEY, channel_options
@@ -176,6 +176,12 @@ class _Servicer(rpc.DLoRAServicer):
                 while data := await asyncio.to_thread(file.read, size):
                     yield pb.FileChunk(name=info.name, data=data)
 
+    async def PutAdapter(self, request: pb.PutAdapterRequest, context: Any) -> pb.PutAdapterReply:
+        try:
+            return await asyncio.to_thread(self.cloud.put_adapter, request)
+        except (UsageError, WireError) as error:
+            await self._abort(context, error)
+
     async def Step(self, requests: AsyncIterator[pb.EdgeFrame], context: Any) -> AsyncIterator[pb.CloudFrame]:
         if self.stopping:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
@@ -233,6 +239,8 @@ class _Servicer(rpc.DLoRAServicer):
         if isinstance(error, _Busy):
             code = grpc.StatusCode.RESOURCE_EXHAUSTED
             trailing = ((RETRY_AFTER_KEY, str(int(1000 * (error.retry_after_s or 1.0)))),)
+        elif isinstance(error, AdapterMissing):
+            code = grpc.StatusCode.NOT_FOUND
         elif isinstance(error, PeerLost):
             code = grpc.StatusCode.UNAVAILABLE if self.stopping else grpc.StatusCode.DEADLINE_EXCEEDED
         elif isinstance(error, UsageError):

@@ -5,6 +5,7 @@ Shapes: N rows (attended tokens), D width.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from typing import Final
@@ -62,6 +63,15 @@ def encode(tensor: Tensor, dtype: pb.DType) -> pb.Tensor:
     if dtype != pb.FP32:
         values = values.view(torch.int16)
     return pb.Tensor(dtype=dtype, shape=list(tensor.shape), exponent=exponent, data=values.numpy().tobytes())
+
+
+def content_hash(module: pb.FrozenModule) -> bytes:
+    """SHA-256 of a frozen module's tensors: equal on both halves for equal content."""
+    digest = hashlib.sha256()
+    for one in (module.a, module.b):
+        digest.update(f"{one.dtype} {list(one.shape)} {one.exponent} ".encode())
+        digest.update(one.data)
+    return digest.digest()
 
 
 def largest(tensor: Tensor) -> float:

@@ -37,14 +37,16 @@ class DescribeRequest(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ...) -> None: ...
 
 class ModuleInfo(_message.Message):
-    __slots__ = ("name", "out_features", "allowed")
+    __slots__ = ("name", "out_features", "allowed", "weight_norm")
     NAME_FIELD_NUMBER: _ClassVar[int]
     OUT_FEATURES_FIELD_NUMBER: _ClassVar[int]
     ALLOWED_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_NORM_FIELD_NUMBER: _ClassVar[int]
     name: str
     out_features: int
     allowed: bool
-    def __init__(self, name: _Optional[str] = ..., out_features: _Optional[int] = ..., allowed: _Optional[bool] = ...) -> None: ...
+    weight_norm: float
+    def __init__(self, name: _Optional[str] = ..., out_features: _Optional[int] = ..., allowed: _Optional[bool] = ..., weight_norm: _Optional[float] = ...) -> None: ...
 
 class SiteInfo(_message.Message):
     __slots__ = ("in_features", "modules")
@@ -132,8 +134,40 @@ class ActiveSite(_message.Message):
     modules: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, site: _Optional[int] = ..., modules: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class FrozenModule(_message.Message):
+    __slots__ = ("a", "b")
+    A_FIELD_NUMBER: _ClassVar[int]
+    B_FIELD_NUMBER: _ClassVar[int]
+    a: Tensor
+    b: Tensor
+    def __init__(self, a: _Optional[_Union[Tensor, _Mapping]] = ..., b: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
+class PutAdapterRequest(_message.Message):
+    __slots__ = ("fingerprint", "modules")
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    MODULES_FIELD_NUMBER: _ClassVar[int]
+    fingerprint: str
+    modules: _containers.RepeatedCompositeFieldContainer[FrozenModule]
+    def __init__(self, fingerprint: _Optional[str] = ..., modules: _Optional[_Iterable[_Union[FrozenModule, _Mapping]]] = ...) -> None: ...
+
+class PutAdapterReply(_message.Message):
+    __slots__ = ("hashes",)
+    HASHES_FIELD_NUMBER: _ClassVar[int]
+    hashes: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, hashes: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class IdleModule(_message.Message):
+    __slots__ = ("site", "module", "hash")
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    MODULE_FIELD_NUMBER: _ClassVar[int]
+    HASH_FIELD_NUMBER: _ClassVar[int]
+    site: int
+    module: int
+    hash: bytes
+    def __init__(self, site: _Optional[int] = ..., module: _Optional[int] = ..., hash: _Optional[bytes] = ...) -> None: ...
+
 class Begin(_message.Message):
-    __slots__ = ("protocol_version", "fingerprint", "wire_dtype", "training", "batch", "length", "attention_mask", "position_ids", "dense", "keep", "sites", "embeddings", "cache_length", "rollback", "factored")
+    __slots__ = ("protocol_version", "fingerprint", "wire_dtype", "training", "batch", "length", "attention_mask", "position_ids", "dense", "keep", "sites", "embeddings", "cache_length", "rollback", "factored", "idle", "probe")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -149,6 +183,8 @@ class Begin(_message.Message):
     CACHE_LENGTH_FIELD_NUMBER: _ClassVar[int]
     ROLLBACK_FIELD_NUMBER: _ClassVar[int]
     FACTORED_FIELD_NUMBER: _ClassVar[int]
+    IDLE_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     fingerprint: str
     wire_dtype: DType
@@ -164,7 +200,9 @@ class Begin(_message.Message):
     cache_length: int
     rollback: bool
     factored: bool
-    def __init__(self, protocol_version: _Optional[int] = ..., fingerprint: _Optional[str] = ..., wire_dtype: _Optional[_Union[DType, str]] = ..., training: _Optional[bool] = ..., batch: _Optional[int] = ..., length: _Optional[int] = ..., attention_mask: _Optional[bytes] = ..., position_ids: _Optional[_Iterable[int]] = ..., dense: _Optional[bool] = ..., keep: _Optional[_Iterable[int]] = ..., sites: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., embeddings: _Optional[_Union[Tensor, _Mapping]] = ..., cache_length: _Optional[int] = ..., rollback: _Optional[bool] = ..., factored: _Optional[bool] = ...) -> None: ...
+    idle: _containers.RepeatedCompositeFieldContainer[IdleModule]
+    probe: _containers.RepeatedCompositeFieldContainer[ActiveSite]
+    def __init__(self, protocol_version: _Optional[int] = ..., fingerprint: _Optional[str] = ..., wire_dtype: _Optional[_Union[DType, str]] = ..., training: _Optional[bool] = ..., batch: _Optional[int] = ..., length: _Optional[int] = ..., attention_mask: _Optional[bytes] = ..., position_ids: _Optional[_Iterable[int]] = ..., dense: _Optional[bool] = ..., keep: _Optional[_Iterable[int]] = ..., sites: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., embeddings: _Optional[_Union[Tensor, _Mapping]] = ..., cache_length: _Optional[int] = ..., rollback: _Optional[bool] = ..., factored: _Optional[bool] = ..., idle: _Optional[_Iterable[_Union[IdleModule, _Mapping]]] = ..., probe: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ...) -> None: ...
 
 class Extend(_message.Message):
     __slots__ = ("drop", "order", "length", "attention_mask", "position_ids", "dense", "keep", "embeddings")
@@ -253,12 +291,14 @@ class DeltaGrads(_message.Message):
     def __init__(self, site: _Optional[int] = ..., grads: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., factor_grads: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
 
 class Done(_message.Message):
-    __slots__ = ("forward_flops", "backward_flops")
+    __slots__ = ("forward_flops", "backward_flops", "probe")
     FORWARD_FLOPS_FIELD_NUMBER: _ClassVar[int]
     BACKWARD_FLOPS_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
     forward_flops: int
     backward_flops: int
-    def __init__(self, forward_flops: _Optional[int] = ..., backward_flops: _Optional[int] = ...) -> None: ...
+    probe: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, forward_flops: _Optional[int] = ..., backward_flops: _Optional[int] = ..., probe: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class CloudFrame(_message.Message):
     __slots__ = ("input", "hidden", "delta_grads", "done")

@@ -49,6 +49,11 @@ class DLoRAStub:
                 request_serializer=dlora_dot_proto_dot_dlora__pb2.EdgeFrame.SerializeToString,
                 response_deserializer=dlora_dot_proto_dot_dlora__pb2.CloudFrame.FromString,
                 _registered_method=True)
+        self.PutAdapter = channel.unary_unary(
+                '/dlora.v1.DLoRA/PutAdapter',
+                request_serializer=dlora_dot_proto_dot_dlora__pb2.PutAdapterRequest.SerializeToString,
+                response_deserializer=dlora_dot_proto_dot_dlora__pb2.PutAdapterReply.FromString,
+                _registered_method=True)
 
 
 class DLoRAServicer:
@@ -76,6 +81,13 @@ class DLoRAServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PutAdapter(self, request, context):
+        """Frozen modules that the edge lets the cloud apply. Steps refer to them by hash.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DLoRAServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -93,6 +105,11 @@ def add_DLoRAServicer_to_server(servicer, server):
                     servicer.Step,
                     request_deserializer=dlora_dot_proto_dot_dlora__pb2.EdgeFrame.FromString,
                     response_serializer=dlora_dot_proto_dot_dlora__pb2.CloudFrame.SerializeToString,
+            ),
+            'PutAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.PutAdapter,
+                    request_deserializer=dlora_dot_proto_dot_dlora__pb2.PutAdapterRequest.FromString,
+                    response_serializer=dlora_dot_proto_dot_dlora__pb2.PutAdapterReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -176,6 +193,33 @@ class DLoRA:
             '/dlora.v1.DLoRA/Step',
             dlora_dot_proto_dot_dlora__pb2.EdgeFrame.SerializeToString,
             dlora_dot_proto_dot_dlora__pb2.CloudFrame.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dlora.v1.DLoRA/PutAdapter',
+            dlora_dot_proto_dot_dlora__pb2.PutAdapterRequest.SerializeToString,
+            dlora_dot_proto_dot_dlora__pb2.PutAdapterReply.FromString,
             options,
             channel_credentials,
             insecure,
