@@ -36,7 +36,7 @@ from dlora.version import __version__
 
 __all__ = ["main"]
 
-_SWITCHES = ("--resume", "--use_rslora", "--chat", "--exact_match")  # may stand without true
+_SWITCHES = ("--resume", "--use_rslora", "--upload_consent", "--chat", "--exact_match")  # may stand without true
 _EPILOG = "Every command: dlora COMMAND --help. Settings can also come from a YAML file with --config."
 
 
@@ -197,6 +197,8 @@ def print_result(record: dict[str, Any], output: Path) -> None:
     adapters = cost["adapter_flops"]
     print(f"compute    edge {edge / 1e9:.1f} GFLOP (adapters {adapters / 1e9:.1f}), cloud {cloud / 1e9:.1f} GFLOP")
     print(f"adapter    {output}")
+    if kr := record.get("kill_revive"):
+        print(f"active     {len(kr['active'])} units at the end; on average {kr['cost_share']:.1%} of FT's cost")
     if record["status"] == "interrupted":
         print("continue   the same command with --resume")
 

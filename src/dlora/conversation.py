@@ -105,6 +105,15 @@ def factors(layer: LoraLayer, x: Tensor) -> tuple[Tensor, Tensor]:
     return (zs[0], bs[0]) if len(zs) == 1 else (torch.cat(zs, dim=1), torch.cat(bs, dim=1))
 
 
+def _square(delta: Tensor, factor: Tensor | None) -> float:
+    """Sum of squares of a delta, or of Z B^T without making it."""
+    delta = delta.detach()
+    if factor is None:
+        return float(delta.square().sum())
+    factor = factor.detach()
+    return float(((delta.T @ delta) * (factor.T @ factor)).sum())
+
+
 class Conversation:
     """One stream with the cloud at a time, and the answers to what it asks."""
 
@@ -121,6 +130,8 @@ class Conversation:
     ) -> None:
         self.link, self.meter, self.wire_dtype, self.device = link, meter, wire_dtype, device
         self.factored, self.frozen = factored, frozen
+        self.output_squares: dict[tuple[int, int], float] | None = None
+        """If not None: sums of squared deltas of each (site, module) are added here."""
         self.times_put = 0
         self.sites = {site.index: site for site in sites}
         self.stream: Stream | None = None
@@ -187,6 +198,11 @@ class Conversation:
                 answers = [delta(layer, x) for layer in site.layers]
         self.records[site.index] = Record(x if training else x[:0], answers if training else [], wants)
         messages, count = [encode(one, self.wire_dtype) for one in answers], len(site.layers)
+        if self.output_squares is not None:
+            for number, module in enumerate(site.modules):
+                key = (site.index, module)
+                size = _square(answers[number], answers[count + number] if self.factored else None)
+                self.output_squares[key] = self.output_squares.get(key, 0.0) + size
         self.send(
             pb.EdgeFrame(deltas=pb.SiteDeltas(site=site.index, deltas=messages[:count], factors=messages[count:]))
         )

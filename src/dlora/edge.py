@@ -115,6 +115,8 @@ class SplitModel(PeftModelForCausalLM):
         self.probe_modules: Sequence[str] = ()
         """Modules whose norm of g^T x every training micro-batch asks for, into `probe_norms`."""
         self.probe_norms: list[dict[str, float]] = []
+        self.output_squares: dict[tuple[int, int], float] | None = None
+        """If not None: sums of squared deltas by (site, module), over training micro-batches."""
         self.accepts_position_ids = "position_ids" in inspect.signature(type(_decoder(base)).forward).parameters
         self._signature = inspect.signature(self.forward)
         _decoder(base).forward = types.MethodType(_remote_forward, self)
@@ -208,6 +210,7 @@ class SplitModel(PeftModelForCausalLM):
             if begin.probe:
                 micro_batch.on_probe = self._note_probe
             if training:
+                micro_batch.output_squares = self.output_squares
                 kept_KD = SplitForward.apply(micro_batch, *parameters)  # type: ignore[no-untyped-call]
             else:
                 kept_KD = micro_batch.forward()
@@ -232,7 +235,7 @@ class SplitModel(PeftModelForCausalLM):
     @property
     def adapted_modules(self) -> list[str]:
         """Full names of all modules with an adapter, in the cloud's calling order."""
-        return [name for site in self.sites for name in self._names(site)]
+        return [name for site in self.sites for name in self.names(site)]
 
     @property
     def active_modules(self) -> list[str]:
@@ -255,7 +258,7 @@ class SplitModel(PeftModelForCausalLM):
             )
         self._active, self.idle, self._frozen = active, idle, {}
         for site in self.sites:
-            for name, index, layer in zip(self._names(site), site.modules, site.layers, strict=True):
+            for name, index, layer in zip(self.names(site), site.modules, site.layers, strict=True):
                 if name in active:
                     continue
                 if idle == "drop":
@@ -270,7 +273,7 @@ class SplitModel(PeftModelForCausalLM):
 
     def _train_active_only(self) -> None:
         for site in self.sites:
-            for name, layer in zip(self._names(site), site.layers, strict=True):
+            for name, layer in zip(self.names(site), site.layers, strict=True):
                 wanted = self._active is None or name in self._active
                 for adapter in layer.active_adapters:
                     for modules in (layer.lora_A, layer.lora_B):
@@ -287,7 +290,8 @@ class SplitModel(PeftModelForCausalLM):
             if self._active is not None:
                 self._train_active_only()
 
-    def _names(self, site: ActiveSite) -> list[str]:
+    def names(self, site: ActiveSite) -> list[str]:
+        """Full names of the adapted modules of a site."""
         modules = self.link.description.sites[site.index].modules
         return [modules[index].name for index in site.modules]
 
@@ -297,7 +301,7 @@ class SplitModel(PeftModelForCausalLM):
         for site in self.sites:
             used = [
                 (module, layer)
-                for name, module, layer in zip(self._names(site), site.modules, site.layers, strict=True)
+                for name, module, layer in zip(self.names(site), site.modules, site.layers, strict=True)
                 if not layer.disable_adapters
                 and any(adapter in layer.lora_A for adapter in layer.active_adapters)
                 and (self._active is None or self.idle == "edge" or name in self._active)
@@ -314,7 +318,7 @@ class SplitModel(PeftModelForCausalLM):
         return [
             self._frozen[name]
             for site in self.sites
-            for name, layer in zip(self._names(site), site.layers, strict=True)
+            for name, layer in zip(self.names(site), site.layers, strict=True)
             if name in self._frozen and not layer.disable_adapters
         ]
 

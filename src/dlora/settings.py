@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from dlora.errors import UsageError
+from dlora.kill_revive import KillReviveConfig, from_options
 
 __all__ = [
     "ApiSettings",
@@ -76,6 +77,12 @@ class TrainSettings(EdgeSettings):
     wire: Literal["plain", "factored"] = "plain"
     """How deltas travel. factored: as two exact factors, several times fewer bytes; shows the cloud the factor B of
     every module, which it could solve for on the plain wire too."""
+    kr: Literal["off", "on", "paper"] = "off"
+    """Kill and Revive: train few modules at a time, send little. paper: the paper's words taken literally."""
+    kr_options: dict[str, Any] = field(default_factory=dict)
+    """Settings of Kill and Revive by name: budget, interval, idle, policy, ... as in docs/kill-and-revive.md."""
+    upload_consent: bool = False
+    """Agree that idle modules are uploaded, frozen, for the cloud to apply: kr_options {idle: cloud} needs it."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     optim: str = "adamw_torch"
@@ -155,8 +162,20 @@ class TrainSettings(EdgeSettings):
             )
         if self.output.exists() and not self.output.is_dir():
             raise UsageError(f"output: {self.output} is a file, want a folder")
+        if self.kill_revive is not None and self.kill_revive.idle == "cloud" and not self.upload_consent:
+            raise UsageError(
+                "kr_options idle=cloud uploads killed modules to the cloud, which then holds part of the adapter: "
+                "agree with --upload_consent true, or use idle=drop"
+            )
+        if self.kr == "off" and self.kr_options:
+            raise UsageError("kr_options need kr on or paper")
         if reserved := sorted(_RESERVED & self.trainer.keys()):
             raise UsageError(f"trainer: {', '.join(reserved)} cannot be set here")
+
+    @property
+    def kill_revive(self) -> KillReviveConfig | None:
+        """Settings of Kill and Revive; None: all modules are trained all the time."""
+        return None if self.kr == "off" else from_options(self.kr, self.kr_options)
 
     @property
     def targets(self) -> list[str] | str | None:

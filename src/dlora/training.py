@@ -2,6 +2,7 @@
 
 output/adapter_config.json, adapter_model.safetensors   the adapter, as peft writes it
 output/run.json                                          settings, versions, costs, how it ended
+output/kr.jsonl                                          with Kill and Revive: why each unit is active or not
 output/checkpoints/checkpoint-N/                         what --resume continues from
 """
 
@@ -44,6 +45,7 @@ from dlora.data import load_rows
 from dlora.edge import SplitModel, get_peft_model, load_adapter, load_tokenizer
 from dlora.errors import DataError, DivergedError, DLoRAError, UsageError
 from dlora.link import Link, RetryPolicy
+from dlora.reviver import KillReviveCallback
 from dlora.settings import TrainSettings
 
 __all__ = ["AccountingCallback", "SplitTrainer", "train"]
@@ -70,6 +72,9 @@ def train(settings: TrainSettings, link: Link) -> dict[str, Any]:
     for callback in (accounting, _Progress(), _StopOnSignal(), _StopOnDivergence()):
         trainer.add_callback(callback)
     trainer.accounting = accounting
+    if (config := settings.kill_revive) is not None:
+        trainer.kill_revive = KillReviveCallback(config, settings.output / "kr.jsonl")
+        trainer.add_callback(trainer.kill_revive)
     checkpoint = _last_checkpoint(settings.output) if settings.resume else None
     if settings.resume:
         log.info("resuming from %s", checkpoint or "the start: there is no checkpoint yet")
@@ -94,12 +99,18 @@ class SplitTrainer(SFTTrainer):
     """SFTTrainer whose log records also say what the split costs."""
 
     accounting: AccountingCallback | None = None
+    kill_revive: KillReviveCallback | None = None
     stopped_by_signal = False
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add bytes, round trips, waiting and FLOPs since the last record of a training step."""
         if self.accounting is not None and "loss" in logs:
             logs.update(self.accounting.since_last_log())
+        if self.kill_revive is not None and self.kill_revive.reviver is not None and "loss" in logs:
+            reviver = self.kill_revive.reviver
+            logs["active_units"] = len(reviver.active)
+            logs["cost_share"] = reviver.active_share
+            logs["cost_share_so_far"] = reviver.spent / max(1, self.state.global_step)
         super().log(logs, start_time)
 
 
@@ -157,6 +168,7 @@ class _Progress(ProgressCallback):
             self.training_bar.set_postfix_str(
                 f"loss {float(logs['loss']):.3f}, {logs.get('tokens_per_second', 0):.0f} tok/s, "
                 f"up {logs.get('sent_mb', 0):.1f} MB, down {logs.get('received_mb', 0):.1f} MB a step"
+                + (f", {logs['active_units']} active, {logs['cost_share']:.0%} of FT" if "cost_share" in logs else "")
             )
         elif "eval_loss" in logs:
             self.training_bar.write(f"step {state.global_step}: eval loss {float(logs['eval_loss']):.4f}")
@@ -419,6 +431,19 @@ def _summary(trainer: SplitTrainer, started: float) -> dict[str, Any]:
         "best_eval_loss": trainer.state.best_metric,
         "best_checkpoint": trainer.state.best_model_checkpoint,
         "cost": asdict(total),
+    } | _kill_revive_summary(trainer)
+
+
+def _kill_revive_summary(trainer: SplitTrainer) -> dict[str, Any]:
+    if trainer.kill_revive is None or trainer.kill_revive.reviver is None:
+        return {}
+    reviver = trainer.kill_revive.reviver
+    return {
+        "kill_revive": {
+            "config": asdict(reviver.config),
+            "cost_share": reviver.spent / max(1, trainer.state.global_step),
+            "active": sorted(reviver.active),
+        }
     }
 
 
