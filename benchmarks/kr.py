@@ -262,7 +262,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     """Markdown of all runs so far; bytes and FLOPs beside those of FT on q, k, v."""
     full = next((run for run in runs if run["arm"] == "FT"), None)
     lines = [
-        "| stage | arm | learning rate | seed | exact match | ± | eval loss | bytes, % of FT | adapter FLOPs, % of FT |",
+        "| stage | arm | learning rate | seed | exact match | ± | eval loss | bytes, % of FT | adapter FLOPs, % |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for run in sorted(runs, key=lambda run: (run["stage"] != "final", run["arm"], run["learning_rate"], run["seed"])):

@@ -148,7 +148,12 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools are not supported"),
     ({"messages": []}, "messages: want a list"),
     ({"messages": [{"role": "user", "content": "word " * 400}]}, "sequences of up to 256"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "only text"),
+    ({"messages": [{"content": "no role"}]}, "want a list of"),
     ({"extra_body": {"surprise": 1}}, "Unexpected fields"),
+    ({"extra_body": {"generation_config": "{}"}}, "generation_config='{}' is not supported"),
+    ({"reasoning_effort": "low"}, "reasoning_effort='low' is not supported"),
+    ({"max_tokens": 0}, "max_tokens: got 0"),
     ({"temperature": -1}, "temperature"),
 ]
 
@@ -195,8 +200,16 @@ def test_a_lost_client_stops_the_answer(client: openai.OpenAI, split: Any) -> No
     stream = client.chat.completions.create(model="mine", messages=QUESTION, max_tokens=200, stream=True)
     next(iter(stream))
     stream.close()
+    before = split.meter.passes
     answer = client.chat.completions.create(model="mine", messages=QUESTION, temperature=0, max_tokens=2)
     assert answer.usage.completion_tokens == 2
+    assert split.meter.passes - before < 150, "the first answer was not made to its end"
+
+
+def test_empty_prompts_are_refused(client: openai.OpenAI) -> None:
+    """A prompt without tokens has no answer."""
+    with pytest.raises(openai.BadRequestError, match="no tokens"):
+        client.completions.create(model="mine", prompt="", max_tokens=4)
 
 
 def test_strangers_are_kept_out(url: str) -> None:

@@ -128,6 +128,25 @@ def test_drafts_roll_back_a_sliding_window(sliding: tuple[Any, InProcessLink]) -
         assert torch.equal(got, generated(local, ECHO, max_new_tokens=20, do_sample=False))
 
 
+def test_turns_go_back_behind_a_sliding_window(sliding: tuple[Any, InProcessLink]) -> None:
+    """A kept cache is taken back by any number of tokens, also where its window is full: a fresh one's answers."""
+    import peft
+
+    from dlora.inference import Continuing
+
+    torch.manual_seed(1)
+    local = peft.get_peft_model(copy.deepcopy(sliding[0]), lora("gemma3")).eval()
+    split = make_split(sliding[1], lora("gemma3")).eval()
+    turns, options = Continuing(split), {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    start = [*ECHO["input_ids"][0].tolist(), 11, 12, 13]
+    first = local.generate(input_ids=torch.tensor([start]), **options)[0].tolist()
+    for ids in (start, start, [*first[:-5], 20], [*first[:-9], 21, 22], start[:5], [*first, 9], start):
+        want = local.generate(input_ids=torch.tensor([ids]), **options)
+        assert torch.equal(turns.generate(torch.tensor([ids]), **options), want)
+    assert split.meter.retries == 0
+    turns.close()
+
+
 def test_assistant_model_drafts(links: Links) -> None:
     """A small model on the edge may draft: the tokens stay those of greedy search."""
     local, split = both(links, "llama")
@@ -203,6 +222,33 @@ def test_a_cache_that_outgrows_its_room_is_made_again(links: Links) -> None:
     cache.close()
 
 
+def test_long_sequences_are_read_in_slices(tmp_path: Path) -> None:
+    """Prompts, and sequences that are read again after a loss, may be longer than one micro-batch may be."""
+    cloud = CloudModel(make_base("llama"), model_id="example-org/llama", limits=Limits(max_tokens=10))
+    with Server(cloud) as server:
+        link = dlora.connect(server.address, cache=tmp_path)
+        local, split = make_local("llama", lora()).eval(), make_split(link, lora()).eval()
+        batch = prompts(3)
+        cache = dlora.CloudCache()
+        first = generated(split, batch, past_key_values=cache, **GREEDY)
+        assert torch.equal(first, generated(local, batch, **GREEDY))
+        cache._talk.stream.call.cancel()
+        mask = torch.cat([batch["attention_mask"], torch.ones(3, 8, dtype=torch.int64)], dim=1)
+        longer = {"input_ids": first, "attention_mask": mask[:, : first.shape[1]]}
+        assert torch.equal(
+            generated(split, longer, past_key_values=cache, **GREEDY), generated(local, longer, **GREEDY)
+        )
+        assert split.meter.retries == 1
+        cache.close()
+        whole = dlora.CloudCache()  # hidden states of several slices come back in order
+        ids = torch.arange(5, 41).view(3, 12)
+        with torch.no_grad():
+            got, want = split(input_ids=ids, past_key_values=whole, use_cache=True).logits, local(input_ids=ids).logits
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        whole.close()
+        link.close()
+
+
 def test_idle_cache_is_made_again(cloud_models: Callable[[str], CloudModel], tmp_path: Path) -> None:
     """A cloud that gave up on a silent edge gets the sequence again at the edge's next word."""
     with Server(cloud_models("llama"), options=ServerOptions(edge_timeout_s=0.3)) as server:
@@ -262,7 +308,10 @@ def test_cache_is_charged_before_it_is_made(tmp_path: Path) -> None:
         cache = dlora.CloudCache(expected_length=250)
         with torch.no_grad():
             split(**ECHO, past_key_values=cache, use_cache=True)
-        assert 250 * cloud.cache_bytes_per_token < server._servicer.inflight_bytes < 400_000
+        deadline = time.monotonic() + 20  # while the edge thinks, the cache alone is reserved
+        while server._servicer.inflight_bytes != 250 * cloud.cache_bytes_per_token and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert server._servicer.inflight_bytes == 250 * cloud.cache_bytes_per_token
         split.retry = dlora.RetryPolicy(give_up_after_s=0.1)
         other = dlora.CloudCache(expected_length=250)
         with torch.no_grad(), pytest.raises(PeerLost, match="busy"):
@@ -353,6 +402,9 @@ def test_changed_past_is_refused(links: Links) -> None:
             split(input_ids=token, attention_mask=mask[:, :5], past_key_values=cache)
         with split.disable_adapter(), pytest.raises(UsageError, match="filled with other adapters"):
             split(input_ids=token, past_key_values=cache)
+        other = make_split(links("llama"), lora(), seed=9).eval()
+        with pytest.raises(UsageError, match="filled with other adapters"):
+            other(input_ids=token, past_key_values=cache)
         with pytest.raises(UsageError, match="minus the number of tokens"):
             cache.crop(3)
         with pytest.raises(UsageError, match="at most 12"):
@@ -394,7 +446,8 @@ def extend(**fields: Any) -> pb.Extend:
         ({"rollback": False}, {"drop": 1}, "was not asked to roll back"),
         ({}, {"order": [1]}, "want rows under 1"),
         ({}, {"order": [0, 0]}, r"got shape \[2, 64\], want \[4, 64\]"),
-        ({}, {"order": [0] * 20_000}, "want rows under 1"),
+        ({}, {"order": [0] * 20_000}, "over this server's limits"),
+        ({}, {"keep": [0] * 20_000}, "got 20000 positions of 2 tokens"),
         ({}, {"keep": [2]}, "ascending positions under 2"),
         ({}, {"attention_mask": b"\1"}, "got 1 bytes, want 1 x 2"),
         ({}, {"position_ids": [1]}, "position_ids: want 2 values"),

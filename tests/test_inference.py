@@ -116,6 +116,12 @@ def test_generate_continues_a_file(
     output.write_text(whole[: whole.index("\n", whole.index("\n") + 1) + 20])  # two rows and a piece of the third
     assert main([*command, "--batch-size", "2"]) == 0
     assert output.read_text() == whole
+    for damage in ("no answers at all", whole.replace("completion", "answer"), "x" + whole):
+        output.write_text(damage)
+        assert main(command) == 2
+        assert output.read_text() == damage, "nothing of somebody else's file is lost"
+    output.write_text(whole)
+    assert main([*command[:-4], "--output", str(file)]) == 2
     other = tmp_path / "other.txt"
     other.write_text("another prompt\n")
     assert main(["generate", *words, "--prompts", str(other), "--output", str(output)]) == 2
@@ -139,6 +145,22 @@ def test_generate_puts_messages_into_the_chat_template(
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     want = local_answer(tokenizer, "[user] the desk\n[assistant] ", special=False)
     assert [row["completion"] for row in rows] == [want, want]
+
+
+def test_generate_answers_with_beams_and_up_to_the_limit(
+    words: list[str], tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beams are shown at their end; an answer ends where the server's longest sequence does."""
+    assert main(["generate", *words, "--prompt", "the desk", "--max_new_tokens", "6", "--stop", "zzz"]) == 0
+    assert capsys.readouterr().out == local_answer(tokenizer, "the desk") + "\n"
+    beams = ["--generation", '{"num_beams": 3}', "--max_new_tokens", "6"]
+    assert main(["generate", *words, "--prompt", "the desk", *beams]) == 0
+    assert len(capsys.readouterr().out) > 1
+    prompt = "desk " * 220
+    length = len(tokenizer(prompt)["input_ids"])
+    assert 150 < length < 256
+    assert main(["generate", *words, "--prompt", prompt, "--max_new_tokens", "256"]) == 0
+    assert f"{256 - length} tokens" in capsys.readouterr().err
 
 
 def test_generate_without_adapter_is_the_served_model(
@@ -167,6 +189,9 @@ def test_generate_without_adapter_is_the_served_model(
         (["--prompts", "nowhere.txt"], "No such file"),
         (["--prompt", "a", "--adapter", "nowhere"], "nowhere holds no adapter"),
         (["--prompt", "a", "--generation", '{"cache_implementation": "static"}'], "'static' is not supported"),
+        (["--prompt", "a", "--generation", '{"foo": 1}'], "foo is not an option of transformers.GenerationConfig"),
+        (["--prompt", "a", "--generation", '{"num_return_sequences": 2}'], "several answers to a prompt"),
+        (["--prompt", "a", "--generation", '{"num_beams": 2, "num_beam_groups": 7}'], "transformers refused"),
     ],
 )
 def test_generate_refuses_with_one_line(
@@ -232,13 +257,15 @@ def test_failed_answer_can_be_asked_again(split: Any, tokenizer: PreTrainedToken
 def test_chat_command(words: list[str]) -> None:
     """`dlora chat` answers line by line, begins anew on /new, and leaves at the end of input."""
     command = [sys.executable, "-m", "dlora", "chat", *words, "--max-new-tokens", "4", "--temperature", "0"]
-    done = subprocess.run(command, input="the desk\n/new\nthe desk\n", capture_output=True, text=True, timeout=120)
+    lines = "the desk\n" + "word " * 400 + "\n/new\nthe desk\n"
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "a new chat" in done.stdout
     first, second = done.stdout.split("a new chat")
-    answer = first.rpartition("> ")[0].rpartition("> ")[2].strip()
+    answer = first.split("\n> ")[1].strip()
     assert answer and answer in second
     assert done.stderr.count("round trips") == 2
+    assert "sequences of up to 256" in done.stderr, "what cannot be answered does not end the chat"
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_chat(words: list[str]) -> None:
@@ -467,6 +494,10 @@ def test_info_tells_server_adapter_and_fit(
     assert main(["info", "--server", server.address, "--adapter", str(other)]) == 0
     text = capsys.readouterr().out
     assert "made for x/y" in text and "no: this server has no" in text and "r_proj" in text
+    wide = {name: tensor.repeat(1, 2) if "lora_A" in name else tensor for name, tensor in tensors.items()}
+    safetensors.torch.save_file(wide, other / "adapter_model.safetensors")
+    assert main(["info", "--server", server.address, "--adapter", str(other)]) == 0
+    assert "has widths (128, 32), here (64, 32)" in capsys.readouterr().out
     (other / "adapter_model.safetensors").write_bytes(b"nonsense")
     assert main(["info", "--adapter", str(other)]) == 2
     assert main(["info", "--adapter", str(tmp_path)]) == 2

@@ -29,6 +29,7 @@ from dlora.settings import (
     GenerateSettings,
     InfoSettings,
     MergeSettings,
+    PlanSettings,
     ServeSettings,
     TrainSettings,
 )
@@ -36,7 +37,14 @@ from dlora.version import __version__
 
 __all__ = ["main"]
 
-_SWITCHES = ("--resume", "--use_rslora", "--upload_consent", "--chat", "--exact_match")  # may stand without true
+_SWITCHES = (
+    "--resume",
+    "--use_rslora",
+    "--upload_consent",
+    "--chat",
+    "--exact_match",
+    "--check",
+)  # may stand without true
 _EPILOG = "Every command: dlora COMMAND --help. Settings can also come from a YAML file with --config."
 
 
@@ -269,9 +277,11 @@ def _generate(values: dict[str, Any]) -> int:
         before, started = model.meter.copy(), time.monotonic()
         if prompts is None:
             pieces = Pieces(tokenizer, _write)
-            complete(model, tokenizer, [prompt or ""], chat=settings.chat, streamer=pieces, **settings.options)
-            print()
-            num_tokens = pieces.num_tokens
+            options = settings.options
+            texts, num_tokens = complete(
+                model, tokenizer, [prompt or ""], chat=settings.chat, streamer=pieces, **options
+            )
+            print("" if pieces.num_tokens else texts[0])
         else:
             start = continued(settings.output, prompts) if settings.output else 0
             num_tokens = _generate_file(settings, model, tokenizer, prompts[start:], start)
@@ -332,8 +342,8 @@ def _chat(values: dict[str, Any]) -> int:
                     print()
                 except KeyboardInterrupt:
                     print(" [stopped]")
-                except UsageError as error:
-                    print(f"dlora: {error}. /new begins anew.", file=sys.stderr)
+                except DLoRAError as error:
+                    print(f"dlora: {error} (say it again, or /new begins anew)", file=sys.stderr)
                     continue
                 cost = cost_line(model.meter - before, chat.num_tokens, time.monotonic() - started)
                 print(f"dlora: {cost}", file=sys.stderr)
@@ -404,6 +414,36 @@ def _info(values: dict[str, Any]) -> int:
     return 0
 
 
+def _plan(values: dict[str, Any]) -> int:
+    settings = PlanSettings(**values)
+    from dlora.client import connect
+    from dlora.planner import check, plan
+
+    link = connect(settings.server)
+    try:
+        model, found = plan(settings, link)
+        traffic = found.sent_bytes + found.received_bytes
+        print(f"model        {link.description.model_id}, {found.active_sites} active sites, {settings.wire} wire")
+        print(f"a step       {settings.batch_size} x {settings.length} tokens")
+        print(f"bytes        {found.sent_bytes / 1e6:.2f} MB up, {found.received_bytes / 1e6:.2f} MB down")
+        print(f"round trips  {found.round_trips}")
+        parts = f"cloud {found.cloud_s:.2f}, edge {found.edge_s:.2f}, link {found.link_s:.2f}"
+        print(f"seconds      {found.seconds:.2f}: {parts}")
+        hours = settings.steps * found.seconds / 3600
+        print(f"{settings.steps} steps   {settings.steps * traffic / 1e9:.2f} GB, {hours:.2f} h")
+        if settings.check:
+            cost, seconds = check(settings, model)
+            error = traffic / (cost.sent_bytes + cost.received_bytes) - 1
+            print(f"checked      bytes off by {error:+.2%}, round trips {cost.round_trips}, ", end="")
+            if settings.rtt_ms is None and settings.up_mbit is None and settings.down_mbit is None:
+                print(f"seconds {seconds:.2f}, off by {found.seconds / seconds - 1:+.0%}")
+            else:
+                print("seconds not compared: the link here is not the one that was given")
+    finally:
+        link.close()
+    return 0
+
+
 _COMMANDS: dict[str, tuple[type, Callable[[dict[str, Any]], int], str]] = {
     "serve": (ServeSettings, _serve, "Cloud: load a model, freeze it, and serve edges until Ctrl-C."),
     "train": (TrainSettings, _train, "Edge: train an adapter with private data against a server."),
@@ -412,6 +452,7 @@ _COMMANDS: dict[str, tuple[type, Callable[[dict[str, Any]], int], str]] = {
     "eval": (EvalSettings, _eval, "Edge: loss and perplexity, exact match, or choice accuracy on a data file."),
     "api": (ApiSettings, _api, "Edge: an OpenAI-compatible server on loopback, over a private adapter."),
     "info": (InfoSettings, _info, "What a server serves, and what an adapter folder holds."),
+    "plan": (PlanSettings, _plan, "Edge: bytes, round trips and seconds of a training step, before anything is run."),
     "merge": (MergeSettings, _merge, "Write base model plus adapter as one full model, where the base is at hand."),
     "demo": (DemoSettings, _demo, "Server and edge in two processes on this machine: train, compare before and after."),
 }

@@ -8,6 +8,7 @@ which fields are honoured, errors with reasons.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import hmac
 import json
@@ -52,6 +53,12 @@ _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "audio": (None,),
     "functions": (None, []),
     "prediction": (None,),
+    "modalities": (None, ["text"]),
+    "reasoning_effort": (None,),
+    "function_call": (None, "none", "auto"),
+    "web_search_options": (None,),
+    "generation_config": (None,),
+    "suffix": (None, ""),
 }
 
 
@@ -69,6 +76,8 @@ class _Served:
         self, input_ids: torch.Tensor, generation_config: GenerationConfig, streamer: Any = None, **options: Any
     ) -> torch.Tensor:
         """Answer over the KV cache of the request before, as far as the two begin alike."""
+        if (seed := getattr(generation_config, "request_seed", None)) is not None:
+            torch.manual_seed(seed)
         room = check_room(self.model, input_ids.shape[1], generation_config.max_new_tokens)
         generation_config.max_new_tokens = room
         if generation_config.pad_token_id is None:
@@ -113,6 +122,9 @@ class _Strict:
         for name, neutral in _NEUTRAL.items():
             if name in body and body[name] not in neutral:
                 raise HTTPException(400, f"{name}={body[name]!r} is not supported")
+        for name in ("max_tokens", "max_completion_tokens"):
+            if body.get(name) is not None and int(body[name]) < 1:
+                raise HTTPException(400, f"{name}: got {body[name]}, want at least 1")
         if body.get("tools"):
             raise HTTPException(400, "tools are not supported")
         temperature = body.get("temperature")
@@ -131,7 +143,10 @@ class _Strict:
         config = copy.deepcopy(model_config)
         given = body.get("max_completion_tokens") or body.get("max_tokens") or self.max_new_tokens
         temperature = body.get("temperature")
-        found = super()._build_generation_config(body, config, **options)  # type: ignore[misc]
+        # Seeded when its turn comes, not now: another answer may be under way.
+        unseeded = {name: value for name, value in body.items() if name != "seed"}
+        found = super()._build_generation_config(unseeded, config, **options)  # type: ignore[misc]
+        found.request_seed = body.get("seed")
         found.max_new_tokens = int(given)
         found.do_sample = temperature is None or float(temperature) > 0  # the API's default temperature is 1
         if temperature is None:
@@ -194,16 +209,21 @@ def build_app(
     async def on_bad_value(_: Request, error: Exception) -> JSONResponse:
         return _refused(400, str(error))
 
+    @app.exception_handler(Exception)
+    async def on_fault(_: Request, error: Exception) -> JSONResponse:
+        return _refused(500, f"{type(error).__name__}: {error}")
+
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: dict[str, Any]) -> Any:
         if not tokenizer.chat_template:
             raise HTTPException(400, "this model has no chat template: use /v1/completions")
-        if not isinstance(body.get("messages"), list) or not body["messages"]:
-            raise HTTPException(400, "messages: want a list of {role, content}")
+        _check_messages(body.get("messages"))
         return await chat.handle_request(body, _request_id("chatcmpl"))
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: dict[str, Any]) -> Any:
+        if isinstance(body.get("prompt"), str) and not tokenizer(body["prompt"])["input_ids"]:
+            raise HTTPException(400, "prompt: it has no tokens")
         return await completion.handle_request(body, _request_id("cmpl"))
 
     @app.get("/v1/models")
@@ -219,13 +239,27 @@ def build_app(
 
 async def _finished(events: AsyncIterator[str]) -> AsyncIterator[str]:
     """The stream of a handler, with errors and its end as OpenAI's clients want them."""
-    start = 'data: {"error": "'
+    start, end = 'data: {"error": "', '"}'
     async for event in events:
-        if event.startswith(start):
-            message = json.loads(event.removeprefix("data: "))["error"]
-            event = f"data: {json.dumps({'error': {'message': message, 'type': 'server_error'}})}\n\n"
+        text, found, message = event.partition(start)
+        if found:
+            message = message.rstrip().removesuffix(end)
+            with contextlib.suppress(ValueError):
+                message = json.loads(f'"{message}"')
+            event = f"{text}data: {json.dumps({'error': {'message': message, 'type': 'server_error'}})}\n\n"
         yield event
     yield "data: [DONE]\n\n"
+
+
+def _check_messages(messages: Any) -> None:
+    """Raises HTTPException for what is not a list of messages with text."""
+    fine = isinstance(messages, list) and messages and all(isinstance(m, dict) and "role" in m for m in messages)
+    if not fine:
+        raise HTTPException(400, "messages: want a list of {role, content}")
+    for message in messages:
+        parts = message.get("content")
+        if isinstance(parts, list) and any(not isinstance(p, dict) or p.get("type") != "text" for p in parts):
+            raise HTTPException(400, "messages: only text is read here")
 
 
 def _request_id(kind: str) -> str:
@@ -249,7 +283,8 @@ class ApiServer:
         except OSError as error:
             self.socket.close()
             raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}. Try another --port.") from error
-        self.url = f"http://{host}:{self.socket.getsockname()[1]}/v1"
+        shown = f"[{host.strip('[]')}]" if ":" in host else host
+        self.url = f"http://{shown}:{self.socket.getsockname()[1]}/v1"
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
         self.server = uvicorn.Server(config)
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from dlora.edge import SplitModel
 from dlora.errors import UsageError
-from dlora.inference import Continuing, Pieces, check_room, encode_prompts, pad_token
+from dlora.inference import Continuing, Pieces, check_options, check_room, encode_prompts, generate, pad_token
 
 __all__ = ["Chat"]
 
@@ -51,10 +50,10 @@ class Chat:
             options["max_new_tokens"] = check_room(self.model, length, options.get("max_new_tokens", 256))
             if "stop_strings" in options:
                 options["tokenizer"] = self.tokenizer
-            with torch.no_grad():
-                self.turns.generate(
-                    **{name: value.to(self.model.device) for name, value in batch.items()}, streamer=pieces, **options
-                )
+            check_options(options)
+            if options.get("num_beams", 1) > 1:
+                raise UsageError("generation: num_beams gives its answer only at the end, which is no chat")
+            generate(self.turns, batch, streamer=pieces, **options)
             answered = True
         except KeyboardInterrupt:
             answered = True

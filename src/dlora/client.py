@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tqdm.auto import tqdm
 
 from dlora.cache import default_cache
@@ -89,6 +90,15 @@ class GrpcLink:
         request = pb.PutAdapterRequest(fingerprint=self.description.fingerprint, modules=modules)
         try:
             self._stub.PutAdapter(request, timeout=self.frame_timeout_s)
+        except grpc.RpcError as error:
+            raise _stream_error(error, self.address) from error
+
+    def ping(self) -> None:
+        """Ask for the health of the server."""
+        try:
+            health_pb2_grpc.HealthStub(self._channel).Check(
+                health_pb2.HealthCheckRequest(), timeout=self.frame_timeout_s
+            )
         except grpc.RpcError as error:
             raise _stream_error(error, self.address) from error
 

@@ -119,6 +119,7 @@ class CloudModel:
         self.hidden_width = self._check_split(ids_BT)
         self.bytes_per_token, self.bytes_per_token_squared = self._measure_cost()
         self.cache_bytes_per_token = self._check_cache(ids_BT)
+        self.deep_rollback = not any(DynamicCache(config=self.model.config).is_sliding)
         self.config_json = _public_config(model)
         self.fingerprint = _fingerprint(self.config_json, model)
 
@@ -158,6 +159,7 @@ class CloudModel:
                 bytes_per_token=self.bytes_per_token,
                 bytes_per_token_squared=self.bytes_per_token_squared,
                 cache_bytes_per_token=self.cache_bytes_per_token,
+                deep_rollback=self.deep_rollback,
             ),
         )
 
@@ -220,23 +222,26 @@ class CloudModel:
             raise WireError("drop: this stream's KV cache was not asked to roll back")
         if message.drop > cached:
             raise WireError(f"drop: got {message.drop} tokens, the KV cache holds {cached}")
-        mask_BT, order, batch = before.mask_BT, None, before.batch
+        if message.drop > before.length and not self.deep_rollback:
+            raise WireError(
+                f"drop: got {message.drop} tokens, attention over a window gives back the last {before.length}"
+            )
+        mask_BT, order, batch = before.mask_BT, None, len(message.order) or before.batch
+        self._check_size(batch, message.length, cached - message.drop, before.training, before.cache_length)
         if message.order:
-            batch = len(message.order)
-            if max(message.order) >= before.batch or batch > self.limits.max_tokens:
+            if max(message.order) >= before.batch:
                 raise WireError(f"order: got {batch} rows up to {max(message.order)}, want rows under {before.batch}")
             order = torch.tensor(message.order, dtype=torch.int64, device=self.device)
         past = cached - message.drop
         if mask_BT is not None:
-            mask_BT = (mask_BT if order is None else mask_BT[order])[:, :past]
+            mask_BT = mask_BT[:, :past] if order is None else mask_BT[:, :past][order]
         return self._plan_pass(
             message,
             dataclasses.replace(before, batch=batch, mask_BT=mask_BT, past=past, drop=message.drop, order=order),
         )
 
-    def _plan_pass(self, message: pb.Begin | pb.Extend, before: Plan) -> Plan:
-        """`before` with the tokens of `message` behind the cached ones, checked."""
-        batch, length, past = before.batch, message.length, before.past
+    def _check_size(self, batch: int, length: int, past: int, training: bool, cache_length: int) -> int:
+        """What a pass costs in bytes. Raises UsageError or WireError if it is over the limits."""
         tokens = batch * length
         if tokens == 0:
             raise WireError(f"empty micro-batch: {batch} x {length} tokens")
@@ -245,16 +250,25 @@ class CloudModel:
                 f"a sequence of {past + length} tokens is over this server's limit of {self.limits.max_length}: "
                 "lower the maximum length"
             )
-        if before.cache_length and past + length > before.cache_length:
-            raise WireError(f"{past + length} tokens do not fit a KV cache of {before.cache_length}")
-        cost = self._cost_bytes(batch, length, before.training, past, before.cache_length)
+        if cache_length and past + length > cache_length:
+            raise WireError(f"{past + length} tokens do not fit a KV cache of {cache_length}")
+        cost = self._cost_bytes(batch, length, training, past, cache_length)
         if tokens > self.limits.max_tokens or cost > self.limits.max_inflight_bytes:
-            what = "activations" if not before.cache_length else "activations and KV cache"
+            what = "activations" if not cache_length else "activations and KV cache"
             raise UsageError(
                 f"a micro-batch of {batch} x {length} tokens is over this server's limits ({self.limits.max_tokens} "
                 f"tokens; it needs {cost / 2**20:.0f} MiB of {what}, {self.limits.max_inflight_bytes / 2**20:.0f} "
-                "are there): lower the batch size and raise the accumulation"
+                f"are there): lower the batch size{' and raise the accumulation' if training else ''}"
             )
+        return cost
+
+    def _plan_pass(self, message: pb.Begin | pb.Extend, before: Plan) -> Plan:
+        """`before` with the tokens of `message` behind the cached ones, checked."""
+        batch, length, past = before.batch, message.length, before.past
+        tokens = batch * length
+        cost = self._check_size(batch, length, past, before.training, before.cache_length)
+        if len(message.keep) > tokens:
+            raise WireError(f"keep: got {len(message.keep)} positions of {tokens} tokens")
         new_BT = unpack_mask(message.attention_mask, batch, length)
         position_ids_BT = None
         if message.position_ids:
@@ -358,6 +372,8 @@ class CloudModel:
             idle_macs = sum(a.numel() + b.numel() for a, b in plan.idle.values()) * plan.batch * plan.length
             flops = self.flops(plan)[0] + 2 * idle_macs
             Step(self.decoder, self.embedding.weight, plan, pipe, cache, flops).run()
+            # What the pass needed is free again while the edge thinks; the cache stays.
+            pipe.admit(plan.batch * plan.cache_length * self.cache_bytes_per_token)
             frame = pipe.receive()
             if frame.WhichOneof("kind") != "extend":
                 raise WireError(f"got frame {frame.WhichOneof('kind')!r}, want 'extend'")

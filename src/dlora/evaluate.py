@@ -169,7 +169,9 @@ def choice_scores(
             whole = _ids(tokenizer, prompt + choice)
             # As lm-eval has it: the prompt's own tokens, then what the whole text has beyond them.
             if len(whole) <= len(start):
-                raise DataError(f"the choice {choice[:40]!r} adds no token to its prompt")
+                raise DataError(
+                    f"question {number + 1} of this batch: choice {choice[:40]!r} adds no token to its prompt"
+                )
             tails.append(whole[len(start) :])
             owners.append(number)
     scores = [0.0] * len(tails)

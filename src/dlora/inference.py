@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from dlora.accounting import Meter
 from dlora.data import read_rows
 from dlora.edge import SplitModel, load_adapter, load_base
-from dlora.errors import DataError, UsageError
+from dlora.errors import DataError, DLoRAError, UsageError
 from dlora.kv_cache import CloudCache
 from dlora.link import Link, RetryPolicy
 
@@ -57,7 +57,7 @@ def load_prompts(file: Path) -> list[Prompt]:
     for where, row in read_rows(str(file)):
         prompt = row.get("prompt", row.get("messages"))
         if not prompt or not isinstance(prompt, (str, list)):
-            raise DataError(f"{where}: got columns {', '.join(row)}; want `prompt` or `messages`")
+            raise DataError(f"{where}: got columns {', '.join(row)}; want `prompt` or `messages`, not empty")
         if isinstance(prompt, list) and not all(
             isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt
         ):
@@ -77,7 +77,10 @@ def to_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, chat: bool = 
     if not tokenizer.chat_template:
         raise UsageError("this model has no chat template: give plain text prompts")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    try:
+        text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # a template may refuse roles, or their order, with errors of its own
+        raise UsageError(f"the model's chat template refused these messages: {error}") from error
     return text, False
 
 
@@ -120,24 +123,51 @@ def complete(
     `options` are those of `generate`.
     """
     batch = encode_prompts(tokenizer, prompts, chat=chat)
-    check_room(model, batch["input_ids"].shape[1], 1)
+    lengths = batch["attention_mask"].sum(1).tolist()
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    where = "" if len(prompts) == 1 else f" (prompt {longest + 1} of {len(prompts)} in this batch)"
+    wanted = options.get("max_new_tokens") or model.generation_config.max_new_tokens or 20
+    options["max_new_tokens"] = check_room(model, lengths[longest], wanted, where)
     if "stop_strings" in options:
         options["tokenizer"] = tokenizer
     options.setdefault("pad_token_id", pad_token(tokenizer))
-    with torch.no_grad():
-        ids: Tensor = model.generate(
-            **{name: value.to(model.device) for name, value in batch.items()}, streamer=streamer, **options
-        )
+    check_options(options)
+    if options.get("num_beams", 1) > 1:
+        streamer = None  # beams are known only at the end
+    ids: Tensor = generate(model, batch, streamer=streamer, **options)
     new = ids[:, batch["input_ids"].shape[1] :]
     num_new = int((new != options["pad_token_id"]).sum())
     return tokenizer.batch_decode(new, skip_special_tokens=True), num_new
 
 
-def check_room(model: SplitModel, length: int, wanted: int) -> int:
+def generate(model: Any, batch: dict[str, Tensor], **options: Any) -> Tensor:
+    """`model.generate` on its device, with transformers' own refusals as UsageError."""
+    try:
+        with torch.no_grad():
+            found: Tensor = model.generate(**{name: one.to(model.device) for name, one in batch.items()}, **options)
+    except DLoRAError:
+        raise
+    except ValueError as error:
+        raise UsageError(f"transformers refused: {str(error).splitlines()[0]}") from error
+    return found
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raises UsageError for options that `generate` does not have, or that give several answers to a prompt."""
+    known = GenerationConfig().to_dict().keys() | {"tokenizer", "stop_strings", "prompt_lookup_num_tokens"}
+    if unknown := sorted(options.keys() - known):
+        raise UsageError(f"generation: {unknown[0]} is not an option of transformers.GenerationConfig")
+    if (options.get("num_return_sequences") or 1) > 1:
+        raise UsageError("generation: num_return_sequences gives several answers to a prompt, want 1")
+
+
+def check_room(model: SplitModel, length: int, wanted: int, where: str = "") -> int:
     """How many of the `wanted` new tokens fit behind `length` ones. Raises UsageError if none does."""
     limit = int(model.link.description.limits.max_length)
     if length >= limit:
-        raise UsageError(f"the prompt has {length} tokens, this server takes sequences of up to {limit}: shorten it")
+        raise UsageError(
+            f"the prompt has {length} tokens, this server takes sequences of up to {limit}: shorten it{where}"
+        )
     return min(wanted, limit - length)
 
 
@@ -169,7 +199,7 @@ class Continuing:
     """
 
     def __init__(self, model: SplitModel) -> None:
-        self.model = model
+        self.model, self.device = model, model.device
         self.cache = CloudCache()
         self.cache.activate_past_recording()  # turns may go back behind a sliding window
         self.known: list[int] = []
@@ -177,7 +207,10 @@ class Continuing:
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
         """As `model.generate`, for ids of shape [1, T]."""
         config = options.get("generation_config") or self.model.generation_config
-        beams = options.get("num_beams", config.num_beams) or 1
+        beams = max(
+            options.get("num_beams", config.num_beams) or 1,
+            options.get("num_return_sequences", config.num_return_sequences) or 1,
+        )
         use_cache = options.get("use_cache", config.use_cache)
         drafts = options.get("prompt_lookup_num_tokens", config.prompt_lookup_num_tokens)
         if beams > 1 or drafts or use_cache is False or input_ids.shape[0] > 1:  # each with a cache of its own
@@ -216,28 +249,27 @@ def cost_line(cost: Meter, num_tokens: int, seconds: float) -> str:
 
 
 def continued(output: Path, prompts: list[Prompt]) -> int:
-    """How many prompts are answered in `output` already. Raises UsageError if it answers others.
+    """How many prompts are answered in `output` already. Raises UsageError if it holds anything else.
 
-    A last line that was not written to its end is cut off.
+    A last line that was not written to its end, and only that, is cut off.
     """
     if not output.exists():
         return 0
-    done, size = 0, 0
-    with output.open("rb") as file:
-        for line in file:
-            try:
-                row = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                row = None
-            if row is None:
-                break
-            if done >= len(prompts) or not isinstance(row, dict) or row.get("prompt") != prompts[done]:
-                raise UsageError(f"{output}:{done + 1} does not answer the prompt there: use another file")
-            done, size = done + 1, size + len(line)
-    if size < output.stat().st_size:
+    *lines, rest = output.read_bytes().split(b"\n")
+    for number, line in enumerate(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        answers = isinstance(row, dict) and isinstance(row.get("completion"), str)
+        if not answers or number >= len(prompts) or row["prompt"] != prompts[number]:
+            raise UsageError(f"{output}:{number + 1} does not answer the prompt there: use another file")
+    if rest and not rest.startswith(b'{"prompt": '[: len(rest)]):
+        raise UsageError(f"{output} holds something else than answers: use another file")
+    if rest:
         with output.open("r+b") as file:
-            file.truncate(size)
-    return done
+            file.truncate(output.stat().st_size - len(rest))
+    return len(lines)
 
 
 def complete_file(

@@ -64,13 +64,21 @@ def describe_adapter(folder: Path, description: pb.Description | None = None) ->
     )
     if description is not None:
         sites = [site for site in description.sites if any(module.name in names for module in site.modules)]
-        found = {module.name for site in description.sites for module in site.modules if module.allowed}
+        found = {
+            module.name: (site.in_features, module.out_features)
+            for site in description.sites
+            for module in site.modules
+            if module.allowed
+        }
         missing = [name for name in names if name not in found]
+        other = [name for name in names if name in found and _widths(shapes, name) != found[name]]
         yield "sites", f"{len(sites)} active: {len(sites) + 1} round trips a generated token"
         if config.base_model_name_or_path != description.model_id:
             yield "note", f"made for {config.base_model_name_or_path}, this server has {description.model_id}"
         if missing:
             yield "fit", f"no: this server has no {missing[0]} that may be adapted ({len(missing)} such)"
+        elif other:
+            yield "fit", f"no: {other[0]} has widths {_widths(shapes, other[0])}, here {found[other[0]]}"
         else:
             yield "fit", "yes"
     yield from _describe_run(folder)
@@ -101,11 +109,18 @@ def _describe_run(folder: Path) -> Iterator[tuple[str, str]]:
         raise UsageError(f"{file} cannot be read: {type(error).__name__} {error}") from error
 
 
+def _widths(shapes: dict[str, tuple[int, ...]], name: str) -> tuple[int, int]:
+    """(in, out) of a module by its two factors."""
+    a = next(shape for key, shape in shapes.items() if key.endswith(f"{name}.lora_A.weight"))
+    b = next(shape for key, shape in shapes.items() if key.endswith(f"{name}.lora_B.weight"))
+    return a[1], b[0]
+
+
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the adapter's tensors, without loading them."""
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
-        raise UsageError(f"{folder} holds no adapter: adapter_model.safetensors is missing")
+        raise UsageError(f"{folder} holds no adapter_model.safetensors: other formats are not looked into")
     try:
         with safe_open(file, framework="numpy") as tensors:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118

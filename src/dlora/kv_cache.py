@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from dlora.conversation import ActiveSite, Conversation
+from dlora.conversation import Conversation
 from dlora.errors import AdapterMissing, PeerLost, UsageError
 from dlora.link import RetryPolicy
 from dlora.proto import dlora_pb2 as pb
@@ -74,6 +74,7 @@ class CloudCache(Cache):
         self._past: list[Pass] = []
         self._recording = False
         self._reserved = 0  # tokens a sequence for which the cloud holds room
+        self._last_length = 0  # tokens of the cloud's last pass
         # What the cloud has still to do to its cache before the next tokens.
         self._drop = 0
         self._order: Tensor | None = None
@@ -145,8 +146,11 @@ class CloudCache(Cache):
 
         Raises UsageError if other adapters are active than those that filled the cache.
         """
-        key: tuple[object, ...] = tuple((site.index, *site.modules, *_names(site)) for site in talk.sites.values())
-        key += tuple(frozen.hash for frozen in talk.frozen)
+        key: tuple[object, ...] = tuple(
+            (site.index, *site.modules, *((id(layer), *layer.active_adapters) for layer in site.layers))
+            for site in talk.sites.values()
+        )
+        key += (talk.wire_dtype, *(frozen.hash for frozen in talk.frozen))
         if self._talk is None or not self._past:
             self.close()
             self._talk, self._site_key = talk, key
@@ -162,7 +166,8 @@ class CloudCache(Cache):
     def forward(self, new: Pass, retry: RetryPolicy) -> Tensor:
         """Run the new tokens through the cloud; return kept last hidden states, float32 [K, hidden_width].
 
-        If the cloud is lost the whole sequence is sent again, as one pass on a new stream.
+        If the cloud is lost, or closed the stream of an edge that was silent for long, the whole
+        sequence is sent again on a new stream.
         """
         talk = self._talk
         if talk is None:
@@ -178,57 +183,75 @@ class CloudCache(Cache):
             except PeerLost as error:
                 self.close()
                 talk.meter.retries += 1
-                log.warning("lost the cloud, the KV cache is made again: %s", error)
+                log.info("the KV cache is made again: %s", error)
                 wait(error)
             except BaseException:
                 self.close()
                 raise
-        self._past.append(new)
-        if len(self._past) >= _JOIN_AT:
-            self._past = [_joined(self._past)]
-        self._drop, self._order = 0, None
         return hidden
 
     def _attempt(self, talk: Conversation, new: Pass) -> Tensor:
-        past, length = self.get_seq_length(), new.keep_BT.shape[1]
-        if talk.stream is not None and past + length > self._reserved:
+        """Send the new tokens, or everything on a new stream, in slices that the server takes."""
+        length = self.get_seq_length() + new.keep_BT.shape[1]
+        limits = talk.link.description.limits
+        too_deep = self._drop > self._last_length and not limits.deep_rollback
+        if talk.stream is not None and (length > self._reserved or too_deep):
             self.close()
-        if talk.stream is None:
-            limit = int(talk.link.description.limits.max_length)
-            room = past + length if past + length <= self.expected_length else 2 * (past + length) + _HEADROOM
-            self._reserved = max(past + length, min(max(room, self.expected_length), limit))
-            whole = _joined([*self._past, new]) if self._past else new
-            fields = whole.fields(talk.wire_dtype)
-            # Of the hidden states only the new ones are asked for.
-            new_keep = [row * (past + length) + past + column for row, column in new.keep_BT.nonzero().tolist()]
-            fields["keep"] = new_keep
+        begins = talk.stream is None
+        whole = _joined([*self._past, new]) if begins and self._past else new
+        if begins:
+            room = length if length <= self.expected_length else 2 * length + _HEADROOM
+            self._reserved = max(length, min(max(room, self.expected_length), int(limits.max_length)))
             talk.stream = talk.link.open()
-            frame = pb.EdgeFrame(
-                begin=pb.Begin(
-                    protocol_version=PROTOCOL_VERSION,
-                    fingerprint=talk.link.description.fingerprint,
-                    wire_dtype=talk.wire_dtype,
-                    batch=new.keep_BT.shape[0],
-                    sites=[pb.ActiveSite(site=site.index, modules=site.modules) for site in talk.sites.values()],
-                    idle=[pb.IdleModule(site=f.site, module=f.module, hash=f.hash) for f in talk.frozen],
-                    cache_length=self._reserved,
-                    rollback=self._recording,
-                    **fields,
-                )
-            )
-            rows = frame.begin.embeddings.shape[0]
-        else:
-            order = [] if self._order is None else self._order.tolist()
-            frame = pb.EdgeFrame(extend=pb.Extend(drop=self._drop, order=order, **new.fields(talk.wire_dtype)))
-            rows = frame.extend.embeddings.shape[0]
-        hidden, flops = talk.ask(frame, rows, int(new.keep_BT.sum()), training=False)
-        talk.meter.cloud_forward_flops += flops
-        talk.meter.passes += 1
-        return hidden
+        hidden, positions = [], []
+        step = _slice_length(talk, whole.keep_BT.shape[0])
+        for start in range(0, whole.keep_BT.shape[1], step):
+            part = _cut(whole, slice(None), slice(start, start + step))
+            fields = part.fields(talk.wire_dtype)
+            if begins and not start:
+                frame = pb.EdgeFrame(begin=self._begin(talk, part, fields))
+            else:
+                order = [] if self._order is None or start else self._order.tolist()
+                frame = pb.EdgeFrame(extend=pb.Extend(drop=0 if start else self._drop, order=order, **fields))
+            rows = fields["embeddings"].shape[0]
+            kept, flops = talk.ask(frame, rows, len(fields["keep"]), training=False)
+            hidden.append(kept)
+            positions += [(row, start + column) for row, column in part.keep_BT.nonzero().tolist()]
+            talk.meter.cloud_forward_flops += flops
+            talk.meter.passes += 1
+        # From here on the cloud has these tokens.
+        self._past.append(Pass(new.embeddings_BTD, new.mask_BT, new.position_ids_BT, torch.zeros_like(new.keep_BT)))
+        self._last_length = (whole.keep_BT.shape[1] - 1) % step + 1
+        if len(self._past) >= _JOIN_AT:
+            self._past = [_joined(self._past)]
+        self._drop, self._order = 0, None
+        if len(hidden) == 1:
+            return hidden[0]
+        return torch.cat(hidden)[sorted(range(len(positions)), key=positions.__getitem__)]
+
+    def _begin(self, talk: Conversation, part: Pass, fields: dict[str, Any]) -> pb.Begin:
+        return pb.Begin(
+            protocol_version=PROTOCOL_VERSION,
+            fingerprint=talk.link.description.fingerprint,
+            wire_dtype=talk.wire_dtype,
+            batch=part.keep_BT.shape[0],
+            sites=[pb.ActiveSite(site=site.index, modules=site.modules) for site in talk.sites.values()],
+            idle=[pb.IdleModule(site=one.site, module=one.module, hash=one.hash) for one in talk.frozen],
+            cache_length=self._reserved,
+            rollback=self._recording,
+            **fields,
+        )
 
 
-def _names(site: ActiveSite) -> tuple[object, ...]:
-    return tuple(tuple(layer.active_adapters) for layer in site.layers)
+def _slice_length(talk: Conversation, batch: int) -> int:
+    """Tokens a sequence that fit one pass: by the server's tokens, and by half of its largest message."""
+    description = talk.link.description
+    widths = [description.embedding_width, description.hidden_width]
+    for site in talk.sites.values():
+        infos = description.sites[site.index].modules
+        widths += [site.in_features, sum(infos[module].out_features for module in site.modules)]
+    by_message = description.limits.max_message_bytes // (8 * max(widths))
+    return max(1, min(int(description.limits.max_tokens), by_message) // batch)
 
 
 def _cut(one: Pass, rows: Any, columns: slice) -> Pass:

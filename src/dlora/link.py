@@ -40,6 +40,9 @@ class Link(Protocol):
     def put_adapter(self, modules: Sequence[pb.FrozenModule]) -> None:
         """Let the cloud hold frozen modules, for steps that refer to them by hash."""
 
+    def ping(self) -> None:
+        """A call that does nothing. Raises PeerLost if nobody answers."""
+
     def edge_files(self) -> Path:
         """A folder with embedding, head and tokenizer; fetched on first use."""
 

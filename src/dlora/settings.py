@@ -20,6 +20,7 @@ __all__ = [
     "GenerateSettings",
     "InfoSettings",
     "MergeSettings",
+    "PlanSettings",
     "SamplingSettings",
     "ServeSettings",
     "TrainSettings",
@@ -179,10 +180,8 @@ class TrainSettings(EdgeSettings):
 
     @property
     def targets(self) -> list[str] | str | None:
-        """`target_modules` as peft takes it: plain names as a list."""
-        if isinstance(self.target_modules, str) and re.fullmatch(r"\w+(,\w+)*", self.target_modules):
-            return self.target_modules.split(",")
-        return self.target_modules
+        """`target_modules` as peft takes it."""
+        return _targets(self.target_modules)
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """Names of settings whose value in `other`, a saved `as_dict`, is not this one's.
@@ -260,8 +259,8 @@ class SamplingSettings(EdgeSettings):
     """Sample among so many of the likeliest tokens; 0: no limit."""
     repetition_penalty: float = 1.0
     """Over 1: make tokens that were there already less likely."""
-    stop: list[str] = field(default_factory=list)
-    """Texts that end an answer."""
+    stop: list[str] | str = field(default_factory=list)
+    """A text, or a list of texts, that ends an answer."""
     seed: int = 0
     """Seed of sampling."""
     prompt_lookup: int = 0
@@ -291,7 +290,7 @@ class SamplingSettings(EdgeSettings):
         if self.repetition_penalty != 1:
             found["repetition_penalty"] = self.repetition_penalty
         if self.stop:
-            found["stop_strings"] = self.stop
+            found["stop_strings"] = [self.stop] if isinstance(self.stop, str) else self.stop
         if self.prompt_lookup:
             found["prompt_lookup_num_tokens"] = self.prompt_lookup
         return found | self.generation
@@ -318,6 +317,8 @@ class GenerateSettings(SamplingSettings):
         super().__post_init__()
         if self.prompt is not None and self.prompts is not None:
             raise UsageError("give prompt or prompts, not both")
+        if self.output is not None and self.prompts is not None and self.output.resolve() == self.prompts.resolve():
+            raise UsageError(f"output: {self.output} is the file of the prompts")
         if self.output is not None and self.prompts is None:
             raise UsageError("output needs prompts: a single answer goes to standard output")
         if self.batch_size < 1:
@@ -391,6 +392,60 @@ class ApiSettings(EdgeSettings):
             raise UsageError(f"max_new_tokens: got {self.max_new_tokens}, want at least 1")
         if self.prompt_lookup < 0:
             raise UsageError(f"prompt_lookup: got {self.prompt_lookup}, want 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings(EdgeSettings):
+    """Settings of `dlora plan`."""
+
+    target_modules: list[str] | str | None = None
+    """Linear modules to adapt, as for training. Default: peft's for this architecture."""
+    r: int = 8
+    """LoRA rank."""
+    wire: Literal["plain", "factored"] = "plain"
+    """How deltas travel."""
+    sites: int | None = None
+    """So many active sites, evenly spread; default: all. Kill and Revive at 1/8 of the bytes has about an eighth."""
+    batch_size: int = 8
+    """Rows of a micro-batch."""
+    length: int = 128
+    """Tokens of a row."""
+    supervised: int = 16
+    """Tokens of a row with a label."""
+    rtt_ms: float | None = None
+    """Round trip time of the link; default: measured."""
+    up_mbit: float | None = None
+    """Bandwidth towards the server, Mbit/s; default: not limited."""
+    down_mbit: float | None = None
+    """Bandwidth from the server, Mbit/s; default: not limited."""
+    steps: int = 1000
+    """Steps of the run that is planned."""
+    check: bool = False
+    """Also run steps over random tokens and show how far off the prediction is."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        for name in ("r", "batch_size", "length", "steps"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}: got {getattr(self, name)}, want at least 1")
+        if not 0 <= self.supervised < self.length:
+            raise UsageError(f"supervised: got {self.supervised}, want 0 to {self.length - 1}")
+        for name in ("rtt_ms", "up_mbit", "down_mbit"):
+            value = getattr(self, name)
+            if value is not None and (value < 0 or (value == 0 and name != "rtt_ms")):
+                raise UsageError(f"{name}: got {value}, want more than 0")
+
+    @property
+    def targets(self) -> list[str] | str | None:
+        """`target_modules` as peft takes it."""
+        return _targets(self.target_modules)
+
+
+def _targets(given: list[str] | str | None) -> list[str] | str | None:
+    """Plain names as a list, a regular expression as it is."""
+    if isinstance(given, str) and re.fullmatch(r"\w+(,\w+)*", given) and given != "all-linear":
+        return given.split(",")
+    return given
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,7 +67,7 @@ class FileInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ..., sha256: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_tokens", "max_length", "max_message_bytes", "max_inflight_bytes", "bytes_per_token", "bytes_per_token_squared", "cache_bytes_per_token")
+    __slots__ = ("max_tokens", "max_length", "max_message_bytes", "max_inflight_bytes", "bytes_per_token", "bytes_per_token_squared", "cache_bytes_per_token", "deep_rollback")
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -75,6 +75,7 @@ class Limits(_message.Message):
     BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     BYTES_PER_TOKEN_SQUARED_FIELD_NUMBER: _ClassVar[int]
     CACHE_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    DEEP_ROLLBACK_FIELD_NUMBER: _ClassVar[int]
     max_tokens: int
     max_length: int
     max_message_bytes: int
@@ -82,7 +83,8 @@ class Limits(_message.Message):
     bytes_per_token: float
     bytes_per_token_squared: float
     cache_bytes_per_token: int
-    def __init__(self, max_tokens: _Optional[int] = ..., max_length: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_inflight_bytes: _Optional[int] = ..., bytes_per_token: _Optional[float] = ..., bytes_per_token_squared: _Optional[float] = ..., cache_bytes_per_token: _Optional[int] = ...) -> None: ...
+    deep_rollback: bool
+    def __init__(self, max_tokens: _Optional[int] = ..., max_length: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_inflight_bytes: _Optional[int] = ..., bytes_per_token: _Optional[float] = ..., bytes_per_token_squared: _Optional[float] = ..., cache_bytes_per_token: _Optional[int] = ..., deep_rollback: _Optional[bool] = ...) -> None: ...
 
 class Description(_message.Message):
     __slots__ = ("protocol_version", "software_version", "model_id", "fingerprint", "config_json", "compute_dtype", "embedding_width", "hidden_width", "sites", "wire_dtypes", "limits", "edge_files")

@@ -1,0 +1,185 @@
+"""What a training step will cost, before anything is trained: bytes, round trips, seconds.
+
+Bytes and round trips follow from shapes. Seconds are put together from what was measured here: one
+forward pass of the cloud over random tokens, one site's share of work on this machine, and a link that is
+given or measured. No data and no adapter are needed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+
+from dlora.accounting import Meter, step_traffic
+from dlora.conversation import ActiveSite, delta, factors
+from dlora.edge import SplitModel, get_peft_model
+from dlora.errors import UsageError
+from dlora.link import Link
+from dlora.settings import PlanSettings
+
+__all__ = ["Prediction", "check", "plan", "predict"]
+
+# Bytes of a protobuf tensor beside its data, and of the frame around its tensors.
+_TENSOR_BYTES = 17
+_FRAME_BYTES = 8
+_ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One optimizer step of one micro-batch."""
+
+    active_sites: int
+    sent_bytes: int
+    received_bytes: int
+    round_trips: int
+    cloud_s: float
+    edge_s: float
+    link_s: float
+    """Round trips and transfer, in which both halves wait."""
+
+    @property
+    def seconds(self) -> float:
+        """All of it: the halves take turns."""
+        return self.cloud_s + self.edge_s + self.link_s
+
+
+def plan(settings: PlanSettings, link: Link) -> tuple[SplitModel, Prediction]:
+    """Build the adapter that is asked for, with so many sites active, and predict a step of it."""
+    config = LoraConfig(r=settings.r, target_modules=settings.targets)
+    model = get_peft_model(link, config, wire=settings.wire, wire_dtype=settings.wire_dtype, device=settings.device)
+    model.head_positions = "supervised"
+    if settings.sites is not None:
+        if not 1 <= settings.sites <= len(model.sites):
+            raise UsageError(f"sites: got {settings.sites}, this adapter has {len(model.sites)}")
+        chosen = [model.sites[int((i + 0.5) * len(model.sites) / settings.sites)] for i in range(settings.sites)]
+        model.set_active([name for site in chosen for name in model.names(site)])
+    return model, predict(settings, model)
+
+
+def predict(settings: PlanSettings, model: SplitModel) -> Prediction:
+    """Predict a step of `batch_size` rows of `length` tokens, of which `supervised` have a label."""
+    rows, kept = settings.batch_size * settings.length, settings.batch_size * settings.supervised
+    active = [(site, _active(model, site)) for site in model.sites]
+    active = [(site, modules) for site, modules in active if modules]
+    description = model.link.description
+    shapes = [(site.in_features, [(layer.out_features, settings.r) for layer in layers]) for site, layers in active]
+    sent, received = step_traffic(
+        rows,
+        kept,
+        description.embedding_width,
+        description.hidden_width,
+        shapes,
+        _ITEM_BYTES[settings.wire_dtype],
+        factored=settings.wire == "factored",
+    )
+    answers = sum(len(layers) for _, layers in active) * (2 if settings.wire == "factored" else 1)
+    # Forward: deltas up, x down. Backward: dx up, delta gradients down. Ends: Begin, hidden and its gradient, Done.
+    sent += (answers + len(active) + 1) * _TENSOR_BYTES + (2 * len(active) + 1) * _FRAME_BYTES
+    received += (answers + len(active) + 1) * _TENSOR_BYTES + (2 * len(active) + 1) * _FRAME_BYTES
+    sent += rows + len(description.fingerprint) + 2 * kept + 40  # mask, fingerprint, kept positions, the rest of Begin
+    round_trips = 2 * len(active) + 1
+    rtt_s = _measured_rtt(model.link) if settings.rtt_ms is None else settings.rtt_ms / 1000
+    link_s = round_trips * rtt_s
+    for size, mbit in ((sent, settings.up_mbit), (received, settings.down_mbit)):
+        link_s += size * 8 / (mbit * 1e6) if mbit else 0.0
+    forward_s = _cloud_forward(settings, model)
+    lowest = active[0][0].index if active else len(description.sites)
+    above = len(description.sites) - lowest
+    return Prediction(
+        active_sites=len(active),
+        sent_bytes=sent,
+        received_bytes=received,
+        round_trips=round_trips,
+        cloud_s=forward_s * (1 + above / len(description.sites)),
+        edge_s=sum(_edge_site(settings, site, rows) for site, _ in active[:1]) * len(active) + _edge_head(model, kept),
+        link_s=link_s,
+    )
+
+
+def check(settings: PlanSettings, model: SplitModel) -> tuple[Meter, float]:
+    """Run a step over random tokens: what it cost, and seconds. The adapter's gradients are thrown away."""
+    vocab = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(0, vocab, (settings.batch_size, settings.length))
+    labels = ids.clone()
+    labels[:, : settings.length - settings.supervised] = -100
+    model.train()
+    best, cost = math.inf, Meter()
+    for _ in range(3):
+        before, start = model.meter.copy(), time.perf_counter()
+        mask = torch.ones_like(ids)
+        model(
+            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), labels=labels.to(model.device)
+        ).loss.backward()
+        best, cost = min(best, time.perf_counter() - start), model.meter - before
+        model.zero_grad()
+    return cost, best
+
+
+def _active(model: SplitModel, site: ActiveSite) -> list[LoraLayer]:
+    names = set(model.active_modules)
+    return [layer for name, layer in zip(model.names(site), site.layers, strict=True) if name in names]
+
+
+def _measured_rtt(link: Link) -> float:
+    """The shortest of some calls that do next to nothing."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        link.ping()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _cloud_forward(settings: PlanSettings, model: SplitModel) -> float:
+    """Seconds of the cloud's forward pass over a micro-batch, without adapter and link."""
+    vocab = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(0, vocab, (settings.batch_size, settings.length)).to(model.device)
+    best = math.inf
+    with torch.no_grad(), model.disable_adapter():
+        for _ in range(3):
+            before = model.meter.wait_s
+            # One kept position: the edge's head has nothing to do with this.
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1)
+            best = min(best, model.meter.wait_s - before)
+    return best
+
+
+def _edge_site(settings: PlanSettings, site: ActiveSite, rows: int) -> float:
+    """Seconds of this machine for one site, forward and backward, conversion for the wire left out."""
+    x = torch.randn(rows, site.in_features, device=settings.device, requires_grad=True)
+    best = math.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        for layer in site.layers:
+            if settings.wire == "factored":
+                z, b = factors(layer, x)
+                (z.sum() + b.sum()).backward()
+            else:
+                delta(layer, x).sum().backward()
+        best = min(best, time.perf_counter() - start)
+        for parameter in site.parameters:
+            parameter.grad = None
+    return best
+
+
+def _edge_head(model: SplitModel, kept: int) -> float:
+    """Seconds of the LM head and the loss on the supervised positions."""
+    head = model.get_output_embeddings()
+    if head is None or not kept:
+        return 0.0
+    best = math.inf
+    for _ in range(2):
+        hidden = torch.randn(kept, head.weight.shape[1], device=head.weight.device, requires_grad=True)
+        start = time.perf_counter()
+        logits = head(hidden.to(head.weight.dtype))
+        torch.nn.functional.cross_entropy(
+            logits.float(), torch.zeros(kept, dtype=torch.int64, device=logits.device)
+        ).backward()
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -1,0 +1,77 @@
+"""`dlora plan` against steps that were really run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+import dlora
+from dlora.__main__ import main
+from dlora.planner import check, plan
+from dlora.server import Server
+from dlora.settings import PlanSettings
+
+
+@pytest.fixture(scope="module")
+def server(cloud_models: Callable[[str], Any], tokenizer: PreTrainedTokenizerFast) -> Iterator[Server]:
+    """A tiny Llama behind gRPC."""
+    with Server(cloud_models("llama"), tokenizer) as running:
+        yield running
+
+
+@pytest.mark.parametrize("wire", ["plain", "factored"])
+@pytest.mark.parametrize("wire_dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("sites", [None, 1, 5])
+def test_bytes_and_round_trips_are_those_of_a_step(
+    server: Server, tmp_path: Path, wire: Any, wire_dtype: Any, sites: int | None
+) -> None:
+    """Predicted bytes are within 1 % of a real step's in each direction, round trips equal."""
+    link = dlora.connect(server.address, cache=tmp_path)
+    settings = PlanSettings(
+        server=server.address,
+        target_modules="all-linear",
+        wire=wire,
+        wire_dtype=wire_dtype,
+        sites=sites,
+        batch_size=8,
+        length=40,
+        supervised=6,
+    )
+    model, found = plan(settings, link)
+    cost, seconds = check(settings, model)
+    assert found.sent_bytes == pytest.approx(cost.sent_bytes, rel=0.01)
+    assert found.received_bytes == pytest.approx(cost.received_bytes, rel=0.01)
+    assert found.round_trips == cost.round_trips
+    assert found.active_sites == (sites or len(model.sites))
+    assert found.seconds > 0 and seconds > 0
+    link.close()
+
+
+def test_the_link_is_in_the_seconds(server: Server, tmp_path: Path) -> None:
+    """Round trip time counts once a round trip, bandwidth by bytes in its own direction."""
+    link = dlora.connect(server.address, cache=tmp_path)
+    common: dict[str, Any] = {"server": server.address, "target_modules": "q_proj,v_proj", "length": 20}
+    near = plan(PlanSettings(**common, rtt_ms=0), link)[1]
+    far = plan(PlanSettings(**common, rtt_ms=50), link)[1]
+    assert near.link_s == 0.0
+    assert far.link_s == pytest.approx(0.05 * far.round_trips)
+    slow = plan(PlanSettings(**common, rtt_ms=0, up_mbit=1.0, down_mbit=2.0), link)[1]
+    assert slow.link_s == pytest.approx(slow.sent_bytes * 8e-6 + slow.received_bytes * 4e-6)
+    link.close()
+
+
+def test_plan_command(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    """`dlora plan` prints bytes, round trips and seconds; --check says how far off they are."""
+    words = ["plan", "--server", server.address, "--length", "20", "--batch_size", "2"]
+    assert main([*words, "--sites", "1", "--check"]) == 0
+    text = capsys.readouterr().out
+    assert "1 active sites" in text and "round trips  3" in text and "bytes off by" in text and "off by" in text
+    assert main([*words, "--sites", "9"]) == 2
+    assert main([*words, "--supervised", "20"]) == 2
+    assert main([*words, "--up-mbit", "0"]) == 2
+    error = capsys.readouterr().err
+    assert "this adapter has 3" in error and "want 0 to 19" in error and "want more than 0" in error
