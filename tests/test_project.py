@@ -21,7 +21,7 @@ from dlora.wire import PROTOCOL_VERSION
 SOURCE = Path(dlora.__file__).parent
 CLOUD = {"cloud", "exchange", "adapter_store", "server", "load", "sites"}
 EDGE = {"edge", "conversation", "micro_batch", "kv_cache", "client", "link", "training", "data", "accounting"}
-EDGE |= {"kill_revive", "reviver", "inference", "chat", "evaluate", "api", "info"}
+EDGE |= {"planner", "kill_revive", "reviver", "inference", "chat", "evaluate", "api", "info"}
 
 
 def imported(name: str) -> set[str]:
