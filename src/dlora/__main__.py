@@ -427,7 +427,8 @@ def _plan(values: dict[str, Any]) -> int:
         print(f"a step       {settings.batch_size} x {settings.length} tokens")
         print(f"bytes        {found.sent_bytes / 1e6:.2f} MB up, {found.received_bytes / 1e6:.2f} MB down")
         print(f"round trips  {found.round_trips}")
-        parts = f"cloud {found.cloud_s:.2f}, edge {found.edge_s:.2f}, link {found.link_s:.2f}"
+        parts = f"cloud {found.cloud_s:.2f}, edge {found.edge_s:.2f}, "
+        parts += f"messages {found.wire_s:.2f}, link {found.link_s:.2f}"
         print(f"seconds      {found.seconds:.2f}: {parts}")
         hours = settings.steps * found.seconds / 3600
         print(f"{settings.steps} steps   {settings.steps * traffic / 1e9:.2f} GB, {hours:.2f} h")

@@ -20,7 +20,9 @@ from dlora.conversation import ActiveSite, delta, factors
 from dlora.edge import SplitModel, get_peft_model
 from dlora.errors import UsageError
 from dlora.link import Link
+from dlora.proto import dlora_pb2 as pb
 from dlora.settings import PlanSettings
+from dlora.wire import WIRE_DTYPES, decode, encode
 
 __all__ = ["Prediction", "check", "plan", "predict"]
 
@@ -40,13 +42,15 @@ class Prediction:
     round_trips: int
     cloud_s: float
     edge_s: float
+    wire_s: float
+    """Tensors to messages and back, on both halves."""
     link_s: float
     """Round trips and transfer, in which both halves wait."""
 
     @property
     def seconds(self) -> float:
         """All of it: the halves take turns."""
-        return self.cloud_s + self.edge_s + self.link_s
+        return self.cloud_s + self.edge_s + self.wire_s + self.link_s
 
 
 def plan(settings: PlanSettings, link: Link) -> tuple[SplitModel, Prediction]:
@@ -98,6 +102,7 @@ def predict(settings: PlanSettings, model: SplitModel) -> Prediction:
         round_trips=round_trips,
         cloud_s=forward_s * (1 + above / len(description.sites)),
         edge_s=sum(_edge_site(settings, site, rows) for site, _ in active[:1]) * len(active) + _edge_head(model, kept),
+        wire_s=(sent + received) * _conversion(settings, rows, description.embedding_width),
         link_s=link_s,
     )
 
@@ -134,6 +139,17 @@ def _measured_rtt(link: Link) -> float:
         link.ping()
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def _conversion(settings: PlanSettings, rows: int, width: int) -> float:
+    """Seconds a byte to make a message of a tensor, serialise it, and make a tensor of it again."""
+    x, best, size = torch.randn(rows, width), math.inf, 1
+    for _ in range(3):
+        start = time.perf_counter()
+        data = encode(x, WIRE_DTYPES[settings.wire_dtype]).SerializeToString()
+        decode(pb.Tensor.FromString(data), x.shape, "a probe")
+        best, size = min(best, time.perf_counter() - start), len(data)
+    return best / size
 
 
 def _cloud_forward(settings: PlanSettings, model: SplitModel) -> float:
