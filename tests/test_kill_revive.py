@@ -95,6 +95,20 @@ def test_hysteresis_favours_the_standing() -> None:
     assert "u4" not in choose(config(budget=0.15, hysteresis=0.1), scores=scores, since=since).active
 
 
+def test_score_per_cost_prefers_what_costs_little() -> None:
+    """By score per cost a module of an open site, or a small one, goes before a slightly better one that costs more."""
+    modules = [Unit(name, (name,), i) for i in range(8) for name in (f"u{i}.q", f"u{i}.v")]
+    scores = {unit.name: 1.0 for unit in modules} | {"u3.q": 3.0, "u5.q": 1.2}
+    state = {"scores": scores, "active": set(scores), "since": dict.fromkeys(scores, 0)}
+
+    def chosen(prefer: Any) -> frozenset[str]:
+        values: dict[str, Any] = {"step": 40, "total_steps": 100, "probes": {}, "spent": 0.0} | state
+        return decide(config(budget=0.17, prefer=prefer), modules, COSTS, **values).active
+
+    assert chosen("score") == {"u3.q", "u5.q"}
+    assert chosen("score_per_cost") == {"u3.q", "u3.v"}
+
+
 def test_revival_uses_its_share() -> None:
     """A part of the budget goes to idle units: by lot, repeatably, or to the largest gradients."""
     active = ["u4", "u5", "u6", "u7"]

@@ -59,6 +59,9 @@ class KillReviveConfig:
     """How idle units come back: not, by lot, or by the norm of their gradient in a probe step."""
     revive_share: float = 0.25
     """Share of the budget for revived units."""
+    prefer: Literal["score", "score_per_cost"] = "score"
+    """Which units are best: those of the highest score, or of the highest score for what each adds to the cost. The
+    second favours small modules, and modules of sites that others pay for already: unit module makes use of it."""
     hysteresis: float = 0.1
     """A unit that was active for longer than one interval counts with its score times 1 + this."""
     schedule: Literal["constant", "cubic"] = "constant"
@@ -235,23 +238,27 @@ def decide(
     order = sorted((unit for unit in units if unit.name in active), key=lambda unit: -standing[unit.name])
     idle = [unit for unit in units if unit.name not in active]
     revives = config.revive if idle else "none"
-    kept = _fill(order, [], costs, allowed * (1 - config.revive_share) if revives != "none" else allowed)
+    fill = _fill_by_worth if config.prefer == "score_per_cost" else _fill
+    kept = fill(order, [], costs, allowed * (1 - config.revive_share) if revives != "none" else allowed, standing)
     reasons = {unit.name: "kept" for unit in kept}
     chosen = kept
     if revives != "none":
         if revives == "random":
             lots.shuffle(idle)
+            chosen = _fill(idle, kept, costs, allowed)
         else:
             idle.sort(key=lambda unit: -probes.get(unit.name, 0.0))
-        chosen = _fill(idle, kept, costs, allowed)
+            chosen = fill(idle, kept, costs, allowed, probes)
         reasons |= {unit.name: f"revived, {revives}" for unit in chosen if unit.name not in reasons}
         # What the revived ones left over goes to the best of the others.
-        chosen = _fill(order, chosen, costs, allowed)
+        chosen = fill(order, chosen, costs, allowed, standing)
         reasons |= {unit.name: "kept" for unit in chosen if unit.name not in reasons}
     return _decision(step, units, chosen, {**probes, **scores}, order, reasons)
 
 
-def _fill(order: Iterable[Unit], chosen: Sequence[Unit], costs: Costs, allowed: float) -> list[Unit]:
+def _fill(
+    order: Iterable[Unit], chosen: Sequence[Unit], costs: Costs, allowed: float, _: Mapping[str, float] | None = None
+) -> list[Unit]:
     """Add units in order as long as they fit; at least one in all."""
     found = list(chosen)
     modules = {module for unit in found for module in unit.modules}
@@ -261,6 +268,26 @@ def _fill(order: Iterable[Unit], chosen: Sequence[Unit], costs: Costs, allowed: 
             found.append(unit)
             names.add(unit.name)
             modules |= set(unit.modules)
+    return found
+
+
+def _fill_by_worth(
+    order: Iterable[Unit], chosen: Sequence[Unit], costs: Costs, allowed: float, scores: Mapping[str, float]
+) -> list[Unit]:
+    """Add the unit with the highest score for what it adds to the cost, as long as one fits; at least one in all."""
+    found = list(chosen)
+    modules = {module for unit in found for module in unit.modules}
+    taken = {unit.name for unit in found}
+    left = [unit for unit in order if unit.name not in taken]
+    while left:
+        cost = costs.share(modules)
+        totals = {unit.name: costs.share(modules | set(unit.modules)) for unit in left}
+        left = [unit for unit in left if not found or totals[unit.name] <= allowed + 1e-9]
+        if left:
+            best = max(left, key=lambda unit: scores.get(unit.name, 0.0) / max(totals[unit.name] - cost, 1e-9))
+            found.append(best)
+            left.remove(best)
+            modules |= set(best.modules)
     return found
 
 

@@ -4,9 +4,9 @@ kr = KillReviver(model, KillReviveConfig(), total_steps)
 for step, batch in enumerate(batches):          # a plain loop; `KillReviveCallback` does it in Trainer
     kr.before_step(step)
     model(**batch).loss.backward()
-    kr.before_update()
+    kr.before_update(optimizer)
     optimizer.step()
-    kr.after_update(optimizer)
+    kr.after_update()
     optimizer.zero_grad()
 """
 
