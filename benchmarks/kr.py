@@ -43,7 +43,9 @@ MLP = ["gate_proj", "up_proj"]
 FEW = (3e-3, 6e-3, 1.2e-2)
 STAY = {"idle": "cloud", "revive": "none"}
 KR = {**STAY, "warmup": 0.03}
+START = {"idle": "cloud", "warmup": 0}  # from a spread set on; probes say what may come in
 OURS = {"bytes_of": "FT"}  # the budget is an eighth of FT's bytes on q, k, v, whatever the modules and the wire
+V = ["v_proj"]
 
 
 # name -> (target modules, rank, wire, Kill-and-Revive options or None for FT, learning rates)
@@ -53,29 +55,28 @@ ARMS: dict[str, tuple[list[str], int, str, dict[str, Any] | None, tuple[float, .
     # an eighth of FT's bytes on q, k, v, plain wire
     "KR": (QKV, 12, "plain", KR, FEW),
     "KR paper": (QKV, 8, "plain", {"preset": "paper", "average": True}, FEW),
-    "spread": (QKV, 14, "plain", {"policy": "spread", "warmup": 0}, FEW),
     "random": (QKV, 14, "plain", {"policy": "random", "warmup": 0}, FEW),
-    "redraw": (QKV, 14, "plain", {"policy": "redraw", "warmup": 0, **STAY}, FEW),
-    "last": (QKV, 14, "plain", {"policy": "last", "warmup": 0}, FEW),
-    "spread v": (["v_proj"], 20, "plain", {"policy": "spread", "warmup": 0, **OURS}, FEW),
-    "KR v": (["v_proj"], 20, "plain", {**KR, **OURS}, FEW),
-    # variants of KR
-    "KR modules": (QKV, 12, "plain", {**KR, "unit": "module", "prefer": "score_per_cost"}, FEW),
-    "KR drop scored": (QKV, 12, "plain", {"warmup": 0.03}, FEW),
-    "KR gradient": (QKV, 12, "plain", {**KR, "signal": "gradient"}, FEW),
-    "KR scored": (QKV, 12, "plain", {**KR, "revive": "scored"}, FEW),
-    "KR random": (QKV, 12, "plain", {**KR, "revive": "random"}, FEW),
-    "KR every 10": (QKV, 12, "plain", {**KR, "interval": 10}, FEW),
-    "KR cubic": (QKV, 12, "plain", {**KR, "warmup": 0.01, "schedule": "cubic", "settle": 0.2}, FEW),
-    "gradient once": (QKV, 12, "plain", {**KR, "policy": "gradient"}, FEW),
-    "sensitivity once": (QKV, 12, "plain", {**KR, "policy": "sensitivity"}, FEW),
+    "spread": (QKV, 14, "plain", {"policy": "spread", "warmup": 0}, FEW),
+    "spread v": (V, 20, "plain", {"policy": "spread", "warmup": 0, **OURS}, FEW),
+    "KR v start": (V, 20, "plain", {**START, **OURS}, FEW),
     # ours: any modules, any exact wire, no more bytes than an eighth of FT on q, k, v
     "FT gate,up": (MLP, 8, "factored", None, (1e-3, 2e-3, 4e-3)),
     "spread gate,up": (MLP, 8, "factored", {"policy": "spread", "warmup": 0, **OURS}, (2e-3, 4e-3, 8e-3)),
-    "random gate,up": (MLP, 8, "factored", {"policy": "random", "warmup": 0, **OURS}, (2e-3, 4e-3, 8e-3)),
+    "KR gate,up start": (MLP, 8, "factored", {**START, **OURS}, (2e-3, 4e-3, 8e-3)),
     "KR gate,up": (MLP, 8, "factored", {**KR, **OURS}, (2e-3, 4e-3, 8e-3)),
-    "KR q,k,v,gate,up": (QKV + MLP, 8, "factored", {**KR, **OURS}, (2e-3, 4e-3, 8e-3)),
-    "KR gate,up scored": (MLP, 8, "factored", {**KR, **OURS, "revive": "scored"}, (2e-3, 4e-3, 8e-3)),
+    # variants of KR, and more baselines
+    "KR start": (QKV, 14, "plain", START, FEW),
+    "KR modules start": (QKV, 14, "plain", {**START, "unit": "module", "prefer": "score_per_cost"}, FEW),
+    "redraw": (QKV, 14, "plain", {"policy": "redraw", "warmup": 0, **STAY}, FEW),
+    "last": (QKV, 14, "plain", {"policy": "last", "warmup": 0}, FEW),
+    "KR v start random": (V, 20, "plain", {**START, **OURS, "revive": "random"}, FEW),
+    "KR q,k,v,gate,up start": (QKV + MLP, 8, "factored", {**START, **OURS}, (2e-3, 4e-3, 8e-3)),
+    "KR v": (V, 20, "plain", {**KR, **OURS}, FEW),
+    "KR v redraw": (V, 20, "plain", {"policy": "redraw", "warmup": 0, **STAY, **OURS}, FEW),
+    "KR drop scored": (QKV, 12, "plain", {"warmup": 0.03}, FEW),
+    "KR gradient": (QKV, 12, "plain", {**KR, "signal": "gradient"}, FEW),
+    "random gate,up": (MLP, 8, "factored", {"policy": "random", "warmup": 0, **OURS}, (2e-3, 4e-3, 8e-3)),
+    "sensitivity once": (QKV, 12, "plain", {**KR, "policy": "sensitivity"}, FEW),
 }
 FINAL = (
     *("FT", "FT gate,up", "KR", "KR paper", "random", "redraw", "last", "spread"),
@@ -287,7 +288,12 @@ def one(spec: dict[str, Any], link: Any, tokenizer: Any, data: Path) -> dict[str
             "sets": sets(reviver) if reviver else None,
             "seconds": round(seconds, 1),
             "configuration": {"targets": targets, "r": rank, "wire": wire, "options": options}
-            | {"steps": STEPS, "batch_size": size, "base_dtype": "bf16"},
+            | {
+                "steps": STEPS,
+                "batch_size": size,
+                "base_dtype": "bf16",
+                "attention": link.cloud.model.config._attn_implementation,
+            },
             "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
             "commit": git("rev-parse", "HEAD"),
             "changed_files": git("status", "--short", "../src"),
@@ -345,6 +351,7 @@ def run(data: Path, minutes: float) -> None:
     torch.set_num_threads(1)
     end = time.monotonic() + 60 * minutes
     loaded = load_model("smollm2", dtype="bf16")
+    loaded.model.set_attn_implementation("eager")  # on CPUs and short rows the fused backward in bf16 is slower
     link = dlora.in_process(loaded.model, loaded.tokenizer, model_id=loaded.model_id)
     (RESULT.parent / ".locks").mkdir(parents=True, exist_ok=True)
     while time.monotonic() < end:

@@ -22,6 +22,8 @@ class Meter:
     """Times that the edge had to wait for an answer to something it had sent."""
     wait_s: float = 0.0
     """Seconds in which the edge waited for the cloud."""
+    cloud_s: float = 0.0
+    """Of these, seconds in which the cloud says that it computed; the rest are network and queues."""
     micro_batches: int = 0
     passes: int = 0
     """Forward passes with a KV cache: one a generated token, fewer with drafts."""

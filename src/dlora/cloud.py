@@ -362,7 +362,7 @@ class CloudModel:
         forward += 2 * step.forward_macs
         backward += 2 * step.backward_macs if backward else 0
         probe = [step.probe_norms.get((site.index, module), 0.0) for site, modules in plan.probe for module in modules]
-        pipe.send(pb.CloudFrame(done=pb.Done(forward_flops=forward, backward_flops=backward, probe=probe)))
+        step.send(pb.CloudFrame(done=pb.Done(forward_flops=forward, backward_flops=backward, probe=probe)))
 
     def _run_cached(self, plan: Plan, pipe: Pipe) -> None:
         cache = DynamicCache(config=self.model.config)

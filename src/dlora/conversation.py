@@ -23,7 +23,7 @@ from dlora.link import Link, Stream
 from dlora.proto import dlora_pb2 as pb
 from dlora.wire import content_hash, decode, encode, largest
 
-__all__ = ["ActiveSite", "Conversation", "Frozen", "Record", "freeze"]
+__all__ = ["ActiveSite", "Conversation", "Frozen", "Record", "Wait", "freeze"]
 
 _PUT_BYTES: Final = 32 * 2**20  # frozen modules travel in messages of about this size
 _MOST_PUTS: Final = 3
@@ -67,6 +67,15 @@ def freeze(site: int, module: int, layer: LoraLayer) -> Frozen:
     b = torch.cat([layer.lora_B[name].weight.detach().float() * layer.scaling[name] for name in names], dim=1)
     message = pb.FrozenModule(a=encode(a, pb.FP32), b=encode(b, pb.FP32))
     return Frozen(site, module, message, content_hash(message))
+
+
+@dataclass(frozen=True)
+class Wait:
+    """One wait of the edge: from and to when on its clock, in seconds, and how long the cloud says it computed."""
+
+    start: float
+    end: float
+    cloud_s: float
 
 
 @dataclass
@@ -132,6 +141,8 @@ class Conversation:
         self.factored, self.frozen = factored, frozen
         self.output_squares: dict[tuple[int, int], float] | None = None
         """If not None: sums of squared deltas of each (site, module) are added here."""
+        self.waits: list[Wait] | None = None
+        """If not None: every wait is noted here."""
         self.times_put = 0
         self.sites = {site.index: site for site in sites}
         self.stream: Stream | None = None
@@ -249,11 +260,17 @@ class Conversation:
 
     def receive(self) -> pb.CloudFrame:
         """Wait for a frame; count it, the time and the round trip."""
-        start = time.perf_counter()
+        start, cloud_s = time.perf_counter(), 0.0
         try:
             frame = self._open_stream().receive()
+            cloud_s = frame.compute_s
         finally:
-            self.meter.wait_s += time.perf_counter() - start
+            end = time.perf_counter()
+            wait = Wait(start, end, min(cloud_s, end - start) if cloud_s > 0 else 0.0)  # not a number: 0
+            if self.waits is not None:
+                self.waits.append(wait)
+            self.meter.wait_s += end - start
+            self.meter.cloud_s += wait.cloud_s
         self.meter.received_bytes += frame.ByteSize()
         if frame.WhichOneof("kind") != "done":  # comes with what went before: no trip of its own
             self.meter.round_trips += 1

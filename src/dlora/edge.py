@@ -38,7 +38,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dlora.accounting import Meter
-from dlora.conversation import ActiveSite, Conversation, Frozen, freeze
+from dlora.conversation import ActiveSite, Conversation, Frozen, Wait, freeze
 from dlora.errors import DLoRAError, ModelError, UsageError
 from dlora.kv_cache import CloudCache, Pass
 from dlora.link import Link, RetryPolicy
@@ -117,6 +117,8 @@ class SplitModel(PeftModelForCausalLM):
         self.probe_norms: list[dict[str, float]] = []
         self.output_squares: dict[tuple[int, int], float] | None = None
         """If not None: sums of squared deltas by (site, module), over training micro-batches."""
+        self.waits: list[Wait] = []
+        """Of the newest training micro-batch: where its time went."""
         self.accepts_position_ids = "position_ids" in inspect.signature(type(_decoder(base)).forward).parameters
         self._signature = inspect.signature(self.forward)
         _decoder(base).forward = types.MethodType(_remote_forward, self)
@@ -211,6 +213,7 @@ class SplitModel(PeftModelForCausalLM):
                 micro_batch.on_probe = self._note_probe
             if training:
                 micro_batch.output_squares = self.output_squares
+                micro_batch.waits = self.waits = []
                 kept_KD = SplitForward.apply(micro_batch, *parameters)  # type: ignore[no-untyped-call]
             else:
                 kept_KD = micro_batch.forward()

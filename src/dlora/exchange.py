@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, N rows that travel, K kept rows, D width of a site's 
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -105,12 +106,13 @@ class Step:
         self.forward_macs = self.backward_macs = 0
         self.probed = {(site.index, module) for site, modules in plan.probe for module in modules}
         self.probe_norms: dict[tuple[int, int], float] = {}
+        self._resumed = 0.0
         # Frozen weights ask for no gradient: the lowest exchange needs an input that does.
         self.anchor = torch.zeros((), device=embedding.device, requires_grad=plan.training)
 
     def run(self) -> None:
         """Forward and, in training, backward. Raises WireError for frames that do not fit."""
-        _thread.step = self
+        _thread.step, self._resumed = self, time.perf_counter()
         try:
             # On CUDA autograd would otherwise run backward on one thread a device, where a wait
             # for one edge blocks all others.
@@ -118,6 +120,11 @@ class Step:
                 self._run()
         finally:
             _thread.step = None
+
+    def send(self, frame: pb.CloudFrame) -> None:
+        """Send a frame that says how long it took to compute."""
+        frame.compute_s = time.perf_counter() - self._resumed
+        self.pipe.send(frame)
 
     def _run(self) -> None:
         plan = self.plan
@@ -136,7 +143,7 @@ class Step:
             hidden_BTD = self.decoder(**inputs, use_cache=self.cache is not None).last_hidden_state
             hidden = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[plan.keep]
         message = pb.Hidden(hidden=encode(hidden, plan.dtype), forward_flops=self.flops)
-        self.pipe.send(pb.CloudFrame(hidden=message))
+        self.send(pb.CloudFrame(hidden=message))
         if training:
             del hidden_BTD, inputs
             grad_message = self._receive("hidden_grad").grad
@@ -192,7 +199,7 @@ class Step:
 
     def send_input(self, site: int, x: Tensor, wants_grad: bool) -> None:
         x_ND = encode(self._gather(x), self.plan.dtype)
-        self.pipe.send(pb.CloudFrame(input=pb.SiteInput(site=site, x=x_ND, wants_input_grad=wants_grad)))
+        self.send(pb.CloudFrame(input=pb.SiteInput(site=site, x=x_ND, wants_input_grad=wants_grad)))
 
     def receive_deltas(self, site: int) -> tuple[Tensor, ...]:
         """One delta for each active module, [B, T, O]; factored: all Z [B, T, R], then all B [O, R]."""
@@ -231,7 +238,7 @@ class Step:
         messages = [encode(self._gather(grad), self.plan.dtype) for grad in grads[:count]]
         factors = [encode(grad, self.plan.dtype) for grad in grads[count:]]
         frame = pb.DeltaGrads(site=site, grads=messages, factor_grads=factors)
-        self.pipe.send(pb.CloudFrame(delta_grads=frame))
+        self.send(pb.CloudFrame(delta_grads=frame))
 
     def receive_input_grad(self, site: int, like: Tensor) -> Tensor:
         message = self._receive("input_grad")
@@ -241,6 +248,7 @@ class Step:
 
     def _receive(self, kind: str) -> Any:
         frame = self.pipe.receive()
+        self._resumed = time.perf_counter()
         if frame.WhichOneof("kind") != kind:
             raise WireError(f"got frame {frame.WhichOneof('kind')!r}, want {kind!r}")
         return getattr(frame, kind)

@@ -49,7 +49,7 @@ class KillReviveConfig:
     average: bool = True
     """The budget is the average of the whole run, warm-up included; false: of the steps after it."""
     warmup: float = 0.05
-    """Steps with all modules active; under 1: a share of the run."""
+    """Steps with all modules active; under 1: a share of the run. 0: begin with evenly spread units."""
     interval: int = 20
     """Optimizer steps between decisions."""
     signal: Literal["delta_norm", "norm_delta", "relative", "gradient"] = "relative"
@@ -93,9 +93,9 @@ class KillReviveConfig:
             raise UsageError(f"kr interval: got {self.interval}, want at least 1")
 
     def warmup_steps(self, total_steps: int) -> int:
-        """Steps with all modules active. At least one, where a score is needed to choose."""
+        """Steps with all modules active. At least one, where a baseline needs a score to choose."""
         steps = round(self.warmup * total_steps) if self.warmup < 1 else int(self.warmup)
-        return max(steps, 0 if self.policy in ("all", "random", "redraw", "last", "spread") else 1)
+        return max(steps, 0 if self.policy in ("kr", "all", "random", "redraw", "last", "spread") else 1)
 
 
 PAPER: Final = KillReviveConfig(
@@ -183,9 +183,10 @@ def is_due(config: KillReviveConfig, step: int, total_steps: int) -> bool:
     warm = config.warmup_steps(total_steps)
     if step == warm:
         return True
-    if config.policy not in ("kr", "redraw") or step < warm:
+    if config.policy not in ("kr", "redraw", "all") or step < warm:
         return False
-    return (step - warm) % config.interval == 0 and step < (1 - config.final) * total_steps
+    ends = total_steps if config.policy == "all" else (1 - config.final) * total_steps
+    return (step - warm) % config.interval == 0 and step < ends
 
 
 def needs_probe(config: KillReviveConfig, step: int, total_steps: int) -> bool:
@@ -220,8 +221,9 @@ def decide(
     idle ones, `since` the step at which each active unit became so. The same
     arguments give the same decision: lots are drawn from seed and step.
     """
-    if config.policy == "all":
-        return Decision(frozenset(unit.name for unit in units))
+    if config.policy == "all":  # nothing to decide, but scores are wanted: how much each unit changes
+        order = sorted(units, key=lambda unit: -scores.get(unit.name, 0.0))
+        return _decision(step, units, units, scores, order, dict.fromkeys((u.name for u in units), "all"))
     allowed = schedule(config, step, total_steps, spent)
     lots = random.Random(f"{config.seed}:{step if config.policy != 'random' else 'once'}")
     if config.policy != "kr":
@@ -229,6 +231,9 @@ def decide(
         spread = config.policy == "spread"
         chosen = _spread(units, costs, allowed) if spread else _fill(order, [], costs, allowed)
         return _decision(step, units, chosen, scores, order, dict.fromkeys((u.name for u in chosen), config.policy))
+    if step == 0:  # without warm-up: nothing is known yet
+        chosen = _spread(units, costs, allowed)
+        return _decision(step, units, chosen, {}, [], dict.fromkeys((u.name for u in chosen), "start"))
     fresh = {name for name, start in since.items() if step - start <= config.interval and start > 0}
     standing = {
         unit.name: scores.get(unit.name, 0.0) * (1.0 if unit.name in fresh else 1.0 + config.hysteresis)

@@ -29,6 +29,7 @@ __all__ = ["Prediction", "check", "plan", "predict"]
 # Bytes of a protobuf tensor beside its data, and of the frame around its tensors.
 _TENSOR_BYTES = 17
 _FRAME_BYTES = 8
+_COMPUTE_BYTES = 5  # of the cloud's frames: how long they took
 _ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
@@ -85,7 +86,8 @@ def predict(settings: PlanSettings, model: SplitModel) -> Prediction:
     answers = sum(len(layers) for _, layers in active) * (2 if settings.wire == "factored" else 1)
     # Forward: deltas up, x down. Backward: dx up, delta gradients down. Ends: Begin, hidden and its gradient, Done.
     sent += (answers + len(active) + 1) * _TENSOR_BYTES + (2 * len(active) + 1) * _FRAME_BYTES
-    received += (answers + len(active) + 1) * _TENSOR_BYTES + (2 * len(active) + 1) * _FRAME_BYTES
+    received += (answers + len(active) + 1) * _TENSOR_BYTES
+    received += (2 * len(active) + 1) * _FRAME_BYTES + (2 * len(active) + 2) * _COMPUTE_BYTES
     sent += rows + len(description.fingerprint) + 2 * kept + 40  # mask, fingerprint, kept positions, the rest of Begin
     round_trips = 2 * len(active) + 1
     rtt_s = _measured_rtt(model.link) if settings.rtt_ms is None else settings.rtt_ms / 1000
@@ -159,10 +161,10 @@ def _cloud_forward(settings: PlanSettings, model: SplitModel) -> float:
     best = math.inf
     with torch.no_grad(), model.disable_adapter():
         for _ in range(3):
-            before = model.meter.wait_s
+            before = model.meter.cloud_s
             # One kept position: the edge's head has nothing to do with this.
             model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1)
-            best = min(best, model.meter.wait_s - before)
+            best = min(best, model.meter.cloud_s - before)
     return best
 
 

@@ -213,7 +213,7 @@ class KillReviver:
 
     def _scores(self) -> dict[str, float]:
         """Of every active unit: the policy's measure, or the signal's."""
-        kind = self.config.signal if self.config.policy == "kr" else self.config.policy
+        kind = self.config.signal if self.config.policy in ("kr", "all") else self.config.policy
         return {name: self._score(name, kind) for name in self.active}
 
     def _score(self, name: str, kind: str) -> float:

@@ -2,6 +2,7 @@
 
 output/adapter_config.json, adapter_model.safetensors   the adapter, as peft writes it
 output/run.json                                          settings, versions, costs, how it ended
+output/log.jsonl                                         one line for every record of the trainer, loss and costs
 output/kr.jsonl                                          with Kill and Revive: why each unit is active or not
 output/checkpoints/checkpoint-N/                         what --resume continues from
 """
@@ -17,7 +18,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -41,6 +42,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from dlora.accounting import Meter
+from dlora.conversation import Wait
 from dlora.data import load_rows
 from dlora.edge import SplitModel, get_peft_model, load_adapter, load_tokenizer
 from dlora.errors import DataError, DivergedError, DLoRAError, UsageError
@@ -71,7 +73,7 @@ def train(settings: TrainSettings, link: Link) -> dict[str, Any]:
     trainer.remove_callback(ProgressCallback)
     for callback in (accounting, _Progress(), _StopOnSignal(), _StopOnDivergence()):
         trainer.add_callback(callback)
-    trainer.accounting = accounting
+    trainer.accounting, trainer.log_file = accounting, settings.output / "log.jsonl"
     if (config := settings.kill_revive) is not None:
         trainer.kill_revive = KillReviveCallback(config, settings.output / "kr.jsonl")
         trainer.add_callback(trainer.kill_revive)
@@ -101,6 +103,8 @@ class SplitTrainer(SFTTrainer):
     accounting: AccountingCallback | None = None
     kill_revive: KillReviveCallback | None = None
     stopped_by_signal = False
+    log_file: Path | None = None
+    _lines_written: int | None = None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add bytes, round trips, waiting and FLOPs since the last record of a training step."""
@@ -112,6 +116,15 @@ class SplitTrainer(SFTTrainer):
             logs["cost_share"] = reviver.active_share
             logs["cost_share_so_far"] = reviver.spent / max(1, self.state.global_step)
         super().log(logs, start_time)
+        if self.log_file is not None:
+            # All of it, as a resumed run takes its history from the checkpoint that it continues.
+            lines = [json.dumps(entry) + "\n" for entry in self.state.log_history]
+            if self._lines_written is None or self._lines_written > len(lines):
+                self.log_file.write_text("".join(lines))
+            else:
+                with self.log_file.open("a") as file:
+                    file.writelines(lines[self._lines_written :])
+            self._lines_written = len(lines)
 
 
 class AccountingCallback(TrainerCallback):
@@ -134,11 +147,13 @@ class AccountingCallback(TrainerCallback):
         cost, seconds = snapshot - self.last, max(now - self.last_time, 1e-9)
         self.last, self.last_time = snapshot, now
         return {
+            "seconds": seconds,
             "tokens_per_second": cost.tokens / seconds,
             "sent_mb": cost.sent_bytes / 1e6,
             "received_mb": cost.received_bytes / 1e6,
             "round_trips": cost.round_trips,
             "wait_seconds": cost.wait_s,
+            "cloud_seconds": cost.cloud_s,
             "edge_adapter_gflops": cost.adapter_flops / 1e9,
             "edge_head_gflops": cost.head_flops / 1e9,
             "cloud_gflops": (cost.cloud_forward_flops + cost.cloud_backward_flops) / 1e9,
@@ -431,7 +446,28 @@ def _summary(trainer: SplitTrainer, started: float) -> dict[str, Any]:
         "best_eval_loss": trainer.state.best_metric,
         "best_checkpoint": trainer.state.best_model_checkpoint,
         "cost": asdict(total),
+        "micro_batch": time_line(trainer.model.waits) if isinstance(trainer.model, SplitModel) else [],
     } | _kill_revive_summary(trainer)
+
+
+def time_line(waits: Sequence[Wait]) -> list[list[Any]]:
+    """The newest training micro-batch as [who, from, to] in seconds: the edge, the cloud, or the link between them.
+
+    What the cloud did not compute of a wait is the link's (or a queue's), half of it before and half after.
+    """
+    found: list[list[Any]] = []
+    for wait, before in zip(waits, (None, *waits[:-1]), strict=True):
+        zero, link = waits[0].start, (wait.end - wait.start - wait.cloud_s) / 2
+        marks = [wait.start, wait.start + link, wait.end - link, wait.end]
+        names = ["link", "cloud", "link"]
+        if before is not None:
+            marks, names = [before.end, *marks], ["edge", *names]
+        found += [
+            [name, round(start - zero, 6), round(end - zero, 6)]
+            for name, start, end in zip(names, marks, marks[1:], strict=False)
+            if end > start
+        ]
+    return found
 
 
 def _kill_revive_summary(trainer: SplitTrainer) -> dict[str, Any]:

@@ -303,13 +303,15 @@ class Done(_message.Message):
     def __init__(self, forward_flops: _Optional[int] = ..., backward_flops: _Optional[int] = ..., probe: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class CloudFrame(_message.Message):
-    __slots__ = ("input", "hidden", "delta_grads", "done")
+    __slots__ = ("input", "hidden", "delta_grads", "done", "compute_s")
     INPUT_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     DELTA_GRADS_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
     input: SiteInput
     hidden: Hidden
     delta_grads: DeltaGrads
     done: Done
-    def __init__(self, input: _Optional[_Union[SiteInput, _Mapping]] = ..., hidden: _Optional[_Union[Hidden, _Mapping]] = ..., delta_grads: _Optional[_Union[DeltaGrads, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ...) -> None: ...
+    compute_s: float
+    def __init__(self, input: _Optional[_Union[SiteInput, _Mapping]] = ..., hidden: _Optional[_Union[Hidden, _Mapping]] = ..., delta_grads: _Optional[_Union[DeltaGrads, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., compute_s: _Optional[float] = ...) -> None: ...
