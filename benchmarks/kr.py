@@ -40,81 +40,109 @@ TASK_BATCH_SIZE, TASK_ROWS = 8, 400  # commonsense rows are longer
 QKV = ["q_proj", "k_proj", "v_proj"]
 MLP = ["gate_proj", "up_proj"]
 # What a budget may cost in adapter FLOPs bounds the rank: the paper's claim is 18 % of FT's.
-FEW = (3e-3, 6e-3, 1.2e-2)
+FEW = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
+MANY = (1e-3, 2e-3, 4e-3, 8e-3)
+FEW_MLP = (2e-3, 4e-3, 8e-3, 1.6e-2)
 STAY = {"idle": "cloud", "revive": "none"}
 KR = {**STAY, "warmup": 0.03}
 START = {"idle": "cloud", "warmup": 0}  # from a spread set on; probes say what may come in
-OURS = {"bytes_of": "FT"}  # the budget is an eighth of FT's bytes on q, k, v, whatever the modules and the wire
+COVER = {**START, "cover": True}
+# An eighth of FT's bytes on q, k, v, whatever the modules and the wire; or another share of them.
+OURS = {"share_of_ft": 0.125}
 V = ["v_proj"]
+SPREAD = {"policy": "spread", "warmup": 0}
 
 
 # name -> (target modules, rank, wire, Kill-and-Revive options or None for FT, learning rates)
 ARMS: dict[str, tuple[list[str], int, str, dict[str, Any] | None, tuple[float, ...]]] = {
-    "FT": (QKV, 8, "plain", None, (1e-3, 2e-3, 4e-3)),
-    "FT rank 1": (QKV, 1, "plain", None, (2e-3, 4e-3, 8e-3)),
+    "FT": (QKV, 8, "plain", None, MANY),
+    "FT rank 1": (QKV, 1, "plain", None, (2e-3, 4e-3, 8e-3, 1.6e-2)),
     # an eighth of FT's bytes on q, k, v, plain wire
     "KR": (QKV, 12, "plain", KR, FEW),
     "KR paper": (QKV, 8, "plain", {"preset": "paper", "average": True}, FEW),
     "random": (QKV, 14, "plain", {"policy": "random", "warmup": 0}, FEW),
-    "spread": (QKV, 14, "plain", {"policy": "spread", "warmup": 0}, FEW),
-    "spread v": (V, 20, "plain", {"policy": "spread", "warmup": 0, **OURS}, FEW),
+    "spread": (QKV, 14, "plain", SPREAD, FEW),
+    "spread v": (V, 20, "plain", {**SPREAD, **OURS}, FEW),
     "KR v start": (V, 20, "plain", {**START, **OURS}, FEW),
+    "KR v cover": (V, 20, "plain", {**COVER, **OURS}, FEW),
     # ours: any modules, any exact wire, no more bytes than an eighth of FT on q, k, v
-    "FT gate,up": (MLP, 8, "factored", None, (1e-3, 2e-3, 4e-3)),
-    "spread gate,up": (MLP, 8, "factored", {"policy": "spread", "warmup": 0, **OURS}, (2e-3, 4e-3, 8e-3)),
-    "KR gate,up start": (MLP, 8, "factored", {**START, **OURS}, (2e-3, 4e-3, 8e-3)),
-    "KR gate,up": (MLP, 8, "factored", {**KR, **OURS}, (2e-3, 4e-3, 8e-3)),
+    "FT gate,up": (MLP, 8, "factored", None, MANY),
+    "spread gate,up": (MLP, 8, "factored", {**SPREAD, **OURS}, FEW_MLP),
+    "KR gate,up start": (MLP, 8, "factored", {**START, **OURS}, FEW_MLP),
+    "KR gate,up cover": (MLP, 8, "factored", {**COVER, "share_of_ft": 0.123}, FEW_MLP),
+    "KR gate,up": (MLP, 8, "factored", {**KR, **OURS}, FEW_MLP),
     # variants of KR, and more baselines
     "KR start": (QKV, 14, "plain", START, FEW),
     "KR modules start": (QKV, 14, "plain", {**START, "unit": "module", "prefer": "score_per_cost"}, FEW),
     "redraw": (QKV, 14, "plain", {"policy": "redraw", "warmup": 0, **STAY}, FEW),
     "last": (QKV, 14, "plain", {"policy": "last", "warmup": 0}, FEW),
     "KR v start random": (V, 20, "plain", {**START, **OURS, "revive": "random"}, FEW),
-    "KR q,k,v,gate,up start": (QKV + MLP, 8, "factored", {**START, **OURS}, (2e-3, 4e-3, 8e-3)),
+    "KR q,k,v,gate,up start": (QKV + MLP, 8, "factored", {**START, **OURS}, FEW_MLP),
     "KR v": (V, 20, "plain", {**KR, **OURS}, FEW),
     "KR v redraw": (V, 20, "plain", {"policy": "redraw", "warmup": 0, **STAY, **OURS}, FEW),
     "KR drop scored": (QKV, 12, "plain", {"warmup": 0.03}, FEW),
     "KR gradient": (QKV, 12, "plain", {**KR, "signal": "gradient"}, FEW),
-    "random gate,up": (MLP, 8, "factored", {"policy": "random", "warmup": 0, **OURS}, (2e-3, 4e-3, 8e-3)),
+    "random gate,up": (MLP, 8, "factored", {"policy": "random", "warmup": 0, **OURS}, FEW_MLP),
     "sensitivity once": (QKV, 12, "plain", {**KR, "policy": "sensitivity"}, FEW),
+    "KR gate,up cover random": (MLP, 8, "factored", {**COVER, "share_of_ft": 0.123, "revive": "random"}, FEW_MLP),
+    "KR gate,up cover drop": (
+        *(MLP, 8, "factored", {**COVER, "share_of_ft": 0.123, "revive": "random", "idle": "drop"}, FEW_MLP),
+    ),
+    "KR gate,up cover slow": (
+        *(MLP, 8, "factored", {**COVER, "share_of_ft": 0.123, "revive": "random", "interval": 40}, FEW_MLP),
+    ),
+    "KR v cover random": (V, 20, "plain", {**COVER, **OURS, "revive": "random"}, FEW),
+    "KR v cover drop": (V, 20, "plain", {**COVER, **OURS, "revive": "random", "idle": "drop"}, FEW),
+    # more bytes: where does a static set reach FT?
+    "spread v at 1/4": (V, 16, "plain", {**SPREAD, "share_of_ft": 0.25}, FEW),
+    "FT v": (V, 16, "plain", None, (2e-3, 4e-3, 8e-3, 1.6e-2)),
+    "spread gate,up at 1/5": (MLP, 8, "factored", {**SPREAD, "share_of_ft": 0.2}, FEW_MLP),
+    "spread gate,up at 3/10": (MLP, 8, "factored", {**SPREAD, "share_of_ft": 0.3}, FEW_MLP),
 }
 FINAL = (
     *("FT", "FT gate,up", "KR", "KR paper", "random", "redraw", "last", "spread"),
-    *("spread v", "KR gate,up", "spread gate,up", "FT rank 1"),
+    *("spread v", "KR v cover", "KR gate,up", "spread gate,up", "KR gate,up cover", "FT rank 1"),
+    *("spread v at 1/4", "FT v", "spread gate,up at 1/5", "spread gate,up at 3/10"),
 )
-TUNE = tuple(ARMS)
-SWEPT = (
-    *("FT", "spread gate,up", "KR gate,up", "FT gate,up", "spread", "KR", "spread v"),
-    *("random", "redraw", "last", "KR paper", "FT rank 1"),
+# Each of FINAL is tried at learning rates around the best, until the best is not the largest or the smallest tried.
+SWEPT = {
+    **{arm: ARMS[arm][4] for arm in FINAL},
+    "KR paper": FEW[:3],
+    "last": FEW[:3],
+    **dict.fromkeys(("KR v cover", "spread v at 1/4"), FEW[1:]),
+    **dict.fromkeys(("spread gate,up at 1/5", "spread gate,up at 3/10", "KR gate,up cover"), FEW_MLP[1:]),
+}
+TRIED = (  # variants that got no sweep: (arm, learning rates)
+    *(("KR gate,up cover", 8e-3), ("KR v cover", 1.2e-2), ("KR gate,up cover random", 8e-3)),
+    *(("KR v cover random", 1.2e-2), ("KR gate,up cover drop", 8e-3), ("KR v cover drop", 1.2e-2)),
+    *(("KR gate,up cover slow", 8e-3), ("KR gate,up start", 8e-3)),
+    *(("KR v start", 6e-3), ("KR start", 6e-3), ("KR modules start", 6e-3), ("KR v start random", 6e-3)),
+    *(("KR q,k,v,gate,up start", 4e-3), ("KR gate,up start", 4e-3), ("KR v", 6e-3), ("KR v redraw", 6e-3)),
+    *(("KR drop scored", 6e-3), ("KR gradient", 6e-3), ("random gate,up", 4e-3), ("sensitivity once", 6e-3)),
 )
 TASKS = ("arc_easy", "openbookqa", "social_iqa", "boolq")
-TASK_ARMS = ("FT", "KR gate,up", "KR", "random")
 
 
 def specs(done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Runs in order: every arm at its middle learning rate, then the others, then the final arms, then other tasks."""
-    for arm in TUNE:
-        yield {"stage": "tune", "task": "banking77", "arm": arm, "learning_rate": ARMS[arm][4][1], "seed": 0}
-    for arm in SWEPT:
-        for rate in ARMS[arm][4]:
+    """Runs in order: variants, every final arm at its learning rates, other tasks, the final arms."""
+    for arm, rate in TRIED:
+        yield {"stage": "tune", "task": "banking77", "arm": arm, "learning_rate": rate, "seed": 0}
+    for arm, rates in SWEPT.items():
+        for rate in rates:
             yield {"stage": "tune", "task": "banking77", "arm": arm, "learning_rate": rate, "seed": 0}
-    for task in TASKS:
-        yield {"stage": "task", "task": task, "arm": "FT", "learning_rate": ARMS["FT"][4][0], "seed": 0}
+    for rate in (MANY[0], MANY[2]):
+        for task in TASKS:
+            yield {"stage": "task", "task": task, "arm": "FT", "learning_rate": rate, "seed": 0}
     for seed in SEEDS:
         for arm in FINAL:
-            yield {
-                "stage": "final",
-                "task": "banking77",
-                "arm": arm,
-                "learning_rate": best_rate(done, arm),
-                "seed": seed,
-            }
+            rate = best_rate(done, arm)
+            yield {"stage": "final", "task": "banking77", "arm": arm, "learning_rate": rate, "seed": seed}
 
 
 def best_rate(done: list[dict[str, Any]], arm: str) -> float | None:
     """The learning rate that tuned best; None while a run of it is missing."""
     runs = [run for run in done if run["stage"] == "tune" and run["arm"] == arm]
-    if {run["learning_rate"] for run in runs} < set(ARMS[arm][4]):
+    if not set(SWEPT[arm]) <= {run["learning_rate"] for run in runs}:
         return None
     best: float = max(runs, key=lambda run: run["accuracy"])["learning_rate"]
     return best
@@ -247,10 +275,10 @@ def one(spec: dict[str, Any], link: Any, tokenizer: Any, data: Path) -> dict[str
     if options is not None:
         options = dict(options)
         preset = options.pop("preset", "on")
-        if options.pop("bytes_of", None):  # an eighth of FT's bytes on q, k, v, as a share of this arm's own FT
+        if share := options.pop("share_of_ft", None):  # of FT's bytes on q, k, v, as a share of this arm's own FT
             torch.manual_seed(0)
             qkv = LoraConfig(r=8, target_modules=QKV, task_type="CAUSAL_LM")
-            budget = 0.125 * elements(costs_of(dlora.get_peft_model(link, qkv))) / elements(costs_of(model))
+            budget = share * elements(costs_of(dlora.get_peft_model(link, qkv))) / elements(costs_of(model))
             options["budget"] = min(1.0, budget)
         reviver = KillReviver(model, from_options(preset, options | {"seed": spec["seed"]}), STEPS)
     optimizer = torch.optim.AdamW(

@@ -109,6 +109,18 @@ def test_score_per_cost_prefers_what_costs_little() -> None:
     assert chosen("score_per_cost") == {"u3.q", "u3.v"}
 
 
+def test_cover_keeps_one_unit_for_each_band() -> None:
+    """With `cover` every band has one unit, the weakest is replaced by the best of its band, and the budget holds."""
+    cover = config(cover=True, revive="scored", revive_share=0.25)
+    active, probes = {"u0", "u2", "u4", "u6"}, {"u1": 9.0, "u3": 1.0, "u5": 1.0, "u7": 8.0}
+    found = choose(cover, active=active, scores={"u0": 5.0, "u2": 4.0, "u4": 1.0, "u6": 3.0}, probes=probes)
+    assert found.active == {"u0", "u2", "u5", "u6"}
+    reasons = {record.unit: record.reason for record in found.records}
+    assert reasons["u4"] == "killed" and reasons["u5"] == "revived, scored" and reasons["u0"] == "kept"
+    assert COSTS.share({m for unit in UNITS if unit.name in found.active for m in unit.modules}) <= 0.5
+    assert choose(config(cover=True)).active == {"u1", "u3", "u5", "u7"}  # after a warm-up: the best of each band
+
+
 def test_revival_uses_its_share() -> None:
     """A part of the budget goes to idle units: by lot, repeatably, or to the largest gradients."""
     active = ["u4", "u5", "u6", "u7"]

@@ -62,6 +62,9 @@ class KillReviveConfig:
     prefer: Literal["score", "score_per_cost"] = "score"
     """Which units are best: those of the highest score, or of the highest score for what each adds to the cost. The
     second favours small modules, and modules of sites that others pay for already: unit module makes use of it."""
+    cover: bool = False
+    """Keep the units spread: one for each of as many bands of consecutive units as fit the budget. Those that change
+    least are killed, for `revive_share` of the budget, and others of their own bands come back."""
     hysteresis: float = 0.1
     """A unit that was active for longer than one interval counts with its score times 1 + this."""
     schedule: Literal["constant", "cubic"] = "constant"
@@ -243,6 +246,9 @@ def decide(
     order = sorted((unit for unit in units if unit.name in active), key=lambda unit: -standing[unit.name])
     idle = [unit for unit in units if unit.name not in active]
     revives = config.revive if idle else "none"
+    if config.cover:
+        chosen, reasons = _fill_bands(config, units, order, idle, costs, allowed, probes, lots)
+        return _decision(step, units, chosen, {**probes, **scores}, order, reasons)
     fill = _fill_by_worth if config.prefer == "score_per_cost" else _fill
     kept = fill(order, [], costs, allowed * (1 - config.revive_share) if revives != "none" else allowed, standing)
     reasons = {unit.name: "kept" for unit in kept}
@@ -294,6 +300,42 @@ def _fill_by_worth(
             left.remove(best)
             modules |= set(best.modules)
     return found
+
+
+def _fill_bands(
+    config: KillReviveConfig,
+    units: Sequence[Unit],
+    order: Sequence[Unit],
+    idle: Sequence[Unit],
+    costs: Costs,
+    allowed: float,
+    probes: Mapping[str, float],
+    lots: random.Random,
+) -> tuple[list[Unit], dict[str, str]]:
+    """One unit for each band: the best of its active ones, or in the weakest bands a revived one."""
+    count = len(_spread(units, costs, allowed))
+    band = {unit.name: i * count // len(units) for i, unit in enumerate(units)}
+    kept: dict[int, Unit] = {}
+    for unit in order:
+        kept.setdefault(band[unit.name], unit)
+    comers: dict[int, Unit] = {}
+    scored = config.revive == "scored"
+    ranked = sorted(idle, key=lambda unit: -probes.get(unit.name, 0.0)) if scored else lots.sample(idle, len(idle))
+    for unit in ranked:
+        comers.setdefault(band[unit.name], unit)
+    if config.revive == "none":  # only to fill what no active unit covers
+        weakest: list[int] = []
+    else:
+        weakest = list(reversed(kept))[: max(1, round(config.revive_share * count))]
+    picked = {
+        i: comers[i] if i in comers and (i in weakest or i not in kept) else kept[i]
+        for i in range(count)
+        if i in comers or i in kept
+    }
+    names = {unit.name for unit in kept.values()}
+    # Kept ones first: should a change of the lowest site cost too much, it is a revived one that waits.
+    chosen = _fill(sorted(picked.values(), key=lambda unit: unit.name not in names), [], costs, allowed)
+    return chosen, {u.name: "kept" if u.name in names else f"revived, {config.revive}" for u in chosen}
 
 
 def _baseline_order(
