@@ -30,6 +30,7 @@ from dlora.settings import (
     InfoSettings,
     MergeSettings,
     PlanSettings,
+    ReportSettings,
     ServeSettings,
     TrainSettings,
 )
@@ -45,6 +46,7 @@ _SWITCHES = (
     "--exact_match",
     "--check",
 )  # may stand without true
+_RUNS = "Folders of runs, as `dlora train` writes them; the others are compared with the first."
 _EPILOG = "Every command: dlora COMMAND --help. Settings can also come from a YAML file with --config."
 
 
@@ -113,7 +115,10 @@ def _parser() -> ArgumentParser:
     for name, (settings, _, text) in _COMMANDS.items():
         command = ArgumentParser(prog=f"dlora {name}", description=text)
         command.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these settings.")
-        command.add_class_arguments(settings)
+        positional = {"runs"} if settings is ReportSettings else set()
+        command.add_class_arguments(settings, skip=positional)
+        for word in positional:
+            command.add_argument(word, nargs="+", type=Path, help=_RUNS)
         commands.add_subcommand(name, command, help=text)
     return parser
 
@@ -445,6 +450,15 @@ def _plan(values: dict[str, Any]) -> int:
     return 0
 
 
+def _report(values: dict[str, Any]) -> int:
+    settings = ReportSettings(**values)
+    from dlora.report import write_report
+
+    for file in write_report(settings.runs, settings.output):
+        print(file)
+    return 0
+
+
 _COMMANDS: dict[str, tuple[type, Callable[[dict[str, Any]], int], str]] = {
     "serve": (ServeSettings, _serve, "Cloud: load a model, freeze it, and serve edges until Ctrl-C."),
     "train": (TrainSettings, _train, "Edge: train an adapter with private data against a server."),
@@ -454,6 +468,7 @@ _COMMANDS: dict[str, tuple[type, Callable[[dict[str, Any]], int], str]] = {
     "api": (ApiSettings, _api, "Edge: an OpenAI-compatible server on loopback, over a private adapter."),
     "info": (InfoSettings, _info, "What a server serves, and what an adapter folder holds."),
     "plan": (PlanSettings, _plan, "Edge: bytes, round trips and seconds of a training step, before anything is run."),
+    "report": (ReportSettings, _report, "Figures of one or several runs: one HTML file, and PNGs."),
     "merge": (MergeSettings, _merge, "Write base model plus adapter as one full model, where the base is at hand."),
     "demo": (DemoSettings, _demo, "Server and edge in two processes on this machine: train, compare before and after."),
 }

@@ -21,6 +21,7 @@ __all__ = [
     "InfoSettings",
     "MergeSettings",
     "PlanSettings",
+    "ReportSettings",
     "SamplingSettings",
     "ServeSettings",
     "TrainSettings",
@@ -461,6 +462,16 @@ class InfoSettings:
         """Raises UsageError if there is nothing to look at."""
         if self.server is None and self.adapter is None:
             raise UsageError("give --server, --adapter, or both")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSettings:
+    """Settings of `dlora report`."""
+
+    runs: list[Path]
+    """Folders of runs, as `dlora train` writes them; the first is the one that others are compared with."""
+    output: Path = Path("report")
+    """Folder for report.html and the figures as PNG files."""
 
 
 @dataclass(frozen=True, kw_only=True)

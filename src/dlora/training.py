@@ -107,8 +107,8 @@ class SplitTrainer(SFTTrainer):
     _lines_written: int | None = None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add bytes, round trips, waiting and FLOPs since the last record of a training step."""
-        if self.accounting is not None and "loss" in logs:
+        """Add bytes, round trips, waiting and FLOPs since the last record: those of steps, or of an evaluation."""
+        if self.accounting is not None and ("loss" in logs or "eval_loss" in logs):
             logs.update(self.accounting.since_last_log())
         if self.kill_revive is not None and self.kill_revive.reviver is not None and "loss" in logs:
             reviver = self.kill_revive.reviver
