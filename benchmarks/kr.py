@@ -2,6 +2,7 @@
 
     python benchmarks/kr.py run --data FOLDER --minutes 60   # go on for about so long; run again to continue
     python benchmarks/kr.py table                            # what there is so far
+    python benchmarks/kr.py figure                           # docs/images/kr-front.png
 
 FOLDER holds banking77/{train,eval}.jsonl with `prompt` and `completion`, and commonsense/TASK/{train,eval}.jsonl with
 `instruction`, `choices` and `answer`. One JSON line a finished run goes to benchmarks/results/kr.jsonl; runs that are
@@ -400,30 +401,138 @@ def run(data: Path, minutes: float) -> None:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown of all runs so far; bytes and FLOPs beside those of FT on q, k, v."""
-    full = next((run for run in runs if run["arm"] == "FT"), None)
+    """Markdown of the final runs: accuracy with its interval, and what it cost beside FT on q, k, v."""
+    finals = by_arm(runs)
+    full = finals["FT"]
     lines = [
-        "| stage | arm | learning rate | seed | accuracy | ± | eval loss | bytes, % of FT | adapter FLOPs, % |",
+        "| arm | on | wire | learning rate | accuracy (seeds) | against FT | bytes, % | adapter FLOPs, % | |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for run in sorted(runs, key=lambda run: (run["stage"] != "final", run["arm"], run["learning_rate"], run["seed"])):
-        share = [100 * run[name] / full[name] if full else math.nan for name in ("bytes", "adapter_flops")]
-        p = run["accuracy"]
-        half = 1.96 * math.sqrt(p * (1 - p) / run["rows"])
+    for arm in FINAL:
+        if arm not in finals:
+            continue
+        mine = finals[arm]
+        targets, rank, wire, *_ = ARMS[arm]
+        shown = ", ".join(f"{mine[seed]['accuracy']:.3f}" for seed in sorted(mine))
+        mean = statistics.fmean(run["accuracy"] for run in mine.values())
         lines.append(
-            f"| {run['stage']} | {run['arm']} | {run['learning_rate']:g} | {run['seed']} | {p:.3f} | {half:.3f} | "
-            f"{run['eval_loss']:.3f} | {share[0]:.1f} | {share[1]:.1f} |"
+            f"| {arm} | {', '.join(name.removesuffix('_proj') for name in targets)} r={rank} | {wire} | "
+            f"{mine[min(mine)]['learning_rate']:g}{at_the_edge(runs, arm)} | **{mean:.3f}** ({shown}) | "
+            f"{interval(mine, full)} | {share(mine, full, 'bytes'):.1f} | {share(mine, full, 'adapter_flops'):.1f} | "
+            f"{'' if arm == 'FT' else verdict(mine, full)} |"
         )
     return "\n".join(lines)
+
+
+def trials(runs: list[dict[str, Any]]) -> str:
+    """Markdown of every tuning run, best first: the variants that failed are here too."""
+    tuned = sorted((run for run in runs if run["stage"] == "tune"), key=lambda run: -run["accuracy"])
+    full = next(run for run in tuned if run["arm"] == "FT")
+    lines = ["| arm | learning rate | accuracy | eval loss | bytes, % of FT |", "|---|---|---|---|---|"]
+    for run in tuned:
+        lines.append(
+            f"| {run['arm']} | {run['learning_rate']:g} | {run['accuracy']:.3f} | {run['eval_loss']:.3f} | "
+            f"{100 * run['bytes'] / full['bytes']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def tasks(runs: list[dict[str, Any]]) -> str:
+    """Markdown of the choice tasks on which FT was tried."""
+    lines = ["| task | rows | majority | base | FT, learning rate 0.001 | 0.004 |", "|---|---|---|---|---|---|"]
+    for task in TASKS:
+        mine = {run["learning_rate"]: run for run in runs if run["stage"] == "task" and run["task"] == task}
+        if mine:
+            one = next(iter(mine.values()))
+            cells = [f"{mine[rate]['accuracy']:.3f}" if rate in mine else "" for rate in (MANY[0], MANY[2])]
+            lines.append(
+                f"| {task} | {one['rows']} | {one['majority']:.3f} | {one['base_accuracy']:.3f} | {' | '.join(cells)} |"
+            )
+    return "\n".join(lines)
+
+
+def by_arm(runs: list[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
+    """Arm and seed to its final run at the learning rate that tuned best."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for run in runs:
+        if run["stage"] == "final" and run["arm"] in FINAL and run["learning_rate"] == best_rate(runs, run["arm"]):
+            found.setdefault(run["arm"], {})[run["seed"]] = run
+    return found
+
+
+def at_the_edge(runs: list[dict[str, Any]], arm: str) -> str:
+    """A mark where the best learning rate is the largest or smallest that was tried: it may not be the best."""
+    tried = {run["learning_rate"] for run in runs if run["stage"] == "tune" and run["arm"] == arm}
+    return " (edge)" if best_rate(runs, arm) in (min(tried), max(tried)) else ""
+
+
+def share(mine: dict[int, Any], full: dict[int, Any], name: str) -> float:
+    """Percent of FT, over the seeds that both have."""
+    seeds = mine.keys() & full.keys()
+    return 100 * sum(mine[seed][name] for seed in seeds) / sum(full[seed][name] for seed in seeds)
+
+
+def differences(mine: dict[int, Any], full: dict[int, Any]) -> list[float]:
+    """Accuracy less FT's, seed by seed."""
+    return [mine[seed]["accuracy"] - full[seed]["accuracy"] for seed in sorted(mine.keys() & full.keys())]
+
+
+def interval(mine: dict[int, Any], full: dict[int, Any]) -> str:
+    """Mean difference to FT with the 95 % t-interval over seeds."""
+    gaps = differences(mine, full)
+    if mine is full:
+        return ""
+    quantile = {2: 12.71, 3: 4.30}.get(len(gaps))
+    half = f" ± {quantile * statistics.stdev(gaps) / math.sqrt(len(gaps)):.3f}" if quantile else ""
+    return f"{statistics.fmean(gaps):+.3f}{half}"
+
+
+def verdict(mine: dict[int, Any], full: dict[int, Any]) -> str:
+    """PASS: the mean over seeds is at most the margin below FT."""
+    return "PASS" if statistics.fmean(differences(mine, full)) >= -MARGIN else "MISS"
+
+
+def figure(runs: list[dict[str, Any]], file: Path) -> None:
+    """Accuracy against bytes, every arm on it; a bar spans the seeds."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    finals = by_arm(runs)
+    canvas, panel = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    colours = {"KR": "#d95f02", "FT": "#333333", "sp": "#1f78b4"}
+    for arm, mine in finals.items():
+        x = share(mine, finals["FT"], "bytes")
+        values = [run["accuracy"] for run in mine.values()]
+        colour = colours.get(arm[:2], "#999999")
+        panel.plot([x, x], [min(values), max(values)], color=colour, lw=2)
+        panel.plot(x, statistics.fmean(values), "o", color=colour)
+        panel.annotate(arm, (x, statistics.fmean(values)), xytext=(6, -3), textcoords="offset points", fontsize=8)
+    panel.axvline(12.5, color="#bbbbbb", ls="--", lw=1)
+    panel.set_xscale("log")
+    panel.set_xticks([10, 12.5, 20, 30, 50, 100], ["10", "12.5", "20", "30", "50", "100"])
+    panel.set_xticks([], minor=True)
+    panel.set_xlim(8, 160)
+    panel.set_xlabel("bytes of the whole run, % of FT on q, k, v (plain wire)")
+    panel.set_ylabel("Banking77, exact match on 1500 held-out rows")
+    panel.grid(alpha=0.3)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    canvas.savefig(file, dpi=110)
 
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("what", choices=("run", "table", "figure"))
     parser.add_argument("--data", type=Path, help="folder of the task data")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after so long")
     arguments = parser.parse_args()
     if arguments.what == "run" and arguments.data is None:
         parser.error("run wants --data FOLDER")
-    run(arguments.data, arguments.minutes) if arguments.what == "run" else print(table(load_results()))
+    if arguments.what == "run":
+        run(arguments.data, arguments.minutes)
+    elif arguments.what == "figure":
+        figure(load_results(), HERE.parent / "docs/images/kr-front.png")
+    else:
+        print("\n\n".join(part(load_results()) for part in (table, tasks, trials)))
