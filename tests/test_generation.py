@@ -257,10 +257,10 @@ def test_idle_cache_is_made_again(cloud_models: Callable[[str], CloudModel], tmp
         cache = dlora.CloudCache()
         first = generated(split, ECHO, past_key_values=cache, **GREEDY)
         deadline = time.monotonic() + 20
-        while (server._servicer.pipes or server._servicer.inflight_bytes) and time.monotonic() < deadline:
+        while (server._servicer.pipes or server._servicer.tenancy.inflight_bytes) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not server._servicer.pipes
-        assert server._servicer.inflight_bytes == 0
+        assert server._servicer.tenancy.inflight_bytes == 0
         longer = one_prompt([*first[0].tolist(), 17])
         got = generated(split, longer, past_key_values=cache, **GREEDY)
         assert split.meter.retries == 1
@@ -290,9 +290,9 @@ def test_answer_frees_the_cloud(links: Links, cloud_models: Callable[[str], Clou
         with pytest.raises(KeyboardInterrupt):
             generated(split, ECHO, streamer=Stop(), **GREEDY)
         deadline = time.monotonic() + 20
-        while (server._servicer.pipes or server._servicer.inflight_bytes) and time.monotonic() < deadline:
+        while (server._servicer.pipes or server._servicer.tenancy.inflight_bytes) and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert not server._servicer.pipes and server._servicer.inflight_bytes == 0
+        assert not server._servicer.pipes and server._servicer.tenancy.inflight_bytes == 0
         link.close()
 
 
@@ -309,9 +309,11 @@ def test_cache_is_charged_before_it_is_made(tmp_path: Path) -> None:
         with torch.no_grad():
             split(**ECHO, past_key_values=cache, use_cache=True)
         deadline = time.monotonic() + 20  # while the edge thinks, the cache alone is reserved
-        while server._servicer.inflight_bytes != 250 * cloud.cache_bytes_per_token and time.monotonic() < deadline:
+        while (
+            server._servicer.tenancy.inflight_bytes != 250 * cloud.cache_bytes_per_token and time.monotonic() < deadline
+        ):
             time.sleep(0.02)
-        assert server._servicer.inflight_bytes == 250 * cloud.cache_bytes_per_token
+        assert server._servicer.tenancy.inflight_bytes == 250 * cloud.cache_bytes_per_token
         split.retry = dlora.RetryPolicy(give_up_after_s=0.1)
         other = dlora.CloudCache(expected_length=250)
         with torch.no_grad(), pytest.raises(PeerLost, match="busy"):

@@ -21,6 +21,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings 
 
 from dlora.errors import DLoRAError, UsageError
 from dlora.settings import (
+    LOOPBACK,
     ApiSettings,
     ChatSettings,
     DemoSettings,
@@ -28,10 +29,12 @@ from dlora.settings import (
     EvalSettings,
     GenerateSettings,
     InfoSettings,
+    KeysSettings,
     MergeSettings,
     PlanSettings,
     ReportSettings,
     ServeSettings,
+    StatusSettings,
     TrainSettings,
 )
 from dlora.version import __version__
@@ -45,9 +48,31 @@ _SWITCHES = (
     "--chat",
     "--exact_match",
     "--check",
+    "--tls",
+    "--insecure",
+    "--watch",
 )  # may stand without true
-_RUNS = "Folders of runs, as `dlora train` writes them; the others are compared with the first."
 _EPILOG = "Every command: dlora COMMAND --help. Settings can also come from a YAML file with --config."
+
+
+# Words without a flag: of which command, and what they are.
+_POSITIONAL: dict[type, dict[str, dict[str, Any]]] = {
+    ReportSettings: {
+        "runs": {
+            "nargs": "+",
+            "type": Path,
+            "help": "Folders of runs, as `dlora train` writes them; the others are compared with the first.",
+        }
+    },
+    KeysSettings: {
+        "action": {
+            "choices": ("init", "server", "tenant", "token", "certificate", "revoke", "list"),
+            "help": "init: a new folder with authority and server certificate. server: a new server certificate. "
+            "tenant: set a tenant's limits. token, certificate: give a tenant a new one. revoke: take back one, or all "
+            "of a tenant. list: show what there is.",
+        }
+    },
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -115,10 +140,10 @@ def _parser() -> ArgumentParser:
     for name, (settings, _, text) in _COMMANDS.items():
         command = ArgumentParser(prog=f"dlora {name}", description=text)
         command.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these settings.")
-        positional = {"runs"} if settings is ReportSettings else set()
-        command.add_class_arguments(settings, skip=positional)
-        for word in positional:
-            command.add_argument(word, nargs="+", type=Path, help=_RUNS)
+        positional = _POSITIONAL.get(settings, {})
+        command.add_class_arguments(settings, skip=set(positional))
+        for word, options in positional.items():
+            command.add_argument(word, **options)
         commands.add_subcommand(name, command, help=text)
     return parser
 
@@ -129,8 +154,9 @@ def _serve(values: dict[str, Any]) -> int:
     from transformers.utils import logging as transformers_logging
 
     from dlora.cloud import CloudModel, Limits
+    from dlora.identity import Identities
     from dlora.load import load_model
-    from dlora.server import Server, ServerOptions
+    from dlora.server import Server, ServerOptions, TlsFiles
 
     transformers_logging.set_verbosity_error()
     if not sys.stderr.isatty():
@@ -158,24 +184,51 @@ def _serve(values: dict[str, Any]) -> int:
         max_streams=settings.max_streams,
         compute_slots=settings.compute_slots,
         edge_timeout_s=settings.edge_timeout_s,
+        drain_s=settings.drain_s,
     )
-    if settings.host not in ("127.0.0.1", "localhost", "::1", "[::1]"):
+    tls = None
+    if settings.tls_cert is not None and settings.tls_key is not None:
+        tls = TlsFiles(certificate=settings.tls_cert, key=settings.tls_key, client_ca=settings.client_ca)
+    elif settings.keys is not None:
+        server_files = settings.keys / "server.pem", settings.keys / "server.key"
+        tls = TlsFiles(certificate=server_files[0], key=server_files[1], client_ca=settings.client_ca)
+    identities = settings.identities or (settings.keys and settings.keys / "identities.json")
+    if settings.host not in LOOPBACK and settings.insecure:
         print(
-            f"warning: {settings.host} is not loopback, and nothing is encrypted or authenticated yet", file=sys.stderr
+            f"warning: {settings.host} is not loopback: anybody who reaches it can use this server"
+            + ("" if tls else ", and read and change what travels"),
+            file=sys.stderr,
         )
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     modules = [module for site in cloud.sites for module in site.modules if module.allowed]
-    with Server(cloud, loaded.tokenizer, host=settings.host, port=settings.port, options=options) as server:
+    server = Server(
+        cloud,
+        loaded.tokenizer,
+        host=settings.host,
+        port=settings.port,
+        options=options,
+        tls=tls,
+        identities=None if identities is None else Identities(identities),
+        audit=settings.audit_log,
+    )
+    with ExitStack() as stack:
+        if settings.metrics_port is not None:
+            from dlora.metrics import serve_metrics
+
+            stack.enter_context(serve_metrics(server, settings.metrics_port))
+        stack.enter_context(server)
         print(
             f"model      {loaded.model_id}, {settings.dtype} on {settings.device}, fingerprint {cloud.fingerprint[:12]}"
         )
         print(f"adapters   {len(modules)} modules at {len(cloud.sites)} sites may be adapted")
+        identity = "none: everybody may use it" if identities is None else str(identities)
+        print(f"access     {'TLS' if tls else 'plaintext'}, identities: {identity}")
         print(f"memory     {cloud.bytes_per_token / 2**10:.0f} KiB of activations a training token")
         print(f"ready      {server.address}", flush=True)
         stop.wait()
-        print("stopping", flush=True)
+        print(f"stopping: streams in flight have {settings.drain_s:.0f} s", flush=True)
     return 0
 
 
@@ -183,11 +236,11 @@ def _train(values: dict[str, Any]) -> int:
     settings = TrainSettings(**values)
     from transformers.utils import logging as transformers_logging
 
-    from dlora.client import connect
+    from dlora.client import Access, connect
     from dlora.training import train
 
     transformers_logging.set_verbosity_error()
-    link = connect(settings.server)
+    link = connect(settings.server, access=Access(**settings.access))
     try:
         record = train(settings, link)
     finally:
@@ -241,12 +294,12 @@ def _loaded(settings: EdgeSettings, adapter: Path | None) -> Iterator[tuple[Any,
     """Connect and load: (split model, tokenizer). Ends the connection afterwards."""
     from transformers.utils import logging as transformers_logging
 
-    from dlora.client import connect
+    from dlora.client import Access, connect
     from dlora.edge import load_tokenizer
     from dlora.inference import load_for_inference
 
     transformers_logging.set_verbosity_error()
-    link = connect(settings.server)
+    link = connect(settings.server, access=Access(**settings.access))
     try:
         tokenizer = load_tokenizer(link)
         model = load_for_inference(
@@ -380,7 +433,7 @@ def _api(values: dict[str, Any]) -> int:
     with _loaded(settings, settings.adapter) as (model, tokenizer):
         name = settings.name or (settings.adapter.resolve().name if settings.adapter else None)
         name = name or model.link.description.model_id
-        local = settings.host in ("127.0.0.1", "localhost", "::1", "[::1]")
+        local = settings.host in LOOPBACK
         if not local:
             print(f"warning: {settings.host} is not loopback: others may use the adapter", file=sys.stderr)
         app = build_app(
@@ -403,12 +456,12 @@ def _api(values: dict[str, Any]) -> int:
 
 def _info(values: dict[str, Any]) -> int:
     settings = InfoSettings(**values)
-    from dlora.client import connect
+    from dlora.client import Access, connect
     from dlora.info import describe_adapter, describe_server
 
     description = None
     if settings.server is not None:
-        link = connect(settings.server)
+        link = connect(settings.server, access=Access(**settings.access))
         description = link.description
         link.close()
         for name, value in describe_server(settings.server, description):
@@ -421,10 +474,10 @@ def _info(values: dict[str, Any]) -> int:
 
 def _plan(values: dict[str, Any]) -> int:
     settings = PlanSettings(**values)
-    from dlora.client import connect
+    from dlora.client import Access, connect
     from dlora.planner import check, plan
 
-    link = connect(settings.server)
+    link = connect(settings.server, access=Access(**settings.access))
     try:
         model, found = plan(settings, link)
         traffic = found.sent_bytes + found.received_bytes
@@ -450,6 +503,54 @@ def _plan(values: dict[str, Any]) -> int:
     return 0
 
 
+def _keys(values: dict[str, Any]) -> int:
+    settings = KeysSettings(**values)
+    try:
+        from dlora import keys
+    except ImportError as error:
+        raise UsageError('`dlora keys` makes certificates with cryptography: pip install "dlora[server]"') from error
+    folder, tenant, hosts = settings.folder, settings.tenant or "", [h.strip() for h in settings.hosts.split(",")]
+    if settings.action == "init":
+        keys.make_authority(folder, hosts, settings.days)
+        print(f"{folder}/ca.pem    give this to edges: --tls_ca ca.pem")
+        print(f"serve      dlora serve --keys {folder} --host 0.0.0.0 ...")
+        print(f"next       dlora keys token --folder {folder} --tenant NAME")
+    elif settings.action == "server":
+        keys.make_server_certificate(folder, hosts, settings.days)
+        print(f"{folder}/server.pem    for {', '.join(hosts)}; a running server takes it up")
+    elif settings.action == "tenant":
+        keys.set_tenant(folder, tenant, settings.limits)
+        print(f"tenant     {tenant}")
+    elif settings.action == "token":
+        name, token = keys.add_token(folder, tenant, settings.days)
+        print(f"id {name} for {tenant}, {settings.days} days. Shown once, kept as a hash only:", file=sys.stderr)
+        print(token)
+    elif settings.action == "certificate":
+        name, file = keys.add_certificate(folder, tenant, settings.days)
+        print(f"{file}.pem, {file}.key    hand both to {tenant}, then delete the key here")
+        print(f"id         {name}")
+    elif settings.action == "revoke":
+        count = keys.revoke(folder, settings.id or tenant)
+        print(f"revoked {count}; running servers refuse them within seconds")
+    else:
+        for kind, owner, name, expires in keys.listing(folder):
+            print(f"{kind:12} {owner:20} {name[:16]:18} until {expires[:10]}")
+    return 0
+
+
+def _status(values: dict[str, Any]) -> int:
+    settings = StatusSettings(**values)
+    from dlora.metrics import read_status
+
+    while True:
+        text = "\n".join(read_status(settings.metrics_port))
+        if not settings.watch:
+            print(text)
+            return 0
+        print(f"\033[2J\033[H{text}", flush=True)
+        time.sleep(2)
+
+
 def _report(values: dict[str, Any]) -> int:
     settings = ReportSettings(**values)
     from dlora.report import write_report
@@ -461,6 +562,8 @@ def _report(values: dict[str, Any]) -> int:
 
 _COMMANDS: dict[str, tuple[type, Callable[[dict[str, Any]], int], str]] = {
     "serve": (ServeSettings, _serve, "Cloud: load a model, freeze it, and serve edges until Ctrl-C."),
+    "keys": (KeysSettings, _keys, "Cloud: certificates, tenants and tokens for a server of one's own."),
+    "status": (StatusSettings, _status, "Cloud: who uses a server on this machine, and how much."),
     "train": (TrainSettings, _train, "Edge: train an adapter with private data against a server."),
     "generate": (GenerateSettings, _generate, "Edge: answer a prompt, standard input, or a file of prompts."),
     "chat": (ChatSettings, _chat, "Edge: talk with the model and a private adapter."),

@@ -6,9 +6,11 @@ import hashlib
 import logging
 import queue
 import re
+import socket
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,11 +21,12 @@ from tqdm.auto import tqdm
 from dlora.cache import default_cache
 from dlora.edge_files import ALLOWED_FILES
 from dlora.errors import AdapterMissing, PeerError, PeerLost, UsageError, WireError
+from dlora.private_files import check_private
 from dlora.proto import dlora_pb2 as pb
 from dlora.proto import dlora_pb2_grpc as rpc
-from dlora.wire import PROTOCOL_VERSION, RETRY_AFTER_KEY, channel_options
+from dlora.wire import PROTOCOL_VERSION, RETRY_AFTER_KEY, TOKEN_KEY, TOKEN_PREFIX, channel_options
 
-__all__ = ["GrpcLink", "connect"]
+__all__ = ["Access", "GrpcLink", "connect"]
 
 log = logging.getLogger(__name__)
 
@@ -38,65 +41,130 @@ _TRY_AGAIN: Final = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """How an edge shows who it is, and knows whom it talks to."""
+
+    tls: bool = False
+    """Encrypt, and trust the authorities that gRPC comes with. Any of the files below says so as well."""
+    ca: Path | None = None
+    """PEM file of the authority to trust instead."""
+    certificate: Path | None = None
+    """PEM file of a client certificate, with `key`."""
+    key: Path | None = None
+    token: str | None = field(default=None, repr=False)
+    """Bearer token; sent over TLS, or to this machine itself, and never else."""
+
+    def channel(self, address: str) -> tuple[grpc.Channel, tuple[tuple[str, str], ...]]:
+        """A channel and the metadata of its calls. Raises UsageError for files that cannot be used."""
+        options = [
+            *channel_options(),
+            # gRPC would wait up to 2 minutes between its own attempts; RetryPolicy paces ours.
+            ("grpc.initial_reconnect_backoff_ms", 200),
+            ("grpc.max_reconnect_backoff_ms", 2_000),
+        ]
+        metadata = () if self.token is None else ((TOKEN_KEY, TOKEN_PREFIX + self.token),)
+        if not (self.tls or self.ca or self.certificate):
+            if metadata and not _is_loopback(address):
+                raise UsageError(
+                    f"a token is not sent to {address} without TLS: others could read it. Give tls_ca or tls"
+                )
+            return grpc.insecure_channel(address, options), metadata
+        if (self.certificate is None) != (self.key is None):
+            raise UsageError("a client certificate and its key go together: give both or neither")
+        if self.key is not None:
+            check_private(self.key)
+        try:
+            ca, key, certificate = (
+                None if one is None else one.read_bytes() for one in (self.ca, self.key, self.certificate)
+            )
+        except OSError as error:
+            raise UsageError(f"{error.filename}: {error.strerror}") from error
+        return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca, key, certificate), options), metadata
+
+
+def _is_loopback(address: str) -> bool:
+    return address.rpartition(":")[0].strip("[]") in ("127.0.0.1", "localhost", "::1")
+
+
 def connect(
-    address: str, *, timeout_s: float = 5.0, frame_timeout_s: float = _FRAME_TIMEOUT_S, cache: Path | None = None
+    address: str,
+    *,
+    access: Access | None = None,
+    timeout_s: float = 5.0,
+    frame_timeout_s: float = _FRAME_TIMEOUT_S,
+    cache: Path | None = None,
 ) -> GrpcLink:
     """Connect to `dlora serve` at host:port and check that both speak the same protocol.
 
-    `cache` holds embedding, head and tokenizer of the models seen so far (default
-    ~/.cache/dlora, or $DLORA_CACHE). Raises PeerLost if nothing answers within `timeout_s`,
-    PeerError if what answers is no DLoRA server of this version.
+    Several addresses, separated by commas, are servers of the same model: where one is lost the
+    next is taken. `cache` holds embedding, head and tokenizer of the models seen so far
+    (default ~/.cache/dlora, or $DLORA_CACHE). Raises PeerLost if nothing answers within
+    `timeout_s`, PeerError if what answers is no DLoRA server of this version, or refuses.
     """
-    if not re.fullmatch(r"\[?[\w.:-]+\]?:\d{1,5}", address):
-        raise UsageError(f"server: got {address!r}, want host:port, for example 127.0.0.1:50051")
-    return GrpcLink(address, timeout_s, frame_timeout_s, cache or default_cache())
+    addresses = [one.strip() for one in address.split(",")]
+    for one in addresses:
+        if not re.fullmatch(r"\[?[\w.:-]+\]?:\d{1,5}", one):
+            raise UsageError(f"server: got {one!r}, want host:port, for example 127.0.0.1:50051")
+    return GrpcLink(addresses, access or Access(), timeout_s, frame_timeout_s, cache or default_cache())
 
 
 class GrpcLink:
-    """A `Link` over gRPC. One channel; reconnects by itself, and `open` works again when it has."""
+    """A `Link` over gRPC. One channel for each server; reconnects by itself, and `open` works again when it has."""
 
-    def __init__(self, address: str, timeout_s: float, frame_timeout_s: float, cache: Path) -> None:
-        self.address = address
+    def __init__(
+        self, addresses: Sequence[str], access: Access, timeout_s: float, frame_timeout_s: float, cache: Path
+    ) -> None:
         self.frame_timeout_s = frame_timeout_s
         self.cache = cache
-        self._channel = grpc.insecure_channel(
-            address,
-            options=[
-                *channel_options(),
-                # gRPC would wait up to 2 minutes between its own attempts; RetryPolicy paces ours.
-                ("grpc.initial_reconnect_backoff_ms", 200),
-                ("grpc.max_reconnect_backoff_ms", 2_000),
-            ],
-        )
-        self._stub = rpc.DLoRAStub(self._channel)
+        self._servers = [_Server(one, access) for one in addresses]
+        self._current = 0
         try:
-            request = pb.DescribeRequest(protocol_version=PROTOCOL_VERSION)
-            self.description: pb.Description = self._stub.Describe(request, timeout=timeout_s, wait_for_ready=True)
-        except grpc.RpcError as error:
-            self._channel.close()
-            raise _connect_error(error, address) from error
-        if self.description.protocol_version != PROTOCOL_VERSION:
-            self._channel.close()
-            raise PeerError(
-                f"{address} speaks protocol {self.description.protocol_version}, this edge {PROTOCOL_VERSION}: "
-                "upgrade the older of the two"
-            )
+            self.description = self._describe_first(timeout_s)
+        except BaseException:
+            self.close()
+            raise
+
+    def _describe_first(self, timeout_s: float) -> pb.Description:
+        """The description of the first server that answers."""
+        for number, server in enumerate(self._servers):
+            self._current = number
+            try:
+                return server.describe(timeout_s)
+            except PeerLost:
+                if number == len(self._servers) - 1:
+                    raise
+        raise UsageError("server: got no address")
+
+    @property
+    def address(self) -> str:
+        """Of the server that is used now."""
+        return self._servers[self._current].address
 
     def open(self) -> _GrpcStream:
-        return _GrpcStream(self._stub, self.address, self.frame_timeout_s)
+        return _GrpcStream(self._servers[self._current], self.frame_timeout_s, self._lost)
+
+    def _lost(self, server: _Server) -> None:
+        """Take the next server, if that one is still in use."""
+        if self._servers[self._current] is server and len(self._servers) > 1:
+            self._current = (self._current + 1) % len(self._servers)
+            log.info("going on with %s", self.address)
 
     def put_adapter(self, modules: Sequence[pb.FrozenModule]) -> None:
         """Let the cloud hold frozen modules."""
+        server = self._servers[self._current]
         request = pb.PutAdapterRequest(fingerprint=self.description.fingerprint, modules=modules)
         try:
-            self._stub.PutAdapter(request, timeout=self.frame_timeout_s)
+            server.stub.PutAdapter(request, timeout=self.frame_timeout_s, metadata=server.metadata)
         except grpc.RpcError as error:
-            raise _stream_error(error, self.address) from error
+            if isinstance(found := _stream_error(error, server.address), PeerLost):
+                self._lost(server)
+            raise found from error
 
     def ping(self) -> None:
         """Ask for the health of the server."""
         try:
-            health_pb2_grpc.HealthStub(self._channel).Check(
+            health_pb2_grpc.HealthStub(self._servers[self._current].channel).Check(
                 health_pb2.HealthCheckRequest(), timeout=self.frame_timeout_s
             )
         except grpc.RpcError as error:
@@ -135,7 +203,9 @@ class GrpcLink:
         with tqdm(total=total, unit="B", unit_scale=True, desc="embedding, head, tokenizer") as bar:
             try:
                 # Enough for a slow line of 50 kB/s; a cloud that stalls for longer is not waited for.
-                for chunk in self._stub.FetchEdgeFiles(request, timeout=120 + total / 50_000):
+                server = self._servers[self._current]
+                timeout_s = 120 + total / 50_000
+                for chunk in server.stub.FetchEdgeFiles(request, timeout=timeout_s, metadata=server.metadata):
                     if chunk.name not in wanted or got[chunk.name] + len(chunk.data) > wanted[chunk.name].size:
                         raise WireError(f"{self.address} sent more of {chunk.name[:80]!r} than it had announced")
                     with (folder / chunk.name).open("ab") as file:
@@ -150,17 +220,43 @@ class GrpcLink:
                 raise WireError(f"{name} from {self.address}: {got[name]} of {info.size} bytes, SHA-256 does not match")
 
     def close(self) -> None:
-        self._channel.close()
+        for server in self._servers:
+            server.channel.close()
+
+
+class _Server:
+    """One server: its address, channel, and what every call to it carries."""
+
+    def __init__(self, address: str, access: Access) -> None:
+        self.address = address
+        self.channel, self.metadata = access.channel(address)
+        self.stub = rpc.DLoRAStub(self.channel)
+
+    def describe(self, timeout_s: float) -> pb.Description:
+        """What is served there. Raises PeerLost if nothing answers, PeerError if what answers will not do."""
+        try:
+            request = pb.DescribeRequest(protocol_version=PROTOCOL_VERSION)
+            found: pb.Description = self.stub.Describe(
+                request, timeout=timeout_s, wait_for_ready=True, metadata=self.metadata
+            )
+        except grpc.RpcError as error:
+            raise _connect_error(error, self.address) from error
+        if found.protocol_version != PROTOCOL_VERSION:
+            raise PeerError(
+                f"{self.address} speaks protocol {found.protocol_version}, this edge {PROTOCOL_VERSION}: "
+                "upgrade the older of the two"
+            )
+        return found
 
 
 class _GrpcStream:
     """One `Step` call. A reader thread takes replies, so that every wait has a deadline."""
 
-    def __init__(self, stub: Any, address: str, timeout_s: float) -> None:
-        self.address, self.timeout_s = address, timeout_s
+    def __init__(self, server: _Server, timeout_s: float, lost: Callable[[_Server], None]) -> None:
+        self.server, self.address, self.timeout_s, self.lost = server, server.address, timeout_s, lost
         self.outbox: queue.SimpleQueue[pb.EdgeFrame | None] = queue.SimpleQueue()
         self.inbox: queue.SimpleQueue[pb.CloudFrame | Exception] = queue.SimpleQueue()
-        self.call = stub.Step(self._requests())
+        self.call = server.stub.Step(self._requests(), metadata=server.metadata)
         threading.Thread(target=self._read, name="dlora-reader", daemon=True).start()
 
     def _requests(self) -> Iterator[pb.EdgeFrame]:
@@ -182,7 +278,10 @@ class _GrpcStream:
         try:
             frame = self.inbox.get(timeout=self.timeout_s)
         except queue.Empty:
+            self.lost(self.server)
             raise PeerLost(f"{self.address} sent nothing for {self.timeout_s:.0f} s") from None
+        if isinstance(frame, PeerLost) and not isinstance(frame, AdapterMissing):
+            self.lost(self.server)
         if isinstance(frame, Exception):
             raise frame
         return frame
@@ -195,10 +294,27 @@ class _GrpcStream:
 def _connect_error(error: Any, address: str) -> Exception:
     code, details = error.code(), error.details()
     if code == grpc.StatusCode.DEADLINE_EXCEEDED or code == grpc.StatusCode.UNAVAILABLE:
+        if _listens(address):
+            return PeerLost(
+                f"{address} is there, but does not answer as a DLoRA server: does it want TLS (tls_ca or tls), another "
+                "authority, a client certificate, or none of these? Does its certificate name this address?"
+            )
         return PeerLost(f"no DLoRA server answers at {address}: is `dlora serve` running there, and is the port right?")
+    if code == grpc.StatusCode.UNAUTHENTICATED:
+        return PeerError(f"{address} does not know this edge ({details}): give token_file, or a client certificate")
     if code == grpc.StatusCode.UNIMPLEMENTED:
         return PeerError(f"{address} is a gRPC server, but not a DLoRA server of this version: check host and port")
     return PeerError(f"{address} refused: {details}")
+
+
+def _listens(address: str) -> bool:
+    """Whether anything accepts connections there."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=1.0):
+            return True
+    except OSError:
+        return False
 
 
 def _stream_error(error: Any, address: str) -> PeerError | PeerLost:

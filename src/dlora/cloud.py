@@ -165,8 +165,8 @@ class CloudModel:
 
     # ----------------------------------------------------------------- one micro-batch
 
-    def plan(self, begin: pb.Begin) -> Plan:
-        """Check every field of a `Begin` and say what it costs, before anything is allocated.
+    def plan(self, begin: pb.Begin, owner: str = "local") -> Plan:
+        """Check every field of a `Begin` of this owner and say what it costs, before anything is allocated.
 
         Raises UsageError for what the edge's user can mend, WireError for a broken edge.
         """
@@ -206,7 +206,7 @@ class CloudModel:
                 rows_N=None,
                 keep=torch.empty(0, dtype=torch.int64),
                 active=active,
-                idle=self._check_idle(begin.idle, active),
+                idle=self._check_idle(begin.idle, active, owner),
                 probe=self._check_active(begin.probe),
                 embeddings=begin.embeddings,
                 factored=begin.factored,
@@ -298,7 +298,7 @@ class CloudModel:
         )
 
     def _check_idle(
-        self, entries: Sequence[pb.IdleModule], active: tuple[tuple[Site, tuple[int, ...]], ...]
+        self, entries: Sequence[pb.IdleModule], active: tuple[tuple[Site, tuple[int, ...]], ...], owner: str
     ) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
         """The frozen modules that a step refers to. Raises AdapterMissing if one is not here (any more)."""
         taken = {(site.index, module) for site, modules in active for module in modules}
@@ -314,7 +314,7 @@ class CloudModel:
             module = site.modules[entry.module]
             if not module.allowed:
                 raise UsageError(f"this server does not allow adapters on {module.name}")
-            pair = self.adapters.get(entry.hash)
+            pair = self.adapters.get(entry.hash, owner)
             if pair is None:
                 raise AdapterMissing(f"the frozen module of {module.name} is not here: put it and try again")
             if (pair[0].shape[1], pair[1].shape[0]) != (site.in_features, module.out_features):
@@ -322,11 +322,13 @@ class CloudModel:
             found[key] = pair
         return found
 
-    def put_adapter(self, request: pb.PutAdapterRequest) -> pb.PutAdapterReply:
-        """Keep frozen modules for steps that refer to them by hash."""
+    def put_adapter(
+        self, request: pb.PutAdapterRequest, owner: str = "local", owner_bytes: int | None = None
+    ) -> pb.PutAdapterReply:
+        """Keep frozen modules for steps of the same owner that refer to them by hash."""
         if request.fingerprint != self.fingerprint:
             raise UsageError("the served model has changed: connect again")
-        return pb.PutAdapterReply(hashes=[self.adapters.put(module) for module in request.modules])
+        return pb.PutAdapterReply(hashes=[self.adapters.put(one, owner, owner_bytes) for one in request.modules])
 
     def _check_active(self, entries: Sequence[pb.ActiveSite]) -> tuple[tuple[Site, tuple[int, ...]], ...]:
         active = []

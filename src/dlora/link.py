@@ -32,7 +32,10 @@ class Link(Protocol):
     """A cloud within reach: over gRPC or in this process."""
 
     description: pb.Description
-    address: str
+
+    @property
+    def address(self) -> str:
+        """Where the cloud is, for messages."""
 
     def open(self) -> Stream:
         """Start a micro-batch."""

@@ -1,8 +1,9 @@
-"""Every setting of a training run: the one list behind flags, YAML file and library."""
+"""Every setting of every command: the one list behind flags, YAML file and library."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any, Final, Literal
 
 from dlora.errors import UsageError
 from dlora.kill_revive import KillReviveConfig, from_options
+from dlora.private_files import read_secret
 
 __all__ = [
+    "LOOPBACK",
+    "AccessSettings",
     "ApiSettings",
     "ChatSettings",
     "DemoSettings",
@@ -19,14 +23,17 @@ __all__ = [
     "EvalSettings",
     "GenerateSettings",
     "InfoSettings",
+    "KeysSettings",
     "MergeSettings",
     "PlanSettings",
     "ReportSettings",
     "SamplingSettings",
     "ServeSettings",
+    "StatusSettings",
     "TrainSettings",
 ]
 
+LOOPBACK: Final = ("127.0.0.1", "localhost", "::1", "[::1]")
 # Handed to the trainer by `TrainSettings.trainer_arguments`, or fixed because the split needs it.
 _RESERVED: Final = frozenset(
     "output_dir fp16 bf16 gradient_checkpointing packing padding_free max_length remove_unused_columns "
@@ -35,11 +42,34 @@ _RESERVED: Final = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
-class EdgeSettings:
+class AccessSettings:
+    """How an edge shows who it is, and knows whom it talks to."""
+
+    tls: bool = False
+    """Encrypt, and trust the public authorities; tls_ca says so as well."""
+    tls_ca: Path | None = None
+    """Authority to trust instead, as a PEM file: ca.pem of `dlora keys`."""
+    tls_cert: Path | None = None
+    """Client certificate, as a PEM file, where the server asks for one."""
+    tls_key: Path | None = None
+    """Its key."""
+    token_file: Path | None = None
+    """File with the token that says who this is; or give the token as $DLORA_TOKEN."""
+
+    @property
+    def access(self) -> dict[str, Any]:
+        """Keyword arguments of `client.Access`. Raises UsageError for a token file that others can read."""
+        token = os.environ.get("DLORA_TOKEN") if self.token_file is None else read_secret(self.token_file)
+        return {"tls": self.tls, "ca": self.tls_ca, "certificate": self.tls_cert, "key": self.tls_key, "token": token}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EdgeSettings(AccessSettings):
     """What every command on the edge needs to reach a server."""
 
     server: str
-    """Address of `dlora serve`, as host:port."""
+    """Address of `dlora serve`, as host:port; or several of the same model, separated by commas: where one is lost the
+    next is taken."""
     wire_dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
     """How tensors travel. fp32 is exact; fp16 and bf16 halve the traffic."""
     give_up_after_s: float = 600.0
@@ -190,6 +220,7 @@ class TrainSettings(EdgeSettings):
         Where the run may go on elsewhere or wait longer, a difference does not count.
         """
         free = {"resume", "server", "give_up_after_s", "output", "report_to", "device"}
+        free |= {field.name for field in dataclasses.fields(AccessSettings)}
         return [name for name, value in self.as_dict().items() if name not in free and other.get(name) != value]
 
     def as_dict(self) -> dict[str, Any]:
@@ -207,7 +238,7 @@ class ServeSettings:
     model_id: str | None = None
     """Public name that adapters will carry; default: the hub id or the name of the file or folder."""
     host: str = "127.0.0.1"
-    """Address to listen on. There is no encryption yet: anything but loopback needs a tunnel around it."""
+    """Address to listen on. Anything but loopback wants TLS, or `insecure`."""
     port: int = 50051
     """Port to listen on; 0 picks a free one."""
     device: str = "cpu"
@@ -232,9 +263,47 @@ class ServeSettings:
     """How long a micro-batch waits for its edge, in seconds."""
     threads: int | None = None
     """CPU threads for computing; default: PyTorch's."""
+    keys: Path | None = None
+    """Folder of `dlora keys`: its server certificate and its identities."""
+    tls_cert: Path | None = None
+    """Server certificate, as a PEM file, in place of that of `keys`. A changed file is taken up without restart."""
+    tls_key: Path | None = None
+    """Its key."""
+    client_ca: Path | None = None
+    """Authority of client certificates, as a PEM file: every edge then has to show one (mutual TLS)."""
+    identities: Path | None = None
+    """File of tenants, tokens and certificates, in place of that of `keys`. Changes are taken up within a second."""
+    insecure: bool = False
+    """Agree that anybody on the network can read what travels, and use the server: only inside a tunnel."""
+    audit_log: Path | None = None
+    """File that gets a JSON line for every stream: who, how much, how it ended; never content."""
+    drain_s: float = 30.0
+    """After Ctrl-C or SIGTERM: how long streams in flight may go on while new ones are refused."""
+    metrics_port: int | None = None
+    """Port for Prometheus metrics and readiness, on loopback (needs the extra `server`)."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise UsageError("tls_cert and tls_key go together: give both or neither")
+        if self.drain_s < 0:
+            raise UsageError(f"drain_s: got {self.drain_s}, want 0 or more")
+        encrypted = self.keys is not None or self.tls_cert is not None
+        if self.client_ca is not None and not encrypted:
+            raise UsageError("client_ca needs TLS: give keys, or tls_cert and tls_key")
+        if self.host not in LOOPBACK and not self.insecure:
+            if not encrypted:
+                raise UsageError(
+                    f"host: {self.host} is not loopback, and everybody on the way could read and change what travels: "
+                    "give keys (make them with `dlora keys init`) or tls_cert and tls_key; or agree with --insecure"
+                )
+            if self.keys is None and self.identities is None and self.client_ca is None:
+                raise UsageError(
+                    f"host: {self.host} is not loopback, and anybody could use the server: give keys, identities or "
+                    "client_ca; or agree with --insecure"
+                )
+        if self.client_ca is not None and self.keys is None and self.identities is None:
+            raise UsageError("client_ca needs identities: a certificate counts only if it is listed there")
         for name in ("max_tokens", "max_length", "max_message_mib", "max_inflight_mib", "max_streams", "compute_slots"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: got {getattr(self, name)}, want at least 1")
@@ -450,7 +519,7 @@ def _targets(given: list[str] | str | None) -> list[str] | str | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InfoSettings:
+class InfoSettings(AccessSettings):
     """Settings of `dlora info`."""
 
     server: str | None = None
@@ -472,6 +541,44 @@ class ReportSettings:
     """Folders of runs, as `dlora train` writes them; the first is the one that others are compared with."""
     output: Path = Path("report")
     """Folder for report.html and the figures as PNG files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeysSettings:
+    """Settings of `dlora keys`."""
+
+    action: Literal["init", "server", "tenant", "token", "certificate", "revoke", "list"]
+    """init: a new folder with authority and server certificate. server: a new server certificate. tenant: set a
+    tenant's limits. token, certificate: give a tenant a new one. revoke: take back one, or all of a tenant. list."""
+    folder: Path = Path("keys")
+    """Folder of keys; keep it on the server, and open to nobody else."""
+    tenant: str | None = None
+    """Name of the tenant."""
+    hosts: str = "localhost,127.0.0.1"
+    """With init and server: names and addresses by which edges reach the server, separated by commas."""
+    days: int = 90
+    """How long certificate or token are valid."""
+    id: str | None = None
+    """With revoke: id of a token or certificate; default: everything of `tenant`."""
+    limits: dict[str, float] = field(default_factory=dict)
+    """With tenant: max_streams, max_inflight_mib, mib_per_hour, adapter_mib, weight."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for actions that lack what they need."""
+        if self.action in ("tenant", "token", "certificate") and self.tenant is None:
+            raise UsageError(f"keys {self.action} needs --tenant NAME")
+        if self.action == "revoke" and (self.id is None) == (self.tenant is None):
+            raise UsageError("keys revoke needs --id or --tenant, one of the two")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusSettings:
+    """Settings of `dlora status`."""
+
+    metrics_port: int = 9464
+    """The server's metrics port, on this machine."""
+    watch: bool = False
+    """Show it again every two seconds, until Ctrl-C."""
 
 
 @dataclass(frozen=True, kw_only=True)

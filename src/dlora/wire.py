@@ -21,6 +21,9 @@ PROTOCOL_VERSION: Final = 1
 MAX_MESSAGE_BYTES: Final = 256 * 2**20
 RETRY_AFTER_KEY: Final = "retry-after-ms"
 """Trailing metadata beside RESOURCE_EXHAUSTED: the server is busy, and when to ask again."""
+TOKEN_KEY: Final = "authorization"  # noqa: S105  # the name of a header, no secret
+TOKEN_PREFIX: Final = "Bearer "  # noqa: S105  # the same
+"""Metadata of every call, where a token says who calls."""
 
 WIRE_DTYPES: Final[dict[str, pb.DType]] = {"fp32": pb.FP32, "fp16": pb.FP16, "bf16": pb.BF16}
 _TORCH_DTYPES: Final[dict[int, torch.dtype]] = {
