@@ -6,6 +6,7 @@ Shapes: N rows that travel (attended tokens), K kept rows of the last hidden sta
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -124,6 +125,8 @@ class MicroBatch(Conversation):
             probed = sum(len(entry.modules) for entry in self.begin.probe)
             if len(frame.done.probe) != probed:
                 raise WireError(f"the cloud sent {len(frame.done.probe)} probe norms, want {probed}")
+            if not all(0 <= norm < math.inf for norm in frame.done.probe):
+                raise WireError("the cloud sent a probe norm that is negative or not finite")
             self.on_probe(self.begin.probe, frame.done.probe)
         self.meter.micro_batches += 1
         self.close()
