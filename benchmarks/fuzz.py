@@ -173,8 +173,8 @@ class Scene:
         return self.run()
 
 
-def scenes() -> tuple[CloudModel, list[Scene]]:
-    """A tiny cloud, and one scene of each kind."""
+def scenes() -> tuple[InProcessLink, list[Scene]]:
+    """A link to a tiny cloud, to be closed in the end, and one scene of each kind."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -188,7 +188,7 @@ def scenes() -> tuple[CloudModel, list[Scene]]:
         AutoModelForCausalLM.from_config(config), model_id="tiny", limits=Limits(max_tokens=64, max_length=64)
     )
     link = InProcessLink(cloud)
-    return cloud, [Scene(name, link) for name in ("plain", "factored", "generation")]
+    return link, [Scene(name, link) for name in ("plain", "factored", "generation")]
 
 
 # ----------------------------------------------------------------- mutating
@@ -286,8 +286,8 @@ def scalar(field: Any, value: Any, lots: random.Random) -> Any:
 
 def fuzz(direction: str, frames: int, seed: int = 0) -> dict[str, Any]:
     """Send so many mutated frames to the `cloud` or the `edge`; what happened."""
-    torch.set_num_threads(1)
-    cloud, all_scenes = scenes()
+    link, all_scenes = scenes()
+    cloud = link.cloud
     want = {scene.name: replay_cloud(cloud, scene.edge).sent for scene in all_scenes}
     counts: Counter[str] = Counter()
     failures: list[dict[str, Any]] = []
@@ -331,6 +331,7 @@ def fuzz(direction: str, frames: int, seed: int = 0) -> dict[str, Any]:
             if not right:
                 failures.append({"seed": f"{seed}:{number}", "error": f"an honest {honest.name} stream came out other"})
             memory.append(resident_mib())
+    link.close()
     warm = len(memory) // 10
     return {
         "direction": direction,
@@ -369,8 +370,8 @@ def resident_mib() -> float:
 def table(result: dict[str, Any]) -> str:
     """Markdown of both directions."""
     lines = [
-        "| frames sent to | mutated frames | refused | accepted | honest streams between, all equal | failures | slowest, s "
-        "| memory after a tenth, at the end, MiB |",
+        "| frames sent to | mutated frames | refused | accepted | honest streams between, all equal | failures | "
+        "slowest, s | memory after a tenth, at the end, MiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for run in result["runs"]:
@@ -392,6 +393,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--direction", choices=("cloud", "edge"), help="only this one, printed and not kept")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     if arguments.direction:
         print(json.dumps(fuzz(arguments.direction, arguments.frames, arguments.seed), indent=2))
         sys.exit()
