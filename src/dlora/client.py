@@ -38,6 +38,7 @@ _TRY_AGAIN: Final = (
     grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.ABORTED,
+    grpc.StatusCode.UNKNOWN,  # never ours: gRPC says it of a connection that broke, by a corrupted byte too
 )
 
 
@@ -228,8 +229,12 @@ class _Server:
     """One server: its address, channel, and what every call to it carries."""
 
     def __init__(self, address: str, access: Access) -> None:
-        self.address = address
-        self.channel, self.metadata = access.channel(address)
+        self.address, self._access = address, access
+        self.connect()
+
+    def connect(self) -> None:
+        """A channel of its own: also away from a connection that is half-open, which gRPC would go on using."""
+        self.channel, self.metadata = self._access.channel(self.address)
         self.stub = rpc.DLoRAStub(self.channel)
 
     def describe(self, timeout_s: float) -> pb.Description:
@@ -278,6 +283,8 @@ class _GrpcStream:
         try:
             frame = self.inbox.get(timeout=self.timeout_s)
         except queue.Empty:
+            self.server.channel.close()
+            self.server.connect()
             self.lost(self.server)
             raise PeerLost(f"{self.address} sent nothing for {self.timeout_s:.0f} s") from None
         if isinstance(frame, PeerLost) and not isinstance(frame, AdapterMissing):
