@@ -223,7 +223,7 @@ def test_strangers_are_kept_out(url: str) -> None:
         with pytest.raises(openai.AuthenticationError, match="missing or wrong"):
             client.models.list()
         with pytest.raises(openai.BadRequestError):
-            client.with_options(api_key="open sesame").models.list(extra_headers={"Host": "evil.example"})
+            client.with_options(**key("open sesame")).models.list(extra_headers={"Host": "evil.example"})
 
 
 def test_command_serves_until_it_is_told_to_stop(
