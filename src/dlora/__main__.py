@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import queue
 import re
 import signal
 import sys
@@ -156,13 +157,15 @@ def _serve(values: dict[str, Any]) -> int:
     from dlora.cloud import CloudModel, Limits
     from dlora.identity import Identities
     from dlora.load import load_model
-    from dlora.server import Server, ServerOptions, TlsFiles
+    from dlora.server import Server
 
     transformers_logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    if settings.replicas:
+        return _serve_replicas(settings)
     try:
         allowed = re.compile(settings.allow_modules)
     except re.error as error:
@@ -173,32 +176,10 @@ def _serve(values: dict[str, Any]) -> int:
         loaded.model,
         model_id=loaded.model_id,
         allowed=lambda name: allowed.search(name) is not None,
-        limits=Limits(
-            max_tokens=settings.max_tokens,
-            max_length=settings.max_length,
-            max_message_bytes=settings.max_message_mib << 20,
-            max_inflight_bytes=settings.max_inflight_mib << 20,
-        ),
+        limits=Limits(**_limits(settings)),
     )
-    options = ServerOptions(
-        max_streams=settings.max_streams,
-        compute_slots=settings.compute_slots,
-        edge_timeout_s=settings.edge_timeout_s,
-        drain_s=settings.drain_s,
-    )
-    tls = None
-    if settings.tls_cert is not None and settings.tls_key is not None:
-        tls = TlsFiles(certificate=settings.tls_cert, key=settings.tls_key, client_ca=settings.client_ca)
-    elif settings.keys is not None:
-        server_files = settings.keys / "server.pem", settings.keys / "server.key"
-        tls = TlsFiles(certificate=server_files[0], key=server_files[1], client_ca=settings.client_ca)
-    identities = settings.identities or (settings.keys and settings.keys / "identities.json")
-    if settings.host not in LOOPBACK and settings.insecure:
-        print(
-            f"warning: {settings.host} is not loopback: anybody who reaches it can use this server"
-            + ("" if tls else ", and read and change what travels"),
-            file=sys.stderr,
-        )
+    protection = _protection(settings)
+    tls, identities = protection["tls"], protection["identities"]
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -208,7 +189,7 @@ def _serve(values: dict[str, Any]) -> int:
         loaded.tokenizer,
         host=settings.host,
         port=settings.port,
-        options=options,
+        options=_server_options(settings),
         tls=tls,
         identities=None if identities is None else Identities(identities),
         audit=settings.audit_log,
@@ -228,6 +209,82 @@ def _serve(values: dict[str, Any]) -> int:
         print(f"memory     {cloud.bytes_per_token / 2**10:.0f} KiB of activations a training token")
         print(f"ready      {server.address}", flush=True)
         stop.wait()
+        print(f"stopping: streams in flight have {settings.drain_s:.0f} s", flush=True)
+    return 0
+
+
+def _limits(settings: ServeSettings) -> dict[str, int]:
+    """Keyword arguments of `cloud.Limits`."""
+    return {
+        "max_tokens": settings.max_tokens,
+        "max_length": settings.max_length,
+        "max_message_bytes": settings.max_message_mib << 20,
+        "max_inflight_bytes": settings.max_inflight_mib << 20,
+    }
+
+
+def _server_options(settings: ServeSettings) -> Any:
+    from dlora.server import ServerOptions
+
+    return ServerOptions(
+        max_streams=settings.max_streams,
+        compute_slots=settings.compute_slots,
+        edge_timeout_s=settings.edge_timeout_s,
+        drain_s=settings.drain_s,
+    )
+
+
+def _protection(settings: ServeSettings) -> dict[str, Any]:
+    """TLS files and identities; a warning where there are none and the network can reach the server."""
+    from dlora.server import TlsFiles
+
+    tls = None
+    if settings.tls_cert is not None and settings.tls_key is not None:
+        tls = TlsFiles(certificate=settings.tls_cert, key=settings.tls_key, client_ca=settings.client_ca)
+    elif settings.keys is not None:
+        pem, key = settings.keys / "server.pem", settings.keys / "server.key"
+        tls = TlsFiles(certificate=pem, key=key, client_ca=settings.client_ca)
+    if settings.host not in LOOPBACK and settings.insecure:
+        print(
+            f"warning: {settings.host} is not loopback: anybody who reaches it can use this server"
+            + ("" if tls else ", and read and change what travels"),
+            file=sys.stderr,
+        )
+    return {"tls": tls, "identities": settings.identities or (settings.keys and settings.keys / "identities.json")}
+
+
+def _serve_replicas(settings: ServeSettings) -> int:
+    from dlora.replicas import Front, ReplicaSettings, Scaling
+
+    replica = ReplicaSettings(
+        model=settings.model,
+        model_id=settings.model_id,
+        device=settings.device,
+        dtype=settings.dtype,
+        allow_modules=settings.allow_modules,
+        limits=_limits(settings),
+        options=_server_options(settings),
+        host=settings.host,
+        ports=settings.ports,
+        audit=settings.audit_log,
+        threads=settings.threads,
+        num_cpus=settings.replica_cpus,
+        num_gpus=settings.replica_gpus,
+        **_protection(settings),
+    )
+    scaling = Scaling(least=settings.replicas, most=settings.max_replicas or settings.replicas)
+    events: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: events.put(number))
+    with Front(replica, scaling, host=settings.host, port=settings.port, ray_address=settings.ray_address) as front:
+        print(f"model      {front.description.model_id}, fingerprint {front.description.fingerprint[:12]}")
+        for one in front.replicas:
+            print(f"replica    {one.address}")
+        print(f"ready      {front.address}", flush=True)
+        while events.get() == signal.SIGHUP:
+            print("replacing the replicas one by one", flush=True)
+            front.replace()
+            print("replaced", flush=True)
         print(f"stopping: streams in flight have {settings.drain_s:.0f} s", flush=True)
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import queue
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 # Longer than the server's own wait for an edge, so that the server's clearer status comes first.
 _FRAME_TIMEOUT_S: Final = 180.0
 _MAX_EDGE_FILES_BYTES: Final = 32 * 2**30
+_ADDRESS: Final = r"\[?[\w.:-]+\]?:\d{1,5}"
+_MAX_REPLICAS: Final = 64
 _TRY_AGAIN: Final = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -105,7 +108,7 @@ def connect(
     """
     addresses = [one.strip() for one in address.split(",")]
     for one in addresses:
-        if not re.fullmatch(r"\[?[\w.:-]+\]?:\d{1,5}", one):
+        if not re.fullmatch(_ADDRESS, one):
             raise UsageError(f"server: got {one!r}, want host:port, for example 127.0.0.1:50051")
     return GrpcLink(addresses, access or Access(), timeout_s, frame_timeout_s, cache or default_cache())
 
@@ -116,26 +119,45 @@ class GrpcLink:
     def __init__(
         self, addresses: Sequence[str], access: Access, timeout_s: float, frame_timeout_s: float, cache: Path
     ) -> None:
-        self.frame_timeout_s = frame_timeout_s
+        self.frame_timeout_s, self._timeout_s, self._access = frame_timeout_s, timeout_s, access
         self.cache = cache
-        self._servers = [_Server(one, access) for one in addresses]
-        self._current = 0
+        self._asked = [_Server(one, access) for one in addresses]
+        self._servers = self._asked
+        self._current = self._losses = 0
         try:
-            self.description = self._describe_first(timeout_s)
+            self.description = self._find(timeout_s)
         except BaseException:
             self.close()
             raise
 
-    def _describe_first(self, timeout_s: float) -> pb.Description:
-        """The description of the first server that answers."""
-        for number, server in enumerate(self._servers):
-            self._current = number
+    def _find(self, timeout_s: float) -> pb.Description:
+        """The description of the first server that answers; where it names replicas, these are used from now on."""
+        for number, server in enumerate(self._asked):
             try:
-                return server.describe(timeout_s)
+                found = server.describe(timeout_s)
             except PeerLost:
-                if number == len(self._servers) - 1:
+                if number == len(self._asked) - 1:
                     raise
+                continue
+            if not found.replicas:
+                self._servers, self._current = self._asked, number
+            else:
+                self._use_replicas(list(found.replicas))
+            return found
         raise UsageError("server: got no address")
+
+    def _use_replicas(self, addresses: list[str]) -> None:
+        """Open channels to these, keep those that are open, close the others."""
+        for one in addresses:
+            if not re.fullmatch(_ADDRESS, one):
+                raise PeerError(f"{self._asked[0].address} names a replica {one[:80]!r}, which is no address")
+        kept = {} if self._servers is self._asked else {server.address: server for server in self._servers}
+        self._servers = [
+            kept.pop(one) if one in kept else _Server(one, self._access) for one in addresses[:_MAX_REPLICAS]
+        ]
+        for server in kept.values():
+            server.channel.close()
+        self._current = 0
 
     @property
     def address(self) -> str:
@@ -143,10 +165,15 @@ class GrpcLink:
         return self._servers[self._current].address
 
     def open(self) -> _GrpcStream:
+        if self._servers is not self._asked and self._losses >= len(self._servers):  # all were tried: are there others?
+            self._losses = 0
+            with contextlib.suppress(PeerLost):
+                self._find(self._timeout_s)
         return _GrpcStream(self._servers[self._current], self.frame_timeout_s, self._lost)
 
     def _lost(self, server: _Server) -> None:
         """Take the next server, if that one is still in use."""
+        self._losses += 1
         if self._servers[self._current] is server and len(self._servers) > 1:
             self._current = (self._current + 1) % len(self._servers)
             log.info("going on with %s", self.address)
@@ -221,7 +248,7 @@ class GrpcLink:
                 raise WireError(f"{name} from {self.address}: {got[name]} of {info.size} bytes, SHA-256 does not match")
 
     def close(self) -> None:
-        for server in self._servers:
+        for server in {*self._servers, *self._asked}:
             server.channel.close()
 
 

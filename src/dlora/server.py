@@ -36,7 +36,7 @@ from dlora.proto import dlora_pb2_grpc as rpc
 from dlora.tenancy import Busy, FairSlots, Tenancy, Tenant
 from dlora.wire import PROTOCOL_VERSION, RETRY_AFTER_KEY, TOKEN_KEY, TOKEN_PREFIX, channel_options
 
-__all__ = ["Server", "ServerOptions", "TlsFiles"]
+__all__ = ["Server", "ServerOptions", "TlsFiles", "add_port", "caller"]
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +112,31 @@ def _credentials(tls: TlsFiles) -> grpc.ServerCredentials:
     )
 
 
+def add_port(server: grpc.aio.Server, address: str, tls: TlsFiles | None) -> int:
+    """Listen, encrypted or not; return the port. Raises UsageError if the port is taken."""
+    try:
+        if tls is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, _credentials(tls))
+    except RuntimeError as error:
+        raise UsageError(f"cannot listen on {address}: is it in use? Try another --port.") from error
+
+
+async def caller(identities: Identities | None, context: Any) -> Credential:
+    """Who calls; ends the call if it is nobody that this server knows."""
+    if identities is None:
+        return LOCAL
+    words = str(dict(context.invocation_metadata() or ()).get(TOKEN_KEY, ""))
+    token = words.removeprefix(TOKEN_PREFIX) if words.startswith(TOKEN_PREFIX) else None
+    shown = context.auth_context().get("x509_pem_cert") or [None]
+    found = identities.authenticate(token, shown[0])
+    if found is None:
+        # The same words whatever was wrong with it.
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "no valid token or client certificate")
+        raise AssertionError("unreachable: abort raises")
+    return found
+
+
 class Server:
     """Serve one model. `start` returns the port; `stop` ends streams with UNAVAILABLE.
 
@@ -180,14 +205,7 @@ class Server:
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         rpc.add_DLoRAServicer_to_server(self._servicer, server)
-        address = f"{self.host}:{self.port}"
-        try:
-            if self.tls is None:
-                port = server.add_insecure_port(address)
-            else:
-                port = server.add_secure_port(address, _credentials(self.tls))
-        except RuntimeError as error:
-            raise UsageError(f"cannot listen on {address}: is it in use? Try another --port.") from error
+        port = add_port(server, f"{self.host}:{self.port}", self.tls)
         await server.start()
         self._server = server
         for name in ("", SERVICE):
@@ -266,29 +284,15 @@ class _Servicer(rpc.DLoRAServicer):
                     pipe.revoked = True
                     pipe.close("this identity is no longer valid")
 
-    async def _caller(self, context: Any) -> Credential:
-        """Who calls; ends the call if it is nobody that this server knows."""
-        if self.identities is None:
-            return LOCAL
-        words = dict(context.invocation_metadata() or ()).get(TOKEN_KEY, "")
-        token = str(words).removeprefix(TOKEN_PREFIX) if str(words).startswith(TOKEN_PREFIX) else None
-        shown = context.auth_context().get("x509_pem_cert") or [None]
-        found = self.identities.authenticate(token, shown[0])
-        if found is None:
-            # The same words whatever was wrong with it.
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "no valid token or client certificate")
-            raise AssertionError("unreachable: abort raises")
-        return found
-
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.Description:
-        await self._caller(context)
+        await caller(self.identities, context)
         if request.protocol_version != PROTOCOL_VERSION:
             message = f"the edge speaks protocol {request.protocol_version}, this cloud {PROTOCOL_VERSION}"
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{message}: upgrade the older of the two")
         return self.description
 
     async def FetchEdgeFiles(self, request: pb.FetchEdgeFilesRequest, context: Any) -> AsyncIterator[pb.FileChunk]:
-        tenant = self.tenancy.tenant((await self._caller(context)).tenant)
+        tenant = self.tenancy.tenant((await caller(self.identities, context)).tenant)
         if request.fingerprint != self.cloud.fingerprint:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "the served model has changed: connect again")
         size = min(_CHUNK_BYTES, self.cloud.limits.max_message_bytes // 2)  # room for the frame around it
@@ -299,7 +303,7 @@ class _Servicer(rpc.DLoRAServicer):
                     yield pb.FileChunk(name=info.name, data=data)
 
     async def PutAdapter(self, request: pb.PutAdapterRequest, context: Any) -> pb.PutAdapterReply:
-        tenant = self.tenancy.tenant((await self._caller(context)).tenant)
+        tenant = self.tenancy.tenant((await caller(self.identities, context)).tenant)
         self.tenancy.count_traffic(tenant, received=request.ByteSize())
         room = None if self.identities is None else tenant.limits.adapter_mib << 20
         try:
@@ -308,7 +312,7 @@ class _Servicer(rpc.DLoRAServicer):
             await self._abort(context, error)
 
     async def Step(self, requests: AsyncIterator[pb.EdgeFrame], context: Any) -> AsyncIterator[pb.CloudFrame]:
-        credential = await self._caller(context)
+        credential = await caller(self.identities, context)
         tenant = self.tenancy.tenant(credential.tenant)
         if self.draining:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")

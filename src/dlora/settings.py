@@ -281,9 +281,40 @@ class ServeSettings:
     """After Ctrl-C or SIGTERM: how long streams in flight may go on while new ones are refused."""
     metrics_port: int | None = None
     """Port for Prometheus metrics and readiness, on loopback (needs the extra `server`)."""
+    replicas: int = 0
+    """Over 0: so many servers of the model, placed and supervised by Ray (needs the extra `ray`), behind this address.
+    SIGHUP replaces them one by one."""
+    max_replicas: int | None = None
+    """With replicas: up to so many while streams wait for compute slots; default: no more than `replicas`."""
+    replica_ports: str = "0-0"
+    """With replicas: their ports, as FIRST-LAST, which edges have to reach; 0-0: any."""
+    ray_address: str | None = None
+    """With replicas: address of a Ray cluster, or auto; default: Ray on this machine alone."""
+    replica_cpus: float = 1.0
+    """With replicas: CPUs that Ray reserves for each."""
+    replica_gpus: float = 0.0
+    """With replicas: GPUs that Ray reserves for each; give device cuda as well."""
+
+    @property
+    def ports(self) -> tuple[int, int]:
+        """`replica_ports` as numbers. Raises UsageError."""
+        found = re.fullmatch(r"(\d{1,5})-(\d{1,5})", self.replica_ports)
+        first, last = map(int, found.groups()) if found else (1, 0)
+        if not 0 <= first <= last < 65536:
+            raise UsageError(f"replica_ports: got {self.replica_ports!r}, want FIRST-LAST, for example 50100-50199")
+        return first, last
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
+        _ = self.ports
+        if self.replicas < 0 or (self.max_replicas is not None and self.max_replicas < max(1, self.replicas)):
+            raise UsageError(
+                f"replicas: got {self.replicas}, max_replicas {self.max_replicas}; want 0 or more, and no less"
+            )
+        if self.replicas and self.metrics_port is not None:
+            raise UsageError(
+                "metrics_port is of a single server: with replicas Ray's own metrics and the audit log remain"
+            )
         if (self.tls_cert is None) != (self.tls_key is None):
             raise UsageError("tls_cert and tls_key go together: give both or neither")
         if self.drain_s < 0:

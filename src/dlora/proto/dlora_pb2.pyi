@@ -87,7 +87,7 @@ class Limits(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., max_length: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_inflight_bytes: _Optional[int] = ..., bytes_per_token: _Optional[float] = ..., bytes_per_token_squared: _Optional[float] = ..., cache_bytes_per_token: _Optional[int] = ..., deep_rollback: _Optional[bool] = ...) -> None: ...
 
 class Description(_message.Message):
-    __slots__ = ("protocol_version", "software_version", "model_id", "fingerprint", "config_json", "compute_dtype", "embedding_width", "hidden_width", "sites", "wire_dtypes", "limits", "edge_files")
+    __slots__ = ("protocol_version", "software_version", "model_id", "fingerprint", "config_json", "compute_dtype", "embedding_width", "hidden_width", "sites", "wire_dtypes", "limits", "edge_files", "replicas")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
@@ -100,6 +100,7 @@ class Description(_message.Message):
     WIRE_DTYPES_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     EDGE_FILES_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     software_version: str
     model_id: str
@@ -112,7 +113,8 @@ class Description(_message.Message):
     wire_dtypes: _containers.RepeatedScalarFieldContainer[DType]
     limits: Limits
     edge_files: _containers.RepeatedCompositeFieldContainer[FileInfo]
-    def __init__(self, protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., model_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., config_json: _Optional[str] = ..., compute_dtype: _Optional[str] = ..., embedding_width: _Optional[int] = ..., hidden_width: _Optional[int] = ..., sites: _Optional[_Iterable[_Union[SiteInfo, _Mapping]]] = ..., wire_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., edge_files: _Optional[_Iterable[_Union[FileInfo, _Mapping]]] = ...) -> None: ...
+    replicas: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., model_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., config_json: _Optional[str] = ..., compute_dtype: _Optional[str] = ..., embedding_width: _Optional[int] = ..., hidden_width: _Optional[int] = ..., sites: _Optional[_Iterable[_Union[SiteInfo, _Mapping]]] = ..., wire_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., edge_files: _Optional[_Iterable[_Union[FileInfo, _Mapping]]] = ..., replicas: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class FetchEdgeFilesRequest(_message.Message):
     __slots__ = ("fingerprint",)
