@@ -46,7 +46,7 @@ MANY = (1e-3, 2e-3, 4e-3, 8e-3)
 FEW_MLP = (2e-3, 4e-3, 8e-3, 1.6e-2)
 STAY = {"idle": "cloud", "revive": "none"}
 KR = {**STAY, "warmup": 0.03}
-START = {"idle": "cloud", "warmup": 0}  # from a spread set on; probes say what may come in
+START = {"idle": "cloud", "warmup": 0, "revive": "scored"}  # from a spread set on; probes say what may come in
 COVER = {**START, "cover": True}
 # An eighth of FT's bytes on q, k, v, whatever the modules and the wire; or another share of them.
 OURS = {"share_of_ft": 0.125}
@@ -81,7 +81,7 @@ ARMS: dict[str, tuple[list[str], int, str, dict[str, Any] | None, tuple[float, .
     "KR q,k,v,gate,up start": (QKV + MLP, 8, "factored", {**START, **OURS}, FEW_MLP),
     "KR v": (V, 20, "plain", {**KR, **OURS}, FEW),
     "KR v redraw": (V, 20, "plain", {"policy": "redraw", "warmup": 0, **STAY, **OURS}, FEW),
-    "KR drop scored": (QKV, 12, "plain", {"warmup": 0.03}, FEW),
+    "KR drop scored": (QKV, 12, "plain", {"warmup": 0.03, "revive": "scored"}, FEW),
     "KR gradient": (QKV, 12, "plain", {**KR, "signal": "gradient"}, FEW),
     "random gate,up": (MLP, 8, "factored", {"policy": "random", "warmup": 0, **OURS}, FEW_MLP),
     "sensitivity once": (QKV, 12, "plain", {**KR, "policy": "sensitivity"}, FEW),

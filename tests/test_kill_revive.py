@@ -158,7 +158,7 @@ def test_cubic_budget_falls_from_one() -> None:
 
 def test_decisions_are_due_after_warmup_and_until_the_final_phase() -> None:
     """Decisions come at the end of the warm-up and every interval, and stop in the last phase."""
-    kr = KillReviveConfig(warmup=0.1, interval=20, final=0.25)
+    kr = KillReviveConfig(warmup=0.1, interval=20, final=0.25, revive="scored")
     assert [step for step in range(100) if is_due(kr, step, 100)] == [10, 30, 50, 70]
     assert [step for step in range(100) if needs_probe(kr, step, 100)] == [29, 49, 69]
     once = KillReviveConfig(policy="gradient", warmup=0.1, interval=20)
@@ -227,6 +227,7 @@ def loop(split: Any, config: KillReviveConfig, steps: int = 16) -> KillReviver:
 
 
 FAST: dict[str, Any] = {"warmup": 2, "interval": 3, "final": 0.0, "budget": 0.5, "drop_steps": 2, "rewarm_steps": 2}
+FAST |= {"revive": "scored"}
 
 
 @pytest.mark.parametrize("policy", get_args(Policy))

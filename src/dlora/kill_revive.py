@@ -48,14 +48,14 @@ class KillReviveConfig:
     """What the budget counts: traffic, or the number of active modules."""
     average: bool = True
     """The budget is the average of the whole run, warm-up included; false: of the steps after it."""
-    warmup: float = 0.05
+    warmup: float = 0.0
     """Steps with all modules active; under 1: a share of the run. 0: begin with evenly spread units."""
     interval: int = 20
     """Optimizer steps between decisions."""
     signal: Literal["delta_norm", "norm_delta", "relative", "gradient"] = "relative"
     """Score of an active unit: change of the weights' norm, norm of their change, norm of the change of s B A over that
     of the frozen weight, or norm of the gradient; all over the last interval."""
-    revive: Literal["none", "random", "scored"] = "scored"
+    revive: Literal["none", "random", "scored"] = "none"
     """How idle units come back: not, by lot, or by the norm of their gradient in a probe step."""
     revive_share: float = 0.25
     """Share of the budget for revived units."""
@@ -102,7 +102,14 @@ class KillReviveConfig:
 
 
 PAPER: Final = KillReviveConfig(
-    unit="module", cost="modules", average=False, signal="delta_norm", revive="random", hysteresis=0.0, final=0.0
+    unit="module",
+    cost="modules",
+    average=False,
+    warmup=0.05,
+    signal="delta_norm",
+    revive="random",
+    hysteresis=0.0,
+    final=0.0,
 )
 """The paper's own words, taken literally: one module in eight, by the variation of its l2 norm."""
 
