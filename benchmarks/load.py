@@ -1,0 +1,263 @@
+"""Many edges on one server: throughput, fairness, equal results, memory; and a step through Ray beside one without.
+
+    python benchmarks/load.py run      # about a quarter of an hour on 2 cores
+    python benchmarks/load.py table    # the table of docs/benchmarks.md
+
+Every edge trains its own adapter on its own random tokens, all on this machine beside the server, each a process
+with one thread (32 edges of the tiny model: 8 threads in each of 4). After a first step each waits for the others;
+then tokens are counted for a fixed time. An edge's adapter after three steps is compared, bit for bit, with that of
+the same edge alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULT = Path(__file__).parent / "results" / "load.json"
+COMPARED_STEPS = 3
+# model -> (rows, tokens a row, seconds, numbers of edges, threads of edges in a process)
+LOADS: dict[str, tuple[int, int, float, tuple[int, ...], int]] = {
+    "smollm2": (2, 32, 90.0, (1, 4, 8), 1),
+    "tiny": (2, 32, 30.0, (1, 32), 8),
+}
+
+
+def edge(address: str, seed: int, rows: int, length: int, seconds: float, barrier: Any, found: list[Any]) -> None:
+    """One edge: train until the time is up; append what it did."""
+    import torch
+    from peft import LoraConfig
+
+    import dlora
+
+    link = dlora.connect(address, timeout_s=60)
+    with _BUILDING:  # initial values come from the process's one generator
+        torch.manual_seed(seed)
+        config = LoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj"])
+        model = dlora.get_peft_model(link, config)
+    model.head_positions = "supervised"
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    vocab = model.get_input_embeddings().weight.shape[0]
+
+    def step(number: int) -> None:
+        generator = torch.Generator().manual_seed(1000 * seed + number)
+        ids = torch.randint(0, vocab, (rows, length), generator=generator)
+        labels = ids.clone()
+        labels[:, :-8] = -100
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(0)
+    barrier.wait()
+    done, digest, start = 1, "", time.monotonic()
+    while time.monotonic() - start < seconds or done < COMPARED_STEPS:
+        step(done)
+        done += 1
+        if done == COMPARED_STEPS:
+            digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in parameters)).hexdigest()
+    took = time.monotonic() - start
+    rate = (done - 1) * rows * length / took
+    found.append({"seed": seed, "tokens_per_s": rate, "digest": digest, "retries": model.meter.retries})
+    link.close()
+
+
+_BUILDING = threading.Lock()
+
+
+def edges(address: str, seeds: list[int], rows: int, length: int, seconds: float) -> None:
+    """Some edges as threads of this process; prints what they did. Begins when standard input says so."""
+    import torch
+
+    torch.set_num_threads(1)
+    found: list[Any] = []
+
+    def ready() -> None:
+        print("ready", flush=True)
+        sys.stdin.readline()
+
+    barrier = threading.Barrier(len(seeds), action=ready)
+    threads = [
+        threading.Thread(target=edge, args=(address, seed, rows, length, seconds, barrier, found)) for seed in seeds
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    print(json.dumps(found), flush=True)
+
+
+@contextmanager
+def serving(model: str, *flags: str) -> Iterator[tuple[str, int]]:
+    """A `dlora serve` process: its address and pid."""
+    command = [sys.executable, "-m", "dlora", "serve", "--model", model, "--port", "0", "--drain_s", "0", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            for line in process.stdout:
+                if line.startswith("ready"):
+                    yield line.split()[1], process.pid
+                    break
+        finally:
+            process.terminate()
+            process.communicate(timeout=60)
+
+
+def memory_mib(pid: int, what: str = "VmRSS") -> float:
+    """Resident memory of a process, now or (VmHWM) at its highest."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return round(int(text.split(f"{what}:")[1].split()[0]) / 1024, 1)
+
+
+def turn(address: str, pid: int, count: int, load: tuple[int, int, float, Any, int], seconds: float) -> dict[str, Any]:
+    """So many edges at once."""
+    rows, length, _, _, threads = load
+    groups = [list(range(i, min(i + threads, count))) for i in range(0, count, threads)]
+    with ExitStack() as stack:
+        processes = []
+        for seeds in groups:
+            words = ["edges", "--address", address, "--seeds", ",".join(map(str, seeds))]
+            words += ["--rows", str(rows), "--length", str(length), "--seconds", str(seconds)]
+            command = [sys.executable, __file__, *words]
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            processes.append(stack.enter_context(subprocess.Popen(command, **pipes)))
+        for process in processes:
+            if process.stdout.readline().strip() != "ready":
+                raise RuntimeError("an edge did not start; its message stands above")
+        idle = memory_mib(pid)  # every edge is connected and has trained, none has a stream
+        for process in processes:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        peak = 0.0
+        while any(process.poll() is None for process in processes):
+            peak = max(peak, memory_mib(pid))
+            time.sleep(0.25)
+        found = [one for process in processes for one in json.loads(process.stdout.read())]
+    rates = [one["tokens_per_s"] for one in found]
+    return {
+        "edges": count,
+        "tokens_per_s": sum(rates),
+        "slowest_to_mean": min(rates) / statistics.fmean(rates),
+        "retries": sum(one["retries"] for one in found),
+        "digests": {one["seed"]: one["digest"] for one in found},
+        "server_idle_mib": idle,
+        "server_peak_mib": peak,
+    }
+
+
+def tiny_folder(folder: Path) -> str:
+    """A small random Llama on disk."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
+def run() -> dict[str, Any]:
+    """All loads, then Ray."""
+    found: dict[str, Any] = {"loads": {}}
+    with tempfile.TemporaryDirectory() as scratch:
+        tiny = tiny_folder(Path(scratch) / "tiny")
+        for name, load in LOADS.items():
+            turns, alone = [], {}
+            with serving(name if name != "tiny" else tiny, "--threads", "1") as (address, pid):
+                start_mib = memory_mib(pid)
+                for count in load[3]:
+                    turns.append(turn(address, pid, count, load, load[2]))
+                    shown = {k: v for k, v in turns[-1].items() if k != "digests"}
+                    print(name, shown, file=sys.stderr, flush=True)
+                for seed in range(max(load[3])):  # each edge's own result, alone on the server
+                    one = turn_alone(address, pid, seed, load)
+                    alone[seed] = one
+            for one in turns:
+                one["equal"] = all(digest == alone[int(seed)] for seed, digest in one.pop("digests").items())
+            found["loads"][name] = {"server_start_mib": start_mib, "turns": turns}
+        found["ray"] = beside_ray(tiny)
+    return found
+
+
+def turn_alone(address: str, pid: int, seed: int, load: tuple[int, int, float, Any, int]) -> str:
+    """The adapter of one edge with the server for itself."""
+    rows, length, *_ = load
+    words = ["edges", "--address", address, "--seeds", str(seed)]
+    words += ["--rows", str(rows), "--length", str(length), "--seconds", "0"]
+    done = subprocess.run([sys.executable, __file__, *words], input="go\n", stdout=subprocess.PIPE, text=True)
+    digest: str = json.loads(done.stdout.splitlines()[-1])[0]["digest"]
+    return digest
+
+
+def beside_ray(model: str) -> dict[str, Any]:
+    """SmolLM2 behind a plain server and behind one replica of Ray, in turns; a step of each."""
+    load = LOADS["smollm2"]
+    rates: dict[str, list[float]] = {"plain": [], "ray": []}
+    with (
+        serving("smollm2", "--threads", "1") as plain,
+        serving("smollm2", "--threads", "1", "--replicas", "1") as replica,
+    ):
+        for _ in range(3):
+            for name, (address, pid) in (("plain", plain), ("ray", replica)):
+                rates[name].append(turn(address, pid, 1, load, 20.0)["tokens_per_s"])
+    ratios = [one / other for one, other in zip(rates["plain"], rates["ray"], strict=True)]
+    return {"tokens_per_s": rates, "step_time_ratio": statistics.median(ratios), "ratios": ratios}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = [
+        "| model | edges | tokens/s in all | of that with one edge | slowest edge, of the mean | "
+        "micro-batches run again | results equal those alone | server, MiB: idle, at its highest |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, load in result["loads"].items():
+        first = load["turns"][0]["tokens_per_s"]
+        for one in load["turns"]:
+            lines.append(
+                f"| {name} | {one['edges']} | {one['tokens_per_s']:.0f} | {one['tokens_per_s'] / first:.2f} | "
+                f"{one['slowest_to_mean']:.2f} | {one['retries']} | {'yes' if one['equal'] else 'NO'} | "
+                f"{one['server_idle_mib']:.0f}, {one['server_peak_mib']:.0f} |"
+            )
+    ray = result["ray"]
+    shown = ", ".join(f"{ratio:.2f}" for ratio in ray["ratios"])
+    lines += ["", f"A step through one replica of Ray takes {ray['step_time_ratio']:.2f} of one without ({shown})."]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "table", "edges"))
+    for flag, kind in (("--address", str), ("--seeds", str), ("--rows", int), ("--length", int), ("--seconds", float)):
+        parser.add_argument(flag, type=kind, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.what == "edges":
+        numbers = [int(seed) for seed in arguments.seeds.split(",")]
+        edges(arguments.address, numbers, arguments.rows, arguments.length, arguments.seconds)
+        sys.exit()
+    if arguments.what == "run":
+        git = ["git", "-C", str(RESULT.parent), "rev-parse", "HEAD"]
+        result = run() | {
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.processor() or 'unnamed'}",
+            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "grpcio", "ray")},
+            "commit": subprocess.run(git, stdout=subprocess.PIPE, text=True).stdout.strip(),
+        }
+        RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    print(table(json.loads(RESULT.read_text())))
