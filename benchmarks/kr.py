@@ -125,19 +125,19 @@ TASKS = ("arc_easy", "openbookqa", "social_iqa", "boolq")
 
 
 def specs(done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Runs in order: variants, every final arm at its learning rates, other tasks, the final arms."""
+    """Runs in order: variants, every final arm at its learning rates, the final arms, other tasks."""
     for arm, rate in TRIED:
         yield {"stage": "tune", "task": "banking77", "arm": arm, "learning_rate": rate, "seed": 0}
     for arm, rates in SWEPT.items():
         for rate in rates:
             yield {"stage": "tune", "task": "banking77", "arm": arm, "learning_rate": rate, "seed": 0}
-    for rate in (MANY[0], MANY[2]):
-        for task in TASKS:
-            yield {"stage": "task", "task": task, "arm": "FT", "learning_rate": rate, "seed": 0}
     for seed in SEEDS:
         for arm in FINAL:
             rate = best_rate(done, arm)
             yield {"stage": "final", "task": "banking77", "arm": arm, "learning_rate": rate, "seed": seed}
+    for rate in (MANY[0], MANY[2]):
+        for task in TASKS:
+            yield {"stage": "task", "task": task, "arm": "FT", "learning_rate": rate, "seed": 0}
 
 
 def best_rate(done: list[dict[str, Any]], arm: str) -> float | None:

@@ -111,11 +111,11 @@ def make_local(family: str, config: LoraConfig, seed: int = 1) -> PeftModel:
 
 
 def make_split(
-    link: Any, config: LoraConfig, seed: int = 1, wire_dtype: str = "fp32", wire: Any = "plain"
+    link: Any, config: LoraConfig, seed: int = 1, wire_dtype: str = "fp32", wire: Any = "plain", **options: Any
 ) -> SplitModel:
     """The same adapter on the split model."""
     torch.manual_seed(seed)
-    return dlora.get_peft_model(link, config, wire=wire, wire_dtype=wire_dtype)
+    return dlora.get_peft_model(link, config, wire=wire, wire_dtype=wire_dtype, **options)
 
 
 def adapter(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -19,7 +19,7 @@ from dlora.demo import data_file
 from dlora.wire import PROTOCOL_VERSION
 
 SOURCE = Path(dlora.__file__).parent
-CLOUD = {"cloud", "exchange", "adapter_store", "server", "load", "sites", "tenancy", "identity"}
+CLOUD = {"cloud", "exchange", "adapter_store", "server", "load", "tenancy", "identity"}
 CLOUD |= {"metrics", "keys", "replicas"}
 EDGE = {"edge", "conversation", "micro_batch", "kv_cache", "client", "link", "training", "data", "accounting"}
 EDGE |= {"planner", "kill_revive", "reviver", "inference", "chat", "evaluate", "api", "info"}
@@ -54,6 +54,12 @@ def test_edge_never_reaches_the_cloud_half(name: str) -> None:
 def test_cloud_never_reaches_the_edge_half(name: str) -> None:
     """A cloud knows nothing of data, adapters or training."""
     assert not reached(name) & EDGE
+
+
+@pytest.mark.parametrize("name", ["sites", "held_layers", "wire", "edge_files", "private_files", "errors"])
+def test_what_both_halves_use_reaches_neither(name: str) -> None:
+    """What is shared knows nothing of either half."""
+    assert not reached(name) & (EDGE | CLOUD)
 
 
 def test_only_the_command_line_prints_or_sets_up_logging() -> None:

@@ -220,6 +220,8 @@ def _limits(settings: ServeSettings) -> dict[str, int]:
         "max_length": settings.max_length,
         "max_message_bytes": settings.max_message_mib << 20,
         "max_inflight_bytes": settings.max_inflight_mib << 20,
+        "edge_first": settings.edge_first,
+        "edge_last": settings.edge_last,
     }
 
 
@@ -312,7 +314,7 @@ def print_result(record: dict[str, Any], output: Path) -> None:
     loss = f"loss {record['train_loss']:.4f}" if record["train_loss"] is not None else "no loss yet"
     if record["eval_loss"] is not None:
         loss += f", eval loss {record['eval_loss']:.4f} (best {record['best_eval_loss'] or record['eval_loss']:.4f})"
-    edge = cost["adapter_flops"] + cost["head_flops"] + cost["embedding_flops"]
+    edge = cost["adapter_flops"] + cost["head_flops"] + cost["embedding_flops"] + cost["held_flops"]
     cloud = cost["cloud_forward_flops"] + cost["cloud_backward_flops"]
     print(f"{record['status']} after {record['steps']} steps and {record['seconds']:.0f} s: {loss}")
     print(f"traffic    {cost['sent_bytes'] / 1e6:.1f} MB up, {cost['received_bytes'] / 1e6:.1f} MB down, ", end="")
@@ -365,6 +367,7 @@ def _loaded(settings: EdgeSettings, adapter: Path | None) -> Iterator[tuple[Any,
             wire_dtype=settings.wire_dtype,
             give_up_after_s=settings.give_up_after_s,
             device=settings.device,
+            edge_layers=settings.edge_layers,
         )
         yield model, tokenizer
     finally:

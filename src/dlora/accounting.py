@@ -34,13 +34,15 @@ class Meter:
     head_flops: int = 0
     embedding_flops: int = 0
     """Always 0: an embedding is a look-up. Kept so that the sum of the edge is complete."""
+    held_flops: int = 0
+    """Decoder layers that run on the edge, forward and backward, without their LoRA modules."""
     cloud_forward_flops: int = 0
     cloud_backward_flops: int = 0
 
     @property
     def edge_flops(self) -> int:
         """All FLOPs on the edge."""
-        return self.adapter_flops + self.head_flops + self.embedding_flops
+        return self.adapter_flops + self.head_flops + self.embedding_flops + self.held_flops
 
     def copy(self) -> Meter:
         """A snapshot."""
@@ -77,18 +79,23 @@ def step_traffic(
     itemsize: int,
     *,
     factored: bool = False,
+    input_grad: bool = False,
 ) -> tuple[int, int]:
     """(sent, received) payload bytes of one training micro-batch.
 
+    Where the edge holds layers, `embedding_width` and `hidden_width` are those between layers, `kept` is all rows if
+    it holds the last, and `input_grad` says that adapters in the first want the gradient of what was sent.
+
     `sites` holds, for each active site in calling order, its input width d and (o, r) of its
-    active modules: output width and rank. The first site sends no input gradient. On the plain
+    active modules: output width and rank. The first site sends no
+    input gradient unless it is wanted. On the plain
     wire a module sends deltas of width o and gets their gradients; factored it sends Z of
     width r and B once, and gets the gradients of both. Framing adds under 1 % from some hundred tokens on.
     """
     sent = embedding_width * rows + hidden_width * kept
-    received = hidden_width * kept
+    received = hidden_width * kept + (embedding_width * rows if input_grad else 0)
     for index, (d, modules) in enumerate(sites):
         answers = sum(rows * r + o * r if factored else rows * o for o, r in modules)
-        sent += answers + (rows * d if index else 0)
+        sent += answers + (rows * d if index or input_grad else 0)
         received += answers + rows * d
     return sent * itemsize, received * itemsize

@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tqdm.auto import tqdm
 
 from dlora.cache import default_cache
-from dlora.edge_files import ALLOWED_FILES
+from dlora.edge_files import ALLOWED_FILES, LAYER_FILE
 from dlora.errors import AdapterMissing, PeerError, PeerLost, UsageError, WireError
 from dlora.private_files import check_private
 from dlora.proto import dlora_pb2 as pb
@@ -200,18 +200,28 @@ class GrpcLink:
 
     def edge_files(self) -> Path:
         """Fetch the edge files once for each content; later calls and runs use the cache."""
-        infos = sorted(self.description.edge_files, key=lambda info: info.name)
-        for info in infos:
+        for info in self.description.edge_files:
             if info.name not in ALLOWED_FILES:
                 raise WireError(
                     f"{self.address} offers a file {info.name[:80]!r}, which is not on the list of edge files"
                 )
+        return self._cached(self.description.edge_files, "embedding, head, tokenizer")
+
+    def layer_files(self, names: Sequence[str]) -> Path:
+        """The same for decoder layers that run here."""
+        offered = {info.name: info for info in self.description.layers.files if re.fullmatch(LAYER_FILE, info.name)}
+        if missing := [name for name in names if name not in offered]:
+            raise WireError(f"{self.address} allows edge layers and does not offer {missing[0]}")
+        return self._cached([offered[name] for name in names], "decoder layers", names)
+
+    def _cached(self, infos: Sequence[pb.FileInfo], title: str, names: Sequence[str] = ()) -> Path:
+        infos = sorted(infos, key=lambda info: info.name)
         digest = hashlib.sha256("".join(f"{info.name} {info.sha256}\n" for info in infos).encode()).hexdigest()
         folder = self.cache / "edge" / digest[:32]
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix="partial-") as partial:
-                self._fetch(infos, files := Path(partial) / "files")
+                self._fetch(infos, files := Path(partial) / "files", title, names)
                 try:
                     files.rename(folder)  # at once or not at all
                 except OSError:
@@ -219,7 +229,7 @@ class GrpcLink:
                         raise
         return folder
 
-    def _fetch(self, infos: list[pb.FileInfo], folder: Path) -> None:
+    def _fetch(self, infos: list[pb.FileInfo], folder: Path, title: str, names: Sequence[str]) -> None:
         folder.mkdir()
         wanted = {info.name: info for info in infos}
         total = sum(info.size for info in infos)
@@ -227,8 +237,8 @@ class GrpcLink:
             raise WireError(f"{self.address} offers {total} bytes of edge files, over {_MAX_EDGE_FILES_BYTES}")
         got = dict.fromkeys(wanted, 0)
         hashes = {name: hashlib.sha256() for name in wanted}
-        request = pb.FetchEdgeFilesRequest(fingerprint=self.description.fingerprint)
-        with tqdm(total=total, unit="B", unit_scale=True, desc="embedding, head, tokenizer") as bar:
+        request = pb.FetchEdgeFilesRequest(fingerprint=self.description.fingerprint, names=names)
+        with tqdm(total=total, unit="B", unit_scale=True, desc=title) as bar:
             try:
                 # Enough for a slow line of 50 kB/s; a cloud that stalls for longer is not waited for.
                 server = self._servers[self._current]

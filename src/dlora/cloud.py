@@ -28,8 +28,9 @@ from transformers.cache_utils import DynamicLayer
 from dlora.adapter_store import AdapterStore
 from dlora.errors import AdapterMissing, ModelError, UsageError, WireError
 from dlora.exchange import Pipe, Plan, Step, current_step
+from dlora.held_layers import EdgeLayers, find_layers, first_output, wrap_layers
 from dlora.proto import dlora_pb2 as pb
-from dlora.sites import Site, attention_flops, forward_flops, trace
+from dlora.sites import Site, attention_flops, backward_flops, forward_flops, trace
 from dlora.wire import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, decode, encode, unpack_mask
 
 __all__ = ["CloudModel", "Limits"]
@@ -54,6 +55,10 @@ class Limits:
     """Activations held for all micro-batches in flight."""
     max_adapter_bytes: int = 2**30
     """Frozen modules that edges let the cloud apply; the longest unused go first."""
+    edge_first: int = 0
+    """Edges may get and run so many of the first decoder layers themselves, and ..."""
+    edge_last: int = 0
+    """... so many of the last."""
 
 
 class CloudModel:
@@ -92,13 +97,7 @@ class CloudModel:
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             raise ModelError("gradient checkpointing would run every exchange twice: disable it on the served model")
         model_length = getattr(model.config.get_text_config(), "max_position_embeddings", None) or limits.max_length
-        self.limits = Limits(
-            max_tokens=limits.max_tokens,
-            max_length=min(limits.max_length, model_length),
-            max_message_bytes=limits.max_message_bytes,
-            max_inflight_bytes=limits.max_inflight_bytes,
-            max_adapter_bytes=limits.max_adapter_bytes,
-        )
+        self.limits = dataclasses.replace(limits, max_length=min(limits.max_length, model_length))
         self.adapters = AdapterStore(limits.max_adapter_bytes, self.device)
         self.takes_position_ids = "position_ids" in inspect.signature(self.decoder.forward).parameters
         self._traced_batch, self._traced_length = 2, min(8, self.limits.max_length)
@@ -116,10 +115,12 @@ class CloudModel:
         # Modules outside the layers, such as OPT's projections of the embedding, have layer -1.
         self.layers = sorted({module.layer for site in self.sites for module in site.modules} - {-1})
         self._install_hooks()
+        self._install_layers(ids_BT)
         self.hidden_width = self._check_split(ids_BT)
         self.bytes_per_token, self.bytes_per_token_squared = self._measure_cost()
         self.cache_bytes_per_token = self._check_cache(ids_BT)
         self.deep_rollback = not any(DynamicCache(config=self.model.config).is_sliding)
+        self._check_layers(ids_BT)
         self.config_json = _public_config(model)
         self.fingerprint = _fingerprint(self.config_json, model)
 
@@ -151,6 +152,13 @@ class CloudModel:
                 for site in self.sites
             ],
             wire_dtypes=[pb.FP32, pb.FP16, pb.BF16],
+            layers=pb.DecoderLayers(
+                count=self.num_layers,
+                width=self.layer_width,
+                in_tuple=self.layers_in_tuple,
+                max_first=self.limits.edge_first,
+                max_last=self.limits.edge_last,
+            ),
             limits=pb.Limits(
                 max_tokens=self.limits.max_tokens,
                 max_length=self.limits.max_length,
@@ -191,9 +199,12 @@ class CloudModel:
                 )
         if begin.wire_dtype not in (pb.FP32, pb.FP16, pb.BF16):
             raise WireError(f"wire dtype number {begin.wire_dtype} is not known")
-        active = self._check_active(begin.sites)
+        held = self._check_held(begin)
+        active = self._check_active(begin.sites, held)
         if begin.probe and not (begin.training and active):
             raise WireError("probe: wants a training step with an active site")
+        if begin.wants_input_grad and not begin.training:
+            raise WireError("wants_input_grad: wants a training step")
         return self._plan_pass(
             begin,
             Plan(
@@ -206,14 +217,26 @@ class CloudModel:
                 rows_N=None,
                 keep=torch.empty(0, dtype=torch.int64),
                 active=active,
-                idle=self._check_idle(begin.idle, active, owner),
-                probe=self._check_active(begin.probe),
+                idle=self._check_idle(begin.idle, active, owner, held),
+                probe=self._check_active(begin.probe, held),
                 embeddings=begin.embeddings,
                 factored=begin.factored,
                 cache_length=begin.cache_length,
                 rollback=begin.rollback,
+                held=held,
+                wants_input_grad=begin.wants_input_grad,
             ),
         )
+
+    def _check_held(self, begin: pb.Begin) -> EdgeLayers:
+        """The layers that this edge runs itself. Raises UsageError for more than this server allows."""
+        held = EdgeLayers(begin.edge_first, begin.edge_last, self.num_layers)
+        if held.first > self.limits.edge_first or held.last > self.limits.edge_last:
+            raise UsageError(
+                f"this server lets edges hold the first {self.limits.edge_first} and the last {self.limits.edge_last} "
+                f"layers, got {held.first} and {held.last}"
+            )
+        return held
 
     def extend(self, before: Plan, message: pb.Extend) -> Plan:
         """The same for an `Extend`, after the pass `before`."""
@@ -298,7 +321,11 @@ class CloudModel:
         )
 
     def _check_idle(
-        self, entries: Sequence[pb.IdleModule], active: tuple[tuple[Site, tuple[int, ...]], ...], owner: str
+        self,
+        entries: Sequence[pb.IdleModule],
+        active: tuple[tuple[Site, tuple[int, ...]], ...],
+        owner: str,
+        held: EdgeLayers,
     ) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
         """The frozen modules that a step refers to. Raises AdapterMissing if one is not here (any more)."""
         taken = {(site.index, module) for site, modules in active for module in modules}
@@ -312,7 +339,7 @@ class CloudModel:
             if entry.module >= len(site.modules):
                 raise WireError(f"idle: site {entry.site} has {len(site.modules)} modules, got {entry.module}")
             module = site.modules[entry.module]
-            if not module.allowed:
+            if not module.allowed or not held.in_cloud(module.layer):
                 raise UsageError(f"this server does not allow adapters on {module.name}")
             pair = self.adapters.get(entry.hash, owner)
             if pair is None:
@@ -330,7 +357,9 @@ class CloudModel:
             raise UsageError("the served model has changed: connect again")
         return pb.PutAdapterReply(hashes=[self.adapters.put(one, owner, owner_bytes) for one in request.modules])
 
-    def _check_active(self, entries: Sequence[pb.ActiveSite]) -> tuple[tuple[Site, tuple[int, ...]], ...]:
+    def _check_active(
+        self, entries: Sequence[pb.ActiveSite], held: EdgeLayers
+    ) -> tuple[tuple[Site, tuple[int, ...]], ...]:
         active = []
         previous = -1
         for entry in entries:
@@ -342,6 +371,8 @@ class CloudModel:
                 raise WireError(
                     f"site {entry.site}: got modules {modules[:8]}, want ascending, 1 to {len(site.modules)}"
                 )
+            if not held.in_cloud(site.modules[0].layer):
+                raise WireError(f"site {entry.site} is in a layer that the edge holds")
             for index in modules:
                 if not site.modules[index].allowed:
                     raise UsageError(f"this server does not allow adapters on {site.modules[index].name}")
@@ -358,13 +389,14 @@ class CloudModel:
         if plan.cache_length:
             self._run_cached(plan, pipe)
             return
-        step = Step(self.decoder, self.embedding.weight, plan, pipe)
+        step = Step(self.decoder, self.embedding.weight, plan, pipe, layer_width=self.layer_width)
         step.run()
         forward, backward = self.flops(plan)
         forward += 2 * step.forward_macs
         backward += 2 * step.backward_macs if backward else 0
         probe = [step.probe_norms.get((site.index, module), 0.0) for site, modules in plan.probe for module in modules]
-        step.send(pb.CloudFrame(done=pb.Done(forward_flops=forward, backward_flops=backward, probe=probe)))
+        done = pb.Done(forward_flops=forward, backward_flops=backward, probe=probe, input_grad=step.input_grad)
+        step.send(pb.CloudFrame(done=done))
 
     def _run_cached(self, plan: Plan, pipe: Pipe) -> None:
         cache = DynamicCache(config=self.model.config)
@@ -373,7 +405,7 @@ class CloudModel:
         while True:
             idle_macs = sum(a.numel() + b.numel() for a, b in plan.idle.values()) * plan.batch * plan.length
             flops = self.flops(plan)[0] + 2 * idle_macs
-            Step(self.decoder, self.embedding.weight, plan, pipe, cache, flops).run()
+            Step(self.decoder, self.embedding.weight, plan, pipe, cache, flops, self.layer_width).run()
             # What the pass needed is free again while the edge thinks; the cache stays.
             pipe.admit(plan.batch * plan.cache_length * self.cache_bytes_per_token)
             frame = pipe.receive()
@@ -394,18 +426,12 @@ class CloudModel:
         """
         tokens = plan.batch * plan.length
         attention = attention_flops(self.model.config, plan.batch, plan.length, plan.past)
-        forward = forward_flops(self.sites, tokens) + attention * len(self.layers)
-        if not (plan.training and plan.active):
+        sites = [site for site in self.sites if plan.held.in_cloud(site.modules[0].layer)]
+        forward = forward_flops(sites, tokens) + attention * sum(map(plan.held.in_cloud, self.layers))
+        if not plan.has_backward:
             return forward, 0
-        if plan.probe:  # down to the embeddings
-            return forward, forward + attention * len(self.layers)
-        lowest = plan.active[0][0]
-        above = [site for site in self.sites if site.index > lowest.index]
-        layer = lowest.modules[0].layer
-        # The first site of a layer feeds its attention; from any later one attention gets no gradient.
-        reads_layer_input = all(site.modules[0].layer != layer for site in self.sites[: lowest.index])
-        num_attention = sum(1 for one in self.layers if one > layer or (one == layer and reads_layer_input))
-        return forward, forward_flops(above, tokens) + 2 * attention * num_attention
+        lowest = None if plan.probe or plan.wants_input_grad else plan.active[0][0].index
+        return forward, backward_flops(sites, lowest, tokens, attention)
 
     def _cost_bytes(self, batch: int, length: int, training: bool, past: int = 0, cache_length: int = 0) -> int:
         """Memory that a pass needs beside the weights, its stream's whole KV cache included."""
@@ -438,6 +464,56 @@ class CloudModel:
 
                 module.register_forward_pre_hook(before)
                 module.register_forward_hook(after)
+
+    def _install_layers(self, ids_BT: Tensor) -> None:
+        """Find the decoder's layers, and let edges hold some where the provider allows it. Raises ModelError."""
+        self.num_layers, self.layer_width, self.layers_in_tuple = 0, 0, False
+        count = int(self.model.config.get_text_config().num_hidden_layers)
+        first, last = self.limits.edge_first, self.limits.edge_last
+        layers = find_layers(self.decoder, count)
+        if layers is None:
+            if first or last:
+                raise ModelError(f"edges cannot hold layers of {type(self.model).__name__}: found no list of {count}")
+            return
+        if first < 0 or last < 0 or first + last >= count:
+            raise UsageError(f"edge layers: got {first} and {last} of {count}, want one at least to stay in the cloud")
+        self.num_layers = count
+        seen: list[Any] = []
+        with layers[0].register_forward_hook(lambda module, args, output: seen.append(output)), torch.no_grad():
+            self.decoder(inputs_embeds=self.embedding(ids_BT), use_cache=False)
+        self.layers_in_tuple, self.layer_width = isinstance(seen[0], tuple), first_output(seen[0]).shape[-1]
+
+        def runner() -> Step | None:
+            step = current_step()
+            return step if step is not None and step.plan.held else None
+
+        wrap_layers(layers, runner, self.layers_in_tuple)
+
+    def _check_layers(self, ids_BT: Tensor) -> None:
+        """Compare the layers that stay with those of the whole model: some decoders pass more than hidden states on."""
+        held = EdgeLayers(self.limits.edge_first, self.limits.edge_last, self.num_layers)
+        layers = find_layers(self.decoder, self.num_layers)
+        if not held or layers is None:
+            return
+        seen: list[Tensor] = []
+        with (
+            layers[held.first].register_forward_pre_hook(lambda module, args: seen.append(args[0])),
+            layers[held.end - 1].register_forward_hook(lambda module, args, out: seen.append(first_output(out))),
+            torch.no_grad(),
+        ):
+            self.decoder(inputs_embeds=self.embedding(ids_BT), use_cache=False)
+        entry, want = (one.reshape(ids_BT.numel(), self.layer_width) for one in seen)
+        answers = _ZeroEdge()
+        plan = self._probe_plan(ids_BT, None, training=False)
+        active = tuple(one for one in plan.active if held.in_cloud(one[0].modules[0].layer))
+        self.run(dataclasses.replace(plan, held=held, active=active, embeddings=encode(entry, pb.FP32)), answers)
+        got = decode(answers.hidden, list(want.shape), "hidden").to(want)
+        difference, scale = (got - want).abs().max().item(), want.abs().max().item()
+        if not difference <= _SPLIT_TOLERANCE * max(scale, 1e-6):
+            raise ModelError(
+                f"edges cannot hold layers of {type(self.model).__name__}: hidden states differ by {difference:.3g} "
+                f"(largest {scale:.3g}). Its layers share more than hidden states."
+            )
 
     def _check_split(self, ids_BT: Tensor) -> int:
         """Compare split and full logits on padded input; return the width of the last hidden states."""

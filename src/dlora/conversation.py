@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dlora.accounting import Meter, adapter_flops
 from dlora.errors import AdapterMissing, PeerError, PeerLost, WireError
+from dlora.held_layers import EdgeLayers
 from dlora.link import Link, Stream
 from dlora.proto import dlora_pb2 as pb
 from dlora.wire import content_hash, decode, encode, largest
@@ -136,7 +137,9 @@ class Conversation:
         *,
         factored: bool = False,
         frozen: Sequence[Frozen] = (),
+        held: EdgeLayers | None = None,
     ) -> None:
+        self.held = held or EdgeLayers()
         self.link, self.meter, self.wire_dtype, self.device = link, meter, wire_dtype, device
         self.factored, self.frozen = factored, frozen
         self.output_squares: dict[tuple[int, int], float] | None = None
@@ -156,6 +159,12 @@ class Conversation:
 
     def __del__(self) -> None:
         self.close()
+
+    @property
+    def hidden_width(self) -> int:
+        """Width of the hidden states that come back: the decoder's last, or those between layers."""
+        description = self.link.description
+        return int(description.layers.width if self.held else description.hidden_width)
 
     def put_frozen(self, error: AdapterMissing) -> None:
         """Give the cloud the frozen modules that it does not hold. Raises PeerError if it keeps losing them."""
@@ -191,7 +200,7 @@ class Conversation:
             self._answer(reply.input, num_rows, training)
         if kind != "hidden":
             raise WireError(f"the cloud sent frame {kind!r} in forward")
-        shape = (num_kept, int(self.link.description.hidden_width))
+        shape = (num_kept, self.hidden_width)
         hidden = self.decode(reply.hidden.hidden, shape, "last hidden states")
         self.meter.tokens += num_rows
         return hidden, reply.hidden.forward_flops

@@ -15,7 +15,7 @@ import inspect
 import json
 import logging
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -37,13 +37,15 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from dlora.accounting import Meter
+from dlora.accounting import Meter, adapter_flops
 from dlora.conversation import ActiveSite, Conversation, Frozen, Wait, freeze
 from dlora.errors import DLoRAError, ModelError, UsageError
+from dlora.held_layers import EdgeLayers, files_for, fill, find_layers, layer_of, without_dropout, wrap_layers
 from dlora.kv_cache import CloudCache, Pass
 from dlora.link import Link, RetryPolicy
 from dlora.micro_batch import MicroBatch, SplitForward
 from dlora.proto import dlora_pb2 as pb
+from dlora.sites import Module, Site, attention_flops, backward_flops, forward_flops
 from dlora.wire import PROTOCOL_VERSION, WIRE_DTYPES
 
 __all__ = [
@@ -99,8 +101,18 @@ class SplitModel(PeftModelForCausalLM):
 
     head_positions: Literal["auto", "supervised", "all"] = "auto"
 
-    def __init__(self, base: PreTrainedModel, config: LoraConfig, link: Link, wire_dtype: str, retry: RetryPolicy):
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        config: LoraConfig,
+        link: Link,
+        wire_dtype: str,
+        retry: RetryPolicy,
+        held: EdgeLayers | None = None,
+    ) -> None:
         super().__init__(base, config, adapter_name="default")
+        self.held = held or EdgeLayers()
+        """Decoder layers that run here; their adapters need no exchange and are always trained."""
         self.link = link
         self.retry = retry
         self.wire_dtype = wire_dtype
@@ -121,6 +133,12 @@ class SplitModel(PeftModelForCausalLM):
         """Of the newest training micro-batch: where its time went."""
         self.accepts_position_ids = "position_ids" in inspect.signature(type(_decoder(base)).forward).parameters
         self._signature = inspect.signature(self.forward)
+        self._cloud_pass: Callable[[Tensor], Tensor] | None = None  # of the forward that runs now, with held layers
+        if self.held:
+            layers = find_layers(_decoder(base), self.held.count)
+            if layers is None:
+                raise ModelError(f"found no list of {self.held.count} layers in {type(_decoder(base)).__name__}")
+            wrap_layers(layers, lambda: self, link.description.layers.in_tuple)
         _decoder(base).forward = types.MethodType(_remote_forward, self)
         # generate() calls the base model and not this one; peft may call the base model's forward
         # and not the model. So hook both.
@@ -176,55 +194,161 @@ class SplitModel(PeftModelForCausalLM):
         """
         request, self._request = self._request, _Request()
         batch, length, _ = embeddings_BTD.shape
-        if cache is not None:
-            mask_BT = _new_columns(cache, mask_BT, batch, length)
-        attended_BT = torch.ones(batch, length, dtype=torch.bool) if mask_BT is None else mask_BT.bool().cpu()
+        columns_BT = mask_BT if cache is None else _new_columns(cache, mask_BT, batch, length)
+        attended_BT = torch.ones(batch, length, dtype=torch.bool) if columns_BT is None else columns_BT.bool().cpu()
         if request.keep_BT is None:
             keep_BT = attended_BT
         elif request.keep_BT.shape == attended_BT.shape:
             keep_BT = request.keep_BT.cpu()
         else:
             raise UsageError(f"labels have shape {list(request.keep_BT.shape)}, input_ids {list(attended_BT.shape)}")
-        new = Pass(embeddings_BTD, mask_BT, self._position_ids(position_ids, batch, length), keep_BT)
+        positions_BT = self._position_ids(position_ids, batch, length)
+        if not self.held:
+            kept_KD = self._through_cloud(Pass(embeddings_BTD, columns_BT, positions_BT, keep_BT), cache)
+        else:
+            # The last layers look at every token; without any, only what is asked for comes back.
+            wanted_BT = attended_BT | keep_BT if self.held.last else keep_BT
+
+            def cloud(entry_BTD: Tensor) -> Tensor:
+                found_KD = self._through_cloud(Pass(entry_BTD, columns_BT, positions_BT, wanted_BT), cache)
+                return _spread(found_KD.to(entry_BTD.dtype), wanted_BT)
+
+            hidden_BTD = self._run_held(embeddings_BTD, mask_BT, position_ids, cache, cloud)
+            kept_KD = hidden_BTD[keep_BT.to(hidden_BTD.device)]
+        kept_KD = kept_KD.to(embeddings_BTD.dtype)
+        compact = request.compact_labels is not None
+        self._count_head(len(kept_KD) + 1 if compact else batch * length, training=kept_KD.requires_grad)
+        if compact:
+            return torch.cat([kept_KD, kept_KD.new_zeros(1, kept_KD.shape[1])])[None]
+        return _spread(kept_KD, keep_BT)
+
+    def _through_cloud(self, new: Pass, cache: CloudCache | None) -> Tensor:
+        """Run the cloud's layers over new tokens; return the kept hidden states, float32 [K, D]."""
         sites, frozen = self._active_sites(), self._applied_by_cloud()
         parameters = [p for site in sites for p in site.parameters] if torch.is_grad_enabled() else []
-        training = bool(parameters)
+        wants_input_grad = new.entry_ND.requires_grad and torch.is_grad_enabled()
+        training = bool(parameters) or wants_input_grad
+        wire_dtype, device = WIRE_DTYPES[self.wire_dtype], new.entry_ND.device
         if cache is not None:
             if training:
                 raise UsageError("a KV cache in the cloud keeps no gradients: use torch.no_grad(), or no cache")
-            dtype, device = WIRE_DTYPES[self.wire_dtype], embeddings_BTD.device
-            cache.bind(Conversation(self.link, self.meter, sites, dtype, device, frozen=frozen))
-            kept_KD = cache.forward(new, self.retry)
-        else:
-            begin = pb.Begin(
-                protocol_version=PROTOCOL_VERSION,
-                fingerprint=self.link.description.fingerprint,
-                wire_dtype=WIRE_DTYPES[self.wire_dtype],
-                training=training,
-                batch=batch,
-                sites=[pb.ActiveSite(site=site.index, modules=site.modules) for site in sites],
-                factored=self.wire == "factored",
-                idle=[pb.IdleModule(site=one.site, module=one.module, hash=one.hash) for one in frozen],
-                probe=self._probed() if training else [],
-                **new.fields(WIRE_DTYPES[self.wire_dtype]),
+            cache.bind(Conversation(self.link, self.meter, sites, wire_dtype, device, frozen=frozen, held=self.held))
+            return cache.forward(new, self.retry)
+        begin = pb.Begin(
+            protocol_version=PROTOCOL_VERSION,
+            fingerprint=self.link.description.fingerprint,
+            wire_dtype=wire_dtype,
+            training=training,
+            batch=new.keep_BT.shape[0],
+            sites=[pb.ActiveSite(site=site.index, modules=site.modules) for site in sites],
+            factored=self.wire == "factored",
+            idle=[pb.IdleModule(site=one.site, module=one.module, hash=one.hash) for one in frozen],
+            probe=self._probed() if training else [],
+            edge_first=self.held.first,
+            edge_last=self.held.last,
+            wants_input_grad=wants_input_grad,
+            **new.fields(wire_dtype),
+        )
+        micro_batch = MicroBatch(self.link, self.retry, self.meter, begin, sites, device, frozen, self.held)
+        if begin.probe:
+            micro_batch.on_probe = self._note_probe
+        if not training:
+            return micro_batch.forward()
+        micro_batch.output_squares = self.output_squares
+        micro_batch.waits = self.waits = []
+        kept_KD: Tensor = SplitForward.apply(micro_batch, new.entry_ND, *parameters)  # type: ignore[no-untyped-call]
+        return kept_KD
+
+    # ----------------------------------------------------------------- layers that run here
+
+    def _run_held(
+        self,
+        embeddings_BTD: Tensor,
+        mask_BT: Tensor | None,
+        position_ids: Tensor | None,
+        cache: CloudCache | None,
+        cloud: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """The decoder's own forward over embeddings [B, T, D], with the cloud in the middle; [B, T, D]."""
+        decoder = _decoder(self.get_base_model())
+        inputs: dict[str, Any] = {"inputs_embeds": embeddings_BTD, "use_cache": cache is not None}
+        if mask_BT is not None:
+            inputs["attention_mask"] = mask_BT.to(embeddings_BTD.device)
+        if position_ids is not None:
+            inputs["position_ids"] = position_ids
+        batch, length, _ = embeddings_BTD.shape
+        past = 0 if cache is None else cache.get_seq_length()
+        if cache is not None:
+            inputs["past_key_values"] = cache.local_cache(self.config)
+        self._cloud_pass = cloud
+        try:
+            hidden_BTD: Tensor = type(decoder).forward(decoder, **inputs).last_hidden_state
+        except BaseException:
+            if cache is not None:
+                cache.restore_local(past)
+            raise
+        finally:
+            self._cloud_pass = None
+        self._count_held(batch, length, past, training=hidden_BTD.requires_grad)
+        return hidden_BTD
+
+    def run_layer(
+        self, index: int, hidden_BTD: Tensor, run: Callable[[Tensor], Any], skip: Callable[[Tensor], Any]
+    ) -> Any:
+        """Run a held layer; at the first of the others go through the cloud, which runs them all."""
+        if not self.held.in_cloud(index):
+            return run(hidden_BTD)
+        if index == self.held.first:
+            if self._cloud_pass is None:
+                raise AssertionError("layers run inside a forward of the decoder")
+            hidden_BTD = self._cloud_pass(hidden_BTD)
+        return skip(hidden_BTD)
+
+    def _count_held(self, batch: int, length: int, past: int, *, training: bool) -> None:
+        """FLOPs of held layers and of the LoRA modules in them; padding is computed too."""
+        sites = [
+            Site(
+                index=index,
+                in_features=site.in_features,
+                modules=tuple(Module(name=one.name, out_features=one.out_features) for one in site.modules),
             )
-            micro_batch = MicroBatch(self.link, self.retry, self.meter, begin, sites, embeddings_BTD.device, frozen)
-            if begin.probe:
-                micro_batch.on_probe = self._note_probe
-            if training:
-                micro_batch.output_squares = self.output_squares
-                micro_batch.waits = self.waits = []
-                kept_KD = SplitForward.apply(micro_batch, *parameters)  # type: ignore[no-untyped-call]
-            else:
-                kept_KD = micro_batch.forward()
-        kept_KD = kept_KD.to(embeddings_BTD.dtype)
-        compact = request.compact_labels is not None
-        self._count_head(len(kept_KD) + 1 if compact else batch * length, training=training)
-        if compact:
-            return torch.cat([kept_KD, kept_KD.new_zeros(1, kept_KD.shape[1])])[None]
-        keep = keep_BT.reshape(-1).nonzero()[:, 0].to(kept_KD.device)
-        full = kept_KD.new_zeros(batch * length, kept_KD.shape[1])
-        return full.index_put((keep,), kept_KD).view(batch, length, -1)
+            for index, site in enumerate(self.link.description.sites)
+            if not self.held.in_cloud(layer_of(site.modules[0].name))
+        ]
+        attention = attention_flops(self.config, batch, length, past)
+        tokens, layers = batch * length, self.held.first + self.held.last
+        self.meter.held_flops += forward_flops(sites, tokens) + attention * layers
+        adapted = dict(self.held_adapters())
+        trained = [site for site in sites if any(one.name in adapted for one in site.modules)]
+        lowest = trained[0].index if trained else None
+        if training:
+            # Below the lowest adapter here nothing asks for gradients; above it, and above the cloud's, all does.
+            first = [site for site in sites if site.modules[0].layer < self.held.first]
+            last = [site for site in sites if site.modules[0].layer >= self.held.end]
+            from_below = bool(self._active_sites()) or any(site in first for site in trained)
+            for part, below in ((first, False), (last, from_below)):
+                if part and (below or any(site in part for site in trained)):
+                    bottom = None if below else next(site.index for site in trained if site in part)
+                    self.meter.held_flops += backward_flops(part, bottom, tokens, attention)
+        for site in trained:
+            for one in site.modules:
+                if (layer := adapted.get(one.name)) is not None:
+                    for name in layer.active_adapters:
+                        if name in layer.lora_A:
+                            self.meter.adapter_flops += adapter_flops(
+                                tokens,
+                                layer.in_features,
+                                layer.r[name],
+                                layer.out_features,
+                                training=training,
+                                input_grad=site.index != lowest,
+                            )
+
+    def held_adapters(self) -> Iterator[tuple[str, LoraLayer]]:
+        """LoRA layers inside held layers, those in use."""
+        for name, module in self.get_base_model().named_modules():
+            if isinstance(module, LoraLayer) and not self.held.in_cloud(layer_of(name)) and not module.disable_adapters:
+                yield name, module
 
     def _position_ids(self, position_ids: Tensor | None, batch: int, length: int) -> Tensor | None:
         if position_ids is None:
@@ -396,12 +520,14 @@ def get_peft_model(
     wire_dtype: str = "fp16",
     retry: RetryPolicy | None = None,
     device: str | torch.device = "cpu",
+    edge_layers: tuple[int, int] = (0, 0),
 ) -> SplitModel:
     """Put a fresh LoRA adapter on the cloud's model: `peft.get_peft_model` for a model that is elsewhere.
 
     `link` comes from `dlora.connect` or `dlora.in_process`. `wire_dtype` is fp32 (exact), fp16 or
-    bf16; `wire` is plain or factored (see `SplitModel`). Raises UsageError for what cannot be
-    supported, by name. At the same seed the adapter starts with the same values as
+    bf16; `wire` is plain or factored (see `SplitModel`). `edge_layers`: so many of the first and of the last
+    decoder layers run here, where the server allows it: less of what leaves can be read. Raises UsageError for what
+    cannot be supported, by name. At the same seed the adapter starts with the same values as
     `peft.get_peft_model` on the full model.
     """
     if wire not in ("plain", "factored"):
@@ -410,10 +536,11 @@ def get_peft_model(
         raise UsageError(f"wire dtype: got {wire_dtype!r}, want one of {', '.join(WIRE_DTYPES)}")
     config = _checked(config)
     description = link.description
-    base = _skeleton(description, link.edge_files())
+    held = _held(link, edge_layers)
+    base = _skeleton(description, link.edge_files(), held, link)
     config.base_model_name_or_path = description.model_id
     try:
-        model = SplitModel(base, config, link, wire_dtype, retry or RetryPolicy())
+        model = SplitModel(base, config, link, wire_dtype, retry or RetryPolicy(), held)
     except ValueError as error:
         if isinstance(error, DLoRAError):
             raise
@@ -433,6 +560,7 @@ def load_adapter(
     wire_dtype: str = "fp16",
     retry: RetryPolicy | None = None,
     device: str | torch.device = "cpu",
+    edge_layers: tuple[int, int] = (0, 0),
 ) -> SplitModel:
     """Put an existing adapter folder, made here or by peft, on the cloud's model.
 
@@ -440,7 +568,9 @@ def load_adapter(
     """
     config = read_adapter_config(folder)
     config.inference_mode = not is_trainable
-    model = get_peft_model(link, config, wire=wire, wire_dtype=wire_dtype, retry=retry, device=device)
+    model = get_peft_model(
+        link, config, wire=wire, wire_dtype=wire_dtype, retry=retry, device=device, edge_layers=edge_layers
+    )
     try:
         weights = load_peft_weights(str(folder), device=str(device))
         result = set_peft_model_state_dict(model, weights)
@@ -456,16 +586,20 @@ def load_adapter(
 
 
 def load_base(
-    link: Link, *, wire_dtype: str = "fp16", retry: RetryPolicy | None = None, device: str | torch.device = "cpu"
+    link: Link,
+    *,
+    wire_dtype: str = "fp16",
+    retry: RetryPolicy | None = None,
+    device: str | torch.device = "cpu",
+    edge_layers: tuple[int, int] = (0, 0),
 ) -> SplitModel:
     """The served model as it is: no adapter is active, and a pass takes one round trip."""
     names = [module.name for site in link.description.sites for module in site.modules if module.allowed]
     if not names:
         raise UsageError(f"{link.address} allows no adapters")
     # peft wants a module to sit on; it is switched off at once.
-    model = get_peft_model(
-        link, LoraConfig(r=1, target_modules=names[:1]), wire_dtype=wire_dtype, retry=retry, device=device
-    )
+    config = LoraConfig(r=1, target_modules=names[:1])
+    model = get_peft_model(link, config, wire_dtype=wire_dtype, retry=retry, device=device, edge_layers=edge_layers)
     model.base_model.disable_adapter_layers()
     return model.eval()
 
@@ -512,13 +646,28 @@ def _checked(config: LoraConfig) -> LoraConfig:
     return config
 
 
-def _skeleton(description: pb.Description, folder: Path) -> PreTrainedModel:
-    """The architecture's own class: real embedding and head, a decoder with shapes but no memory."""
+def _held(link: Link, edge_layers: tuple[int, int]) -> EdgeLayers:
+    """The layers to hold. Raises UsageError for more than the server allows."""
+    first, last = edge_layers
+    offer = link.description.layers
+    if first < 0 or last < 0 or first > offer.max_first or last > offer.max_last:
+        raise UsageError(
+            f"edge layers: got the first {first} and the last {last}, {link.address} lets edges hold up to the first "
+            f"{offer.max_first} and the last {offer.max_last}: its provider decides (`dlora serve --edge_first ... "
+            "--edge_last ...`)"
+        )
+    if (first or last) and first + last >= offer.count:
+        raise UsageError(f"edge layers: got {first} and {last} of {offer.count}, want one at least left in the cloud")
+    return EdgeLayers(first, last, offer.count)
+
+
+def _skeleton(description: pb.Description, folder: Path, held: EdgeLayers, link: Link) -> PreTrainedModel:
+    """The architecture's own class: real embedding, head and held layers, else a decoder with shapes but no memory."""
     values = json.loads(description.config_json)
     model_type = values.get("model_type")
     if model_type not in CONFIG_MAPPING:
         raise ModelError(f"this transformers does not know model type {model_type!r}: upgrade transformers")
-    config = CONFIG_MAPPING[model_type].from_dict(values)
+    config = CONFIG_MAPPING[model_type].from_dict(without_dropout(values) if held else values)
     # Buffers keep their values (Gemma scales its embedding with one); parameters get no memory.
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -536,11 +685,19 @@ def _skeleton(description: pb.Description, folder: Path) -> PreTrainedModel:
     if tied:
         head.weight = embedding.weight
     _fill(head, weights, "head.", skip=("weight",) if tied else ())
-    held = {id(parameter) for module in (embedding, head) for parameter in module.parameters()}
+    here = {id(parameter) for module in (embedding, head) for parameter in module.parameters()}
+    if held:
+        names = files_for(held)
+        files = link.layer_files(names)
+        for file in names:
+            try:
+                here |= {id(parameter) for parameter in fill(model, load_file(files / file))}
+            except (KeyError, ValueError, AttributeError) as error:
+                raise ModelError(f"{file} from {link.address} does not fit: {error}") from error
     dtype = embedding.weight.dtype
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in held:
+            if id(parameter) not in here:
                 # The right shape on the CPU with one element of memory: peft reads shape, dtype
                 # and device here, and so draws the very numbers it draws on the full model.
                 stand_in = torch.zeros(1, dtype=dtype).expand(parameter.shape)
@@ -579,7 +736,11 @@ def _decoder(base: PreTrainedModel) -> nn.Module:
 
 def _match_sites(model: SplitModel, description: pb.Description) -> tuple[ActiveSite, ...]:
     """Pair every LoRA layer with the cloud's sites. Raises UsageError for layers the cloud cannot serve."""
-    layers = {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
+    layers = {
+        name: module
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, LoraLayer) and model.held.in_cloud(layer_of(name))
+    }
     sites = []
     for index, site in enumerate(description.sites):
         modules = [i for i, module in enumerate(site.modules) if module.name in layers]
@@ -604,6 +765,13 @@ def _match_sites(model: SplitModel, description: pb.Description) -> tuple[Active
             f"decoder that runs once for each token. This server allows: {allowed_names(description)}."
         )
     return tuple(sites)
+
+
+def _spread(rows_KD: Tensor, keep_BT: Tensor) -> Tensor:
+    """[K, D] -> [B, T, D], zero where nothing was kept."""
+    full = rows_KD.new_zeros(keep_BT.numel(), rows_KD.shape[1])
+    keep = keep_BT.reshape(-1).nonzero()[:, 0].to(rows_KD.device)
+    return full.index_put((keep,), rows_KD).view(*keep_BT.shape, -1)
 
 
 def _expected_length(args: tuple[Any, ...], kwargs: dict[str, Any], config: GenerationConfig) -> int:

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dlora.held_layers import layer_weights
 from dlora.proto import dlora_pb2 as pb
 
-__all__ = ["ALLOWED_FILES", "describe_files", "write_edge_files"]
+__all__ = ["ALLOWED_FILES", "LAYER_FILE", "describe_files", "write_edge_files", "write_layer_files"]
 
 # Written by save_pretrained of tokenizers, minus everything that can carry code or pickles.
 ALLOWED_FILES: Final = frozenset(
@@ -21,6 +22,9 @@ ALLOWED_FILES: Final = frozenset(
     "added_tokens.json chat_template.jinja vocab.json vocab.txt merges.txt tokenizer.model spiece.model "
     "sentencepiece.bpe.model".split()
 )
+
+LAYER_FILE: Final = r"(decoder|layer-\d{4})\.safetensors"
+"""Names of the files of decoder layers."""
 
 
 def write_edge_files(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
@@ -39,6 +43,14 @@ def write_edge_files(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase 
             for file in Path(scratch).iterdir():
                 if file.name in ALLOWED_FILES:
                     (folder / file.name).write_bytes(file.read_bytes())
+
+
+def write_layer_files(model: PreTrainedModel, first: int, last: int, folder: Path) -> None:
+    """Write the decoder layers that edges may hold, and what else the decoder has; nothing if they may hold none."""
+    if first or last:
+        count = model.config.get_text_config().num_hidden_layers
+        for name, weights in layer_weights(model, model.get_decoder(), count, first, last).items():
+            save_file(weights, folder / name)
 
 
 def _plain(value: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dlora.cloud import CloudModel
-from dlora.edge_files import write_edge_files
+from dlora.cloud import CloudModel, Limits
+from dlora.edge_files import write_edge_files, write_layer_files
 from dlora.errors import DLoRAError, PeerError, PeerLost
 from dlora.proto import dlora_pb2 as pb
 
@@ -27,6 +27,8 @@ class InProcessLink:
         self.address = "in process"
         self._folder = tempfile.TemporaryDirectory(prefix="dlora-edge-")
         write_edge_files(cloud.model, tokenizer, Path(self._folder.name))
+        self._layers = tempfile.TemporaryDirectory(prefix="dlora-layers-")
+        write_layer_files(cloud.model, cloud.limits.edge_first, cloud.limits.edge_last, Path(self._layers.name))
 
     def open(self) -> _QueueStream:
         """Start a micro-batch on a thread of its own."""
@@ -46,9 +48,14 @@ class InProcessLink:
         """The folder with embedding, head and tokenizer."""
         return Path(self._folder.name)
 
+    def layer_files(self, names: Sequence[str]) -> Path:
+        """The folder with all layers that may be held."""
+        return Path(self._layers.name)
+
     def close(self) -> None:
-        """Remove the folder."""
+        """Remove the folders."""
         self._folder.cleanup()
+        self._layers.cleanup()
 
 
 class _QueueStream:
@@ -98,7 +105,11 @@ class _CloudEnd:
 
 
 def in_process(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, model_id: str | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    model_id: str | None = None,
+    limits: Limits | None = None,
 ) -> InProcessLink:
     """Use a loaded transformers model as the cloud, in this process; takes the place of `connect`."""
-    return InProcessLink(CloudModel(model, model_id=model_id or model.name_or_path), tokenizer)
+    return InProcessLink(CloudModel(model, model_id=model_id or model.name_or_path, limits=limits), tokenizer)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from dlora.errors import WireError
+from dlora.held_layers import EdgeLayers, first_output
 from dlora.proto import dlora_pb2 as pb
 from dlora.sites import Site
 from dlora.wire import decode, encode
@@ -75,11 +77,20 @@ class Plan:
     """Cached tokens to forget before the pass; `past` is without them."""
     order: Tensor | None = None
     """Rows of the cache, in their new order."""
+    held: EdgeLayers = field(default_factory=EdgeLayers)
+    """Layers that the edge runs; `embeddings` are then hidden states before the cloud's first layer."""
+    wants_input_grad: bool = False
+    """The gradient of `embeddings` goes back to the edge."""
 
     @property
     def num_rows(self) -> int:
         """N: the rows that travel in every tensor but the last hidden states."""
         return self.batch * self.length if self.rows_N is None else len(self.rows_N)
+
+    @property
+    def has_backward(self) -> bool:
+        """Whether anything asks for a gradient."""
+        return self.training and (bool(self.active) or self.wants_input_grad)
 
 
 class Step:
@@ -96,7 +107,9 @@ class Step:
         pipe: Pipe,
         cache: Cache | None = None,
         flops: int = 0,
+        layer_width: int = 0,
     ) -> None:
+        self.layer_width = layer_width
         self.decoder, self.plan, self.pipe, self.cache, self.flops = decoder, plan, pipe, cache, flops
         self.embedding = embedding  # its width, dtype and device are those of what goes into the decoder
         self.modules = {site.index: modules for site, modules in plan.active}
@@ -106,6 +119,9 @@ class Step:
         self.forward_macs = self.backward_macs = 0
         self.probed = {(site.index, module) for site, modules in plan.probe for module in modules}
         self.probe_norms: dict[tuple[int, int], float] = {}
+        self.input_grad: pb.Tensor | None = None
+        self._entry: Tensor | None = None  # where the edge holds layers: what goes into the cloud's first,
+        self._exit: Tensor | None = None  # and what comes out of its last
         self._resumed = 0.0
         # Frozen weights ask for no gradient: the lowest exchange needs an input that does.
         self.anchor = torch.zeros((), device=embedding.device, requires_grad=plan.training)
@@ -128,27 +144,56 @@ class Step:
 
     def _run(self) -> None:
         plan = self.plan
-        embeddings = decode(plan.embeddings, (plan.num_rows, self.embedding.shape[1]), "embeddings")
-        inputs: dict[str, Any] = {"inputs_embeds": self._scatter(embeddings.to(self.embedding.dtype))}
-        if plan.probe:  # all the way down
-            inputs["inputs_embeds"].requires_grad_(True)
+        entry_BTD = self._receive_entry()
+        if plan.probe or plan.wants_input_grad:  # all the way down
+            entry_BTD.requires_grad_(True)
+        inputs: dict[str, Any] = {"inputs_embeds": entry_BTD}
+        if plan.held:
+            self._entry = entry_BTD
+            inputs["inputs_embeds"] = self.embedding.new_zeros(plan.batch, plan.length, self.embedding.shape[1])
         if plan.mask_BT is not None:
             inputs["attention_mask"] = plan.mask_BT
         if plan.position_ids_BT is not None:
             inputs["position_ids"] = plan.position_ids_BT
         if self.cache is not None:
             inputs["past_key_values"] = self.cache
-        training = plan.training and bool(plan.active)
-        with torch.set_grad_enabled(training):
+        with torch.set_grad_enabled(plan.has_backward):
             hidden_BTD = self.decoder(**inputs, use_cache=self.cache is not None).last_hidden_state
+            if self._exit is not None:
+                hidden_BTD, self._exit = self._exit, None
             hidden = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[plan.keep]
         message = pb.Hidden(hidden=encode(hidden, plan.dtype), forward_flops=self.flops)
         self.send(pb.CloudFrame(hidden=message))
-        if training:
+        if plan.has_backward:
             del hidden_BTD, inputs
             grad_message = self._receive("hidden_grad").grad
             grad = decode(grad_message, tuple(hidden.shape), "gradient of the last hidden states")
             hidden.backward(grad.to(hidden))
+            if plan.wants_input_grad:
+                found = torch.zeros_like(entry_BTD) if entry_BTD.grad is None else entry_BTD.grad
+                self.input_grad = encode(self._gather(found), plan.dtype)
+
+    def _receive_entry(self) -> Tensor:
+        """[B, T, D]: embeddings, or hidden states before the cloud's first layer."""
+        plan, width = self.plan, self.embedding.shape[1]
+        if plan.held:
+            width = self.layer_width
+        rows = decode(plan.embeddings, (plan.num_rows, width), "embeddings")
+        return self._scatter(rows.to(self.embedding.dtype))
+
+    def run_layer(
+        self, index: int, hidden_BTD: Tensor, run: Callable[[Tensor], Any], skip: Callable[[Tensor], Any]
+    ) -> Any:
+        """Skip the layers that the edge holds; put its hidden states in before the others, and note what comes out."""
+        held = self.plan.held
+        if not held.in_cloud(index):
+            return skip(hidden_BTD)
+        if index == held.first and self._entry is not None:
+            hidden_BTD, self._entry = self._entry, None
+        output = run(hidden_BTD)
+        if index == held.end - 1:
+            self._exit = first_output(output)
+        return output
 
     def before(self, site: int, index: int, x: Tensor) -> None:
         """Before an active site's first module: exchange x for the deltas of all its active modules."""

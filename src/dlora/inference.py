@@ -33,12 +33,16 @@ def load_for_inference(
     wire_dtype: str = "fp16",
     give_up_after_s: float = 600.0,
     device: str = "cpu",
+    edge_layers: tuple[int, int] = (0, 0),
 ) -> SplitModel:
     """The served model with an adapter, or as it is, ready to answer."""
-    retry = RetryPolicy(give_up_after_s=give_up_after_s)
-    if adapter is None:
-        return load_base(link, wire_dtype=wire_dtype, retry=retry, device=device)
-    return load_adapter(link, adapter, is_trainable=False, wire_dtype=wire_dtype, retry=retry, device=device)
+    options: dict[str, Any] = {
+        "wire_dtype": wire_dtype,
+        "retry": RetryPolicy(give_up_after_s=give_up_after_s),
+        "device": device,
+        "edge_layers": edge_layers,
+    }
+    return load_base(link, **options) if adapter is None else load_adapter(link, adapter, is_trainable=False, **options)
 
 
 def load_prompts(file: Path) -> list[Prompt]:

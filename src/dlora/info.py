@@ -41,6 +41,16 @@ def describe_server(address: str, description: pb.Description) -> Iterator[tuple
     yield "KV cache", f"{cache / 2**10:.1f} KiB a token" if cache else "none: generation computes every token anew"
     yield "messages", f"up to {limits.max_message_bytes / 2**20:.0f} MiB"
     files = ", ".join(sorted(file.name for file in description.edge_files))
+    layers = description.layers
+    if layers.max_first or layers.max_last:
+        size = sum(file.size for file in layers.files) / 2**20
+        yield (
+            "edge layers",
+            f"edges may hold up to the first {layers.max_first} and the last {layers.max_last} of {layers.count} "
+            f"({size:.0f} MiB)",
+        )
+    else:
+        yield "edge layers", f"none: all {layers.count} stay in the cloud"
     yield "edge files", f"{sum(file.size for file in description.edge_files) / 2**20:.1f} MiB: {files}"
 
 

@@ -14,7 +14,8 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from dlora.conversation import Conversation
 from dlora.errors import AdapterMissing, PeerLost, UsageError
@@ -33,28 +34,31 @@ _JOIN_AT: Final = 64
 
 
 class Pass:
-    """The new tokens of one forward pass, as they go to the cloud: B x T of them."""
+    """The new tokens of one forward pass, as they go to the cloud: B x T of them, of which N rows travel.
+
+    They are token embeddings or, where the edge holds layers, hidden states.
+    """
 
     def __init__(
         self, embeddings_BTD: Tensor, mask_BT: Tensor | None, position_ids_BT: Tensor | None, keep_BT: Tensor
     ) -> None:
+        attended_BT = torch.ones_like(keep_BT) if mask_BT is None else mask_BT.bool()
+        # A kept position that is padding needs what the model makes of padding: then all travel.
+        self.dense = bool((keep_BT & ~attended_BT).any())
+        rows_BT = torch.ones_like(attended_BT) if self.dense else attended_BT
+        self.entry_ND = embeddings_BTD[rows_BT.to(embeddings_BTD.device)]
         self.embeddings_BTD, self.mask_BT = embeddings_BTD.detach(), mask_BT
         self.position_ids_BT, self.keep_BT = position_ids_BT, keep_BT
 
     def fields(self, wire_dtype: pb.DType) -> dict[str, Any]:
         """The fields that `Begin` and `Extend` share."""
-        attended_BT = torch.ones_like(self.keep_BT) if self.mask_BT is None else self.mask_BT.bool()
-        # A kept position that is padding needs what the model makes of padding: then all travel.
-        dense = bool((self.keep_BT & ~attended_BT).any())
-        rows_BT = torch.ones_like(attended_BT) if dense else attended_BT
-        device = self.embeddings_BTD.device
         return {
             "length": self.keep_BT.shape[1],
             "attention_mask": pack_mask(self.mask_BT),
             "position_ids": [] if self.position_ids_BT is None else self.position_ids_BT.reshape(-1).tolist(),
-            "dense": dense,
+            "dense": self.dense,
             "keep": self.keep_BT.reshape(-1).nonzero()[:, 0].tolist(),
-            "embeddings": encode(self.embeddings_BTD[rows_BT.to(device)], wire_dtype),
+            "embeddings": encode(self.entry_ND, wire_dtype),
         }
 
 
@@ -69,6 +73,7 @@ class CloudCache(Cache):
     def __init__(self, expected_length: int = 0) -> None:
         super().__init__(layers=[])
         self.expected_length = expected_length
+        self._local: DynamicCache | None = None  # of the layers that the edge holds
         self._talk: Conversation | None = None
         self._site_key: tuple[object, ...] = ()
         self._past: list[Pass] = []
@@ -94,6 +99,8 @@ class CloudCache(Cache):
         if not self._recording and self._past:
             self.close()
         self._recording = True
+        if self._local is not None:
+            self._local.activate_past_recording()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens: `-n` of them, as transformers has it."""
@@ -104,6 +111,8 @@ class CloudCache(Cache):
             )
         if tokens_to_remove == 0:
             return
+        if self._local is not None:
+            self._local.crop(tokens_to_remove)
         left = -tokens_to_remove
         self._drop += left
         while left:
@@ -117,6 +126,8 @@ class CloudCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row i continue row `beam_idx[i]`: beam search, or several continuations of one prompt."""
+        if self._local is not None:
+            self._local.reorder_cache(beam_idx)
         self._past = [_cut(one, beam_idx, slice(None)) for one in self._past]
         self._order = beam_idx if self._order is None else self._order[beam_idx]
 
@@ -130,7 +141,7 @@ class CloudCache(Cache):
 
     def reset(self) -> None:
         """Forget everything."""
-        self._past = []
+        self._past, self._local = [], None
         self.close()
 
     def close(self) -> None:
@@ -138,6 +149,26 @@ class CloudCache(Cache):
         if self._talk is not None:
             self._talk.close()
         self._drop, self._order = 0, None
+
+    # ----------------------------------------------------------------- layers that the edge holds
+
+    def local_cache(self, config: PreTrainedConfig) -> DynamicCache:
+        """Keys and values of the layers that run here; the others keep their places in it."""
+        if self._local is None:
+            self._local = DynamicCache(config=config)
+            if self._recording:
+                self._local.activate_past_recording()
+        return self._local
+
+    def restore_local(self, length: int) -> None:
+        """After a pass that failed in the middle: back to so many tokens, or to none where that cannot be done."""
+        for layer in [] if self._local is None else self._local.layers:
+            extra = layer.get_seq_length() - length
+            if extra > 0 and not (isinstance(layer, DynamicSlidingWindowLayer) and not self._recording):
+                layer.crop(-extra)
+            elif extra > 0:
+                self.reset()
+                return
 
     # ----------------------------------------------------------------- a forward pass
 
@@ -239,6 +270,8 @@ class CloudCache(Cache):
             idle=[pb.IdleModule(site=one.site, module=one.module, hash=one.hash) for one in talk.frozen],
             cache_length=self._reserved,
             rollback=self._recording,
+            edge_first=talk.held.first,
+            edge_last=talk.held.last,
             **fields,
         )
 
@@ -246,7 +279,7 @@ class CloudCache(Cache):
 def _slice_length(talk: Conversation, batch: int) -> int:
     """Tokens a sequence that fit one pass: by the server's tokens, and by half of its largest message."""
     description = talk.link.description
-    widths = [description.embedding_width, description.hidden_width]
+    widths = [description.embedding_width, talk.hidden_width]
     for site in talk.sites.values():
         infos = description.sites[site.index].modules
         widths += [site.in_features, sum(infos[module].out_features for module in site.modules)]

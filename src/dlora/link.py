@@ -49,6 +49,9 @@ class Link(Protocol):
     def edge_files(self) -> Path:
         """A folder with embedding, head and tokenizer; fetched on first use."""
 
+    def layer_files(self, names: Sequence[str]) -> Path:
+        """A folder with these files of decoder layers; fetched on first use."""
+
     def close(self) -> None:
         """Give the connection back."""
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dlora.accounting import Meter
 from dlora.conversation import ActiveSite, Conversation, Frozen
 from dlora.errors import AdapterMissing, PeerLost, WireError
+from dlora.held_layers import EdgeLayers
 from dlora.link import Link, RetryPolicy
 from dlora.proto import dlora_pb2 as pb
 from dlora.wire import encode
@@ -41,8 +42,13 @@ class MicroBatch(Conversation):
         sites: Sequence[ActiveSite],
         device: torch.device,
         frozen: Sequence[Frozen] = (),
+        held: EdgeLayers | None = None,
     ) -> None:
-        super().__init__(link, meter, sites, begin.wire_dtype, device, factored=begin.factored, frozen=frozen)
+        super().__init__(
+            link, meter, sites, begin.wire_dtype, device, factored=begin.factored, frozen=frozen, held=held
+        )
+        self.input_grad: Tensor | None = None
+        """After backward, where `begin` asks for it: the gradient of what went into the cloud, [N, D]."""
         self.on_probe: Callable[[Sequence[pb.ActiveSite], Sequence[float]], None] | None = None
         """Called with the modules of `Begin.probe` and their norms of g^T x, after backward."""
         self.retry, self.begin = retry, begin
@@ -93,7 +99,7 @@ class MicroBatch(Conversation):
         try:
             rows, kept = int(self.begin.embeddings.shape[0]), len(self.begin.keep)
             hidden, _ = self.ask(pb.EdgeFrame(begin=self.begin), rows, kept, training=self.begin.training)
-            if not (self.begin.training and self.sites):
+            if not (self.begin.training and (self.sites or self.begin.wants_input_grad)):
                 self._finish()
         except BaseException:
             self.close()
@@ -128,6 +134,10 @@ class MicroBatch(Conversation):
             if not all(0 <= norm < math.inf for norm in frame.done.probe):
                 raise WireError("the cloud sent a probe norm that is negative or not finite")
             self.on_probe(self.begin.probe, frame.done.probe)
+        if self.begin.wants_input_grad:
+            shape = tuple(self.begin.embeddings.shape)
+            self.meter.round_trips += 1  # the last gradient is waited for
+            self.input_grad = self.decode(frame.done.input_grad, shape, "gradient of the cloud's input")
         self.meter.micro_batches += 1
         self.close()
 
@@ -165,13 +175,14 @@ class MicroBatch(Conversation):
 
 
 class SplitForward(torch.autograd.Function):
-    """The whole remote decoder as one node: adapter parameters in, kept hidden states out.
+    """The whole remote decoder as one node: its input and adapter parameters in, kept hidden states out.
 
     Gradients leave as this node's own, so that a repeated micro-batch cannot count twice.
     """
 
     @staticmethod
-    def forward(ctx: Any, micro_batch: MicroBatch, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, micro_batch: MicroBatch, entry_ND: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.dtype = entry_ND.dtype
         ctx.micro_batch = micro_batch
         ctx.parameters = parameters
         return micro_batch.forward()
@@ -179,7 +190,8 @@ class SplitForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         grads = ctx.micro_batch.backward(outputs[0])
-        return (None, *(grads.get(parameter) for parameter in ctx.parameters))
+        entry = ctx.micro_batch.input_grad
+        return None, None if entry is None else entry.to(ctx.dtype), *(grads.get(one) for one in ctx.parameters)
 
 
 def _rng_state(device: torch.device) -> list[Tensor]:

@@ -19,6 +19,7 @@ from dlora.accounting import Meter, step_traffic
 from dlora.conversation import ActiveSite, delta, factors
 from dlora.edge import SplitModel, get_peft_model
 from dlora.errors import UsageError
+from dlora.held_layers import layer_of
 from dlora.link import Link
 from dlora.proto import dlora_pb2 as pb
 from dlora.settings import PlanSettings
@@ -57,7 +58,14 @@ class Prediction:
 def plan(settings: PlanSettings, link: Link) -> tuple[SplitModel, Prediction]:
     """Build the adapter that is asked for, with so many sites active, and predict a step of it."""
     config = LoraConfig(r=settings.r, target_modules=settings.targets)
-    model = get_peft_model(link, config, wire=settings.wire, wire_dtype=settings.wire_dtype, device=settings.device)
+    model = get_peft_model(
+        link,
+        config,
+        wire=settings.wire,
+        wire_dtype=settings.wire_dtype,
+        device=settings.device,
+        edge_layers=settings.edge_layers,
+    )
     model.head_positions = "supervised"
     if settings.sites is not None:
         if not 1 <= settings.sites <= len(model.sites):
@@ -69,42 +77,54 @@ def plan(settings: PlanSettings, link: Link) -> tuple[SplitModel, Prediction]:
 
 def predict(settings: PlanSettings, model: SplitModel) -> Prediction:
     """Predict a step of `batch_size` rows of `length` tokens, of which `supervised` have a label."""
-    rows, kept = settings.batch_size * settings.length, settings.batch_size * settings.supervised
+    rows, supervised = settings.batch_size * settings.length, settings.batch_size * settings.supervised
+    held = model.held
+    kept = rows if held.last else supervised
     active = [(site, _active(model, site)) for site in model.sites]
     active = [(site, modules) for site, modules in active if modules]
     description = model.link.description
+    input_grad = any(layer_of(name) < held.first for name, _ in model.held_adapters())
+    widths = (description.embedding_width, description.hidden_width)
+    entry_width, exit_width = (description.layers.width,) * 2 if held else widths
     shapes = [(site.in_features, [(layer.out_features, settings.r) for layer in layers]) for site, layers in active]
     sent, received = step_traffic(
         rows,
         kept,
-        description.embedding_width,
-        description.hidden_width,
+        entry_width,
+        exit_width,
         shapes,
         _ITEM_BYTES[settings.wire_dtype],
         factored=settings.wire == "factored",
+        input_grad=input_grad,
     )
+    if not (active or input_grad):  # then the cloud has no backward
+        sent -= kept * exit_width * _ITEM_BYTES[settings.wire_dtype]
     answers = sum(len(layers) for _, layers in active) * (2 if settings.wire == "factored" else 1)
     # Forward: deltas up, x down. Backward: dx up, delta gradients down. Ends: Begin, hidden and its gradient, Done.
     sent += (answers + len(active) + 1) * _TENSOR_BYTES + (2 * len(active) + 1) * _FRAME_BYTES
     received += (answers + len(active) + 1) * _TENSOR_BYTES
     received += (2 * len(active) + 1) * _FRAME_BYTES + (2 * len(active) + 2) * _COMPUTE_BYTES
     sent += rows + len(description.fingerprint) + 2 * kept + 40  # mask, fingerprint, kept positions, the rest of Begin
-    round_trips = 2 * len(active) + 1
+    round_trips = 2 * len(active) + 1 + input_grad
     rtt_s = _measured_rtt(model.link) if settings.rtt_ms is None else settings.rtt_ms / 1000
     link_s = round_trips * rtt_s
     for size, mbit in ((sent, settings.up_mbit), (received, settings.down_mbit)):
         link_s += size * 8 / (mbit * 1e6) if mbit else 0.0
-    forward_s = _cloud_forward(settings, model)
-    lowest = active[0][0].index if active else len(description.sites)
-    above = len(description.sites) - lowest
+    forward_s, held_s = _forward(settings, model)
+    cloud = [index for index, site in enumerate(description.sites) if held.in_cloud(layer_of(site.modules[0].name))]
+    lowest = 0 if input_grad else active[0][0].index if active else len(description.sites)
+    above = sum(1 for index in cloud if index >= lowest)
     return Prediction(
         active_sites=len(active),
         sent_bytes=sent,
         received_bytes=received,
         round_trips=round_trips,
-        cloud_s=forward_s * (1 + above / len(description.sites)),
-        edge_s=sum(_edge_site(settings, site, rows) for site, _ in active[:1]) * len(active) + _edge_head(model, kept),
-        wire_s=(sent + received) * _conversion(settings, rows, description.embedding_width),
+        cloud_s=forward_s * (1 + above / len(cloud)),
+        # The input gradients of held layers cost about what their forward does.
+        edge_s=sum(_edge_site(settings, site, rows) for site, _ in active[:1]) * len(active)
+        + _edge_head(model, supervised)
+        + 2 * held_s,
+        wire_s=(sent + received) * _conversion(settings, rows, entry_width),
         link_s=link_s,
     )
 
@@ -154,18 +174,19 @@ def _conversion(settings: PlanSettings, rows: int, width: int) -> float:
     return best / size
 
 
-def _cloud_forward(settings: PlanSettings, model: SplitModel) -> float:
-    """Seconds of the cloud's forward pass over a micro-batch, without adapter and link."""
+def _forward(settings: PlanSettings, model: SplitModel) -> tuple[float, float]:
+    """Seconds of the cloud's, and of held layers', forward over a micro-batch, without adapter and link."""
     vocab = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(0, vocab, (settings.batch_size, settings.length)).to(model.device)
-    best = math.inf
+    cloud_s = held_s = math.inf
     with torch.no_grad(), model.disable_adapter():
         for _ in range(3):
-            before = model.meter.cloud_s
+            before, start = model.meter.copy(), time.perf_counter()
             # One kept position: the edge's head has nothing to do with this.
             model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1)
-            best = min(best, model.meter.cloud_s - before)
-    return best
+            took, cost = time.perf_counter() - start, model.meter - before
+            cloud_s, held_s = min(cloud_s, cost.cloud_s), min(held_s, took - cost.wait_s)
+    return cloud_s, held_s if model.held else 0.0
 
 
 def _edge_site(settings: PlanSettings, site: ActiveSite, rows: int) -> float:

@@ -169,7 +169,7 @@ def _rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         targets = settings.get("target_modules") or "peft's default"
         return f"{targets if isinstance(targets, str) else ', '.join(targets)}; rank {settings.get('r')}"
 
-    edge = ("adapter_flops", "head_flops", "embedding_flops")
+    edge = ("adapter_flops", "head_flops", "embedding_flops", "held_flops")
     cloud = ("cloud_forward_flops", "cloud_backward_flops")
     return [
         ("model", [str(run.record.get("model_id", "")) for run in runs]),
@@ -316,9 +316,13 @@ def _costs(runs: Sequence[Run]) -> Any:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 1.2 + 0.45 * len(runs)), sharey=True, layout="constrained")
+    edge: tuple[tuple[str, str, str], ...]
+    edge = (("adapter_flops", "adapters", "#1b9e77"), ("head_flops", "head and loss", "#b2df8a"))
+    if any(run.cost.get("held_flops") for run in runs):
+        edge += (("held_flops", "held layers", "#66a61e"),)
     panels = (
         ("traffic, MB", 1e6, (("sent_bytes", "up", "#d95f02"), ("received_bytes", "down", "#1f78b4"))),
-        ("edge, GFLOP", 1e9, (("adapter_flops", "adapters", "#1b9e77"), ("head_flops", "head and loss", "#b2df8a"))),
+        ("edge, GFLOP", 1e9, edge),
         (
             *("cloud, GFLOP", 1e9),
             (("cloud_forward_flops", "forward", "#6a3d9a"), ("cloud_backward_flops", "backward", "#cab2d6")),

@@ -27,7 +27,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from transformers import PreTrainedTokenizerBase
 
 from dlora.cloud import CloudModel
-from dlora.edge_files import describe_files, write_edge_files
+from dlora.edge_files import describe_files, write_edge_files, write_layer_files
 from dlora.errors import AdapterMissing, ModelError, PeerLost, UsageError, WireError
 from dlora.identity import LOCAL, Credential, Identities
 from dlora.private_files import check_private
@@ -160,8 +160,11 @@ class Server:
         self.host, self.port, self.tls = host, port, tls
         self.options = options or ServerOptions()
         self._folder = tempfile.TemporaryDirectory(prefix="dlora-serve-")
-        write_edge_files(cloud.model, tokenizer, Path(self._folder.name))
-        self._servicer = _Servicer(cloud, Path(self._folder.name), self.options, identities, audit)
+        self._layers = tempfile.TemporaryDirectory(prefix="dlora-serve-")
+        folders = Path(self._folder.name), Path(self._layers.name)
+        write_edge_files(cloud.model, tokenizer, folders[0])
+        write_layer_files(cloud.model, cloud.limits.edge_first, cloud.limits.edge_last, folders[1])
+        self._servicer = _Servicer(cloud, folders, self.options, identities, audit)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="dlora-grpc", daemon=True)
         self._server: grpc.aio.Server | None = None
@@ -225,6 +228,7 @@ class Server:
         self._loop.close()
         self._servicer.close()
         self._folder.cleanup()
+        self._layers.cleanup()
 
     async def _stop(self) -> None:
         if self._health is not None:
@@ -256,15 +260,17 @@ class _Servicer(rpc.DLoRAServicer):
     def __init__(
         self,
         cloud: CloudModel,
-        folder: Path,
+        folders: tuple[Path, Path],
         options: ServerOptions,
         identities: Identities | None = None,
         audit: Path | None = None,
     ) -> None:
-        self.cloud, self.folder, self.options, self.identities = cloud, folder, options, identities
+        self.cloud, self.options, self.identities = cloud, options, identities
+        self.folder, self.layers_folder = folders
         self.description = cloud.describe()
         self.description.software_version = version("dlora")
-        self.description.edge_files.extend(describe_files(folder))
+        self.description.edge_files.extend(describe_files(self.folder))
+        self.description.layers.files.extend(describe_files(self.layers_folder))
         self.tenancy = Tenancy(
             options.max_streams, cloud.limits.max_inflight_bytes, None if identities is None else identities.limits
         )
@@ -296,11 +302,17 @@ class _Servicer(rpc.DLoRAServicer):
         if request.fingerprint != self.cloud.fingerprint:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "the served model has changed: connect again")
         size = min(_CHUNK_BYTES, self.cloud.limits.max_message_bytes // 2)  # room for the frame around it
-        for info in self.description.edge_files:
-            with (self.folder / info.name).open("rb") as file:
+        wanted = [self.folder / info.name for info in self.description.edge_files]
+        if request.names:
+            offered = {info.name for info in self.description.layers.files}
+            if unknown := set(request.names) - offered:
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"no such file: {min(unknown)[:80]}")
+            wanted = [self.layers_folder / name for name in sorted(set(request.names))]
+        for one in wanted:
+            with one.open("rb") as file:
                 while data := await asyncio.to_thread(file.read, size):
                     self.tenancy.count_traffic(tenant, sent=len(data))
-                    yield pb.FileChunk(name=info.name, data=data)
+                    yield pb.FileChunk(name=one.name, data=data)
 
     async def PutAdapter(self, request: pb.PutAdapterRequest, context: Any) -> pb.PutAdapterReply:
         tenant = self.tenancy.tenant((await caller(self.identities, context)).tenant)

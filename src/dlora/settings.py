@@ -76,6 +76,16 @@ class EdgeSettings(AccessSettings):
     """How long a lost server is waited for, in seconds."""
     device: str = "cpu"
     """Device of the edge's half."""
+    edge_first: int = 0
+    """Run so many of the first decoder layers here, where the server allows it: tokens are then harder to read from
+    what leaves. Costs their weights and compute."""
+    edge_last: int = 0
+    """The same for the last layers, which hides labels."""
+
+    @property
+    def edge_layers(self) -> tuple[int, int]:
+        """(first, last), as `get_peft_model` takes them."""
+        return self.edge_first, self.edge_last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +257,11 @@ class ServeSettings:
     """Compute dtype of the model."""
     allow_modules: str = ".*"
     """Regular expression over full module names: what edges may adapt."""
+    edge_first: int = 0
+    """Let edges have the weights of so many of the first decoder layers, and run these themselves: more privacy for
+    them, less of the model kept to yourself."""
+    edge_last: int = 0
+    """The same for the last layers."""
     max_tokens: int = 16_384
     """Tokens of one micro-batch, padding included."""
     max_length: int = 8_192

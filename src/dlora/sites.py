@@ -6,7 +6,6 @@ layer; gate and up of an MLP): they share one exchange. Nothing here knows model
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +15,19 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dlora.errors import ModelError
+from dlora.held_layers import layer_of
 
-__all__ = ["Linear", "Module", "Site", "Trace", "attention_flops", "forward_flops", "linear_widths", "trace"]
+__all__ = [
+    "Linear",
+    "Module",
+    "Site",
+    "Trace",
+    "attention_flops",
+    "backward_flops",
+    "forward_flops",
+    "linear_widths",
+    "trace",
+]
 
 Linear = (nn.Linear, Conv1D)
 
@@ -33,8 +43,7 @@ class Module:
     @property
     def layer(self) -> int:
         """The first number in the name: the decoder layer, or -1 where there is none."""
-        match = re.search(r"\.(\d+)\.", self.name)
-        return int(match.group(1)) if match else -1
+        return layer_of(self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +145,23 @@ def trace(
 def forward_flops(sites: Sequence[Site], tokens: int) -> int:
     """FLOPs of the linear modules of `sites` for `tokens` rows: 2 per multiply-add."""
     return sum(2 * tokens * site.in_features * module.out_features for site in sites for module in site.modules)
+
+
+def backward_flops(sites: Sequence[Site], lowest: int | None, tokens: int, attention: int) -> int:
+    """FLOPs of a backward pass through `sites`: input gradients only, since the weights are frozen.
+
+    It ends at site `lowest`; None: at the input of the first layer. `attention` is one layer's forward, whose
+    backward is twice that.
+    """
+    layers = {module.layer for site in sites for module in site.modules} - {-1}
+    if lowest is None:
+        return forward_flops(sites, tokens) + 2 * attention * len(layers)
+    bottom = next(site for site in sites if site.index == lowest)
+    layer = bottom.modules[0].layer
+    # The first site of a layer feeds its attention; from any later one attention gets no gradient.
+    reads_layer_input = all(site.modules[0].layer != layer for site in sites if site.index < lowest)
+    count = sum(1 for one in layers if one > layer or (one == layer and reads_layer_input))
+    return forward_flops([site for site in sites if site.index > lowest], tokens) + 2 * attention * count
 
 
 def attention_flops(config: Any, batch: int, length: int, past: int = 0) -> int:

@@ -247,6 +247,7 @@ def _build_model(settings: TrainSettings, link: Link) -> SplitModel:
             wire_dtype=settings.wire_dtype,
             retry=retry,
             device=settings.device,
+            edge_layers=settings.edge_layers,
         )
     else:
         config = peft.LoraConfig(
@@ -265,6 +266,7 @@ def _build_model(settings: TrainSettings, link: Link) -> SplitModel:
             wire_dtype=settings.wire_dtype,
             retry=retry,
             device=settings.device,
+            edge_layers=settings.edge_layers,
         )
     model.head_positions = "supervised"
     return model

@@ -1,0 +1,164 @@
+"""Decoder layers that run on the edge: the first and the last few, around those of the cloud.
+
+Both halves run the decoder's own forward over all of its layers. A layer that the other half holds
+hands its input on; at the border hidden states come from the other half. So masks, positions and
+rotary embeddings are made by the model's own code on both sides.
+
+Shapes: B batch, T tokens, D width of the layers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import Cache
+
+__all__ = [
+    "EdgeLayers",
+    "LayerRunner",
+    "files_for",
+    "fill",
+    "find_layers",
+    "first_output",
+    "layer_of",
+    "layer_weights",
+    "without_dropout",
+    "wrap_layers",
+]
+
+
+@dataclass(frozen=True)
+class EdgeLayers:
+    """Which of `count` decoder layers the edge holds: the first and the last so many."""
+
+    first: int = 0
+    last: int = 0
+    count: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.first or self.last)
+
+    @property
+    def end(self) -> int:
+        """The cloud's layers are `first` to `end - 1`."""
+        return self.count - self.last
+
+    def in_cloud(self, layer: int) -> bool:
+        """Whether the cloud runs this layer; what is outside the layers (-1) runs on the edge where it holds any."""
+        return not self or self.first <= layer < self.end
+
+
+class LayerRunner(Protocol):
+    """Says what becomes of each layer in the pass that runs now."""
+
+    def run_layer(
+        self, index: int, hidden_BTD: Tensor, run: Callable[[Tensor], Any], skip: Callable[[Tensor], Any]
+    ) -> Any:
+        """Return `run(hidden_BTD)`, the layer's own output, or `skip(hidden_BTD)`."""
+
+
+def layer_of(name: str) -> int:
+    """The first number in a module's or parameter's name: its decoder layer, or -1."""
+    match = re.search(r"\.(\d+)\.", name)
+    return int(match.group(1)) if match else -1
+
+
+def find_layers(decoder: nn.Module, count: int) -> nn.ModuleList | None:
+    """The decoder's one list of `count` layers; None where there is not exactly one."""
+    found = [one for one in decoder.children() if isinstance(one, nn.ModuleList) and len(one) == count]
+    return found[0] if len(found) == 1 else None
+
+
+def first_output(output: Any) -> Tensor:
+    """The hidden states of a layer's output, which is a tensor or a tuple."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def wrap_layers(layers: nn.ModuleList, runner: Callable[[], LayerRunner | None], in_tuple: bool) -> None:
+    """Let `runner()` decide about every layer; where it is None, the layers run as always.
+
+    `in_tuple`: a layer's output is a tuple. A skipped layer keeps its place in a KV cache, with one number a
+    token, so that every layer of the cache has the same length.
+    """
+    for index, layer in enumerate(layers):
+
+        def forward(hidden_BTD: Tensor, *args: Any, index: int = index, own: Any = layer.forward, **kwargs: Any) -> Any:
+            current = runner()
+            if current is None:
+                return own(hidden_BTD, *args, **kwargs)
+
+            def skip(hidden_BTD: Tensor) -> Any:
+                for one in (*args, *kwargs.values()):
+                    if isinstance(one, Cache):
+                        batch, length = hidden_BTD.shape[:2]
+                        place = hidden_BTD.new_zeros(batch, 1, length, 1)
+                        one.update(place, place, index)
+                return (hidden_BTD, None) if in_tuple else hidden_BTD
+
+            return current.run_layer(index, hidden_BTD, lambda hidden: own(hidden, *args, **kwargs), skip)
+
+        layer.forward = forward
+
+
+def layer_weights(
+    model: nn.Module, decoder: nn.Module, count: int, first: int, last: int
+) -> Mapping[str, dict[str, Tensor]]:
+    """What an edge needs to hold up to so many layers: file name -> {name in the model: tensor}.
+
+    One file a layer, and one for all of the decoder beside layers and token embedding.
+    """
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    embedding = {id(parameter) for parameter in model.get_input_embeddings().parameters()}  # type: ignore[operator]
+    files: dict[str, dict[str, Tensor]] = {"decoder.safetensors": {}}
+    files |= {layer_file(i): {} for i in (*range(first), *range(count - last, count))}
+    for name, value in decoder.state_dict(prefix=f"{prefix}." if prefix else "", keep_vars=True).items():
+        layer = layer_of(name)
+        file = "decoder.safetensors" if layer < 0 else layer_file(layer)
+        if file in files and id(value) not in embedding:
+            files[file][name] = value.detach().to("cpu").contiguous().clone()
+    return files
+
+
+def layer_file(index: int) -> str:
+    """The name of a layer's file."""
+    return f"layer-{index:04}.safetensors"
+
+
+def files_for(layers: EdgeLayers) -> list[str]:
+    """The files that an edge wants for these layers."""
+    held = (*range(layers.first), *range(layers.end, layers.count))
+    return ["decoder.safetensors", *map(layer_file, held)] if layers else []
+
+
+def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> list[nn.Parameter]:
+    """Put weights into a model by name; return them. Raises KeyError or ValueError for what does not fit."""
+    filled = []
+    for name, value in weights.items():
+        path, _, last = name.rpartition(".")
+        module = model.get_submodule(path)
+        have: Tensor | None = module._parameters.get(last)
+        if have is None:
+            have = module._buffers.get(last)
+        if have is None:
+            raise KeyError(name)
+        if have.shape != value.shape:
+            raise ValueError(f"{name}: got {list(value.shape)}, want {list(have.shape)}")
+        if last in module._parameters:
+            filled.append(nn.Parameter(value, requires_grad=False))
+            setattr(module, last, filled[-1])
+        else:
+            setattr(module, last, value)
+    return filled
+
+
+def without_dropout(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration whose base drops nothing, as in the cloud: held layers are never in training."""
+    return {
+        name: 0.0 if isinstance(value, float) and re.search(r"dropout|pdrop|layerdrop", name) else value
+        for name, value in values.items()
+    }

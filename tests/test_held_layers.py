@@ -1,0 +1,197 @@
+"""Decoder layers on the edge: the same losses, gradients and tokens as with all of them in the cloud."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, adapter, batches, lora, make_base, make_local, make_split
+from peft import LoraConfig, PeftModel
+from test_accounting import FlopCount
+
+import dlora
+from dlora.cloud import CloudModel, Limits
+from dlora.embedded import InProcessLink
+from dlora.errors import ModelError, PeerError, UsageError
+from dlora.server import Server
+
+SPLITS = [(1, 0), (0, 1), (1, 1), (2, 0)]
+
+
+@pytest.fixture(scope="module")
+def held() -> Iterator[Callable[..., Any]]:
+    """Split models whose edge holds layers; each cloud allows just those."""
+    made: dict[tuple[str, tuple[int, int]], InProcessLink] = {}
+
+    def get(family: str, split: tuple[int, int], config: LoraConfig | None = None) -> Any:
+        if (family, split) not in made:
+            limits = Limits(edge_first=split[0], edge_last=split[1])
+            made[family, split] = InProcessLink(CloudModel(make_base(family), model_id=family, limits=limits))
+        return make_split(made[family, split], config or lora(family), edge_layers=split)
+
+    yield get
+    for link in made.values():
+        link.close()
+
+
+def grads_of(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and every adapter gradient of a step."""
+    model.train()
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in adapter(model).items()}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_gradients_equal_local_peft(held: Any, family: str, split: tuple[int, int]) -> None:
+    """Were a held layer run with other masks, positions or weights, loss or gradients would not be local peft's."""
+    model = held(family, split)
+    local = make_local(family, lora(family))
+    for batch in batches(2):
+        loss, grads = grads_of(model, batch)
+        want_loss, want = grads_of(local, batch)
+        assert loss == pytest.approx(want_loss, rel=1e-5)
+        assert grads.keys() == want.keys()
+        for name, grad in want.items():
+            torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("targets", ["only the first layer", "only the last layer", "none in the cloud"])
+def test_adapters_on_held_layers_alone(held: Any, targets: str) -> None:
+    """With nothing to exchange in the cloud, gradients still pass through it, and only where something below asks."""
+    layers = {"only the first layer": [0], "only the last layer": [2], "none in the cloud": [0, 2]}[targets]
+    config = lora(layers_to_transform=layers)
+    model, local = held("llama", (1, 1), config), make_local("llama", config)
+    (batch,) = batches()
+    (loss, grads), (want_loss, want) = grads_of(model, batch), grads_of(local, batch)
+    assert loss == pytest.approx(want_loss, rel=1e-5)
+    for name, grad in want.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-6, msg=name)
+    assert model.sites == ()
+    assert (model.meter.cloud_backward_flops > 0) == (0 in layers)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_greedy_tokens_equal_local_peft(held: Any, family: str, split: tuple[int, int]) -> None:
+    """Were the two halves' KV caches of different lengths, or left padding lost, other tokens would come out."""
+    model = held(family, split).eval()
+    local = make_local(family, lora(family)).eval()
+    ids = torch.randint(5, 300, (2, 7), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "attention_mask": mask, "pad_token_id": 0}
+    got, want = model.generate(ids, **options), local.generate(ids, **options)
+    assert got.tolist() == want.tolist()
+    assert model.meter.passes == got.shape[1] - ids.shape[1]
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}])
+def test_beams_and_drafts_move_both_caches(held: Any, options: dict[str, Any]) -> None:
+    """Were only the cloud's cache reordered or rolled back, beams and drafts would change the tokens."""
+    model = held("llama", (1, 1)).eval()
+    local = make_local("llama", lora()).eval()
+    ids = torch.randint(5, 30, (1, 9), generator=torch.Generator().manual_seed(4))
+    options = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0} | options
+    assert model.generate(ids, **options).tolist() == local.generate(ids, **options).tolist()
+
+
+def test_a_lost_stream_changes_no_answer(held: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that is made again in the cloud gets the hidden states that the edge kept."""
+    model = held("llama", (1, 1)).eval()
+    ids = torch.randint(5, 300, (1, 6), generator=torch.Generator().manual_seed(5))
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    want = model.generate(ids, **options)
+    cache = dlora.CloudCache()
+    first = model.generate(ids, **options | {"max_new_tokens": 3}, past_key_values=cache)
+    cache.close()
+    rest = model.generate(first, **options | {"max_new_tokens": 3}, past_key_values=cache)
+    assert rest.tolist() == want.tolist()
+
+
+def test_base_dropout_is_off_on_the_edge_as_in_the_cloud() -> None:
+    """OPT's own dropout in a held layer would make training there noisier than in the cloud's layers."""
+    base = make_base("opt")
+    base.config.dropout = 0.5
+    with closing(InProcessLink(CloudModel(base, model_id="opt", limits=Limits(edge_first=1)))) as link:
+        model = make_split(link, lora("opt"), edge_layers=(1, 0))
+        (batch,) = batches()
+        model.train()
+        assert model(**batch).loss.item() == model(**batch).loss.item()
+
+
+def test_accounting_counts_held_layers(held: Any) -> None:
+    """FLOPs of held layers are those that torch counts on the edge, forward and backward."""
+    model = held("llama", (1, 1))
+    (batch,) = batches()
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    model.set_attn_implementation("eager")
+    model.train()
+    before = model.meter.copy()
+    with FlopCount() as count:
+        model(**batch).loss.backward()
+    cost = model.meter - before
+    assert cost.held_flops > 0
+    # torch also counts the small product that makes rotary angles.
+    assert cost.edge_flops == pytest.approx(count.total, rel=2e-3)
+
+
+def test_over_the_network_and_into_a_folder(tmp_path: Path) -> None:
+    """A real server gives layer files once; the adapter trained beside them is a usual one that peft loads."""
+    limits = Limits(edge_first=1, edge_last=1)
+    with Server(CloudModel(make_base("llama"), model_id="example-org/llama", limits=limits)) as server:
+        link = dlora.connect(server.address, cache=tmp_path / "cache")
+        model = make_split(link, lora(), edge_layers=(1, 1))
+        assert (link.layer_files(["decoder.safetensors", "layer-0000.safetensors", "layer-0002.safetensors"])).is_dir()
+        optimizer = torch.optim.AdamW(adapter(model).values(), lr=1e-2)
+        for batch in batches(3):
+            grads_of(model, batch)
+            optimizer.step()
+        model.save_pretrained(str(tmp_path / "adapter"))
+        (batch,) = batches(seed=9)
+        model.eval()
+        with torch.no_grad():
+            got = model(**batch).loss.item()
+        link.close()
+    local = PeftModel.from_pretrained(make_base("llama"), str(tmp_path / "adapter")).eval()
+    with torch.no_grad():
+        assert local(**batch).loss.item() == pytest.approx(got, rel=1e-5)
+    names = [name for name in local.state_dict() if "lora_" in name]
+    assert len(names) == 2 * 3 * 3
+
+
+def test_the_provider_decides(held: Any, links: Any) -> None:
+    """A server that allows no edge layers gives none away, whatever an edge asks for."""
+    with pytest.raises(UsageError, match="lets edges hold up to the first 0"):
+        make_split(links("llama"), lora(), edge_layers=(1, 0))
+    assert list(links("llama").description.layers.files) == []
+    model = make_split(links("llama"), lora())
+    model.held = held("llama", (1, 0)).held
+    model._cloud_pass = None
+    with pytest.raises((PeerError, UsageError)):
+        model._through_cloud(_entry(model), None)
+    with pytest.raises(UsageError, match="at least to stay in the cloud"):
+        CloudModel(make_base("llama"), model_id="x", limits=Limits(edge_first=2, edge_last=1))
+
+
+def _entry(model: Any) -> Any:
+    from dlora.kv_cache import Pass
+
+    keep = torch.ones(1, 4, dtype=torch.bool)
+    return Pass(torch.zeros(1, 4, 64), None, None, keep)
+
+
+def test_layers_that_share_more_are_refused() -> None:
+    """A decoder whose layers see more than hidden states would give other results, so it is refused at load."""
+    base = make_base("llama")
+    layers = base.model.layers
+    seen: list[torch.Tensor] = []
+    layers[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    layers[2].register_forward_pre_hook(lambda module, args: (args[0] + seen[-1],))
+    with pytest.raises(ModelError, match="share more than hidden states"):
+        CloudModel(copy.deepcopy(base), model_id="x", limits=Limits(edge_first=1))
