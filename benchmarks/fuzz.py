@@ -1,12 +1,13 @@
 """Mutated frames against both halves: neither may crash, hang, grow, or answer an honest peer otherwise afterwards.
 
-    python benchmarks/fuzz.py run --frames 200000     # each direction; about an hour on one core
+    python benchmarks/fuzz.py run --frames 200000     # in each direction; some 15 minutes on two cores
     python benchmarks/fuzz.py table                   # the table of docs/security.md
 
 Frames are those of real streams with a tiny Llama: training on the plain wire, on the factored wire with idle modules
-and a probe, and generation with a KV cache that is rolled back. One frame of a stream is changed, in its bytes or in
-a field, or takes another's place; the rest follows as recorded. A half may refuse with an error of its own, or go on
-where the change is within what it must accept (another number). All else is a failure and is kept with its seed.
+and a probe, with a layer on the edge, and generation with a KV cache that is rolled back. One frame of a stream is
+changed, in its bytes or in a field, or takes another's place; the rest follows as recorded. A half may refuse with an
+error of its own, or go on where the change is within what it must accept (another number). All else is a failure and
+is kept with its seed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
@@ -71,6 +73,9 @@ class Recorder:
     def edge_files(self) -> Path:
         found: Path = self.link.edge_files()
         return found
+
+    def layer_files(self, names: Any) -> Path:
+        return self.link.layer_files(names)
 
     def ping(self) -> None: ...
 
@@ -134,7 +139,12 @@ class Scene:
         wire = "factored" if name == "factored" else "plain"
         dtype = "fp32" if name == "factored" else "fp16"
         self.model = dlora.get_peft_model(
-            self.recorder, config, wire=wire, wire_dtype=dtype, retry=RetryPolicy(give_up_after_s=0.0)
+            self.recorder,
+            config,
+            wire=wire,
+            wire_dtype=dtype,
+            retry=RetryPolicy(give_up_after_s=0.0),
+            edge_layers=(1, 0) if name == "held" else (0, 0),
         )
         self.model.eval() if name == "generation" else self.model.train()
         if name == "factored":
@@ -185,10 +195,12 @@ def scenes() -> tuple[InProcessLink, list[Scene]]:
         max_position_embeddings=64,
     )
     cloud = CloudModel(
-        AutoModelForCausalLM.from_config(config), model_id="tiny", limits=Limits(max_tokens=64, max_length=64)
+        AutoModelForCausalLM.from_config(config),
+        model_id="tiny",
+        limits=Limits(max_tokens=64, max_length=64, edge_first=1),
     )
     link = InProcessLink(cloud)
-    return link, [Scene(name, link) for name in ("plain", "factored", "generation")]
+    return link, [Scene(name, link) for name in ("plain", "factored", "held", "generation")]
 
 
 # ----------------------------------------------------------------- mutating
@@ -399,7 +411,8 @@ if __name__ == "__main__":
         sys.exit()
     if arguments.what == "run":
         git = ["git", "-C", str(RESULT.parent), "rev-parse", "HEAD"]
-        runs = [fuzz(direction, arguments.frames, arguments.seed) for direction in ("cloud", "edge")]
+        with ProcessPoolExecutor(2) as pool:
+            runs = list(pool.map(fuzz, ("cloud", "edge"), [arguments.frames] * 2, [arguments.seed] * 2))
         found = {
             "runs": runs,
             "machine": f"{os.cpu_count()} cores, {platform.machine()}",

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from dlora.accounting import Meter
 from dlora.conversation import ActiveSite, Conversation, Frozen
-from dlora.errors import AdapterMissing, PeerLost, WireError
+from dlora.errors import AdapterMissing, PeerError, PeerLost, WireError
 from dlora.held_layers import EdgeLayers
 from dlora.link import Link, RetryPolicy
 from dlora.proto import dlora_pb2 as pb
-from dlora.wire import encode
+from dlora.wire import encode, largest
 
 __all__ = ["MicroBatch", "SplitForward"]
 
@@ -108,6 +108,7 @@ class MicroBatch(Conversation):
 
     def _backward(self, grad: Tensor) -> dict[nn.Parameter, Tensor]:
         grads: dict[nn.Parameter, Tensor] = {}
+        _check_finite(grad, "the gradient of the loss")
         try:
             self.send(pb.EdgeFrame(hidden_grad=pb.HiddenGrad(grad=encode(grad, self.wire_dtype))))
             for _ in range(len(self.sites)):
@@ -163,6 +164,8 @@ class MicroBatch(Conversation):
                     [answer for answer, _ in outputs], inputs, [one.to(answer.dtype) for answer, one in outputs]
                 )
             )
+        for one in found:
+            _check_finite(one, f"a gradient at site {site.index}")
         if record.wants_input_grad:
             x_grad = encode(found.pop(0), self.wire_dtype)
             self.send(pb.EdgeFrame(input_grad=pb.InputGrad(site=site.index, grad=x_grad)))
@@ -192,6 +195,15 @@ class SplitForward(torch.autograd.Function):
         grads = ctx.micro_batch.backward(outputs[0])
         entry = ctx.micro_batch.input_grad
         return None, None if entry is None else entry.to(ctx.dtype), *(grads.get(one) for one in ctx.parameters)
+
+
+def _check_finite(grad: Tensor, what: str) -> None:
+    """Raises PeerError: values of the cloud that are finite can still be so large that what follows is not."""
+    if not math.isfinite(largest(grad)):
+        raise PeerError(
+            f"{what} is not finite: the learning rate is too high, or the cloud sent values without sense. The adapter "
+            "is unchanged. Try a lower learning rate, or another server."
+        )
 
 
 def _rng_state(device: torch.device) -> list[Tensor]:
