@@ -23,8 +23,6 @@ from dlora.embedded import InProcessLink
 from dlora.server import Server
 from dlora.wire import WIRE_DTYPES
 
-ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
-
 
 class Relay:
     """A TCP relay that counts the bytes of each direction."""
@@ -73,7 +71,7 @@ def relayed(cloud: CloudModel, cache: Path) -> Iterator[tuple[Any, Relay]]:
 def test_traffic_is_what_crosses_the_socket_and_what_the_formula_says(
     cloud_models: Callable[[str], CloudModel], tmp_path: Path, wire_dtype: str, wire: str
 ) -> None:
-    """Counted bytes are within 1 % of the bytes on the socket and of the formula, in each direction."""
+    """Counted bytes are those on the socket and those of the formula, to 1 %, in each direction."""
     batch = batches(rows=16, length=48)[0]
     with relayed(cloud_models("llama"), tmp_path) as (link, relay):
         split = make_split(link, lora(r=16), wire_dtype=wire_dtype, wire=wire)
@@ -84,11 +82,12 @@ def test_traffic_is_what_crosses_the_socket_and_what_the_formula_says(
     rows = int(batch["attention_mask"].sum())
     kept = int((batch["labels"][:, 1:] != -100).sum())
     sites = [(site.in_features, [(layer.out_features, 16) for layer in site.layers]) for site in split.sites]
-    sent, received = step_traffic(rows, kept, 64, 64, sites, ITEMSIZE[wire_dtype], factored=wire == "factored")
-    assert split.meter.sent_bytes == pytest.approx(3 * sent, rel=0.01)
-    assert split.meter.received_bytes == pytest.approx(3 * received, rel=0.01)
-    assert split.meter.sent_bytes == pytest.approx(up, rel=0.01)
-    assert split.meter.received_bytes == pytest.approx(down, rel=0.01)
+    sent, received = step_traffic(rows, kept, 64, 64, sites, wire_dtype, factored=wire == "factored")
+    near = 0.02 if wire_dtype == "int4" else 0.01  # beside so few bytes of a tiny model its frames count
+    assert split.meter.sent_bytes == pytest.approx(3 * sent, rel=near)
+    assert split.meter.received_bytes == pytest.approx(3 * received, rel=near)
+    assert split.meter.sent_bytes == pytest.approx(up, rel=near)
+    assert split.meter.received_bytes == pytest.approx(down, rel=near)
 
 
 def test_round_trips_are_two_a_site_and_one(cloud_models: Callable[[str], CloudModel]) -> None:

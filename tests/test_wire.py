@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from dlora.errors import WireError
 from dlora.proto import dlora_pb2 as pb
-from dlora.wire import WIRE_DTYPES, decode, encode, pack_mask, unpack_mask
+from dlora.wire import WIRE_DTYPES, decode, encode, pack_mask, payload_bytes, unpack_mask
 
 # Largest relative error of one value: half a unit in the last place.
-EPSILON = {"fp32": 0.0, "fp16": 2**-11, "bf16": 2**-8}
+EPSILON = {"fp32": 0.0, "fp16": 2**-11, "bf16": 2**-8, "int8": 0.501 / 127, "int4": 0.51 / 7}
 
 
 def test_every_wire_dtype_has_a_codec() -> None:
@@ -20,7 +20,7 @@ def test_every_wire_dtype_has_a_codec() -> None:
     known = {value.number for value in pb.DType.DESCRIPTOR.values if value.number}
     assert set(WIRE_DTYPES.values()) == known
     for dtype in WIRE_DTYPES.values():
-        assert decode(encode(torch.ones(2), dtype), [2], "ones").tolist() == [1, 1]
+        assert decode(encode(torch.ones(2), dtype), [2], "ones").tolist() == pytest.approx([1, 1], rel=0.005)
 
 
 @pytest.mark.parametrize("name", WIRE_DTYPES)
@@ -63,6 +63,25 @@ def test_bytes_that_do_not_fit_are_refused(change: dict, message: str) -> None:
     fields = {"dtype": pb.FP32, "shape": [2, 3], "exponent": 0, "data": b"x" * 24} | change
     with pytest.raises(WireError, match=message):
         decode(pb.Tensor(**fields), [2, 3], "thing")
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -1.0])
+def test_scales_that_are_none_are_refused(name: str, scale: float) -> None:
+    """A scale that is negative or not finite never becomes a tensor."""
+    message = encode(torch.ones(2, 32), WIRE_DTYPES[name])
+    dtype = {"int8": torch.float32, "int4": torch.bfloat16}[name]
+    wrong = torch.tensor([scale], dtype=dtype).view(torch.uint8).numpy().tobytes()
+    message.data = wrong + message.data[len(wrong) :]
+    with pytest.raises(WireError, match="scale"):
+        decode(message, [2, 32], "thing")
+
+
+@pytest.mark.parametrize("name", WIRE_DTYPES)
+@pytest.mark.parametrize("shape", [(3, 7), (5, 64), (0, 4)])
+def test_payload_bytes_are_those_of_the_codec(name: str, shape: tuple[int, int]) -> None:
+    """What the planner and the size checks count is what the encoder writes."""
+    assert payload_bytes(WIRE_DTYPES[name], *shape) == len(encode(torch.randn(shape), WIRE_DTYPES[name]).data)
 
 
 def test_decoded_tensor_owns_its_memory() -> None:

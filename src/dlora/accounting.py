@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 
+from dlora.wire import WIRE_DTYPES, payload_bytes
+
 __all__ = ["Meter", "adapter_flops", "step_traffic"]
 
 
@@ -76,7 +78,7 @@ def step_traffic(
     embedding_width: int,
     hidden_width: int,
     sites: Iterable[tuple[int, Sequence[tuple[int, int]]]],
-    itemsize: int,
+    wire_dtype: str,
     *,
     factored: bool = False,
     input_grad: bool = False,
@@ -92,10 +94,14 @@ def step_traffic(
     wire a module sends deltas of width o and gets their gradients; factored it sends Z of
     width r and B once, and gets the gradients of both. Framing adds under 1 % from some hundred tokens on.
     """
-    sent = embedding_width * rows + hidden_width * kept
-    received = hidden_width * kept + (embedding_width * rows if input_grad else 0)
+
+    def size(rows: int, width: int) -> int:
+        return payload_bytes(WIRE_DTYPES[wire_dtype], rows, width)
+
+    sent = size(rows, embedding_width) + size(kept, hidden_width)
+    received = size(kept, hidden_width) + (size(rows, embedding_width) if input_grad else 0)
     for index, (d, modules) in enumerate(sites):
-        answers = sum(rows * r + o * r if factored else rows * o for o, r in modules)
-        sent += answers + (rows * d if index or input_grad else 0)
-        received += answers + rows * d
-    return sent * itemsize, received * itemsize
+        answers = sum(size(rows, r) + size(o, r) if factored else size(rows, o) for o, r in modules)
+        sent += answers + (size(rows, d) if index or input_grad else 0)
+        received += answers + size(rows, d)
+    return sent, received

@@ -31,7 +31,7 @@ from dlora.exchange import Pipe, Plan, Step, current_step
 from dlora.held_layers import EdgeLayers, find_layers, first_output, wrap_layers
 from dlora.proto import dlora_pb2 as pb
 from dlora.sites import Site, attention_flops, backward_flops, forward_flops, trace
-from dlora.wire import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, decode, encode, unpack_mask
+from dlora.wire import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, WIRE_DTYPES, decode, encode, unpack_mask
 
 __all__ = ["CloudModel", "Limits"]
 
@@ -151,7 +151,7 @@ class CloudModel:
                 )
                 for site in self.sites
             ],
-            wire_dtypes=[pb.FP32, pb.FP16, pb.BF16],
+            wire_dtypes=WIRE_DTYPES.values(),
             layers=pb.DecoderLayers(
                 count=self.num_layers,
                 width=self.layer_width,
@@ -197,7 +197,7 @@ class CloudModel:
                     f"a KV cache of {begin.cache_length} tokens is over this server's limit of "
                     f"{self.limits.max_length}: ask for fewer new tokens"
                 )
-        if begin.wire_dtype not in (pb.FP32, pb.FP16, pb.BF16):
+        if begin.wire_dtype not in WIRE_DTYPES.values():
             raise WireError(f"wire dtype number {begin.wire_dtype} is not known")
         held = self._check_held(begin)
         active = self._check_active(begin.sites, held)

@@ -524,10 +524,10 @@ def get_peft_model(
 ) -> SplitModel:
     """Put a fresh LoRA adapter on the cloud's model: `peft.get_peft_model` for a model that is elsewhere.
 
-    `link` comes from `dlora.connect` or `dlora.in_process`. `wire_dtype` is fp32 (exact), fp16 or
-    bf16; `wire` is plain or factored (see `SplitModel`). `edge_layers`: so many of the first and of the last
-    decoder layers run here, where the server allows it: less of what leaves can be read. Raises UsageError for what
-    cannot be supported, by name. At the same seed the adapter starts with the same values as
+    `link` comes from `dlora.connect` or `dlora.in_process`. `wire_dtype` is fp32 (exact), fp16,
+    bf16, int8 or int4; `wire` is plain or factored (see `SplitModel`). `edge_layers`: so many of the
+    first and of the last decoder layers run here, where the server allows it: less of what leaves can be read. Raises
+    UsageError for what cannot be supported, by name. At the same seed the adapter starts with the same values as
     `peft.get_peft_model` on the full model.
     """
     if wire not in ("plain", "factored"):
@@ -536,6 +536,9 @@ def get_peft_model(
         raise UsageError(f"wire dtype: got {wire_dtype!r}, want one of {', '.join(WIRE_DTYPES)}")
     config = _checked(config)
     description = link.description
+    if WIRE_DTYPES[wire_dtype] not in description.wire_dtypes:
+        known = [name for name, number in WIRE_DTYPES.items() if number in description.wire_dtypes]
+        raise UsageError(f"wire dtype: {link.address} does not know {wire_dtype!r}, only {', '.join(known)}")
     held = _held(link, edge_layers)
     base = _skeleton(description, link.edge_files(), held, link)
     config.base_model_name_or_path = description.model_id

@@ -23,7 +23,7 @@ from dlora.held_layers import layer_of
 from dlora.link import Link
 from dlora.proto import dlora_pb2 as pb
 from dlora.settings import PlanSettings
-from dlora.wire import WIRE_DTYPES, decode, encode
+from dlora.wire import WIRE_DTYPES, decode, encode, payload_bytes
 
 __all__ = ["Prediction", "check", "plan", "predict"]
 
@@ -31,7 +31,6 @@ __all__ = ["Prediction", "check", "plan", "predict"]
 _TENSOR_BYTES = 17
 _FRAME_BYTES = 8
 _COMPUTE_BYTES = 5  # of the cloud's frames: how long they took
-_ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +92,12 @@ def predict(settings: PlanSettings, model: SplitModel) -> Prediction:
         entry_width,
         exit_width,
         shapes,
-        _ITEM_BYTES[settings.wire_dtype],
+        settings.wire_dtype,
         factored=settings.wire == "factored",
         input_grad=input_grad,
     )
     if not (active or input_grad):  # then the cloud has no backward
-        sent -= kept * exit_width * _ITEM_BYTES[settings.wire_dtype]
+        sent -= payload_bytes(WIRE_DTYPES[settings.wire_dtype], kept, exit_width)
     answers = sum(len(layers) for _, layers in active) * (2 if settings.wire == "factored" else 1)
     # Forward: deltas up, x down. Backward: dx up, delta gradients down. Ends: Begin, hidden and its gradient, Done.
     sent += (answers + len(active) + 1) * _TENSOR_BYTES + (2 * len(active) + 1) * _FRAME_BYTES

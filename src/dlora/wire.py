@@ -25,11 +25,22 @@ TOKEN_KEY: Final = "authorization"  # noqa: S105  # the name of a header, no sec
 TOKEN_PREFIX: Final = "Bearer "  # noqa: S105  # the same
 """Metadata of every call, where a token says who calls."""
 
-WIRE_DTYPES: Final[dict[str, pb.DType]] = {"fp32": pb.FP32, "fp16": pb.FP16, "bf16": pb.BF16}
+WIRE_DTYPES: Final[dict[str, pb.DType]] = {
+    "fp32": pb.FP32,
+    "fp16": pb.FP16,
+    "bf16": pb.BF16,
+    "int8": pb.INT8,
+    "int4": pb.INT4,
+}
 _TORCH_DTYPES: Final[dict[int, torch.dtype]] = {
     pb.FP32: torch.float32,
     pb.FP16: torch.float16,
     pb.BF16: torch.bfloat16,
+}
+# Integers with a scale for each group: (values of a group, 0 for a whole row; largest value; dtype of the scale).
+_GROUPED: Final[dict[int, tuple[int, int, torch.dtype]]] = {
+    pb.INT8: (0, 127, torch.float32),
+    pb.INT4: (32, 7, torch.bfloat16),
 }
 # fp16 holds 2^-24 .. 2^16. Tensors are scaled so that their largest value lies just under 2^15:
 # gradients of a mean loss would otherwise vanish, and rare activations overflow.
@@ -56,9 +67,12 @@ def encode(tensor: Tensor, dtype: pb.DType) -> pb.Tensor:
     """Turn a tensor of any shape and device into its wire form; `decode` is the inverse.
 
     Exact for FP32; FP16 keeps 11 significant bits (a power of two is factored out per
-    tensor, so neither overflow nor small gradients are lost), BF16 keeps 8.
+    tensor, so neither overflow nor small gradients are lost), BF16 keeps 8. INT8 rounds to
+    127 steps of a row's largest value, INT4 to 7 steps of the largest of 32 neighbours.
     """
     tensor = tensor.detach()
+    if dtype in _GROUPED:
+        return pb.Tensor(dtype=dtype, shape=list(tensor.shape), data=_encode_grouped(tensor, dtype))
     exponent = 0
     if dtype == pb.FP16 and (exponent := _fp16_exponent(tensor)):
         tensor = tensor.float() * 2.0**-exponent
@@ -99,21 +113,68 @@ def decode(message: pb.Tensor, shape: Sequence[int], what: str) -> Tensor:
     `shape` is what the receiver expects; `what` names the tensor in errors. Raises
     WireError if dtype, shape, byte count or exponent do not fit, before anything is copied.
     """
-    if message.dtype not in _TORCH_DTYPES:
+    if message.dtype not in _TORCH_DTYPES and message.dtype not in _GROUPED:
         raise WireError(f"{what}: got dtype number {message.dtype}, want one of {sorted(WIRE_DTYPES)}")
     if list(message.shape) != list(shape):
         raise WireError(f"{what}: got shape {list(message.shape)[:8]}, want {list(shape)}")
-    dtype = _TORCH_DTYPES[message.dtype]
-    need = math.prod(shape) * dtype.itemsize
+    width = shape[-1] if shape else 1
+    need = payload_bytes(message.dtype, math.prod(shape) // max(1, width), width)
     data = message.data  # a copy, each time it is asked for
     if len(data) != need:
-        raise WireError(f"{what}: got {len(data)} bytes, shape {list(shape)} in {dtype} needs {need}")
+        name = pb.DType.Name(message.dtype)
+        raise WireError(f"{what}: got {len(data)} bytes, shape {list(shape)} in {name} needs {need}")
     if message.exponent and (message.dtype != pb.FP16 or abs(message.exponent) > 200):
         raise WireError(f"{what}: got exponent {message.exponent}, want 0, or within 200 for fp16")
     if need == 0:
         return torch.zeros(*shape)
-    values = torch.frombuffer(bytearray(data), dtype=dtype).view(*shape).float()
+    if message.dtype in _GROUPED:
+        return _decode_grouped(data, message.dtype, width, what).view(*shape)
+    values = torch.frombuffer(bytearray(data), dtype=_TORCH_DTYPES[message.dtype]).view(*shape).float()
     return values.mul_(2.0**message.exponent) if message.exponent else values
+
+
+def payload_bytes(dtype: pb.DType, rows: int, width: int) -> int:
+    """Bytes of a [rows, width] tensor's data."""
+    if dtype not in _GROUPED:
+        return rows * width * _TORCH_DTYPES[dtype].itemsize
+    group, _, scale = _GROUPED[dtype]
+    if not group:
+        return rows * (scale.itemsize + width)
+    return rows * -(-width // group) * (scale.itemsize + group // 2)
+
+
+def _encode_grouped(tensor: Tensor, dtype: pb.DType) -> bytes:
+    group, top, scale_dtype = _GROUPED[dtype]
+    width = tensor.shape[-1] if tensor.dim() else 1
+    if not tensor.numel():
+        return b""
+    rows = tensor.to("cpu", torch.float32).reshape(-1, width)
+    if group:
+        rows = torch.nn.functional.pad(rows, (0, -width % group)).view(-1, group)
+    scales = (rows.abs().amax(dim=1) / top).to(scale_dtype)
+    steps = rows / torch.where(scales > 0, scales, torch.ones_like(scales)).float()[:, None]
+    values = steps.round_().nan_to_num_().clamp_(-top, top).to(torch.int8)
+    if group:
+        halves = (values + 8).to(torch.uint8)
+        values = (halves[:, 0::2] | halves[:, 1::2] << 4).view(torch.int8)
+    return scales.view(torch.uint8).numpy().tobytes() + values.numpy().tobytes()
+
+
+def _decode_grouped(data: bytes, dtype: pb.DType, width: int, what: str) -> Tensor:
+    """[rows, width], of data whose length was checked. Raises WireError for scales that are none."""
+    group, _, scale_dtype = _GROUPED[dtype]
+    count = len(data) // (scale_dtype.itemsize + (group // 2 if group else width))
+    buffer = bytearray(data)
+    scales = torch.frombuffer(buffer, dtype=scale_dtype, count=count).float()
+    if not (bool(torch.isfinite(scales).all()) and bool((scales >= 0).all())):
+        raise WireError(f"{what}: got a scale that is negative or not finite")
+    values = torch.frombuffer(buffer, dtype=torch.uint8, offset=count * scale_dtype.itemsize)
+    if not group:
+        return values.view(torch.int8).view(count, width).float() * scales[:, None]
+    halves = values.view(count, -1)
+    steps = torch.stack([halves & 15, halves >> 4], dim=2).view(count, group).float() - 8
+    groups = -(-width // group)
+    return (steps * scales[:, None]).view(-1, groups * group)[:, :width].contiguous()
 
 
 def pack_mask(mask_BT: Tensor | None) -> bytes:
