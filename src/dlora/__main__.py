@@ -356,6 +356,7 @@ def _loaded(settings: EdgeSettings, adapter: Path | None) -> Iterator[tuple[Any,
     from dlora.client import Access, connect
     from dlora.edge import load_tokenizer
     from dlora.inference import load_for_inference
+    from dlora.noise import Noise
 
     transformers_logging.set_verbosity_error()
     link = connect(settings.server, access=Access(**settings.access))
@@ -369,6 +370,7 @@ def _loaded(settings: EdgeSettings, adapter: Path | None) -> Iterator[tuple[Any,
             device=settings.device,
             edge_layers=settings.edge_layers,
         )
+        model.noise = Noise(entry=settings.noise_entry, clip=settings.noise_clip)
         yield model, tokenizer
     finally:
         link.close()

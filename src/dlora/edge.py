@@ -44,6 +44,7 @@ from dlora.held_layers import EdgeLayers, files_for, fill, find_layers, layer_of
 from dlora.kv_cache import CloudCache, Pass
 from dlora.link import Link, RetryPolicy
 from dlora.micro_batch import MicroBatch, SplitForward
+from dlora.noise import Noise, fill_padding, is_right_padded
 from dlora.proto import dlora_pb2 as pb
 from dlora.sites import Module, Site, attention_flops, backward_flops, forward_flops
 from dlora.wire import PROTOCOL_VERSION, WIRE_DTYPES
@@ -117,6 +118,11 @@ class SplitModel(PeftModelForCausalLM):
         self.retry = retry
         self.wire_dtype = wire_dtype
         self.wire: Literal["plain", "factored"] = "plain"
+        self.noise = Noise()
+        """What is added to what leaves."""
+        self.hide_lengths = False
+        """Let right padding travel as other tokens of the batch and ask for every position's hidden state, so that
+        the cloud sees neither lengths nor which tokens have a label."""
         self.meter = Meter()
         self.sites = _match_sites(self, link.description)
         self._request = _Request()
@@ -194,6 +200,8 @@ class SplitModel(PeftModelForCausalLM):
         """
         request, self._request = self._request, _Request()
         batch, length, _ = embeddings_BTD.shape
+        if self.hide_lengths and cache is None and mask_BT is not None and is_right_padded(mask_BT):
+            embeddings_BTD, mask_BT = fill_padding(embeddings_BTD, mask_BT), None
         columns_BT = mask_BT if cache is None else _new_columns(cache, mask_BT, batch, length)
         attended_BT = torch.ones(batch, length, dtype=torch.bool) if columns_BT is None else columns_BT.bool().cpu()
         if request.keep_BT is None:
@@ -203,17 +211,25 @@ class SplitModel(PeftModelForCausalLM):
         else:
             raise UsageError(f"labels have shape {list(request.keep_BT.shape)}, input_ids {list(attended_BT.shape)}")
         positions_BT = self._position_ids(position_ids, batch, length)
+        # The last layers look at every token; without any, only what is asked for comes back.
+        wanted_BT = attended_BT | keep_BT if self.held.last or self.hide_lengths else keep_BT
+
+        def cloud(entry_BTD: Tensor) -> Tensor:
+            new = Pass(self.noise.on_entry(entry_BTD), columns_BT, positions_BT, wanted_BT)
+            return self._through_cloud(new, cache)
+
         if not self.held:
-            kept_KD = self._through_cloud(Pass(embeddings_BTD, columns_BT, positions_BT, keep_BT), cache)
+            kept_KD = cloud(embeddings_BTD)
+            if wanted_BT is not keep_BT:
+                kept_KD = kept_KD[keep_BT[wanted_BT].to(kept_KD.device)]
         else:
-            # The last layers look at every token; without any, only what is asked for comes back.
-            wanted_BT = attended_BT | keep_BT if self.held.last else keep_BT
-
-            def cloud(entry_BTD: Tensor) -> Tensor:
-                found_KD = self._through_cloud(Pass(entry_BTD, columns_BT, positions_BT, wanted_BT), cache)
-                return _spread(found_KD.to(entry_BTD.dtype), wanted_BT)
-
-            hidden_BTD = self._run_held(embeddings_BTD, mask_BT, position_ids, cache, cloud)
+            hidden_BTD = self._run_held(
+                embeddings_BTD,
+                mask_BT,
+                position_ids,
+                cache,
+                lambda entry_BTD: _spread(cloud(entry_BTD).to(entry_BTD.dtype), wanted_BT),
+            )
             kept_KD = hidden_BTD[keep_BT.to(hidden_BTD.device)]
         kept_KD = kept_KD.to(embeddings_BTD.dtype)
         compact = request.compact_labels is not None
@@ -256,6 +272,7 @@ class SplitModel(PeftModelForCausalLM):
             return micro_batch.forward()
         micro_batch.output_squares = self.output_squares
         micro_batch.waits = self.waits = []
+        micro_batch.noise = self.noise
         kept_KD: Tensor = SplitForward.apply(micro_batch, new.entry_ND, *parameters)  # type: ignore[no-untyped-call]
         return kept_KD
 

@@ -18,6 +18,7 @@ from dlora.conversation import ActiveSite, Conversation, Frozen
 from dlora.errors import AdapterMissing, PeerError, PeerLost, WireError
 from dlora.held_layers import EdgeLayers
 from dlora.link import Link, RetryPolicy
+from dlora.noise import Noise
 from dlora.proto import dlora_pb2 as pb
 from dlora.wire import encode, largest
 
@@ -51,6 +52,8 @@ class MicroBatch(Conversation):
         """After backward, where `begin` asks for it: the gradient of what went into the cloud, [N, D]."""
         self.on_probe: Callable[[Sequence[pb.ActiveSite], Sequence[float]], None] | None = None
         """Called with the modules of `Begin.probe` and their norms of g^T x, after backward."""
+        self.noise = Noise()
+        """What is added to the gradient of the kept hidden states."""
         self.retry, self.begin = retry, begin
         self.rng = _rng_state(device)
 
@@ -71,6 +74,7 @@ class MicroBatch(Conversation):
 
     def backward(self, grad: Tensor) -> dict[nn.Parameter, Tensor]:
         """Take the gradient of the kept hidden states; return that of every trainable parameter."""
+        grad = self.noise.on_tail(grad)
         for wait in self.retry.attempts():
             try:
                 if self.stream is None:

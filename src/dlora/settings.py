@@ -82,6 +82,11 @@ class EdgeSettings(AccessSettings):
     what leaves. Costs their weights and compute."""
     edge_last: int = 0
     """The same for the last layers, which hides labels."""
+    noise_entry: float = 0.0
+    """Normal noise on every row that goes into the cloud, as a share of the row's length. docs/privacy.md says what it
+    hides and what it costs; it is no differential privacy."""
+    noise_clip: float = 3.0
+    """With noise: rows longer than so many times the median are shortened first."""
 
     @property
     def edge_layers(self) -> tuple[int, int]:
@@ -117,6 +122,11 @@ class TrainSettings(EdgeSettings):
     """Ranks for modules whose name matches a pattern."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Alphas for modules whose name matches a pattern."""
+    noise_tail: float = 0.0
+    """The same on the gradient of the last hidden states, as a share of its rows' median length: blurs labels."""
+    pad_to: int = 0
+    """Over 0: pad rows to a multiple of so many tokens, fill the padding with other tokens of the batch, and let all
+    positions travel: the cloud then sees neither lengths nor which tokens have a label. Results stay the same."""
     wire: Literal["plain", "factored"] = "plain"
     """How deltas travel. factored: as two exact factors, several times fewer bytes; shows the cloud the factor B of
     every module, which it could solve for on the plain wire too."""
@@ -189,6 +199,8 @@ class TrainSettings(EdgeSettings):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name}: got {value}, want at least 1")
+        if self.pad_to < 0:
+            raise UsageError(f"pad_to: got {self.pad_to}, want 0 or more")
         if not 0 <= self.lora_dropout < 1:
             raise UsageError(f"lora_dropout: got {self.lora_dropout}, want a value in [0, 1)")
         if self.max_steps < 1 and self.epochs <= 0:

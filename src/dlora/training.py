@@ -47,6 +47,7 @@ from dlora.data import load_rows
 from dlora.edge import SplitModel, get_peft_model, load_adapter, load_tokenizer
 from dlora.errors import DataError, DivergedError, DLoRAError, UsageError
 from dlora.link import Link, RetryPolicy
+from dlora.noise import Noise
 from dlora.reviver import KillReviveCallback
 from dlora.settings import TrainSettings
 
@@ -269,6 +270,8 @@ def _build_model(settings: TrainSettings, link: Link) -> SplitModel:
             edge_layers=settings.edge_layers,
         )
     model.head_positions = "supervised"
+    model.noise = Noise(entry=settings.noise_entry, tail=settings.noise_tail, clip=settings.noise_clip)
+    model.hide_lengths = settings.pad_to > 0
     return model
 
 
@@ -325,6 +328,7 @@ def trainer_arguments(settings: TrainSettings) -> dict[str, Any]:
         "load_best_model_at_end": evaluates and settings.keep_best,
         "metric_for_best_model": "eval_loss" if evaluates else None,
         "prediction_loss_only": True,
+        "pad_to_multiple_of": settings.pad_to or None,
         "disable_tqdm": False,
         "logging_steps": settings.logging_steps,
         "logging_nan_inf_filter": False,
