@@ -102,12 +102,12 @@ ARMS: dict[str, tuple[list[str], int, str, dict[str, Any] | None, tuple[float, .
 }
 FINAL = (
     *("FT", "FT gate,up", "KR", "KR paper", "random", "redraw", "last", "spread"),
-    *("spread v", "KR v cover", "KR gate,up", "spread gate,up", "KR gate,up cover", "FT rank 1"),
-    *("spread v at 1/4", "FT v", "spread gate,up at 1/5", "spread gate,up at 3/10"),
+    *("spread v", "KR gate,up", "spread gate,up", "KR gate,up cover", "FT rank 1"),
+    *("spread gate,up at 1/5", "spread gate,up at 3/10"),
 )
-# Each of FINAL is tried at learning rates around the best, until the best is not the largest or the smallest tried.
+# Each of these is tried at learning rates around the best, until the best is not the largest or the smallest tried.
 SWEPT = {
-    **{arm: ARMS[arm][4] for arm in FINAL},
+    **{arm: ARMS[arm][4] for arm in (*FINAL, "FT v")},
     "KR paper": FEW[:3],
     "last": FEW[:3],
     **dict.fromkeys(("KR v cover", "spread v at 1/4"), FEW[1:]),
