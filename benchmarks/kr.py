@@ -403,23 +403,28 @@ def run(data: Path, minutes: float) -> None:
 def table(runs: list[dict[str, Any]]) -> str:
     """Markdown of the final runs: accuracy with its interval, and what it cost beside FT on q, k, v."""
     finals = by_arm(runs)
+    if "FT" not in finals:
+        return "No final run of FT at its best learning rate yet."
     full = finals["FT"]
     lines = [
-        "| arm | on | wire | learning rate | accuracy (seeds) | against FT | bytes, % | adapter FLOPs, % | |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| arm | on | wire | learning rate | accuracy (seeds) | against FT | | against FT on the same modules | | "
+        "bytes, % | adapter FLOPs, % |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm in FINAL:
         if arm not in finals:
             continue
         mine = finals[arm]
         targets, rank, wire, *_ = ARMS[arm]
+        same = finals.get("FT gate,up", {}) if targets == MLP else {}
+        beside = [interval(mine, same), verdict(mine, same)] if same and same is not mine else ["", ""]
         shown = ", ".join(f"{mine[seed]['accuracy']:.3f}" for seed in sorted(mine))
         mean = statistics.fmean(run["accuracy"] for run in mine.values())
         lines.append(
             f"| {arm} | {', '.join(name.removesuffix('_proj') for name in targets)} r={rank} | {wire} | "
             f"{mine[min(mine)]['learning_rate']:g}{at_the_edge(runs, arm)} | **{mean:.3f}** ({shown}) | "
-            f"{interval(mine, full)} | {share(mine, full, 'bytes'):.1f} | {share(mine, full, 'adapter_flops'):.1f} | "
-            f"{'' if arm == 'FT' else verdict(mine, full)} |"
+            f"{interval(mine, full)} | {'' if arm == 'FT' else verdict(mine, full)} | {beside[0]} | {beside[1]} | "
+            f"{share(mine, full, 'bytes'):.1f} | {share(mine, full, 'adapter_flops'):.1f} |"
         )
     return "\n".join(lines)
 

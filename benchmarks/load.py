@@ -235,6 +235,16 @@ def table(result: dict[str, Any]) -> str:
                 f"{one['slowest_to_mean']:.2f} | {one['retries']} | {'yes' if one['equal'] else 'NO'} | "
                 f"{one['server_idle_mib']:.0f}, {one['server_peak_mib']:.0f} |"
             )
+    lines.append("")
+    for name, load in result["loads"].items():
+        most = load["turns"][-1]
+        count = most["edges"]
+        idle = (most["server_idle_mib"] - load["server_start_mib"]) / count
+        active = (most["server_peak_mib"] - most["server_idle_mib"]) / count
+        lines.append(
+            f"Memory of the server for each of {count} edges of {name}: {idle:.1f} MiB connected and idle, up to "
+            f"{active:.1f} MiB more with a micro-batch of {LOADS[name][0]} x {LOADS[name][1]} tokens in flight.  "
+        )
     ray = result["ray"]
     shown = ", ".join(f"{ratio:.2f}" for ratio in ray["ratios"])
     lines += ["", f"A step through one replica of Ray takes {ray['step_time_ratio']:.2f} of one without ({shown})."]

@@ -95,7 +95,7 @@ def test_wire_document_states_the_protocol_version() -> None:
     assert f"version {PROTOCOL_VERSION}" in text
 
 
-@pytest.mark.parametrize("name", ["local_vs_split", "decoding"])
+@pytest.mark.parametrize("name", ["local_vs_split", "decoding", "load"])
 def test_benchmark_document_shows_the_result_file(name: str) -> None:
     """The tables of docs/benchmarks.md are those that the benchmark makes of its committed result."""
     root = SOURCE.parents[1]

@@ -52,6 +52,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BottleneckConfig": "dlora.bottleneck",
+    "apply_bottleneck": "dlora.bottleneck",
     "CloudCache": "dlora.kv_cache",
     "RetryPolicy": "dlora.link",
     "SplitModel": "dlora.edge",

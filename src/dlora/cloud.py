@@ -30,7 +30,7 @@ from dlora.errors import AdapterMissing, ModelError, UsageError, WireError
 from dlora.exchange import Pipe, Plan, Step, current_step
 from dlora.held_layers import EdgeLayers, find_layers, first_output, wrap_layers
 from dlora.proto import dlora_pb2 as pb
-from dlora.sites import Site, attention_flops, backward_flops, forward_flops, trace
+from dlora.sites import Site, attention_flops, backward_flops, forward_flops, output_sites, trace
 from dlora.wire import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, WIRE_DTYPES, decode, encode, unpack_mask
 
 __all__ = ["CloudModel", "Limits"]
@@ -111,6 +111,7 @@ class CloudModel:
             allowed,
         )
         self.sites = found.sites
+        self.all_sites = (*found.sites, *output_sites(found.sites))
         self.unusable = found.unusable
         # Modules outside the layers, such as OPT's projections of the embedding, have layer -1.
         self.layers = sorted({module.layer for site in self.sites for module in site.modules} - {-1})
@@ -363,10 +364,12 @@ class CloudModel:
         active = []
         previous = -1
         for entry in entries:
-            if not previous < entry.site < len(self.sites):
-                raise WireError(f"sites: got {entry.site} after {previous}, want ascending, under {len(self.sites)}")
+            if not previous < entry.site < len(self.all_sites):
+                raise WireError(
+                    f"sites: got {entry.site} after {previous}, want ascending, under {len(self.all_sites)}"
+                )
             previous = entry.site
-            site, modules = self.sites[entry.site], tuple(entry.modules)
+            site, modules = self.all_sites[entry.site], tuple(entry.modules)
             if not modules or sorted(set(modules)) != list(modules) or modules[-1] >= len(site.modules):
                 raise WireError(
                     f"site {entry.site}: got modules {modules[:8]}, want ascending, 1 to {len(site.modules)}"
@@ -430,7 +433,7 @@ class CloudModel:
         forward = forward_flops(sites, tokens) + attention * sum(map(plan.held.in_cloud, self.layers))
         if not plan.has_backward:
             return forward, 0
-        lowest = None if plan.probe or plan.wants_input_grad else plan.active[0][0].index
+        lowest = None if plan.probe or plan.wants_input_grad else min(site.place for site, _ in plan.active)
         return forward, backward_flops(sites, lowest, tokens, attention)
 
     def _cost_bytes(self, batch: int, length: int, training: bool, past: int = 0, cache_length: int = 0) -> int:
@@ -444,9 +447,10 @@ class CloudModel:
     # ----------------------------------------------------------------- set-up
 
     def _install_hooks(self) -> None:
+        behind = {site.modules[0].name: site.index for site in self.all_sites[len(self.sites) :]}
         for site in self.sites:
             for index, info in enumerate(site.modules):
-                module = self.model.get_submodule(info.name)
+                module, output_site = self.model.get_submodule(info.name), behind[info.name]
 
                 def before(module: nn.Module, args: tuple[Tensor], site: int = site.index, index: int = index) -> None:
                     if (step := current_step()) is not None:
@@ -458,9 +462,10 @@ class CloudModel:
                     output: Tensor,
                     site: int = site.index,
                     index: int = index,
+                    output_site: int = output_site,
                 ) -> Tensor:
                     step = current_step()
-                    return output if step is None else step.after(site, index, args[0], output)
+                    return output if step is None else step.after(site, index, args[0], output, output_site)
 
                 module.register_forward_pre_hook(before)
                 module.register_forward_hook(after)

@@ -39,6 +39,10 @@ class ActiveSite:
     modules: tuple[int, ...]
     """Indices into the cloud's list of this site's modules."""
     layers: tuple[LoraLayer, ...]
+    names: tuple[str, ...]
+    """Full names of the modules."""
+    depth: int
+    """Its place in the forward pass, among the sites that read an input."""
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -110,6 +114,9 @@ def factors(layer: LoraLayer, x: Tensor) -> tuple[Tensor, Tensor]:
             lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
             zs.append(lora_A(layer.lora_dropout[name](x.to(lora_A.weight.dtype))))
             bs.append(lora_B.weight * layer.scaling[name])
+            if lora_B.bias is not None:  # one column more, of ones
+                zs.append(zs[-1].new_ones(len(x), 1))
+                bs.append(lora_B.bias[:, None] * layer.scaling[name])
     if not zs:
         raise WireError("a site without an active adapter was asked for a delta")
     return (zs[0], bs[0]) if len(zs) == 1 else (torch.cat(zs, dim=1), torch.cat(bs, dim=1))
@@ -231,9 +238,9 @@ class Conversation:
                 if name in layer.lora_A:
                     self.meter.adapter_flops += adapter_flops(
                         num_rows,
-                        layer.in_features,
+                        layer.lora_A[name].in_features,
                         layer.r[name],
-                        layer.out_features,
+                        layer.lora_B[name].out_features,
                         training=training,
                         input_grad=wants,
                         factored=self.factored,

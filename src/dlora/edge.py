@@ -38,6 +38,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dlora.accounting import Meter, adapter_flops
+from dlora.bottleneck import BottleneckConfig, is_series, load_bottleneck_config, make_bottleneck, save_bottleneck
 from dlora.conversation import ActiveSite, Conversation, Frozen, Wait, freeze
 from dlora.errors import DLoRAError, ModelError, UsageError
 from dlora.held_layers import EdgeLayers, files_for, fill, find_layers, layer_of, without_dropout, wrap_layers
@@ -46,7 +47,7 @@ from dlora.link import Link, RetryPolicy
 from dlora.micro_batch import MicroBatch, SplitForward
 from dlora.noise import Noise, fill_padding, is_right_padded
 from dlora.proto import dlora_pb2 as pb
-from dlora.sites import Module, Site, attention_flops, backward_flops, forward_flops
+from dlora.sites import Module, Site, attention_flops, backward_flops, forward_flops, output_sites
 from dlora.wire import PROTOCOL_VERSION, WIRE_DTYPES
 
 __all__ = [
@@ -69,7 +70,7 @@ IGNORE: Final = -100  # the label of a position without supervision, as in PyTor
 _SUPPORTED_OPTIONS: Final = frozenset(
     "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules "
     "exclude_modules lora_alpha lora_dropout fan_in_fan_out use_rslora init_lora_weights layers_to_transform "
-    "layers_pattern rank_pattern alpha_pattern".split()
+    "layers_pattern rank_pattern alpha_pattern kind activation scale".split()
 )
 _SUPPORTED_INITS: Final = (True, False, "gaussian", "orthogonal")
 
@@ -112,6 +113,7 @@ class SplitModel(PeftModelForCausalLM):
         held: EdgeLayers | None = None,
     ) -> None:
         super().__init__(base, config, adapter_name="default")
+        make_bottleneck(self, "default")
         self.held = held or EdgeLayers()
         """Decoder layers that run here; their adapters need no exchange and are always trained."""
         self.link = link
@@ -323,15 +325,7 @@ class SplitModel(PeftModelForCausalLM):
 
     def _count_held(self, batch: int, length: int, past: int, *, training: bool) -> None:
         """FLOPs of held layers and of the LoRA modules in them; padding is computed too."""
-        sites = [
-            Site(
-                index=index,
-                in_features=site.in_features,
-                modules=tuple(Module(name=one.name, out_features=one.out_features) for one in site.modules),
-            )
-            for index, site in enumerate(self.link.description.sites)
-            if not self.held.in_cloud(layer_of(site.modules[0].name))
-        ]
+        sites = [site for site in shared_sites(self.link.description) if not self.held.in_cloud(site.modules[0].layer)]
         attention = attention_flops(self.config, batch, length, past)
         tokens, layers = batch * length, self.held.first + self.held.last
         self.meter.held_flops += forward_flops(sites, tokens) + attention * layers
@@ -354,9 +348,9 @@ class SplitModel(PeftModelForCausalLM):
                         if name in layer.lora_A:
                             self.meter.adapter_flops += adapter_flops(
                                 tokens,
-                                layer.in_features,
+                                layer.lora_A[name].in_features,
                                 layer.r[name],
-                                layer.out_features,
+                                layer.lora_B[name].out_features,
                                 training=training,
                                 input_grad=site.index != lowest,
                             )
@@ -396,6 +390,8 @@ class SplitModel(PeftModelForCausalLM):
         modules without adapter.
         """
         active = frozenset(modules)
+        if idle == "cloud" and isinstance(self.peft_config["default"], BottleneckConfig):
+            raise UsageError("idle=cloud: the cloud applies products of two matrices, and no bottleneck adapters")
         if unknown := sorted(active - set(self.adapted_modules)):
             raise UsageError(
                 f"set_active: {unknown[0]} has no adapter; those that have: {self.adapted_modules[:3]} ..."
@@ -408,7 +404,8 @@ class SplitModel(PeftModelForCausalLM):
                 if idle == "drop":
                     for adapter in layer.active_adapters:
                         if adapter in layer.lora_B:
-                            layer.lora_B[adapter].weight.data.zero_()
+                            for parameter in layer.lora_B[adapter].parameters():
+                                parameter.data.zero_()
                 elif idle == "cloud":
                     frozen = freeze(site.index, index, layer)
                     if any(frozen.message.b.data):  # a module that was never trained adds nothing
@@ -436,25 +433,24 @@ class SplitModel(PeftModelForCausalLM):
 
     def names(self, site: ActiveSite) -> list[str]:
         """Full names of the adapted modules of a site."""
-        modules = self.link.description.sites[site.index].modules
-        return [modules[index].name for index in site.modules]
+        return list(site.names)
 
     def _active_sites(self) -> list[ActiveSite]:
         """What is exchanged now: active modules, idle ones too with idle="edge"; none in `disable_adapter()`."""
         active = []
         for site in self.sites:
             used = [
-                (module, layer)
+                (module, layer, name)
                 for name, module, layer in zip(self.names(site), site.modules, site.layers, strict=True)
                 if not layer.disable_adapters
                 and any(adapter in layer.lora_A for adapter in layer.active_adapters)
                 and (self._active is None or self.idle == "edge" or name in self._active)
             ]
-            if any(layer.merged for _, layer in used):
+            if any(layer.merged for _, layer, _ in used):
                 raise UsageError("adapters cannot be merged on the edge, which has no base weights: use `dlora merge`")
             if used:
-                modules, layers = zip(*used, strict=True)
-                active.append(dataclasses.replace(site, modules=modules, layers=layers))
+                modules, layers, names = zip(*used, strict=True)
+                active.append(dataclasses.replace(site, modules=modules, layers=layers, names=names))
         return active
 
     def _applied_by_cloud(self) -> list[Frozen]:
@@ -520,11 +516,16 @@ class SplitModel(PeftModelForCausalLM):
 
     def add_adapter(self, adapter_name: str, peft_config: LoraConfig, *args: Any, **kwargs: Any) -> None:
         """Add another adapter, under the same rules as the first."""
+        if isinstance(peft_config, BottleneckConfig) or isinstance(self.peft_config["default"], BottleneckConfig):
+            raise UsageError("bottleneck adapters stand alone: load each on a model of its own")
         super().add_adapter(adapter_name, _checked(peft_config), *args, **kwargs)
         self.sites = _match_sites(self, self.link.description)
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
         """Write a standard adapter folder. Unlike peft's own default this never asks a hub."""
+        if isinstance(self.peft_config["default"], BottleneckConfig):
+            save_bottleneck(self, Path(save_directory))
+            return
         kwargs.setdefault("save_embedding_layers", False)
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -539,8 +540,9 @@ def get_peft_model(
     device: str | torch.device = "cpu",
     edge_layers: tuple[int, int] = (0, 0),
 ) -> SplitModel:
-    """Put a fresh LoRA adapter on the cloud's model: `peft.get_peft_model` for a model that is elsewhere.
+    """Put a fresh adapter on the cloud's model: `peft.get_peft_model` for a model that is elsewhere.
 
+    `config` is a peft.LoraConfig or a `dlora.BottleneckConfig`.
     `link` comes from `dlora.connect` or `dlora.in_process`. `wire_dtype` is fp32 (exact), fp16,
     bf16, int8 or int4; `wire` is plain or factored (see `SplitModel`). `edge_layers`: so many of the
     first and of the last decoder layers run here, where the server allows it: less of what leaves can be read. Raises
@@ -625,7 +627,10 @@ def load_base(
 
 
 def read_adapter_config(folder: str | Path) -> LoraConfig:
-    """The LoraConfig of a local adapter folder. Raises UsageError if there is none; asks no hub."""
+    """The configuration of a local adapter folder. Raises UsageError if there is none; asks no hub."""
+    bottleneck = load_bottleneck_config(folder)
+    if bottleneck is not None:
+        return bottleneck
     if not (Path(folder) / "adapter_config.json").is_file():
         raise UsageError(f"{folder} holds no adapter: adapter_config.json is missing")
     try:
@@ -651,13 +656,17 @@ def _checked(config: LoraConfig) -> LoraConfig:
     if not isinstance(config, LoraConfig):
         raise UsageError(f"got a {type(config).__name__}, want a peft.LoraConfig")
     config = dataclasses.replace(config, task_type=TaskType.CAUSAL_LM)
-    plain = LoraConfig()
+    plain = type(config)()
     for option in dataclasses.fields(config):
         value = getattr(config, option.name)
         if option.name not in _SUPPORTED_OPTIONS and value and value != getattr(plain, option.name):
             raise UsageError(
                 f"LoraConfig.{option.name}={value!r} is not supported: the edge has no base weights, only B(A(x))"
             )
+    if isinstance(config, BottleneckConfig) and (config.rank_pattern or config.alpha_pattern or config.use_rslora):
+        raise UsageError(
+            "bottleneck adapters have one size and one scale: no rank_pattern, alpha_pattern or use_rslora"
+        )
     if config.init_lora_weights not in _SUPPORTED_INITS:
         raise UsageError(
             f"LoraConfig.init_lora_weights={config.init_lora_weights!r} needs the base weights, which stay in the "
@@ -754,6 +763,20 @@ def _decoder(base: PreTrainedModel) -> nn.Module:
     return decoder
 
 
+def shared_sites(description: pb.Description) -> list[Site]:
+    """The sites that read an input, as the cloud numbers them."""
+    return [
+        Site(
+            index=index,
+            in_features=site.in_features,
+            modules=tuple(
+                Module(name=one.name, out_features=one.out_features, allowed=one.allowed) for one in site.modules
+            ),
+        )
+        for index, site in enumerate(description.sites)
+    ]
+
+
 def _match_sites(model: SplitModel, description: pb.Description) -> tuple[ActiveSite, ...]:
     """Pair every LoRA layer with the cloud's sites. Raises UsageError for layers the cloud cannot serve."""
     layers = {
@@ -761,8 +784,10 @@ def _match_sites(model: SplitModel, description: pb.Description) -> tuple[Active
         for name, module in model.get_base_model().named_modules()
         if isinstance(module, LoraLayer) and model.held.in_cloud(layer_of(name))
     }
+    in_series = is_series(model.peft_config["default"])
     sites = []
-    for index, site in enumerate(description.sites):
+    inputs = shared_sites(description)
+    for site in output_sites(inputs) if in_series else inputs:
         modules = [i for i, module in enumerate(site.modules) if module.name in layers]
         for i in modules:
             if not site.modules[i].allowed:
@@ -771,12 +796,15 @@ def _match_sites(model: SplitModel, description: pb.Description) -> tuple[Active
                     f"{allowed_names(description)}."
                 )
         if modules:
+            names = tuple(site.modules[i].name for i in modules)
             sites.append(
                 ActiveSite(
-                    index=index,
+                    index=site.index,
                     in_features=site.in_features,
                     modules=tuple(modules),
-                    layers=tuple(layers.pop(site.modules[i].name) for i in modules),
+                    layers=tuple(layers.pop(name) for name in names),
+                    names=names,
+                    depth=site.place,
                 )
             )
     if layers:

@@ -197,20 +197,25 @@ class Step:
 
     def before(self, site: int, index: int, x: Tensor) -> None:
         """Before an active site's first module: exchange x for the deltas of all its active modules."""
-        if self.modules.get(site, (-1,))[0] != index:
-            return
+        if self.modules.get(site, (-1,))[0] == index:
+            self.deltas[site] = self._exchange(site, x)
+
+    def _exchange(self, site: int, x: Tensor) -> tuple[Tensor, ...]:
         if self.plan.training:
-            answers = _Exchange.apply(x, self.anchor, self, site)  # type: ignore[no-untyped-call]
+            answers: tuple[Tensor, ...] = _Exchange.apply(x, self.anchor, self, site)  # type: ignore[no-untyped-call]
         else:
             self.send_input(site, x, wants_grad=False)
             answers = self.receive_deltas(site)
         if self.plan.factored:  # delta = Z B^T; autograd brings the gradients of both factors to the exchange
             count = len(answers) // 2
             answers = tuple(z @ b.T for z, b in zip(answers[:count], answers[count:], strict=True))
-        self.deltas[site] = answers
+        return answers
 
-    def after(self, site: int, index: int, x: Tensor, output: Tensor) -> Tensor:
-        """After a module: its base output plus its delta, in the base output's dtype as peft has it."""
+    def after(self, site: int, index: int, x: Tensor, output: Tensor, output_site: int) -> Tensor:
+        """After a module: its base output plus its deltas, in the base output's dtype as peft has it.
+
+        An adapter in series reads that output at `output_site`.
+        """
         modules = self.modules.get(site, ())
         if index in modules:
             delta = self.deltas[site][modules.index(index)]
@@ -223,6 +228,9 @@ class Step:
             self.forward_macs += macs
             self.backward_macs += macs if x.requires_grad else 0
             output = (output + (x.to(a.dtype) @ a.T) @ b.T).to(output.dtype)
+        if output_site in self.modules:
+            (delta,) = self._exchange(output_site, output)
+            output = (output + delta.view_as(output)).to(output.dtype)
         if (site, index) in self.probed and output.requires_grad:
             kept = x.detach().reshape(-1, x.shape[-1])
             output.register_hook(lambda grad: self._probe(site, index, kept, grad.reshape(-1, grad.shape[-1])))

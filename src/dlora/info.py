@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from dlora.bottleneck import BottleneckConfig, is_series
 from dlora.edge import allowed_names, read_adapter_config
 from dlora.errors import UsageError
 from dlora.proto import dlora_pb2 as pb
@@ -65,7 +66,11 @@ def describe_adapter(folder: Path, description: pb.Description | None = None) ->
     parameters = sum(math.prod(shape) for shape in shapes.values())
     kinds = sorted({name.rpartition(".")[2] for name in names})
     scale = "alpha / sqrt(r)" if config.use_rslora else "alpha / r"
-    yield "adapter", f"{folder}, LoRA, rank {config.r}, alpha {config.lora_alpha}, scaled by {scale}"
+    if isinstance(config, BottleneckConfig):
+        what = f"bottleneck in {config.kind}" if config.kind == "series" else "parallel bottleneck"
+        yield "adapter", f"{folder}, {what}, size {config.r}, {config.activation}, scaled by {config.scale:g}"
+    else:
+        yield "adapter", f"{folder}, LoRA, rank {config.r}, alpha {config.lora_alpha}, scaled by {scale}"
     yield "base", config.base_model_name_or_path or "not named"
     yield "modules", f"{len(names)}: {', '.join(kinds)}"
     yield (
@@ -73,16 +78,18 @@ def describe_adapter(folder: Path, description: pb.Description | None = None) ->
         f"{parameters} parameters, {sum(f.stat().st_size for f in folder.glob('adapter_model.*')) / 2**20:.1f} MiB",
     )
     if description is not None:
+        series = is_series(config)
         sites = [site for site in description.sites if any(module.name in names for module in site.modules)]
+        num_sites = len(names) if series else len(sites)
         found = {
-            module.name: (site.in_features, module.out_features)
+            module.name: (module.out_features if series else site.in_features, module.out_features)
             for site in description.sites
             for module in site.modules
             if module.allowed
         }
         missing = [name for name in names if name not in found]
         other = [name for name in names if name in found and _widths(shapes, name) != found[name]]
-        yield "sites", f"{len(sites)} active: {len(sites) + 1} round trips a generated token"
+        yield "sites", f"{num_sites} active: {num_sites + 1} round trips a generated token"
         if config.base_model_name_or_path != description.model_id:
             yield "note", f"made for {config.base_model_name_or_path}, this server has {description.model_id}"
         if missing:

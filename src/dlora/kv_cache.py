@@ -281,8 +281,7 @@ def _slice_length(talk: Conversation, batch: int) -> int:
     description = talk.link.description
     widths = [description.embedding_width, talk.hidden_width]
     for site in talk.sites.values():
-        infos = description.sites[site.index].modules
-        widths += [site.in_features, sum(infos[module].out_features for module in site.modules)]
+        widths += [site.in_features, sum(layer.out_features for layer in site.layers)]
     by_message = description.limits.max_message_bytes // (8 * max(widths))
     return max(1, min(int(description.limits.max_tokens), by_message) // batch)
 

@@ -47,6 +47,11 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype: got {dtype!r}, want one of {', '.join(DTYPES)}")
+    if device in ("auto", "balanced", "balanced_low_0", "sequential"):
+        raise UsageError(
+            f"device: got {device!r}, want one device such as cuda or cuda:1. A model is not spread over several GPUs: "
+            "use a smaller dtype, or replicas with a GPU each"
+        )
     source: str | Path = name
     if name == DEMO_MODEL:
         source, model_id = _demo_file(), model_id or DEMO_MODEL_ID

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from peft import PeftModel
 
+from dlora.bottleneck import BottleneckConfig
 from dlora.edge import read_adapter_config
 from dlora.errors import UsageError
 from dlora.load import load_model
@@ -23,6 +24,11 @@ def merge(settings: MergeSettings) -> tuple[str, str]:
     if settings.output.exists() and any(settings.output.iterdir()):
         raise UsageError(f"{settings.output} is not empty: use a new folder")
     config = read_adapter_config(settings.adapter)
+    if isinstance(config, BottleneckConfig):
+        raise UsageError(
+            f"the adapter in {settings.adapter} is a bottleneck: it is not linear and cannot become a part of the "
+            "weights. dlora.apply_bottleneck(model, folder) puts it on a local model"
+        )
     loaded = load_model(settings.model, dtype=settings.dtype)
     try:
         merged = PeftModel.from_pretrained(loaded.model, str(settings.adapter)).merge_and_unload()

@@ -111,7 +111,7 @@ def predict(settings: PlanSettings, model: SplitModel) -> Prediction:
         link_s += size * 8 / (mbit * 1e6) if mbit else 0.0
     forward_s, held_s = _forward(settings, model)
     cloud = [index for index, site in enumerate(description.sites) if held.in_cloud(layer_of(site.modules[0].name))]
-    lowest = 0 if input_grad else active[0][0].index if active else len(description.sites)
+    lowest = 0 if input_grad else active[0][0].depth if active else len(description.sites)
     above = sum(1 for index in cloud if index >= lowest)
     return Prediction(
         active_sites=len(active),

@@ -27,6 +27,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from dlora.edge import SplitModel
 from dlora.errors import UsageError
+from dlora.held_layers import layer_of
 from dlora.kill_revive import Costs, Decision, KillReviveConfig, Record, Unit, decide, is_due, needs_probe
 
 __all__ = ["KillReviveCallback", "KillReviver", "units_of"]
@@ -40,8 +41,7 @@ def units_of(model: SplitModel, kind: str) -> list[Unit]:
     found = []
     for site in model.sites:
         names = model.names(site)
-        infos = model.link.description.sites[site.index].modules
-        layer = next((int(part) for part in infos[site.modules[0]].name.split(".") if part.isdigit()), -1)
+        layer = layer_of(names[0])
         if kind == "site":
             found.append(Unit(f"site {site.index}: {', '.join(names)}", tuple(names), layer))
         else:
@@ -60,7 +60,11 @@ def costs_of(model: SplitModel, kind: Any = "bytes", tokens: int = 512, supervis
             added[name] = out if model.wire == "plain" else max(1, round(rank * (1 + out / tokens)))
         sites.append((site.in_features, added))
     description = model.link.description
-    ends = round(description.embedding_width + 2 * supervised * description.hidden_width)
+    if model.held:
+        between = description.layers.width
+        ends = round(2 * between + 2 * (1.0 if model.held.last else supervised) * between)
+    else:
+        ends = round(description.embedding_width + 2 * supervised * description.hidden_width)
     return Costs(tuple(sites), ends, kind)
 
 
@@ -166,7 +170,8 @@ class KillReviver:
                 for layer in self._layers(name):
                     for adapter in layer.active_adapters:
                         if adapter in layer.lora_B:
-                            layer.lora_B[adapter].weight.mul_((left - 1) / left)
+                            for parameter in layer.lora_B[adapter].parameters():
+                                parameter.mul_((left - 1) / left)
                 self.fading[name] = left - 1
                 if left == 1:
                     del self.fading[name]
@@ -224,9 +229,9 @@ class KillReviver:
         layers = list(self._named_layers(name))
         if kind == "output":
             squares = self.model.output_squares or {}
-            infos = self.model.link.description.sites
             wanted = set(self._unit(name).modules)
-            return sum(size for (site, i), size in squares.items() if infos[site].modules[i].name in wanted)
+            names = {(s.index, i): one for s in self.model.sites for i, one in zip(s.modules, s.names, strict=True)}
+            return sum(size for key, size in squares.items() if names[key] in wanted)
         if kind == "magnitude":
             return sum(_product_norm(*_factors(layer)) ** 2 for _, layer in layers) ** 0.5
         old, new = self._snapshot, self._weights()

@@ -107,8 +107,14 @@ class TrainSettings(EdgeSettings):
     """Held-out data in the same forms; measured every `eval_steps`."""
     adapter: Path | None = None
     """An existing LoRA adapter folder to start from; its own LoRA settings then hold."""
+    kind: Literal["lora", "series", "parallel"] = "lora"
+    """LoRA, or bottleneck adapters: behind the outputs of target_modules (series), or beside these (parallel)."""
+    activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+    """Of bottleneck adapters."""
+    scale: float = 1.0
+    """Of what bottleneck adapters add."""
     r: int = 8
-    """LoRA rank."""
+    """LoRA rank, or size of the bottleneck."""
     lora_alpha: float = 16
     """LoRA alpha: deltas are scaled by alpha / r."""
     lora_dropout: float = 0.0
@@ -199,6 +205,13 @@ class TrainSettings(EdgeSettings):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name}: got {value}, want at least 1")
+        if self.kind != "lora" and self.adapter is None and self.target_modules is None:
+            raise UsageError(
+                f"kind={self.kind} wants target_modules: the linears that end attention and MLP are o_proj,down_proj "
+                "in Llama, out_proj,fc2 in OPT, dense,dense_4h_to_h in BLOOM, c_proj in GPT-2"
+            )
+        if self.kind != "lora" and (self.use_rslora or self.rank_pattern or self.alpha_pattern):
+            raise UsageError(f"kind={self.kind}: use_rslora, rank_pattern and alpha_pattern are of LoRA")
         if self.pad_to < 0:
             raise UsageError(f"pad_to: got {self.pad_to}, want 0 or more")
         if not 0 <= self.lora_dropout < 1:

@@ -26,6 +26,7 @@ __all__ = [
     "backward_flops",
     "forward_flops",
     "linear_widths",
+    "output_sites",
     "trace",
 ]
 
@@ -48,11 +49,37 @@ class Module:
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """Linear modules that read the same tensor of width `in_features`, in calling order."""
+    """Linear modules that read the same tensor of width `in_features`, in calling order.
+
+    Or the output of one linear module, for an adapter in series with it: `reads_output`.
+    """
 
     index: int
     in_features: int
     modules: tuple[Module, ...]
+    reads_output: bool = False
+    depth: int = -1
+    """The place of its modules in the forward pass: the index of the site that they read."""
+
+    @property
+    def place(self) -> int:
+        """`depth`, which is `index` for sites that read an input."""
+        return self.depth if self.reads_output else self.index
+
+
+def output_sites(sites: Sequence[Site]) -> tuple[Site, ...]:
+    """A site behind every module of `sites`; both halves number them on from these, in calling order."""
+    pairs = [(site, module) for site in sites for module in site.modules]
+    return tuple(
+        Site(
+            index=len(sites) + number,
+            in_features=module.out_features,
+            modules=(module,),
+            reads_output=True,
+            depth=site.index,
+        )
+        for number, (site, module) in enumerate(pairs)
+    )
 
 
 def linear_widths(module: nn.Module) -> tuple[int, int]:

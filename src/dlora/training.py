@@ -42,6 +42,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from dlora.accounting import Meter
+from dlora.bottleneck import BottleneckConfig
 from dlora.conversation import Wait
 from dlora.data import load_rows
 from dlora.edge import SplitModel, get_peft_model, load_adapter, load_tokenizer
@@ -251,18 +252,9 @@ def _build_model(settings: TrainSettings, link: Link) -> SplitModel:
             edge_layers=settings.edge_layers,
         )
     else:
-        config = peft.LoraConfig(
-            r=settings.r,
-            lora_alpha=settings.lora_alpha,
-            lora_dropout=settings.lora_dropout,
-            target_modules=settings.targets,
-            use_rslora=settings.use_rslora,
-            rank_pattern=settings.rank_pattern,
-            alpha_pattern=settings.alpha_pattern,
-        )
         model = get_peft_model(
             link,
-            config,
+            _config(settings),
             wire=settings.wire,
             wire_dtype=settings.wire_dtype,
             retry=retry,
@@ -273,6 +265,23 @@ def _build_model(settings: TrainSettings, link: Link) -> SplitModel:
     model.noise = Noise(entry=settings.noise_entry, tail=settings.noise_tail, clip=settings.noise_clip)
     model.hide_lengths = settings.pad_to > 0
     return model
+
+
+def _config(settings: TrainSettings) -> peft.LoraConfig:
+    common: dict[str, Any] = {
+        "r": settings.r,
+        "lora_dropout": settings.lora_dropout,
+        "target_modules": settings.targets,
+    }
+    if settings.kind != "lora":
+        return BottleneckConfig(kind=settings.kind, activation=settings.activation, scale=settings.scale, **common)
+    return peft.LoraConfig(
+        lora_alpha=settings.lora_alpha,
+        use_rslora=settings.use_rslora,
+        rank_pattern=settings.rank_pattern,
+        alpha_pattern=settings.alpha_pattern,
+        **common,
+    )
 
 
 def _build_trainer(settings: TrainSettings, model: SplitModel, tokenizer: PreTrainedTokenizerBase) -> SplitTrainer:
