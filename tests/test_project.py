@@ -22,7 +22,19 @@ SOURCE = Path(dlora.__file__).parent
 CLOUD = {"cloud", "exchange", "adapter_store", "server", "load", "sites", "tenancy", "identity"}
 CLOUD |= {"metrics", "keys", "replicas"}
 EDGE = {"edge", "conversation", "micro_batch", "kv_cache", "client", "link", "training", "data", "accounting"}
-EDGE |= {"planner", "kill_revive", "reviver", "inference", "chat", "evaluate", "api", "info"}
+EDGE |= {
+    "recording",
+    "attacks",
+    "audit",
+    "planner",
+    "kill_revive",
+    "reviver",
+    "inference",
+    "chat",
+    "evaluate",
+    "api",
+    "info",
+}
 
 
 def imported(name: str) -> set[str]:

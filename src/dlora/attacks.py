@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 _CHUNK: Final = 512  # rows that are compared with a whole vocabulary at a time
+_MOST_TYPES: Final = 4096  # of a classifier: it needs a number for each row and type
 _STRENGTHS: Final = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
@@ -137,10 +138,11 @@ def fit_inverter(x_ND: Tensor, ids_N: Tensor, table_VE: Tensor, held_N: Tensor) 
 
     own = table_VE[types]
     embedding = fit_ridge(x_ND, own[numbers_N], held_N, accuracy(own))
-    one_hot = torch.eye(len(types))
-    classifier = fit_ridge(x_ND, one_hot[numbers_N], held_N, accuracy(one_hot))
-    if classifier.held_out > embedding.held_out:
-        return Inverter(classifier, one_hot, types)
+    if len(types) <= _MOST_TYPES:
+        one_hot = torch.eye(len(types))
+        classifier = fit_ridge(x_ND, one_hot[numbers_N], held_N, accuracy(one_hot))
+        if classifier.held_out > embedding.held_out:
+            return Inverter(classifier, one_hot, types)
     return Inverter(embedding, table_VE, torch.arange(len(table_VE)))
 
 

@@ -550,7 +550,9 @@ def _figure(found: dict[str, Any]) -> bytes:
     from matplotlib import pyplot
 
     places = ["entry", *(f"site {site}" for site in found["sites"])]
-    labels = ["entry", *(place.replace(": ", "\n") for place in found["sites"].values())]
+    where = [place.partition(": ") for place in found["sites"].values()]
+    same = len({kinds for _, _, kinds in where}) == 1
+    labels = ["entry", *(layer if same else f"{layer}\n{kinds.replace(', ', chr(10))}" for layer, _, kinds in where)]
     figure, panel = pyplot.subplots(figsize=(10, 4), layout="constrained")
     for colour, name in zip(("#d95f02", "#1f78b4"), found["attackers"], strict=True):
         mine = {one["place"]: one for one in found["attacks"] if one["attacker"] == name and "tokens" in one}

@@ -297,7 +297,7 @@ class Recorder:
             if self.truth is not None and loss is not None:
                 supervised = int((self.truth.next_labels != IGNORE).sum())
                 items = kwargs.get("num_items_in_batch")  # with accumulation the trainer divides by all of them
-                self.truth.loss = float(loss) * (1.0 if items is None else float(items) / max(1, supervised))
+                self.truth.loss = float(loss.detach()) * (1.0 if items is None else float(items) / max(1, supervised))
 
         # Before the model's own hook, which gathers the labels.
         model.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
