@@ -140,7 +140,7 @@ def test_recording_holds_frames_and_truth(run: Path, link: InProcessLink) -> Non
     assert len(recording) == 12
     for number in (0, 7, 11):
         view, truth, fingerprint = recording.read(number)
-        assert fingerprint == link.description.fingerprint and recording.sites(number) == list(view.sites)
+        assert fingerprint == link.description.fingerprint and list(recording.sites(number)) == list(view.sites)
         ids = truth.input_ids.reshape(-1)[view.positions]
         embeddings = model.get_input_embeddings()(ids)
         assert torch.allclose(view.entry, embeddings, rtol=1e-3, atol=1e-4)
@@ -422,6 +422,24 @@ def test_audit_of_a_run(run: Path, server: Server, tmp_path: Path, capsys: pytes
     assert page.count("data:image/png;base64,") == 1 and not re.search(r'(src|href)="(?!data:)', page)
     for text in (page, (output / "audit.json").read_text()):
         assert not any(f" {word} of" in text for word in WORDS)
+
+
+def test_audit_where_the_active_set_changes(link: InProcessLink, data: Path, tmp_path: Path) -> None:
+    """With Kill and Revive on the factored wire the audit still runs, at the places that stay."""
+    options = {
+        "budget": 0.5,
+        "average": False,
+        "warmup": 2,
+        "interval": 1,
+        "final": 0,
+        "revive": "random",
+        "drop_steps": 0,
+    }
+    train(settings(data, tmp_path / "run", record=12, kr="on", kr_options=options, wire="factored"), link)
+    found = audit(AuditSettings(run=tmp_path / "run", server="in-process"), link)
+    places = {one["place"] for one in found["attacks"]}
+    assert {"entry", "exit"} <= places <= {"begin", "entry", "exit", *(f"site {site}" for site in found["sites"])}
+    assert found["setting"]["wire"] == "factored" and len(found["sites"]) < 3
 
 
 def test_attacker_and_victim_share_no_text(link: InProcessLink, data: Path, tmp_path: Path) -> None:

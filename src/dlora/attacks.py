@@ -166,6 +166,7 @@ def labels_from_exit(hidden_KD: Tensor, grad_KD: Tensor, head_VD: Tensor, bias_V
     The gradient is s (p^T W - W[y]) with p the softmax of W h, which the cloud can compute, and one unknown s > 0
     for all rows (1 / K for a mean). So W[y] = p^T W - g / s: the nearest row of the head. s comes from the
     rows with the largest gradients, whose y is the row of W that makes both sides most parallel.
+    Where logits are capped (Gemma 2) this is an approximation.
     Source: after Zhao et al. 2020 (iDLG), arXiv:2001.02610, here for each position and with p known.
     """
     means = torch.cat([torch.softmax(_logits(part, head_VD, bias_V), 1) @ head_VD for part in hidden_KD.split(_CHUNK)])

@@ -69,8 +69,10 @@ def audit(settings: AuditSettings, link: Link) -> dict[str, Any]:
             f"{link.description.model_id} ({link.description.fingerprint[:12]}): start the model of the run"
         )
     sites = _spread(recording, settings.sites)
-    names = [one.name for one in truth.modules if one.site in sites]
-    places = {site: _place(one.name for one in truth.modules if one.site == site) for site in sites}
+    active = [one for one in truth.modules if one.site in sites and one.module in first.sites[one.site].modules]
+    places = {site: _place(one.name for one in active if one.site == site) for site in sites}
+    # Without a site that is attacked there is still an adapter to sit somewhere.
+    names = [one.name for one in active or truth.modules[:1]]
     notes: list[dict[str, Any]] = []
     victim = collect(_recorded(recording, notes), sites)
     known, attacked = _split(victim, settings.rows, settings.seed)
@@ -218,12 +220,9 @@ def _recorded(recording: Recording, notes: list[dict[str, Any]]) -> Iterator[tup
 
 
 def _spread(recording: Recording, most: int) -> list[int]:
-    """Sites that are active all through the recording, evenly spread."""
-    common: set[int] | None = None
-    for number in range(len(recording)):
-        sites = set(recording.sites(number))
-        common = sites if common is None else common & sites
-    found = sorted(common or ())
+    """Sites at which the same modules are active all through the recording, evenly spread."""
+    first, *others = [recording.sites(number) for number in range(len(recording))]
+    found = sorted(site for site, modules in first.items() if all(one.get(site) == modules for one in others))
     if len(found) <= most:
         return found
     return [found[round(i * (len(found) - 1) / max(1, most - 1))] for i in range(most)]

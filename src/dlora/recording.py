@@ -354,15 +354,15 @@ class Recording:
     def __len__(self) -> int:
         return len(self.stems)
 
-    def sites(self, number: int) -> list[int]:
-        """Active sites of one micro-batch. Reads no more than its first frame."""
+    def sites(self, number: int) -> dict[int, tuple[int, ...]]:
+        """Active modules of each active site of one micro-batch. Reads no more than its first frame."""
         file = self.folder / f"{self.stems[number]}.edge"
         try:
             with file.open("rb") as stream:
                 begin = parse_length_prefixed(pb.EdgeFrame, cast(io.BytesIO, stream))
         except (OSError, ValueError, DecodeError) as error:
             raise UsageError(f"{file} cannot be read: {error}") from error
-        return [] if begin is None else [one.site for one in begin.begin.sites]
+        return {} if begin is None else {one.site: tuple(one.modules) for one in begin.begin.sites}
 
     def read(self, number: int) -> tuple[CloudView, Truth, str]:
         """One micro-batch: what the cloud saw, the truth, and the fingerprint of the model."""
