@@ -67,7 +67,7 @@ _POSITIONAL: dict[type, dict[str, dict[str, Any]]] = {
         }
     },
     AuditSettings: {
-        "run": {"type": Path, "help": "Folder of a run, made with `dlora train --record 16 ...`."},
+        "run": {"type": Path, "help": "Folder of a run, made with `dlora train --record 24 ...`."},
     },
     KeysSettings: {
         "action": {

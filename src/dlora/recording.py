@@ -349,7 +349,7 @@ class Recording:
         self.folder = folder
         self.stems = sorted(file.stem for file in folder.glob("*.json"))
         if not self.stems:
-            raise UsageError(f"{folder} holds no recording: make one with `dlora train --record 16 ...`")
+            raise UsageError(f"{folder} holds no recording: make one with `dlora train --record 24 ...`")
 
     def __len__(self) -> int:
         return len(self.stems)

@@ -162,7 +162,7 @@ class TrainSettings(EdgeSettings):
     """Continue the run in `output` from its last checkpoint."""
     record: int = 0
     """Record what crosses the wire in the first so many micro-batches, with the text they came from, into
-    `output`/recording, for `dlora audit`. The folder holds private data. 16 are enough."""
+    `output`/recording, for `dlora audit`. The folder holds private data. 24 batches of 16 rows are enough."""
     trainer: dict[str, Any] = field(default_factory=dict)
     """More arguments for trl.SFTConfig, by name."""
 
@@ -585,7 +585,7 @@ class AuditSettings(AccessSettings):
     """Settings of `dlora audit`."""
 
     run: Path
-    """Folder of a run, made with `dlora train --record 16 ...`."""
+    """Folder of a run, made with `dlora train --record 24 ...`."""
     server: str
     """Address of `dlora serve` with the run's model, as host:port: the attacker's own text runs through it."""
     public: str | None = None
