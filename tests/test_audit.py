@@ -26,8 +26,9 @@ from dlora.attacks import (
     relative_error,
     rouge_l,
     solve_adapters,
+    unit_rows,
 )
-from dlora.audit import Samples, audit, collect, token_scores
+from dlora.audit import Samples, audit, collect, match_rows, token_scores
 from dlora.cloud import CloudModel
 from dlora.demo import data_file, serving
 from dlora.edge import SplitModel
@@ -279,6 +280,23 @@ def test_inverter_finds_tokens_that_its_text_lacks(samples: Any) -> None:
     assert (inverter(x[~known]) == ids[~known]).float().mean() > 0.9
 
 
+def test_matching_spells_rows_out_and_nothing_from_strange_inputs(link: InProcessLink) -> None:
+    """Tokens tried in the model itself give more than the linear map alone; inputs of other rows give nothing."""
+    fresh = lora(init_lora_weights=True)
+    model, views = watched(link, lambda to: make_split(to, fresh), batches(30, rows=8, length=14))
+    site = sorted(views[0][0].sites)[2]
+    seen = collect(views, [site])
+    known, unknown = seen.of_rows(torch.arange(100)), seen.of_rows(torch.arange(200, 208))
+    table = model.get_input_embeddings().weight.detach()
+    inverter = fit_inverter(known.sites[site], known.ids_N, table, held(len(known.ids_N)))
+    x, want = unknown.sites[site], unknown.ids_N
+    found = match_rows(link, model, inverter, site, x, unknown.row_N)
+    linear = float((inverter(x) == want).float().mean())
+    assert (found == want).float().mean() > linear + 0.2
+    blind = match_rows(link, model, inverter, site, x.flip(0), unknown.row_N)
+    assert (blind == want).float().mean() < 0.1
+
+
 # ----------------------------------------------------------------- attacks on labels
 
 
@@ -304,10 +322,10 @@ def test_labels_come_from_gradients_by_a_linear_map(samples: Any) -> None:
     known, unknown = halves(len(rows))
     count = int(known.sum())
     read = label_map(rows[known], labels[known], head, held(count))
-    assert (read(rows[unknown] / rows[unknown].norm(dim=1, keepdim=True)) == labels[unknown]).float().mean() > 0.9
+    assert (read(unit_rows(rows[unknown])) == labels[unknown]).float().mean() > 0.9
     shuffled = labels[known][torch.randperm(count, generator=torch.Generator().manual_seed(0))]
     blind = label_map(rows[known], shuffled, head, held(count))
-    assert (blind(rows[unknown]) == labels[unknown]).float().mean() < 6 / VOCAB
+    assert (blind(unit_rows(rows[unknown])) == labels[unknown]).float().mean() < 6 / VOCAB
 
 
 # ----------------------------------------------------------------- attacks on the adapter
@@ -401,8 +419,8 @@ def server(cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedToken
 
 def test_audit_of_a_run(run: Path, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command finds what the plain wire gives away, and writes figures alone, on one page that needs nothing."""
-    output = tmp_path / "audit"
-    assert main(["audit", str(run), "--server", server.address, "--output", str(output), "--sites", "2"]) == 0
+    output, flags = tmp_path / "audit", ["--sites", "2", "--match", "2"]
+    assert main(["audit", str(run), "--server", server.address, "--output", str(output), *flags]) == 0
     found = json.loads((output / "audit.json").read_text())
     assert str(output / "audit.html") in capsys.readouterr().out
     by = {(one["attack"], one["place"], one["attacker"]): one for one in found["attacks"]}
@@ -413,6 +431,7 @@ def test_audit_of_a_run(run: Path, server: Server, tmp_path: Path, capsys: pytes
     assert by["inverter", f"site {first}", "in-domain"]["tokens"] > 0.8
     assert by["inverter", f"site {first}", "out-of-domain"]["unseen"] is not None
     assert by["adapter", f"site {last}", None]["known"] == 1
+    assert by["matching", f"site {last}", "out-of-domain"]["rows"] == 2
     assert {name for _, _, name in by} == {None, "in-domain", "out-of-domain"}
     assert found["recording"] == {"micro_batches": 12, "rows": 48} | {
         key: found["recording"][key] for key in ("tokens", "supervised")

@@ -28,6 +28,7 @@ __all__ = [
     "relative_error",
     "rouge_l",
     "solve_adapters",
+    "unit_rows",
 ]
 
 _CHUNK: Final = 512  # rows that are compared with a whole vocabulary at a time
@@ -121,6 +122,12 @@ class Inverter:
         """Token ids [N]."""
         return self.ids_V[_most_similar(self.map(x_ND), self.targets_VE)]
 
+    def candidates(self, x_ND: Tensor, count: int) -> Tensor:
+        """The likeliest token ids, [N, count]."""
+        count = min(count, len(self.ids_V))
+        parts = [(part @ self.targets_VE.T).topk(count).indices for part in self.map(x_ND).split(_CHUNK)]
+        return self.ids_V[torch.cat(parts)]
+
 
 def fit_inverter(x_ND: Tensor, ids_N: Tensor, table_VE: Tensor, held_N: Tensor) -> Inverter:
     """Learn to invert x from text that the attacker knows: ridge to the token's embedding, then nearest neighbour.
@@ -130,7 +137,7 @@ def fit_inverter(x_ND: Tensor, ids_N: Tensor, table_VE: Tensor, held_N: Tensor) 
     Source: linear inversion as in Song & Raghunathan 2020, arXiv:2004.00053, section 4.
     """
     types, numbers_N = ids_N.unique(return_inverse=True)
-    table_VE = _unit(table_VE - table_VE.mean(0))
+    table_VE = unit_rows(table_VE - table_VE.mean(0))
     held_numbers = numbers_N[held_N]
 
     def accuracy(targets: Tensor) -> Callable[[Tensor], float]:
@@ -146,7 +153,8 @@ def fit_inverter(x_ND: Tensor, ids_N: Tensor, table_VE: Tensor, held_N: Tensor) 
     return Inverter(embedding, table_VE, torch.arange(len(table_VE)))
 
 
-def _unit(rows: Tensor) -> Tensor:
+def unit_rows(rows: Tensor) -> Tensor:
+    """Rows of length one; rows of zeros stay."""
     return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
 
@@ -187,10 +195,10 @@ def _logits(hidden_KD: Tensor, head_VD: Tensor, bias_V: Tensor | None) -> Tensor
 def label_map(grads_KD: Tensor, labels_K: Tensor, head_VE: Tensor, held_K: Tensor) -> Inverter:
     """Learn to read labels from gradient rows at any place: the attacker's own micro-batches, labels known.
 
-    The same inverter as for tokens, on rows of length one, as a row's size tells how sure the model was and its
-    direction tells the label.
+    The same inverter as for tokens, for `unit_rows` of gradients, as a row's size tells how sure the model was and
+    its direction tells the label.
     """
-    return fit_inverter(_unit(grads_KD), labels_K, head_VE, held_K)
+    return fit_inverter(unit_rows(grads_KD), labels_K, head_VE, held_K)
 
 
 # ----------------------------------------------------------------- adapters
@@ -229,7 +237,7 @@ def solve_adapters(
     if factors:
         bases, zs, gzs = list(factors), list(deltas), list(delta_grads)
     else:
-        bases = [_column_space(_unit(delta)) for delta in deltas]
+        bases = [_column_space(unit_rows(delta)) for delta in deltas]
         zs = [delta @ base for delta, base in zip(deltas, bases, strict=True)]
         gzs = [grad @ base for grad, base in zip(delta_grads, bases, strict=True)]
     ranks = [base.shape[1] for base in bases]

@@ -33,6 +33,7 @@ from dlora.attacks import (
     relative_error,
     rouge_l,
     solve_adapters,
+    unit_rows,
 )
 from dlora.data import load_rows
 from dlora.edge import IGNORE, SplitModel, get_peft_model, load_tokenizer
@@ -44,15 +45,17 @@ from dlora.report import load_run
 from dlora.settings import AuditSettings
 from dlora.wire import WIRE_DTYPES
 
-__all__ = ["audit", "check_drawing", "token_scores", "write_audit"]
+__all__ = ["audit", "check_drawing", "collect", "match_rows", "token_scores", "write_audit"]
 
 _PUBLIC_ROWS: Final = 512
 _PUBLIC_LENGTH: Final = 128
 _PUBLIC_BATCH: Final = 16
+_CANDIDATES: Final = 8  # of the inverter, and as many of the model's own
 _EXACT: Final = 1e-3  # relative error up to which a module counts as known
 _MASKS: Final = ("lengths", "supervised")
 
 Attackers = dict[str, "Samples"]
+Finding = dict[str, Any]
 
 
 def audit(settings: AuditSettings, link: Link) -> dict[str, Any]:
@@ -87,6 +90,7 @@ def audit(settings: AuditSettings, link: Link) -> dict[str, Any]:
             _masks(notes),
             *_tokens(attacked, attackers, table, places, settings.seed),
             *_labels(attacked, attackers, head, first, places, settings.seed),
+            *_matching(link, model, attacked, public, table, places, settings.match, settings.seed),
             *_adapters(recording, places),
         ]
     begin = first.begin
@@ -300,11 +304,11 @@ def _public(model: SplitModel, texts: list[list[int]]) -> Iterator[tuple[CloudVi
 # ----------------------------------------------------------------- attacks on the recording
 
 
-def _finding(attack: str, place: str, where: str, says: str, attacker: str | None = None, **numbers: Any) -> Any:
+def _finding(attack: str, place: str, where: str, says: str, attacker: str | None = None, **numbers: Any) -> Finding:
     return {"attack": attack, "place": place, "where": where, "attacker": attacker, "says": says, **numbers}
 
 
-def _masks(notes: list[dict[str, Any]]) -> Any:
+def _masks(notes: list[dict[str, Any]]) -> Finding:
     """Lengths from attention masks, supervised tokens of each row from the kept positions."""
     lengths, supervised = (sum(one[key] for one in notes) / sum(one["rows"] for one in notes) for key in _MASKS)
     says = f"the length of {lengths:.0%} of the rows, and of {supervised:.0%} how many labels they have, read off"
@@ -339,7 +343,9 @@ def token_scores(found_N: Tensor, want_N: Tensor, row_N: Tensor, seen: Tensor | 
     }
 
 
-def _tokens(attacked: Samples, attackers: Attackers, table: Tensor, places: dict[int, str], seed: int) -> Iterator[Any]:
+def _tokens(
+    attacked: Samples, attackers: Attackers, table: Tensor, places: dict[int, str], seed: int
+) -> Iterator[Finding]:
     """Look-up at the entry, and the linear inverter of both attackers at the entry and every attacked site."""
     want, row = attacked.ids_N, attacked.row_N
 
@@ -371,7 +377,7 @@ def _fit(inverter: Inverter, table: Tensor) -> dict[str, Any]:
 
 def _labels(
     attacked: Samples, attackers: Attackers, head: Any, view: CloudView, places: dict[int, str], seed: int
-) -> Iterator[Any]:
+) -> Iterator[Finding]:
     """Labels from the exit's gradient in closed form, and by linear maps from that gradient and the top site's."""
     want = attacked.labels_K
     if not len(want):
@@ -401,16 +407,67 @@ def _labels(
         for name, own in attackers.items():
             held = _held_out(own.row_K, seed)
             inverter = label_map(getattr(own, rows), own.labels_K, weight, held)
-            got = scores(inverter(_unit(getattr(attacked, rows))))
+            got = scores(inverter(unit_rows(getattr(attacked, rows))))
             says = f"{got['labels']:.1%} of the labels, by a linear map from gradients learned from {_text(name)}"
             yield _finding("label map", key, where, says, name, **got, **_fit(inverter, weight))
 
 
-def _unit(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+def _matching(
+    link: Link,
+    model: SplitModel,
+    attacked: Samples,
+    public: Samples,
+    table: Tensor,
+    places: dict[int, str],
+    most: int,
+    seed: int,
+) -> Iterator[Finding]:
+    """Some rows by `match_rows` at the middle site, with public text alone."""
+    if not most or not places:
+        return
+    site = list(places)[len(places) // 2]
+    part = attacked.of_rows(attacked.row_N.unique()[:most])
+    inverter = fit_inverter(public.sites[site], public.ids_N, table, _held_out(public.row_N, seed))
+    found = match_rows(link, model, inverter, site, part.sites[site], part.row_N)
+    scores = token_scores(found, part.ids_N, part.row_N, public.ids_N.unique())
+    says = f"{scores['tokens']:.1%} of the tokens, {scores['rows_exact']:.0%} of the rows word for word, of "
+    says += f"{part.num_rows} rows that were spelled out by trying tokens in the model itself, with public text alone"
+    yield _finding("matching", f"site {site}", places[site], says, "out-of-domain", **scores, rows=part.num_rows)
 
 
-def _adapters(recording: Recording, places: dict[int, str]) -> Iterator[Any]:
+def match_rows(link: Link, model: SplitModel, inverter: Inverter, site: int, x_ND: Tensor, row_N: Tensor) -> Tensor:
+    """Spell rows out from left to right by what comes to a site: token ids [N].
+
+    Candidates of a position are the inverter's and those that the model expects after what was found so far. Each
+    runs through the model, with the attacker's adapter; the one whose x comes closest is taken.
+    """
+    rows = [(row_N == row).nonzero()[:, 0] for row in row_N.unique()]
+    guesses = inverter.candidates(x_ND, _CANDIDATES)
+    seen: list[CloudView] = []
+    model.set_active([name for one in model.sites if one.index == site for name in model.names(one)])
+    model.link = RecordingLink(link, lambda edge, cloud: seen.append(CloudView(edge, cloud)), training=False)
+    model.eval()
+    found_N = torch.zeros_like(row_N)
+    expected: dict[int, Tensor] = {}
+    for t in tqdm(range(max(map(len, rows))), desc="matching", unit="token"):
+        longer = [number for number, row in enumerate(rows) if len(row) > t]
+        tries = [torch.cat([guesses[rows[n][t]], expected.get(n, guesses[0, :0])]).unique() for n in longer]
+        prefixes = [found_N[rows[n][:t]].expand(len(new), t) for n, new in zip(longer, tries, strict=True)]
+        ids = torch.cat([torch.cat([one, new[:, None]], 1) for one, new in zip(prefixes, tries, strict=True)])
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1).logits[:, -1]
+        x = seen.pop().sites[site].x.view(*ids.shape, -1)[:, -1]
+        start = 0
+        for n, new in zip(longer, tries, strict=True):
+            end = start + len(new)
+            best = start + int((x[start:end] - x_ND[rows[n][t]]).norm(dim=1).argmin())
+            found_N[rows[n][t]] = ids[best, -1]
+            expected[n] = logits[best].topk(_CANDIDATES).indices
+            start = end
+    return found_N
+
+
+def _adapters(recording: Recording, places: dict[int, str]) -> Iterator[Finding]:
     """B A of every module of the attacked sites, from the last micro-batches with one and the same adapter."""
     views = [recording.read(len(recording) - 1)[:2]]
     truth = views[0][1]
@@ -499,7 +556,8 @@ evaluation</td></tr>
 <figure><h2>Tokens recovered, by place</h2>
 <img src="data:image/png;base64,{{ figure }}" alt="tokens recovered at each place, for both attackers">
 <figcaption>Share of all tokens that a linear map gets right; dashed: of tokens whose type the attacker's own text
-did not have. Square: look-up in the embedding table. Dotted: always guessing the most frequent token.</figcaption>
+did not have. Square: look-up in the embedding table. Star:
+tokens tried in the model itself. Dotted: always guessing the most frequent token.</figcaption>
 </figure>
 <h2>Every attack</h2>
 <div class="wide"><table><tr><th>where</th><th>a cloud that records gets</th><th class="number">own tokens</th>
@@ -554,12 +612,16 @@ def _figure(found: dict[str, Any]) -> bytes:
     labels = ["entry", *(layer if same else f"{layer}\n{kinds.replace(', ', chr(10))}" for layer, _, kinds in where)]
     figure, panel = pyplot.subplots(figsize=(10, 4), layout="constrained")
     for colour, name in zip(("#d95f02", "#1f78b4"), found["attackers"], strict=True):
-        mine = {one["place"]: one for one in found["attacks"] if one["attacker"] == name and "tokens" in one}
+        inverters = [one for one in found["attacks"] if one["attack"] == "inverter"]
+        mine = {one["place"]: one for one in inverters if one["attacker"] == name}
         for key, style in (("tokens", {"marker": "o"}), ("unseen", {"marker": ".", "ls": "--", "alpha": 0.7})):
             points = [(i, mine[p][key]) for i, p in enumerate(places) if p in mine and mine[p][key] is not None]
             label = f"{name}" if key == "tokens" else None
             panel.plot([i for i, _ in points], [y for _, y in points], color=colour, label=label, **style)
     for one in found["attacks"]:
+        if one["attack"] == "matching":
+            point = (places.index(one["place"]), one["tokens"])
+            panel.plot(*point, "*", color="#1f78b4", ms=12, label=f"matching, {one['rows']} rows")
         if one["attack"] == "look-up":
             panel.plot([0], [one["tokens"]], "s", color="#222222", ms=9, fillstyle="none", label="look-up")
             panel.axhline(one["chance"], color="#888888", ls=":", lw=1)

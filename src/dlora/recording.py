@@ -150,7 +150,7 @@ def _matrix(message: pb.Tensor) -> Tensor:
 
 
 class RecordingLink:
-    """A `Link` that hands every whole training micro-batch to `keep`, as `CloudView`'s frames.
+    """A `Link` that hands every whole micro-batch to `keep`, as `CloudView`'s frames: those of training, or the others.
 
     Frames of one micro-batch are held in memory until it is done. One that was cut is left out: it runs again.
     """
@@ -160,8 +160,10 @@ class RecordingLink:
         link: Link,
         keep: Callable[[list[pb.EdgeFrame], list[pb.CloudFrame]], None],
         wanted: Callable[[], bool] = lambda: True,
+        *,
+        training: bool = True,
     ) -> None:
-        self.link, self.keep, self.wanted = link, keep, wanted
+        self.link, self.keep, self.wanted, self.training = link, keep, wanted, training
         self.description = link.description
 
     @property
@@ -172,7 +174,7 @@ class RecordingLink:
     def open(self) -> Stream:
         """Start a micro-batch, recorded if it is wanted."""
         stream = self.link.open()
-        return _RecordingStream(stream, self.keep) if self.wanted() else stream
+        return _RecordingStream(stream, self.keep, self.training) if self.wanted() else stream
 
     def put_adapter(self, modules: Sequence[pb.FrozenModule]) -> None:
         """Hand it on."""
@@ -192,22 +194,24 @@ class RecordingLink:
 
 
 class _RecordingStream:
-    def __init__(self, stream: Stream, keep: Callable[[list[pb.EdgeFrame], list[pb.CloudFrame]], None]) -> None:
-        self.stream, self.keep = stream, keep
+    def __init__(
+        self, stream: Stream, keep: Callable[[list[pb.EdgeFrame], list[pb.CloudFrame]], None], training: bool
+    ) -> None:
+        self.stream, self.keep, self.training = stream, keep, training
         self.edge: list[pb.EdgeFrame] = []
         self.cloud: list[pb.CloudFrame] = []
-        self.training = False
+        self.wanted = False
 
     def send(self, frame: pb.EdgeFrame) -> None:
         if frame.WhichOneof("kind") == "begin":
-            self.training = frame.begin.training
-        if self.training:
+            self.wanted = frame.begin.training == self.training and not frame.begin.cache_length
+        if self.wanted:
             self.edge.append(frame)
         self.stream.send(frame)
 
     def receive(self) -> pb.CloudFrame:
         frame = self.stream.receive()
-        if self.training:
+        if self.wanted:
             self.cloud.append(frame)
             if frame.WhichOneof("kind") == "done":
                 self.keep(self.edge, self.cloud)

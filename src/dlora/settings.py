@@ -597,6 +597,9 @@ class AuditSettings(AccessSettings):
     """At most so many recorded rows of data are attacked; an in-domain attacker learns from as many others."""
     sites: int = 8
     """At most so many sites are attacked, evenly spread, the lowest and the highest among them."""
+    match: int = 0
+    """Over 0: so many rows are also attacked by trying tokens in the model itself, one position after the other. The
+    strongest attack here, and slow: some minutes for 8 short rows."""
     seed: int = 0
     """Seed of which rows the attacker knows."""
     give_up_after_s: float = 600.0
