@@ -29,6 +29,7 @@ CONFIG = {
     "r": 8,
     "target_modules": "q_proj,k_proj,v_proj",
     "wire_dtype": "fp16",
+    "matched_rows": 8,
     "seed": 0,
 }
 # Name of a setting: more flags of `dlora train`.
@@ -47,11 +48,13 @@ def measure(flags: list[str], data: Path, address: str) -> dict[str, Any]:
         steps = str(CONFIG["micro_batches"])
         train = ["train", "--server", address, "--output", str(folder / "run"), "--report_to", "[]"]
         train += ["--data", str(folder / "train.jsonl"), "--max_steps", steps, "--record", steps]
+        train += ["--give_up_after_s", "36000"]  # where this process is stopped for a while, so is its server
         train += ["--eval_data", str(folder / "eval.jsonl"), "--eval_steps", steps, "--keep_best", "false"]
         for key in ("batch_size", "r", "target_modules", "wire_dtype", "seed"):
             train += [f"--{key}", str(CONFIG[key])]
         audit = ["audit", str(folder / "run"), "--server", address, "--output", str(folder / "audit")]
-        for command in ([*train, *flags], [*audit, "--seed", str(CONFIG["seed"])]):
+        audit += ["--match", str(CONFIG["matched_rows"]), "--seed", str(CONFIG["seed"]), "--give_up_after_s", "36000"]
+        for command in ([*train, *flags], audit):
             if main(command):
                 raise SystemExit(f"dlora {command[0]} failed")
         return {"flags": flags} | json.loads((folder / "audit/audit.json").read_text())
@@ -116,8 +119,8 @@ def _by_place(found: dict[str, Any]) -> list[str]:
 
     lines = [
         "| place | tokens, in-domain | of types never seen | whole rows | tokens, public text | of types never seen | "
-        "relative error of B A |",
-        "|---|---|---|---|---|---|---|",
+        "tokens, public text, by matching | relative error of B A |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     places = {one["place"]: one["where"] for one in found["attacks"] if one["attack"] == "inverter"}
     for place, where in places.items():
@@ -127,6 +130,7 @@ def _by_place(found: dict[str, Any]) -> list[str]:
         lines.append(
             f"| {where.partition(':')[0]} | {share(own, 'tokens')} | {share(own, 'unseen')} | "
             f"{share(own, 'rows_exact')} | {share(public, 'tokens')} | {share(public, 'unseen')} | "
+            f"{share(at.get(('matching', 'out-of-domain')), 'tokens')} | "
             + (f"{adapter['error']:.1e}" if adapter else "")
             + " |"
         )
