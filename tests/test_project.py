@@ -22,7 +22,19 @@ SOURCE = Path(dlora.__file__).parent
 CLOUD = {"cloud", "exchange", "adapter_store", "server", "load", "tenancy", "identity"}
 CLOUD |= {"metrics", "keys", "replicas"}
 EDGE = {"edge", "conversation", "micro_batch", "kv_cache", "client", "link", "training", "data", "accounting"}
-EDGE |= {"planner", "kill_revive", "reviver", "inference", "chat", "evaluate", "api", "info"}
+EDGE |= {
+    "recording",
+    "attacks",
+    "audit",
+    "planner",
+    "kill_revive",
+    "reviver",
+    "inference",
+    "chat",
+    "evaluate",
+    "api",
+    "info",
+}
 
 
 def imported(name: str) -> set[str]:
@@ -95,14 +107,17 @@ def test_wire_document_states_the_protocol_version() -> None:
     assert f"version {PROTOCOL_VERSION}" in text
 
 
-@pytest.mark.parametrize("name", ["local_vs_split", "decoding", "load"])
-def test_benchmark_document_shows_the_result_file(name: str) -> None:
-    """The tables of docs/benchmarks.md are those that the benchmark makes of its committed result."""
+@pytest.mark.parametrize(
+    ("name", "document"),
+    [("local_vs_split", "benchmarks"), ("decoding", "benchmarks"), ("load", "benchmarks"), ("privacy", "privacy")],
+)
+def test_benchmark_document_shows_the_result_file(name: str, document: str) -> None:
+    """The tables of a document are those that the benchmark makes of its committed result."""
     root = SOURCE.parents[1]
     spec = spec_from_file_location(name, root / f"benchmarks/{name}.py")
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.table(json.loads(module.RESULT.read_text())) in (root / "docs/benchmarks.md").read_text()
+    assert module.table(json.loads(module.RESULT.read_text())) in (root / f"docs/{document}.md").read_text()
 
 
 def demo_rows(name: str) -> list[tuple[list[str], str]]:

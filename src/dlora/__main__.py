@@ -24,6 +24,7 @@ from dlora.errors import DLoRAError, UsageError
 from dlora.settings import (
     LOOPBACK,
     ApiSettings,
+    AuditSettings,
     ChatSettings,
     DemoSettings,
     EdgeSettings,
@@ -64,6 +65,9 @@ _POSITIONAL: dict[type, dict[str, dict[str, Any]]] = {
             "type": Path,
             "help": "Folders of runs, as `dlora train` writes them; the others are compared with the first.",
         }
+    },
+    AuditSettings: {
+        "run": {"type": Path, "help": "Folder of a run, made with `dlora train --record 24 ...`."},
     },
     KeysSettings: {
         "action": {
@@ -622,6 +626,27 @@ def _report(values: dict[str, Any]) -> int:
     return 0
 
 
+def _audit(values: dict[str, Any]) -> int:
+    settings = AuditSettings(**values)
+    from transformers.utils import logging as transformers_logging
+
+    from dlora.audit import audit, check_drawing, write_audit
+    from dlora.client import Access, connect
+
+    transformers_logging.set_verbosity_error()
+    check_drawing()
+    link = connect(settings.server, access=Access(**settings.access))
+    try:
+        found = audit(settings, link)
+    finally:
+        link.close()
+    for finding in found["attacks"]:
+        print(f"{finding['where']:28} {finding['says']}")
+    for file in write_audit(found, settings.output):
+        print(file)
+    return 0
+
+
 _COMMANDS: dict[str, tuple[type, Callable[[dict[str, Any]], int], str]] = {
     "serve": (ServeSettings, _serve, "Cloud: load a model, freeze it, and serve edges until Ctrl-C."),
     "keys": (KeysSettings, _keys, "Cloud: certificates, tenants and tokens for a server of one's own."),
@@ -634,6 +659,7 @@ _COMMANDS: dict[str, tuple[type, Callable[[dict[str, Any]], int], str]] = {
     "info": (InfoSettings, _info, "What a server serves, and what an adapter folder holds."),
     "plan": (PlanSettings, _plan, "Edge: bytes, round trips and seconds of a training step, before anything is run."),
     "report": (ReportSettings, _report, "Figures of one or several runs: one HTML file, and PNGs."),
+    "audit": (AuditSettings, _audit, "Edge: how much a curious cloud could recover from a recorded run."),
     "merge": (MergeSettings, _merge, "Write base model plus adapter as one full model, where the base is at hand."),
     "demo": (DemoSettings, _demo, "Server and edge in two processes on this machine: train, compare before and after."),
 }

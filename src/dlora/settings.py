@@ -17,6 +17,7 @@ __all__ = [
     "LOOPBACK",
     "AccessSettings",
     "ApiSettings",
+    "AuditSettings",
     "ChatSettings",
     "DemoSettings",
     "EdgeSettings",
@@ -186,6 +187,9 @@ class TrainSettings(EdgeSettings):
     """Seed of adapter initialisation, data order and dropout."""
     resume: bool = False
     """Continue the run in `output` from its last checkpoint."""
+    record: int = 0
+    """Record what crosses the wire in the first so many micro-batches, with the text they came from, into
+    `output`/recording, for `dlora audit`. The folder holds private data. 24 batches of 16 rows are enough."""
     trainer: dict[str, Any] = field(default_factory=dict)
     """More arguments for trl.SFTConfig, by name."""
 
@@ -201,6 +205,8 @@ class TrainSettings(EdgeSettings):
         ):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: got {getattr(self, name)}, want at least 1")
+        if self.record < 0:
+            raise UsageError(f"record: got {self.record}, want 0 or more")
         for name in ("eval_steps", "save_steps", "early_stopping_patience"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -255,7 +261,7 @@ class TrainSettings(EdgeSettings):
 
         Where the run may go on elsewhere or wait longer, a difference does not count.
         """
-        free = {"resume", "server", "give_up_after_s", "output", "report_to", "device"}
+        free = {"resume", "server", "give_up_after_s", "output", "report_to", "device", "record"}
         free |= {field.name for field in dataclasses.fields(AccessSettings)}
         return [name for name, value in self.as_dict().items() if name not in free and other.get(name) != value]
 
@@ -613,6 +619,38 @@ class ReportSettings:
     """Folders of runs, as `dlora train` writes them; the first is the one that others are compared with."""
     output: Path = Path("report")
     """Folder for report.html and the figures as PNG files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditSettings(AccessSettings):
+    """Settings of `dlora audit`."""
+
+    run: Path
+    """Folder of a run, made with `dlora train --record 24 ...`."""
+    server: str
+    """Address of `dlora serve` with the run's model, as host:port: the attacker's own text runs through it."""
+    public: str | None = None
+    """Text that an attacker could have, in the forms of training data; the closer to the run's own, the more it
+    recovers. Default: the messages of the demo."""
+    output: Path = Path("audit")
+    """Folder for audit.json and audit.html; both hold figures alone, no text."""
+    rows: int = 128
+    """At most so many recorded rows of data are attacked; an in-domain attacker learns from as many others."""
+    sites: int = 8
+    """At most so many sites are attacked, evenly spread, the lowest and the highest among them."""
+    match: int = 0
+    """Over 0: so many rows are also attacked by trying tokens in the model itself, one position after the other. The
+    strongest attack here, and slow: some minutes for 8 short rows."""
+    seed: int = 0
+    """Seed of which rows the attacker knows."""
+    give_up_after_s: float = 600.0
+    """How long a lost server is waited for, in seconds."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        for name in ("rows", "sites"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}: got {getattr(self, name)}, want at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

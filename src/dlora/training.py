@@ -3,6 +3,7 @@
 output/adapter_config.json, adapter_model.safetensors   the adapter, as peft writes it
 output/run.json                                          settings, versions, costs, how it ended
 output/log.jsonl                                         one line for every record of the trainer, loss and costs
+output/recording/                                        with --record: frames and truth, see recording.py
 output/kr.jsonl                                          with Kill and Revive: why each unit is active or not
 output/checkpoints/checkpoint-N/                         what --resume continues from
 """
@@ -49,6 +50,7 @@ from dlora.edge import SplitModel, get_peft_model, load_adapter, load_tokenizer
 from dlora.errors import DataError, DivergedError, DLoRAError, UsageError
 from dlora.link import Link, RetryPolicy
 from dlora.noise import Noise
+from dlora.recording import Recorder
 from dlora.reviver import KillReviveCallback
 from dlora.settings import TrainSettings
 
@@ -69,8 +71,12 @@ def train(settings: TrainSettings, link: Link) -> dict[str, Any]:
     record = _prepare_output(settings, link)
     set_seed(settings.seed)
     tokenizer = load_tokenizer(link)
-    model = _build_model(settings, link)
+    checkpoint = _last_checkpoint(settings.output) if settings.resume else None
+    recorder = _recorder(settings, checkpoint)
+    model = _build_model(settings, link if recorder is None else recorder.link(link))
     trainer = _build_trainer(settings, model, tokenizer)
+    if recorder is not None:
+        recorder.watch(model)
     accounting = AccountingCallback(model.meter)
     trainer.remove_callback(ProgressCallback)
     for callback in (accounting, _Progress(), _StopOnSignal(), _StopOnDivergence()):
@@ -79,7 +85,6 @@ def train(settings: TrainSettings, link: Link) -> dict[str, Any]:
     if (config := settings.kill_revive) is not None:
         trainer.kill_revive = KillReviveCallback(config, settings.output / "kr.jsonl")
         trainer.add_callback(trainer.kill_revive)
-    checkpoint = _last_checkpoint(settings.output) if settings.resume else None
     if settings.resume:
         log.info("resuming from %s", checkpoint or "the start: there is no checkpoint yet")
     _write_json(settings.output / "run.json", record)
@@ -282,6 +287,14 @@ def _config(settings: TrainSettings) -> peft.LoraConfig:
         alpha_pattern=settings.alpha_pattern,
         **common,
     )
+
+
+def _recorder(settings: TrainSettings, checkpoint: Path | None) -> Recorder | None:
+    """Records the first micro-batches, if that is wanted; from the one on that comes after the checkpoint."""
+    if not settings.record:
+        return None
+    steps = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    return Recorder(settings.output / "recording", settings.record, steps * settings.gradient_accumulation_steps)
 
 
 def _build_trainer(settings: TrainSettings, model: SplitModel, tokenizer: PreTrainedTokenizerBase) -> SplitTrainer:
