@@ -23,6 +23,11 @@ CLOUD = {"cloud", "exchange", "adapter_store", "server", "load", "tenancy", "ide
 CLOUD |= {"metrics", "keys", "replicas"}
 EDGE = {"edge", "conversation", "micro_batch", "kv_cache", "client", "link", "training", "data", "accounting"}
 EDGE |= {
+    "adapter_config",
+    "bottleneck",
+    "edge_sites",
+    "noise",
+    "skeleton",
     "recording",
     "attacks",
     "audit",

@@ -12,52 +12,48 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import logging
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
-from accelerate import init_empty_weights
-from peft import LoraConfig, PeftConfig, PeftModelForCausalLM, TaskType
+from peft import LoraConfig, PeftModelForCausalLM
 from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights, set_peft_model_state_dict
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dlora.accounting import Meter, adapter_flops
-from dlora.bottleneck import BottleneckConfig, is_series, load_bottleneck_config, make_bottleneck, save_bottleneck
+from dlora.adapter_config import checked_config, read_adapter_config
+from dlora.bottleneck import BottleneckConfig, make_bottleneck, save_bottleneck
 from dlora.conversation import ActiveSite, Conversation, Frozen, Wait, freeze
+from dlora.edge_sites import allowed_names, match_sites, shared_sites
 from dlora.errors import DLoRAError, ModelError, UsageError
-from dlora.held_layers import EdgeLayers, files_for, fill, find_layers, layer_of, without_dropout, wrap_layers
+from dlora.held_layers import EdgeLayers, find_layers, layer_of, wrap_layers
 from dlora.kv_cache import CloudCache, Pass
 from dlora.link import Link, RetryPolicy
 from dlora.micro_batch import MicroBatch, SplitForward
 from dlora.noise import Noise, fill_padding, is_right_padded
 from dlora.proto import dlora_pb2 as pb
-from dlora.sites import Module, Site, attention_flops, backward_flops, forward_flops, output_sites
+from dlora.sites import attention_flops, backward_flops, forward_flops
+from dlora.skeleton import build_skeleton, decoder_of, drop_stand_ins, held_layers_of
 from dlora.wire import PROTOCOL_VERSION, WIRE_DTYPES
 
 __all__ = [
     "SplitModel",
-    "allowed_names",
     "get_peft_model",
     "load_adapter",
     "load_base",
     "load_tokenizer",
-    "read_adapter_config",
 ]
 
 log = logging.getLogger(__name__)
@@ -66,13 +62,6 @@ Idle = Literal["drop", "cloud", "edge"]
 
 IGNORE: Final = -100  # the label of a position without supervision, as in PyTorch and transformers
 
-# Options of LoraConfig that need nothing but A and B. Every other option must be at its default.
-_SUPPORTED_OPTIONS: Final = frozenset(
-    "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules "
-    "exclude_modules lora_alpha lora_dropout fan_in_fan_out use_rslora init_lora_weights layers_to_transform "
-    "layers_pattern rank_pattern alpha_pattern kind activation scale".split()
-)
-_SUPPORTED_INITS: Final = (True, False, "gaussian", "orthogonal")
 
 # Arguments of a decoder's forward that change nothing here, or are honoured before it is called.
 _HARMLESS_ARGUMENTS: Final = frozenset(
@@ -126,7 +115,7 @@ class SplitModel(PeftModelForCausalLM):
         """Let right padding travel as other tokens of the batch and ask for every position's hidden state, so that
         the cloud sees neither lengths nor which tokens have a label."""
         self.meter = Meter()
-        self.sites = _match_sites(self, link.description)
+        self.sites = match_sites(self, link.description, self.held)
         self._request = _Request()
         self.idle: Idle = "drop"
         """What becomes of adapted modules that are not active."""
@@ -139,15 +128,15 @@ class SplitModel(PeftModelForCausalLM):
         """If not None: sums of squared deltas by (site, module), over training micro-batches."""
         self.waits: list[Wait] = []
         """Of the newest training micro-batch: where its time went."""
-        self.accepts_position_ids = "position_ids" in inspect.signature(type(_decoder(base)).forward).parameters
+        self.accepts_position_ids = "position_ids" in inspect.signature(type(decoder_of(base)).forward).parameters
         self._signature = inspect.signature(self.forward)
         self._cloud_pass: Callable[[Tensor], Tensor] | None = None  # of the forward that runs now, with held layers
         if self.held:
-            layers = find_layers(_decoder(base), self.held.count)
+            layers = find_layers(decoder_of(base), self.held.count)
             if layers is None:
-                raise ModelError(f"found no list of {self.held.count} layers in {type(_decoder(base)).__name__}")
+                raise ModelError(f"found no list of {self.held.count} layers in {type(decoder_of(base)).__name__}")
             wrap_layers(layers, lambda: self, link.description.layers.in_tuple)
-        _decoder(base).forward = types.MethodType(_remote_forward, self)
+        decoder_of(base).forward = types.MethodType(_remote_forward, self)
         # generate() calls the base model and not this one; peft may call the base model's forward
         # and not the model. So hook both.
         self.register_forward_pre_hook(SplitModel._note_request, with_kwargs=True)
@@ -289,7 +278,7 @@ class SplitModel(PeftModelForCausalLM):
         cloud: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """The decoder's own forward over embeddings [B, T, D], with the cloud in the middle; [B, T, D]."""
-        decoder = _decoder(self.get_base_model())
+        decoder = decoder_of(self.get_base_model())
         inputs: dict[str, Any] = {"inputs_embeds": embeddings_BTD, "use_cache": cache is not None}
         if mask_BT is not None:
             inputs["attention_mask"] = mask_BT.to(embeddings_BTD.device)
@@ -518,8 +507,8 @@ class SplitModel(PeftModelForCausalLM):
         """Add another adapter, under the same rules as the first."""
         if isinstance(peft_config, BottleneckConfig) or isinstance(self.peft_config["default"], BottleneckConfig):
             raise UsageError("bottleneck adapters stand alone: load each on a model of its own")
-        super().add_adapter(adapter_name, _checked(peft_config), *args, **kwargs)
-        self.sites = _match_sites(self, self.link.description)
+        super().add_adapter(adapter_name, checked_config(peft_config), *args, **kwargs)
+        self.sites = match_sites(self, self.link.description, self.held)
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
         """Write a standard adapter folder. Unlike peft's own default this never asks a hub."""
@@ -553,13 +542,13 @@ def get_peft_model(
         raise UsageError(f"wire: got {wire!r}, want plain or factored")
     if wire_dtype not in WIRE_DTYPES:
         raise UsageError(f"wire dtype: got {wire_dtype!r}, want one of {', '.join(WIRE_DTYPES)}")
-    config = _checked(config)
+    config = checked_config(config)
     description = link.description
     if WIRE_DTYPES[wire_dtype] not in description.wire_dtypes:
         known = [name for name, number in WIRE_DTYPES.items() if number in description.wire_dtypes]
         raise UsageError(f"wire dtype: {link.address} does not know {wire_dtype!r}, only {', '.join(known)}")
-    held = _held(link, edge_layers)
-    base = _skeleton(description, link.edge_files(), held, link)
+    held = held_layers_of(link, edge_layers)
+    base = build_skeleton(link, held)
     config.base_model_name_or_path = description.model_id
     try:
         model = SplitModel(base, config, link, wire_dtype, retry or RetryPolicy(), held)
@@ -569,7 +558,8 @@ def get_peft_model(
         # peft says which targets it did not find; say what there is.
         raise UsageError(f"{error} This server allows: {allowed_names(description)}.") from error
     model.wire = wire
-    _drop_decoder_weights(model, base)
+    drop_stand_ins(base)
+    model.eval() if config.inference_mode else model.train()
     return model.to(device)
 
 
@@ -626,22 +616,6 @@ def load_base(
     return model.eval()
 
 
-def read_adapter_config(folder: str | Path) -> LoraConfig:
-    """The configuration of a local adapter folder. Raises UsageError if there is none; asks no hub."""
-    bottleneck = load_bottleneck_config(folder)
-    if bottleneck is not None:
-        return bottleneck
-    if not (Path(folder) / "adapter_config.json").is_file():
-        raise UsageError(f"{folder} holds no adapter: adapter_config.json is missing")
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError) as error:
-        raise UsageError(f"{folder}/adapter_config.json cannot be read: {error}") from error
-    if not isinstance(config, LoraConfig):
-        raise UsageError(f"the adapter in {folder} is of kind {config.peft_type}, want LORA")
-    return config
-
-
 def load_tokenizer(link: Link) -> PreTrainedTokenizerBase:
     """The served model's tokenizer; only data files come from the peer, never code."""
     folder = link.edge_files()
@@ -649,170 +623,6 @@ def load_tokenizer(link: Link) -> PreTrainedTokenizerBase:
         raise UsageError(f"{link.address} serves no tokenizer with {link.description.model_id}: load one yourself")
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return tokenizer
-
-
-def _checked(config: LoraConfig) -> LoraConfig:
-    """A copy of the config for causal LMs; refuses, by name, options that need the base weights."""
-    if not isinstance(config, LoraConfig):
-        raise UsageError(f"got a {type(config).__name__}, want a peft.LoraConfig")
-    config = dataclasses.replace(config, task_type=TaskType.CAUSAL_LM)
-    plain = type(config)()
-    for option in dataclasses.fields(config):
-        value = getattr(config, option.name)
-        if option.name not in _SUPPORTED_OPTIONS and value and value != getattr(plain, option.name):
-            raise UsageError(
-                f"LoraConfig.{option.name}={value!r} is not supported: the edge has no base weights, only B(A(x))"
-            )
-    if isinstance(config, BottleneckConfig) and (config.rank_pattern or config.alpha_pattern or config.use_rslora):
-        raise UsageError(
-            "bottleneck adapters have one size and one scale: no rank_pattern, alpha_pattern or use_rslora"
-        )
-    if config.init_lora_weights not in _SUPPORTED_INITS:
-        raise UsageError(
-            f"LoraConfig.init_lora_weights={config.init_lora_weights!r} needs the base weights, which stay in the "
-            f"cloud: use one of {_SUPPORTED_INITS}"
-        )
-    return config
-
-
-def _held(link: Link, edge_layers: tuple[int, int]) -> EdgeLayers:
-    """The layers to hold. Raises UsageError for more than the server allows."""
-    first, last = edge_layers
-    offer = link.description.layers
-    if first < 0 or last < 0 or first > offer.max_first or last > offer.max_last:
-        raise UsageError(
-            f"edge layers: got the first {first} and the last {last}, {link.address} lets edges hold up to the first "
-            f"{offer.max_first} and the last {offer.max_last}: its provider decides (`dlora serve --edge_first ... "
-            "--edge_last ...`)"
-        )
-    if (first or last) and first + last >= offer.count:
-        raise UsageError(f"edge layers: got {first} and {last} of {offer.count}, want one at least left in the cloud")
-    return EdgeLayers(first, last, offer.count)
-
-
-def _skeleton(description: pb.Description, folder: Path, held: EdgeLayers, link: Link) -> PreTrainedModel:
-    """The architecture's own class: real embedding, head and held layers, else a decoder with shapes but no memory."""
-    values = json.loads(description.config_json)
-    model_type = values.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        raise ModelError(f"this transformers does not know model type {model_type!r}: upgrade transformers")
-    config = CONFIG_MAPPING[model_type].from_dict(without_dropout(values) if held else values)
-    # Buffers keep their values (Gemma scales its embedding with one); parameters get no memory.
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = type(model.generation_config).from_pretrained(folder)
-    if not description.limits.cache_bytes_per_token:
-        log.warning("%s is served without KV cache: generation is slow", description.model_id)
-        model.generation_config.use_cache = False
-    model.config._name_or_path = description.model_id
-    model.name_or_path = description.model_id
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    weights = load_file(folder / "edge.safetensors")
-    _fill(embedding, weights, "embedding.")
-    tied = "head.weight" not in weights
-    if tied:
-        head.weight = embedding.weight
-    _fill(head, weights, "head.", skip=("weight",) if tied else ())
-    here = {id(parameter) for module in (embedding, head) for parameter in module.parameters()}
-    if held:
-        names = files_for(held)
-        files = link.layer_files(names)
-        for file in names:
-            try:
-                here |= {id(parameter) for parameter in fill(model, load_file(files / file))}
-            except (KeyError, ValueError, AttributeError) as error:
-                raise ModelError(f"{file} from {link.address} does not fit: {error}") from error
-    dtype = embedding.weight.dtype
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in here:
-                # The right shape on the CPU with one element of memory: peft reads shape, dtype
-                # and device here, and so draws the very numbers it draws on the full model.
-                stand_in = torch.zeros(1, dtype=dtype).expand(parameter.shape)
-                setattr(module, name, nn.Parameter(stand_in, requires_grad=False))
-    model.requires_grad_(False)
-    return model
-
-
-def _fill(module: nn.Module, weights: Mapping[str, Tensor], prefix: str, skip: tuple[str, ...] = ()) -> None:
-    for name, parameter in list(module.named_parameters()):
-        if name in skip:
-            continue
-        value = weights.get(prefix + name)
-        if value is None or value.shape != parameter.shape:
-            got = "nothing" if value is None else list(value.shape)
-            raise ModelError(f"edge file {prefix}{name}: got {got}, want {list(parameter.shape)}")
-        setattr(module, name, nn.Parameter(value, requires_grad=False))
-
-
-def _drop_decoder_weights(model: SplitModel, base: PreTrainedModel) -> None:
-    """Replace the stand-ins by empty tensors: moving the model to a device then moves nothing."""
-    held = {
-        id(p) for module in (base.get_input_embeddings(), base.get_output_embeddings()) for p in module.parameters()
-    }
-    for module in base.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in held and parameter.numel() and parameter.untyped_storage().nbytes() < 16:
-                setattr(module, name, nn.Parameter(parameter.new_empty(0), requires_grad=False))
-    model.eval() if model.peft_config["default"].inference_mode else model.train()
-
-
-def _decoder(base: PreTrainedModel) -> nn.Module:
-    decoder: nn.Module = base.get_decoder()
-    return decoder
-
-
-def shared_sites(description: pb.Description) -> list[Site]:
-    """The sites that read an input, as the cloud numbers them."""
-    return [
-        Site(
-            index=index,
-            in_features=site.in_features,
-            modules=tuple(
-                Module(name=one.name, out_features=one.out_features, allowed=one.allowed) for one in site.modules
-            ),
-        )
-        for index, site in enumerate(description.sites)
-    ]
-
-
-def _match_sites(model: SplitModel, description: pb.Description) -> tuple[ActiveSite, ...]:
-    """Pair every LoRA layer with the cloud's sites. Raises UsageError for layers the cloud cannot serve."""
-    layers = {
-        name: module
-        for name, module in model.get_base_model().named_modules()
-        if isinstance(module, LoraLayer) and model.held.in_cloud(layer_of(name))
-    }
-    in_series = is_series(model.peft_config["default"])
-    sites = []
-    inputs = shared_sites(description)
-    for site in output_sites(inputs) if in_series else inputs:
-        modules = [i for i, module in enumerate(site.modules) if module.name in layers]
-        for i in modules:
-            if not site.modules[i].allowed:
-                raise UsageError(
-                    f"this server does not allow adapters on {site.modules[i].name}. It allows: "
-                    f"{allowed_names(description)}."
-                )
-        if modules:
-            names = tuple(site.modules[i].name for i in modules)
-            sites.append(
-                ActiveSite(
-                    index=site.index,
-                    in_features=site.in_features,
-                    modules=tuple(modules),
-                    layers=tuple(layers.pop(name) for name in names),
-                    names=names,
-                    depth=site.place,
-                )
-            )
-    if layers:
-        raise UsageError(
-            f"target module {next(iter(layers))} cannot be adapted from the edge: it is not a linear module of the "
-            f"decoder that runs once for each token. This server allows: {allowed_names(description)}."
-        )
-    return tuple(sites)
 
 
 def _spread(rows_KD: Tensor, keep_BT: Tensor) -> Tensor:
@@ -828,14 +638,6 @@ def _expected_length(args: tuple[Any, ...], kwargs: dict[str, Any], config: Gene
     length: int = prompt.shape[1] if isinstance(prompt, Tensor) and prompt.dim() == 2 else 0
     new = kwargs.get("max_new_tokens", config.max_new_tokens)
     return length + new if new else kwargs.get("max_length", config.max_length) or 0
-
-
-def allowed_names(description: pb.Description) -> str:
-    """The last parts of the names of all modules that may be targeted."""
-    names = {
-        module.name.rpartition(".")[2]: None for site in description.sites for module in site.modules if module.allowed
-    }
-    return ", ".join(names) or "none"
 
 
 def _remote_forward(

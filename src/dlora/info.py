@@ -10,8 +10,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from dlora.adapter_config import read_adapter_config
 from dlora.bottleneck import BottleneckConfig, is_series
-from dlora.edge import allowed_names, read_adapter_config
+from dlora.edge_sites import allowed_names
 from dlora.errors import UsageError
 from dlora.proto import dlora_pb2 as pb
 

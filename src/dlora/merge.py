@@ -7,8 +7,8 @@ from pathlib import Path
 
 from peft import PeftModel
 
+from dlora.adapter_config import read_adapter_config
 from dlora.bottleneck import BottleneckConfig
-from dlora.edge import read_adapter_config
 from dlora.errors import UsageError
 from dlora.load import load_model
 from dlora.settings import MergeSettings
