@@ -1,10 +1,13 @@
 """How much a curious cloud recovers from a recorded run, in each setting: `dlora train --record`, then `dlora audit`.
 
-    python benchmarks/privacy.py run --data FOLDER    # some minutes a setting; FOLDER holds train.jsonl and eval.jsonl
-    python benchmarks/privacy.py table                # the tables of docs/privacy.md
+    python benchmarks/privacy.py run --data FOLDER        # some minutes a setting; FOLDER holds TASK/{train,eval}.jsonl
+    python benchmarks/privacy.py accuracy --data FOLDER   # what noise and codecs cost, some minutes each
+    python benchmarks/privacy.py table                    # the tables of docs/privacy.md
 
-SmolLM2-135M-Instruct behind a server process on this machine. The result holds figures alone, no text. Settings that
-are there already are run again only if they are named: --settings plain.
+SmolLM2-135M-Instruct behind a server process on this machine; for accuracies both halves in one process, the base in
+bf16. The result holds figures alone, no text. What is there already is run again only if it is named:
+--settings plain. Layers on the edge, and padding, give the plain setting's gradients (tests hold them to that), so
+that they have its accuracy.
 """
 
 from __future__ import annotations
@@ -16,9 +19,12 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 RESULT = Path(__file__).parent / "results" / "privacy.json"
 CONFIG = {
@@ -33,18 +39,46 @@ CONFIG = {
     "seed": 0,
 }
 # Name of a setting: more flags of `dlora train`.
-SETTINGS: dict[str, list[str]] = {"plain": []}
+SETTINGS: dict[str, list[str]] = {
+    "plain": [],
+    **{f"first {k}": ["--edge_first", str(k)] for k in (1, 2, 4, 8)},
+    **{f"last {m}": ["--edge_last", str(m)] for m in (1, 2)},
+    "first 4, last 1": ["--edge_first", "4", "--edge_last", "1"],
+    "first 8, last 2": ["--edge_first", "8", "--edge_last", "2"],
+    "int8": ["--wire_dtype", "int8"],
+    "int4": ["--wire_dtype", "int4"],
+    **{f"entry noise {n}": ["--noise_entry", str(n)] for n in (1, 4)},
+    "tail noise 1": ["--noise_tail", "1"],
+    "pad to 64": ["--pad_to", "64"],
+    "first 8, last 2, noise 1, pad": [
+        *("--edge_first", "8", "--edge_last", "2", "--noise_entry", "1", "--noise_tail", "1", "--pad_to", "64"),
+    ],
+}
+# The second task gets fewer: its rows are longer.
+SECOND = ("plain", "first 8, last 2", "entry noise 4", "first 8, last 2, noise 1, pad")
+# What changes the gradients: (noise on the entry, on the tail, wire dtype) of settings that do.
+CHANGED = {
+    "int8": (0.0, 0.0, "int8"),
+    "int4": (0.0, 0.0, "int4"),
+    "entry noise 1": (1.0, 0.0, "fp16"),
+    "entry noise 4": (4.0, 0.0, "fp16"),
+    "tail noise 1": (0.0, 1.0, "fp16"),
+    "first 8, last 2, noise 1, pad": (1.0, 1.0, "fp16"),
+}
+STEPS, LEARNING_RATE, ACCURACY_ROWS = 150, 4e-3, 800
 
 
-def measure(flags: list[str], data: Path, address: str) -> dict[str, Any]:
-    """Train on the first rows of a folder, recorded, and audit the recording."""
+def measure(flags: list[str], data: Path, task: str, address: str) -> dict[str, Any]:
+    """Train on the first rows of a task, recorded, and audit the recording."""
+    import kr
+
     from dlora.__main__ import main
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for part, count in (("train", CONFIG["batch_size"] * CONFIG["micro_batches"]), ("eval", CONFIG["eval_rows"])):
-            lines = (data / f"{part}.jsonl").read_text().splitlines()[:count]
-            (folder / f"{part}.jsonl").write_text("\n".join(lines))
+            rows = [{key: row[key] for key in ("prompt", "completion")} for row in kr.read(data, task, part)[:count]]
+            (folder / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
         steps = str(CONFIG["micro_batches"])
         train = ["train", "--server", address, "--output", str(folder / "run"), "--report_to", "[]"]
         train += ["--data", str(folder / "train.jsonl"), "--max_steps", steps, "--record", steps]
@@ -57,26 +91,83 @@ def measure(flags: list[str], data: Path, address: str) -> dict[str, Any]:
         for command in ([*train, *flags], audit):
             if main(command):
                 raise SystemExit(f"dlora {command[0]} failed")
-        return {"flags": flags} | json.loads((folder / "audit/audit.json").read_text())
+        cost = json.loads((folder / "run/run.json").read_text())["cost"]
+        edge = sum(cost[f"{part}_flops"] for part in ("adapter", "head", "embedding", "held"))
+        costs = {"edge_flops": edge, "bytes": cost["sent_bytes"] + cost["received_bytes"]}
+        return {"flags": flags, "cost": costs} | json.loads((folder / "audit/audit.json").read_text())
 
 
-def run(data: Path, names: list[str]) -> dict[str, Any]:
-    """Measure settings; those that the result holds already and that were not named stay."""
+def accuracy(setting: str, data: Path) -> dict[str, Any]:
+    """Exact match on held-out rows after a longer run with what this setting changes."""
+    import kr
+    import torch
+    from peft import LoraConfig
+
+    import dlora
+    from dlora.load import load_model
+    from dlora.noise import Noise
+
+    entry, tail, wire_dtype = CHANGED.get(setting, (0.0, 0.0, "fp16"))
+    torch.set_num_threads(1)
+    loaded = load_model(str(CONFIG["model"]), dtype="bf16")
+    loaded.model.set_attn_implementation("eager")
+    link = dlora.in_process(loaded.model, loaded.tokenizer, model_id=loaded.model_id)
+    torch.manual_seed(CONFIG["seed"])
+    targets = str(CONFIG["target_modules"]).split(",")
+    config = LoraConfig(r=CONFIG["r"], lora_alpha=2 * CONFIG["r"], target_modules=targets)
+    model = dlora.get_peft_model(link, config, wire_dtype=wire_dtype).train()
+    model.head_positions, model.noise = "supervised", Noise(entry=entry, tail=tail)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
+    rows = kr.read(data, "banking77", "train")
+    for step, batch in enumerate(kr.batches(rows, loaded.tokenizer, STEPS, CONFIG["batch_size"], CONFIG["seed"])):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 8) * (1 - step / STEPS)
+        batch.pop("rows")
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    held = kr.read(data, "banking77", "eval")[:ACCURACY_ROWS]
+    found: dict[str, Any] = kr.measure(model, loaded.tokenizer, held)
+    link.close()
+    return found | {"steps": STEPS, "learning_rate": LEARNING_RATE, "base_dtype": "bf16", "wire_dtype": wire_dtype}
+
+
+def run(data: Path, names: list[str]) -> Iterator[dict[str, Any]]:
+    """Measure settings on both tasks; those that the result holds already and that were not named stay."""
     from dlora.demo import serving
 
-    settings = json.loads(RESULT.read_text())["settings"] if RESULT.exists() else {}
-    with serving(str(CONFIG["model"])) as address:
-        for name in names or [name for name in SETTINGS if name not in settings]:
-            settings[name] = measure(SETTINGS[name], data, address)
+    most = ["--edge_first", "8", "--edge_last", "2"]
+    with serving(str(CONFIG["model"]), *most) as address:
+        for task, wanted in (("banking77", SETTINGS), ("arc_easy", SECOND)):
+            for name in wanted:
+                settings = load_result().get("settings", {}).get(task, {})
+                if name in names if names else name not in settings:
+                    found = measure(SETTINGS[name], data, task, address)
+                    yield {"settings": {task: settings | {name: found}}}
+
+
+def save_result(found: dict[str, Any]) -> None:
+    """Add to the result file."""
+    result = load_result()
+    for part, values in found.items():
+        for key, value in values.items():
+            result.setdefault(part, {})[key] = value
     git = ["git", "-C", str(RESULT.parent), "rev-parse", "HEAD"]
-    return {
+    result |= {
         "config": CONFIG,
-        "data": data.resolve().name,
-        "settings": settings,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "versions": {name: version(name) for name in ("dlora", "torch", "transformers", "peft", "trl")},
         "commit": subprocess.run(git, stdout=subprocess.PIPE, text=True).stdout.strip(),
     }
+    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def load_result() -> dict[str, Any]:
+    """What was measured so far."""
+    found: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    return found
 
 
 def _best(found: dict[str, Any], key: str, **wanted: Any) -> float:
@@ -89,23 +180,43 @@ def _best(found: dict[str, Any], key: str, **wanted: Any) -> float:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: every setting in a line, then tokens, labels and adapters by place for each."""
+    """Markdown: every setting in a line, then tokens, labels and adapters by place for the plain one."""
+    return (
+        "\n\n".join(
+            f"On {task}:\n\n{_settings(settings, result.get('accuracy', {}) if task == 'banking77' else {})}"
+            for task, settings in result["settings"].items()
+        )
+        + "\n\nThe plain setting on banking77, by place:\n\n"
+        + "\n".join(_by_place(result["settings"]["banking77"]["plain"]))
+    )
+
+
+def _settings(settings: dict[str, Any], accuracies: dict[str, Any]) -> str:
     lines = [
-        "| setting | evaluation loss | tokens, attacker knows such text | tokens, public text only | whole rows | "
-        "labels | modules with B A known |",
-        "|---|---|---|---|---|---|---|",
+        "| setting | tokens, public text only | tokens, attacker knows such text | whole rows | lengths | labels | "
+        "modules with B A known | evaluation loss | accuracy | edge compute | traffic |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, found in result["settings"].items():
+    base = settings.get("plain")
+    for name in SETTINGS:
+        if (found := settings.get(name)) is None:
+            continue
         modules = [error for one in found["attacks"] if one["attack"] == "adapter" for error in one["errors"]]
         known = sum(error <= 1e-3 for error in modules)
+        trained = accuracies.get(name if name in CHANGED else "plain")
+        lengths = next(one["lengths"] for one in found["attacks"] if one["attack"] == "masks")
         lines.append(
-            f"| {name} | {found['loss']['eval']:.3f} | {_best(found, 'tokens'):.1%} | "
-            f"{max(_best(found, 'tokens', attacker=who) for who in _blind(found)):.1%} | "
-            f"{_best(found, 'rows_exact'):.1%} | {_best(found, 'labels'):.1%} | {known} of {len(modules)} |"
+            f"| {name} | {max(_best(found, 'tokens', attacker=who) for who in _blind(found)):.1%} | "
+            f"{_best(found, 'tokens'):.1%} | {_best(found, 'rows_exact'):.1%} | {lengths:.0%} | "
+            f"{_best(found, 'labels'):.1%} | {known} of {len(modules)} | {found['loss']['eval']:.3f} | "
+            f"{'' if trained is None else format(trained['accuracy'], '.3f')} | "
+            f"{_times(found, base, 'edge_flops')} | {_times(found, base, 'bytes')} |"
         )
-    for name, found in result["settings"].items():
-        lines += ["", f"Setting `{name}`, by place:", "", *_by_place(found)]
     return "\n".join(lines)
+
+
+def _times(found: dict[str, Any], base: dict[str, Any] | None, key: str) -> str:
+    return "" if base is None else f"{found['cost'][key] / base['cost'][key]:.2f}"
 
 
 def _blind(found: dict[str, Any]) -> set[str | None]:
@@ -156,11 +267,18 @@ if __name__ == "__main__":
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | SHARED_CORES)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
-    runs = commands.add_parser("run")
-    runs.add_argument("--data", type=Path, required=True)
-    runs.add_argument("--settings", nargs="*", choices=list(SETTINGS), default=[])
+    for what in ("run", "accuracy"):
+        runs = commands.add_parser(what)
+        runs.add_argument("--data", type=Path, required=True)
+        runs.add_argument("--settings", nargs="*", choices=list(SETTINGS), default=[])
     commands.add_parser("table")
     chosen = parser.parse_args()
     if chosen.what == "run":
-        RESULT.write_text(json.dumps(run(chosen.data, chosen.settings), indent=2) + "\n")
-    print(table(json.loads(RESULT.read_text())))
+        for one in run(chosen.data, chosen.settings):
+            save_result(one)
+    elif chosen.what == "accuracy":
+        for name in chosen.settings or [n for n in ("plain", *CHANGED) if n not in load_result().get("accuracy", {})]:
+            found = accuracy(name, chosen.data)
+            print(name, found["accuracy"], file=sys.stderr, flush=True)
+            save_result({"accuracy": load_result().get("accuracy", {}) | {name: found}})
+    print(table(load_result()))

@@ -87,7 +87,7 @@ def test_idle_modules_cost_nothing(cloud_models: Callable[[str], CloudModel], wi
         before = split.meter.copy()
         split(**batch).loss.backward()
         cost = split.meter - before
-        sent, received = step_traffic(rows, kept, 64, 64, [(64, [(32, 8)])], 4, factored=wire == "factored")
+        sent, received = step_traffic(rows, kept, 64, 64, [(64, [(32, 8)])], "fp32", factored=wire == "factored")
         assert cost.sent_bytes == pytest.approx(sent, rel=0.01)
         assert cost.received_bytes == pytest.approx(received, rel=0.01)
         assert cost.round_trips == 3
