@@ -639,8 +639,8 @@ class AuditSettings(AccessSettings):
     sites: int = 8
     """At most so many sites are attacked, evenly spread, the lowest and the highest among them."""
     match: int = 0
-    """Over 0: so many rows are also attacked by trying tokens in the model itself, one position after the other. The
-    strongest attack here, and slow: some minutes for 8 short rows."""
+    """Over 0: so many rows are also attacked by trying tokens in the model itself, one position after the other.
+    Gets more than a linear map from public text does, and is slow: some minutes for 8 short rows."""
     seed: int = 0
     """Seed of which rows the attacker knows."""
     give_up_after_s: float = 600.0
