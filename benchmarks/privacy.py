@@ -87,7 +87,9 @@ def measure(flags: list[str], data: Path, task: str, address: str) -> dict[str, 
         for key in ("batch_size", "r", "target_modules", "wire_dtype", "seed"):
             train += [f"--{key}", str(CONFIG[key])]
         audit = ["audit", str(folder / "run"), "--server", address, "--output", str(folder / "audit")]
-        audit += ["--match", str(CONFIG["matched_rows"]), "--seed", str(CONFIG["seed"]), "--give_up_after_s", "36000"]
+        audit += ["--seed", str(CONFIG["seed"]), "--give_up_after_s", "36000"]
+        # In full once; else at the entry, and at the lowest, middle and highest site.
+        audit += ["--sites", "3"] if flags else ["--match", str(CONFIG["matched_rows"])]
         for command in ([*train, *flags], audit):
             if main(command):
                 raise SystemExit(f"dlora {command[0]} failed")
