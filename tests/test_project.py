@@ -19,7 +19,7 @@ from dlora.demo import data_file
 from dlora.wire import PROTOCOL_VERSION
 
 SOURCE = Path(dlora.__file__).parent
-CLOUD = {"cloud", "exchange", "adapter_store", "server", "load", "sites", "tenancy", "identity"}
+CLOUD = {"cloud", "exchange", "adapter_store", "server", "load", "quantize", "sites", "tenancy", "identity"}
 CLOUD |= {"metrics", "keys", "replicas"}
 EDGE = {"edge", "conversation", "micro_batch", "kv_cache", "client", "link", "training", "data", "accounting"}
 EDGE |= {"planner", "kill_revive", "reviver", "inference", "chat", "evaluate", "api", "info"}

@@ -29,6 +29,7 @@ from dlora.adapter_store import AdapterStore
 from dlora.errors import AdapterMissing, ModelError, UsageError, WireError
 from dlora.exchange import Pipe, Plan, Step, current_step
 from dlora.proto import dlora_pb2 as pb
+from dlora.quantize import quantization
 from dlora.sites import Site, attention_flops, forward_flops, trace
 from dlora.wire import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, decode, encode, unpack_mask
 
@@ -127,12 +128,14 @@ class CloudModel:
 
     def describe(self) -> pb.Description:
         """What `Describe` answers, but for the edge files, which `server.py` adds."""
+        kind = quantization(self.model)
         return pb.Description(
             protocol_version=PROTOCOL_VERSION,
             model_id=self.model_id,
             fingerprint=self.fingerprint,
             config_json=self.config_json,
-            compute_dtype=str(self.embedding.weight.dtype).removeprefix("torch."),
+            compute_dtype=str(self.embedding.weight.dtype).removeprefix("torch.")
+            + (f", {kind} weights" if kind else ""),
             embedding_width=self.embedding.weight.shape[1],
             hidden_width=self.hidden_width,
             sites=[
