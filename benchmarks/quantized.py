@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -129,8 +130,13 @@ def server(kind: str) -> dict[str, Any]:
                 break
         status = Path(f"/proc/{process.pid}/status").read_text()
         process.terminate()
+        process.communicate(timeout=60)
     found = {name: int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) * 1024 for name in ("VmRSS", "VmHWM")}
-    return {"rss_bytes": found["VmRSS"], "peak_rss_bytes": found["VmHWM"]}
+    import dlora.load
+    import dlora.server  # noqa: F401
+
+    stack = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of this process, which has loaded no model yet
+    return {"rss_bytes": found["VmRSS"], "peak_rss_bytes": found["VmHWM"], "stack_bytes": stack}
 
 
 def speed(data: Path) -> dict[str, Any]:
