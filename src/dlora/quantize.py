@@ -59,7 +59,7 @@ class QuantizedLinear(nn.Linear):
         return result
 
     def extra_repr(self) -> str:
-        """What print() shows."""
+        """What the module says of itself when it is shown."""
         return f"{super().extra_repr()}, kind={self.kind}"
 
 

@@ -246,8 +246,8 @@ class ServeSettings:
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Compute dtype of the model."""
     quantize: Literal["none", "int8", "int4", "nf4"] = "none"
-    """Keep the decoder's linear weights in 8 or 4 bits, for less memory (needs the extra `quantize`). Another function
-    than the full model: adapters belong to one or the other."""
+    """Keep the decoder's linear weights in 8 or 4 bits, for less memory (int8 and nf4 need the extra `quantize`).
+    Another function than the full model, with a fingerprint of its own."""
     allow_modules: str = ".*"
     """Regular expression over full module names: what edges may adapt."""
     max_tokens: int = 16_384
