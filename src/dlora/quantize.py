@@ -104,9 +104,10 @@ def quantize(model: PreTrainedModel, kind: str) -> None:
             "precision only"
         )
     before = weight_bytes(model)
-    for path, module in found:
+    while found:  # one after the other, so that what is replaced is free for what comes
+        path, module = found.pop()
         decoder.set_submodule(path, QuantizedLinear(module, kind))
-    del found, module
+    del module
     # glibc keeps freed pieces of this size for itself: more than what low bits save, in a small model.
     with suppress(OSError, AttributeError, TypeError):  # other C libraries have no such function
         ctypes.CDLL(None).malloc_trim(0)
