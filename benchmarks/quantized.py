@@ -5,8 +5,9 @@
 
 FOLDER holds banking77/{train,eval}.jsonl with `prompt` and `completion`. Runs that are in the result file are not
 repeated. Both halves train in one process, as in kr.py; compute is bf16 in all arms, adapters and loss are fp32, the
-wire fp16, one thread. Memory of the server is that of a `dlora serve` process of its own. Seconds a step are measured
-in one process where the arms take turns, the first turn of each not counted.
+wire fp16, one thread. Memory of the server is that of a `dlora serve` process of its own. Seconds a step are CPU
+seconds, since wall time on a shared machine says little, in one process where the arms take turns; the first turn of
+each is not counted.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def server(kind: str) -> dict[str, Any]:
 
 
 def speed(data: Path) -> dict[str, Any]:
-    """Seconds of the same training steps in every arm, in turns."""
+    """CPU seconds of the same training steps in every arm, in turns."""
     from kr import batches, read
 
     links = {kind: cloud(kind) for kind in ARMS}
@@ -150,10 +151,10 @@ def speed(data: Path) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {kind: [] for kind in ARMS}
     for batch in batches(rows, tokenizer, CONFIG["rounds"], CONFIG["batch_size"], CONFIG["seed"]):
         for kind, (model, optimizer) in learners.items():
-            start = time.perf_counter()
+            start = time.process_time()
             update(model.train(), optimizer, batch)
-            seconds[kind].append(round(time.perf_counter() - start, 3))
-    return {"seconds_a_step": seconds}
+            seconds[kind].append(round(time.process_time() - start, 3))
+    return {"cpu_seconds_a_step": seconds}
 
 
 def one(stage: str, kind: str, data: Path) -> dict[str, Any]:
@@ -162,7 +163,7 @@ def one(stage: str, kind: str, data: Path) -> dict[str, Any]:
     from kr import git
 
     torch.set_num_threads(1)
-    found = speed(data) if stage == "speed" else server(kind) | train(kind, data)
+    found = {"server": lambda: server(kind), "train": lambda: train(kind, data), "speed": lambda: speed(data)}[stage]()
     return (
         {"stage": stage, "kind": kind}
         | found
@@ -178,7 +179,7 @@ def one(stage: str, kind: str, data: Path) -> dict[str, Any]:
 
 def run(data: Path) -> None:
     """Every run that is not in the result file, each in a fresh process."""
-    for stage, kind in (*(("train", kind) for kind in ARMS), ("speed", "all")):
+    for stage, kind in (*((stage, kind) for stage in ("server", "train") for kind in ARMS), ("speed", "all")):
         if any((run["stage"], run["kind"]) == (stage, kind) for run in load_results()):
             continue
         command = [sys.executable, __file__, "one", "--stage", stage, "--kind", kind, "--data", str(data)]
@@ -191,10 +192,11 @@ def run(data: Path) -> None:
 
 def table(runs: list[dict[str, Any]]) -> str:
     """Markdown: memory, quality before and after training, and the price in seconds."""
-    steps = next(run["seconds_a_step"] for run in runs if run["stage"] == "speed")
+    steps = next(run["cpu_seconds_a_step"] for run in runs if run["stage"] == "speed")
+    servers = {run["kind"]: run for run in runs if run["stage"] == "server"}
     lines = [
         "| weights | decoder's linears, MiB | all weights, MiB | server process, MiB | eval loss, base | trained | "
-        "exact match, base | trained | seconds a step, against bf16 |",
+        "exact match, base | trained | CPU seconds a step, against bf16 |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for run in sorted((run for run in runs if run["stage"] == "train"), key=lambda run: ARMS.index(run["kind"])):
@@ -202,8 +204,9 @@ def table(runs: list[dict[str, Any]]) -> str:
         ratios = [mine / base for mine, base in zip(steps[kind][1:], steps["none"][1:], strict=True)]
         lines.append(
             f"| {'bf16' if kind == 'none' else kind} | {run['linear_bytes'] / 2**20:.1f} | "
-            f"{run['weight_bytes'] / 2**20:.1f} | {run['rss_bytes'] / 2**20:.0f} | {before['eval_loss']:.3f} | "
-            f"{after['eval_loss']:.3f} | {before['accuracy']:.1%} | {after['accuracy']:.1%} | "
+            f"{run['weight_bytes'] / 2**20:.1f} | {servers[kind]['rss_bytes'] / 2**20:.0f} | "
+            f"{before['eval_loss']:.3f} | {after['eval_loss']:.3f} | "
+            f"{before['accuracy']:.1%} | {after['accuracy']:.1%} | "
             f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
         )
     return "\n".join(lines)
@@ -214,7 +217,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "table", "one"))
     parser.add_argument("--data", type=Path, help="folder of the task data")
-    parser.add_argument("--stage", choices=("train", "speed"), help=argparse.SUPPRESS)
+    parser.add_argument("--stage", choices=("server", "train", "speed"), help=argparse.SUPPRESS)
     parser.add_argument("--kind", choices=(*ARMS, "all"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.what != "table" and arguments.data is None:

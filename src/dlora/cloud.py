@@ -29,7 +29,7 @@ from dlora.adapter_store import AdapterStore
 from dlora.errors import AdapterMissing, ModelError, UsageError, WireError
 from dlora.exchange import Pipe, Plan, Step, current_step
 from dlora.proto import dlora_pb2 as pb
-from dlora.quantize import quantization
+from dlora.quantize import give_back, quantization
 from dlora.sites import Site, attention_flops, forward_flops, trace
 from dlora.wire import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, decode, encode, unpack_mask
 
@@ -123,6 +123,7 @@ class CloudModel:
         self.deep_rollback = not any(DynamicCache(config=self.model.config).is_sliding)
         self.config_json = _public_config(model)
         self.fingerprint = _fingerprint(self.config_json, model)
+        give_back()  # what loading and measuring have left
 
     # ----------------------------------------------------------------- description
 

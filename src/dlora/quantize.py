@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dlora.errors import ModelError, UsageError
 
-__all__ = ["KINDS", "QuantizedLinear", "check", "quantization", "quantize", "weight_bytes"]
+__all__ = ["KINDS", "QuantizedLinear", "check", "give_back", "quantization", "quantize", "weight_bytes"]
 
 log = logging.getLogger(__name__)
 
@@ -107,16 +107,21 @@ def quantize(model: PreTrainedModel, kind: str) -> None:
     while found:  # one after the other, so that what is replaced is free for what comes
         path, module = found.pop()
         decoder.set_submodule(path, QuantizedLinear(module, kind))
-    del module
-    # glibc keeps freed pieces of this size for itself: more than what low bits save, in a small model.
-    with suppress(OSError, AttributeError, TypeError):  # other C libraries have no such function
-        ctypes.CDLL(None).malloc_trim(0)
     log.info("weights in %s: %.1f MiB in place of %.1f", kind, weight_bytes(model) / 2**20, before / 2**20)
 
 
 def quantization(model: nn.Module) -> str | None:
     """The kind that `quantize` put into a model; None for one in full precision."""
     return next((module.kind for module in model.modules() if isinstance(module, QuantizedLinear)), None)
+
+
+def give_back() -> None:
+    """Return freed memory to the system.
+
+    glibc keeps pieces of a weight's size for itself: in a small model more than low bits save.
+    """
+    with suppress(OSError, AttributeError, TypeError):  # other C libraries have no such function
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def check(model: nn.Module) -> None:
