@@ -191,24 +191,27 @@ def run(data: Path) -> None:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown: memory, quality before and after training, and the price in seconds."""
-    steps = next(run["cpu_seconds_a_step"] for run in runs if run["stage"] == "speed")
-    servers = {run["kind"]: run for run in runs if run["stage"] == "server"}
+    """Markdown: memory, quality before and after training, and the price in seconds; a cell is empty before its run."""
+    found = {(run["stage"], run["kind"]): run for run in runs}
+    steps = found.get(("speed", "all"), {}).get("cpu_seconds_a_step")
     lines = [
         "| weights | decoder's linears, MiB | all weights, MiB | server process, MiB | eval loss, base | trained | "
         "exact match, base | trained | CPU seconds a step, against bf16 |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for run in sorted((run for run in runs if run["stage"] == "train"), key=lambda run: ARMS.index(run["kind"])):
-        kind, before, after = run["kind"], run["before"], run["after"]
-        ratios = [mine / base for mine, base in zip(steps[kind][1:], steps["none"][1:], strict=True)]
-        lines.append(
-            f"| {'bf16' if kind == 'none' else kind} | {run['linear_bytes'] / 2**20:.1f} | "
-            f"{run['weight_bytes'] / 2**20:.1f} | {servers[kind]['rss_bytes'] / 2**20:.0f} | "
-            f"{before['eval_loss']:.3f} | {after['eval_loss']:.3f} | "
-            f"{before['accuracy']:.1%} | {after['accuracy']:.1%} | "
-            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
-        )
+    for kind in ARMS:
+        cells = ["bf16" if kind == "none" else kind, *[""] * 8]
+        if run := found.get(("train", kind)):
+            before, after = run["before"], run["after"]
+            cells[1:3] = (f"{run[name] / 2**20:.1f}" for name in ("linear_bytes", "weight_bytes"))
+            cells[4:6] = (f"{one['eval_loss']:.3f}" for one in (before, after))
+            cells[6:8] = (f"{one['accuracy']:.1%}" for one in (before, after))
+        if run := found.get(("server", kind)):
+            cells[3] = f"{run['rss_bytes'] / 2**20:.0f}"
+        if steps:
+            ratios = [mine / base for mine, base in zip(steps[kind][1:], steps["none"][1:], strict=True)]
+            cells[8] = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
