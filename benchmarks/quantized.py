@@ -7,7 +7,7 @@ FOLDER holds banking77/{train,eval}.jsonl with `prompt` and `completion`. Runs t
 repeated. Both halves train in one process, as in kr.py; compute is bf16 in all arms, adapters and loss are fp32, the
 wire fp16, one thread. Memory of the server is that of a `dlora serve` process of its own. Seconds a step are CPU
 seconds, since wall time on a shared machine says little, in one process where the arms take turns; the first turn of
-each is not counted.
+each is not counted. `seconds` of a training run is wall time, with whatever else the machine did.
 """
 
 from __future__ import annotations
