@@ -19,7 +19,7 @@ from dlora.demo import data_file
 from dlora.wire import PROTOCOL_VERSION
 
 SOURCE = Path(dlora.__file__).parent
-CLOUD = {"cloud", "exchange", "adapter_store", "server", "load", "tenancy", "identity"}
+CLOUD = {"cloud", "exchange", "adapter_store", "server", "load", "quantize", "tenancy", "identity"}
 CLOUD |= {"metrics", "keys", "replicas"}
 EDGE = {"edge", "conversation", "micro_batch", "kv_cache", "client", "link", "training", "data", "accounting"}
 EDGE |= {
@@ -114,7 +114,14 @@ def test_wire_document_states_the_protocol_version() -> None:
 
 @pytest.mark.parametrize(
     ("name", "document"),
-    [("local_vs_split", "benchmarks"), ("decoding", "benchmarks"), ("load", "benchmarks"), ("privacy", "privacy")],
+    [
+        ("local_vs_split", "benchmarks"),
+        ("decoding", "benchmarks"),
+        ("load", "benchmarks"),
+        ("quantized", "benchmarks"),
+        ("privacy", "privacy"),
+        ("kr", "kill-and-revive"),
+    ],
 )
 def test_benchmark_document_shows_the_result_file(name: str, document: str) -> None:
     """The tables of a document are those that the benchmark makes of its committed result."""
@@ -122,7 +129,8 @@ def test_benchmark_document_shows_the_result_file(name: str, document: str) -> N
     spec = spec_from_file_location(name, root / f"benchmarks/{name}.py")
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.table(json.loads(module.RESULT.read_text())) in (root / f"docs/{document}.md").read_text()
+    read = getattr(module, "load_results", lambda: json.loads(module.RESULT.read_text()))
+    assert module.table(read()) in (root / f"docs/{document}.md").read_text()
 
 
 def demo_rows(name: str) -> list[tuple[list[str], str]]:

@@ -161,6 +161,7 @@ def _serve(values: dict[str, Any]) -> int:
     from dlora.cloud import CloudModel, Limits
     from dlora.identity import Identities
     from dlora.load import load_model
+    from dlora.quantize import weight_bytes
     from dlora.server import Server
 
     transformers_logging.set_verbosity_error()
@@ -175,7 +176,13 @@ def _serve(values: dict[str, Any]) -> int:
     except re.error as error:
         raise UsageError(f"allow_modules: {settings.allow_modules!r} is no regular expression: {error}") from error
     print(f"loading {settings.model} ...", flush=True)
-    loaded = load_model(settings.model, model_id=settings.model_id, device=settings.device, dtype=settings.dtype)
+    loaded = load_model(
+        settings.model,
+        model_id=settings.model_id,
+        device=settings.device,
+        dtype=settings.dtype,
+        quantize=settings.quantize,
+    )
     cloud = CloudModel(
         loaded.model,
         model_id=loaded.model_id,
@@ -204,13 +211,15 @@ def _serve(values: dict[str, Any]) -> int:
 
             stack.enter_context(serve_metrics(server, settings.metrics_port))
         stack.enter_context(server)
-        print(
-            f"model      {loaded.model_id}, {settings.dtype} on {settings.device}, fingerprint {cloud.fingerprint[:12]}"
-        )
+        precision = settings.dtype + ("" if settings.quantize == "none" else f", {settings.quantize} weights")
+        print(f"model      {loaded.model_id}, {precision} on {settings.device}, fingerprint {cloud.fingerprint[:12]}")
         print(f"adapters   {len(modules)} modules at {len(cloud.sites)} sites may be adapted")
         identity = "none: everybody may use it" if identities is None else str(identities)
         print(f"access     {'TLS' if tls else 'plaintext'}, identities: {identity}")
-        print(f"memory     {cloud.bytes_per_token / 2**10:.0f} KiB of activations a training token")
+        print(
+            f"memory     {weight_bytes(loaded.model) / 2**20:.0f} MiB of weights, "
+            f"{cloud.bytes_per_token / 2**10:.0f} KiB of activations a training token"
+        )
         print(f"ready      {server.address}", flush=True)
         stop.wait()
         print(f"stopping: streams in flight have {settings.drain_s:.0f} s", flush=True)
@@ -267,6 +276,7 @@ def _serve_replicas(settings: ServeSettings) -> int:
         model_id=settings.model_id,
         device=settings.device,
         dtype=settings.dtype,
+        quantize=settings.quantize,
         allow_modules=settings.allow_modules,
         limits=_limits(settings),
         options=_server_options(settings),

@@ -30,6 +30,7 @@ from dlora.errors import AdapterMissing, ModelError, UsageError, WireError
 from dlora.exchange import Pipe, Plan, Step, current_step
 from dlora.held_layers import EdgeLayers, find_layers, first_output, wrap_layers
 from dlora.proto import dlora_pb2 as pb
+from dlora.quantize import give_back, quantization
 from dlora.sites import Site, attention_flops, backward_flops, forward_flops, output_sites, trace
 from dlora.wire import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, WIRE_DTYPES, decode, encode, unpack_mask
 
@@ -124,17 +125,20 @@ class CloudModel:
         self._check_layers(ids_BT)
         self.config_json = _public_config(model)
         self.fingerprint = _fingerprint(self.config_json, model)
+        give_back()  # what loading and measuring have left
 
     # ----------------------------------------------------------------- description
 
     def describe(self) -> pb.Description:
         """What `Describe` answers, but for the edge files, which `server.py` adds."""
+        kind = quantization(self.model)
         return pb.Description(
             protocol_version=PROTOCOL_VERSION,
             model_id=self.model_id,
             fingerprint=self.fingerprint,
             config_json=self.config_json,
-            compute_dtype=str(self.embedding.weight.dtype).removeprefix("torch."),
+            compute_dtype=str(self.embedding.weight.dtype).removeprefix("torch.")
+            + (f", {kind} weights" if kind else ""),
             embedding_width=self.embedding.weight.shape[1],
             hidden_width=self.hidden_width,
             sites=[

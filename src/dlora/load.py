@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from dlora import quantize as low_bit
 from dlora.cache import default_cache
 from dlora.errors import ModelError, UsageError
 
@@ -37,13 +38,20 @@ class LoadedModel:
 
 
 def load_model(
-    name: str, *, model_id: str | None = None, device: str = "cpu", dtype: str = "fp32", cache: Path | None = None
+    name: str,
+    *,
+    model_id: str | None = None,
+    device: str = "cpu",
+    dtype: str = "fp32",
+    quantize: str = "none",
+    cache: Path | None = None,
 ) -> LoadedModel:
     """Load `name`: a Hugging Face id, a folder, a .gguf file, or "smollm2" for the demo model.
 
     `model_id` is the public name written into adapters; by default the hub id, or else the
-    folder's or file's name. A GGUF file is dequantised once into `cache`. Code from a
-    repository is never run. Raises UsageError or ModelError with the reason.
+    folder's or file's name. A GGUF file is dequantised once into `cache`. `quantize` is
+    done before the model goes to its device, which then holds the low-bit weights alone.
+    Code from a repository is never run. Raises UsageError or ModelError with the reason.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype: got {dtype!r}, want one of {', '.join(DTYPES)}")
@@ -67,8 +75,11 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load model {name!r}: {_first_line(error)}") from error
+    if quantize != "none":
+        low_bit.quantize(model, quantize)
     try:
         model = model.to(device)
+        low_bit.check(model)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {device!r}: {_first_line(error)}") from error
     tokenizer: PreTrainedTokenizerBase | None

@@ -40,6 +40,7 @@ class ReplicaSettings:
     model_id: str | None
     device: str
     dtype: str
+    quantize: str = "none"
     allow_modules: str
     limits: dict[str, int]
     options: ServerOptions
@@ -101,7 +102,11 @@ def _replica_class() -> Any:
             if settings.threads:
                 torch.set_num_threads(settings.threads)
             loaded = load_model(
-                settings.model, model_id=settings.model_id, device=settings.device, dtype=settings.dtype
+                settings.model,
+                model_id=settings.model_id,
+                device=settings.device,
+                dtype=settings.dtype,
+                quantize=settings.quantize,
             )
             allowed = re.compile(settings.allow_modules)
             cloud = CloudModel(

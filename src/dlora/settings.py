@@ -287,6 +287,9 @@ class ServeSettings:
     """Device of the model, for example cuda."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Compute dtype of the model."""
+    quantize: Literal["none", "int8", "int4", "nf4"] = "none"
+    """Keep the decoder's linear weights in 8 or 4 bits, for less memory (int8 and nf4 need the extra `quantize`).
+    Another function than the full model, with a fingerprint of its own."""
     allow_modules: str = ".*"
     """Regular expression over full module names: what edges may adapt."""
     edge_first: int = 0
