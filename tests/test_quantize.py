@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import dlora
-from dlora.cloud import CloudModel
+from dlora.cloud import CloudModel, Limits
 from dlora.demo import data_file, serving
 from dlora.embedded import InProcessLink
 from dlora.errors import ModelError, UsageError
@@ -242,3 +242,11 @@ def test_real_model_matches_local(kind: str) -> None:
     got.backward()
     assert_same_grads(local, split, GRAD_TOLERANCE)
     link.close()
+
+
+def test_edge_layers_of_a_low_bit_base_are_refused() -> None:
+    """Layer files hold full weights: an edge would run other layers than the cloud quantised."""
+    base = make_base("llama")
+    quantize(base, "int8")
+    with pytest.raises(UsageError, match="low-bit base"):
+        CloudModel(base, model_id="x", limits=Limits(edge_first=1))

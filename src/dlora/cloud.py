@@ -484,6 +484,8 @@ class CloudModel:
             if first or last:
                 raise ModelError(f"edges cannot hold layers of {type(self.model).__name__}: found no list of {count}")
             return
+        if (first or last) and quantization(self.model) is not None:
+            raise UsageError("edge layers of a low-bit base are not supported: serve it in full precision")
         if first < 0 or last < 0 or first + last >= count:
             raise UsageError(f"edge layers: got {first} and {last} of {count}, want one at least to stay in the cloud")
         self.num_layers = count
