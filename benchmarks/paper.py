@@ -50,7 +50,7 @@ class Config:
     """Name -> `id` (hub id, folder or smollm2) and `targets`: names, or names by kind, {lora: [...], series: [...]}"""
     tasks: list[str]
     arms: dict[str, dict[str, Any]]
-    """Name -> kind (none, lora, series, parallel), r, learning_rate, `kr`: options of Kill and Revive, or its preset, and
+    """Name -> kind (none, lora, series, parallel), r, learning_rate, `kr`: options of Kill and Revive or its preset,
     `beside`: the arm to compare with"""
     runs: list[dict[str, Any]]
     """Groups of arms, with tasks, models and seeds where not all are meant"""
@@ -337,16 +337,23 @@ def train(
     model.train()
     before, began = model.meter.copy(), time.monotonic()
     for step in range(start, len(made)):
-        if (step > start and step % config.checkpoint_steps == 0) or stop():
-            state = {"step": step, "losses": losses, "seconds": seconds + time.monotonic() - began}
-            state |= {"spent": asdict(spent + (model.meter - before)), "optimizer": optimizer.state_dict()}
-            state |= {"adapter": parameters, "rate": rate.state_dict(), "random": torch.get_rng_state()}
-            state["adapter"] = {name: p.detach() for name, p in parameters.items()}
-            state["reviver"] = (reviver.state_dict(), reviver._snapshot) if reviver else None
+        stopped = stop()
+        if stopped or (step > start and step % config.checkpoint_steps == 0):
+            state = {
+                "step": step,
+                "losses": losses,
+                "seconds": seconds + time.monotonic() - began,
+                "spent": asdict(spent + (model.meter - before)),
+                "adapter": {name: p.detach() for name, p in parameters.items()},
+                "optimizer": optimizer.state_dict(),
+                "rate": rate.state_dict(),
+                "random": torch.get_rng_state(),
+                "reviver": (reviver.state_dict(), reviver._snapshot) if reviver else None,
+            }
             torch.save(state, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").replace(checkpoint)
-            if stop():
-                return None
+        if stopped:
+            return None
         if reviver:
             reviver.before_step(step)
         loss = model(**{name: value for name, value in made[step].items() if name != "rows"}).loss

@@ -14,23 +14,12 @@ QKV = ["q_proj", "k_proj", "v_proj"]
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # quantiles of t, by the number of seeds
 # A step of the projection: micro-batch, tokens of a row, supervised tokens of a row, LoRA rank
 STEP = {"batch": 16, "length": 96, "supervised": 3, "r": 8}
+_WIDE = {"hidden_size": 4096, "num_attention_heads": 32, "num_hidden_layers": 32}
 # Public numbers of the three models: transformers' configuration class, its values, target modules
 PROJECTED: dict[str, tuple[str, dict[str, int], list[str]]] = {
-    "LLaMA-7B": (
-        *("LlamaConfig", {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 11008}),
-        QKV,
-    ),
-    "OPT-6.7B": (
-        "OPTConfig",
-        {"hidden_size": 4096, "num_hidden_layers": 32, "ffn_dim": 16384, "word_embed_proj_dim": 4096},
-        QKV,
-    ),
-    "BLOOM-7B1": ("BloomConfig", {"hidden_size": 4096, "n_layer": 30, "n_head": 32}, ["query_key_value"]),
-}
-HEADS_AND_WORDS = {
-    "LLaMA-7B": {"num_attention_heads": 32, "vocab_size": 32000},
-    "OPT-6.7B": {"num_attention_heads": 32, "vocab_size": 50272},
-    "BLOOM-7B1": {"vocab_size": 250880},
+    "LLaMA-7B": ("LlamaConfig", _WIDE | {"intermediate_size": 11008, "vocab_size": 32000}, QKV),
+    "OPT-6.7B": ("OPTConfig", _WIDE | {"ffn_dim": 16384, "word_embed_proj_dim": 4096, "vocab_size": 50272}, QKV),
+    "BLOOM-7B1": ("BloomConfig", _WIDE | {"num_hidden_layers": 30, "vocab_size": 250880}, ["query_key_value"]),
 }
 
 
@@ -152,10 +141,11 @@ def costs_of(run: Run) -> dict[str, float]:
 
 def shares(config: Any, runs: list[Run], model: str, arm: str) -> tuple[dict[str, float], dict[str, float]] | None:
     """(costs of a step, their shares of the reference's), over the runs that both have."""
-    mine = select(single(runs), model=model, arm=arm)
-    full = {(r["task"], r["seed"]): r for r in select(single(runs), model=model, arm=reference(config, arm))}
+    trained = [run for run in single(runs) if "flops" in run]
+    mine = select(trained, model=model, arm=arm)
+    full = {(run["task"], run["seed"]): run for run in select(trained, model=model, arm=reference(config, arm))}
     both = [(costs_of(run), costs_of(full[at])) for run in mine if (at := (run["task"], run["seed"])) in full]
-    if not both or "flops" not in mine[0]:
+    if not both:
         return None
     sums = [{name: statistics.fmean(pair[side][name] for pair in both) for name in both[0][0]} for side in (0, 1)]
     return sums[0], {name: sums[0][name] / sums[1][name] for name in sums[0]}
@@ -167,8 +157,8 @@ def costs_table(config: Any, runs: list[Run], model: str) -> str:
         "| arm | beside | MB a step | adapter GFLOP | all edge GFLOP | cloud GFLOP | round trips |",
         "|---|---|---|---|---|---|---|",
     ]
-    for arm, options in config.arms.items():
-        if options.get("kind") == "none" or not (found := shares(config, runs, model, arm)):
+    for arm in config.arms:
+        if not (found := shares(config, runs, model, arm)):
             continue
         per_step, share = found
         units = {"bytes": 1e6, "adapters": 1e9, "edge": 1e9, "cloud": 1e9, "round trips": 1}
@@ -189,7 +179,7 @@ def projected_sites(name: str) -> tuple[Any, tuple[Any, ...]]:
     from dlora.sites import trace
 
     kind, values, _ = PROJECTED[name]
-    config = getattr(transformers, kind)(**values, **HEADS_AND_WORDS[name])
+    config = getattr(transformers, kind)(**values)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
         decoder = model.get_decoder()
