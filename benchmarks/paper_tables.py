@@ -76,15 +76,15 @@ def accuracy_table(config: Any, runs: list[Run], model: str) -> str:
             difference = f"{100 * gap:+.1f} ± {100 * math.hypot(*wide) / len(full):.1f}"
             beside = f"{reference(config, arm)}, {len(full)} task{'s' * (len(full) > 1)}"
         lines.append(f"| {arm} | {' | '.join(cells)} | {beside} | {difference} |")
-    trained = [run for run in mine if run["settings"]["arm"]["kind"] != "none"]
-    groups = [select(trained, task=task, arm=arm) for task in tasks for arm in config.arms]
-    above = [group for group in groups if group and mean(group) - half_width(group) > group[0]["majority"]]
-    shown = ", ".join(f"{group[0]['arm']} on {group[0]['task']}" for group in above) or "none"
-    count = len([group for group in groups if group])
-    lines += [
-        "",
-        f"Better than the commonest answer beyond the interval: {shown}, of {count} trained pairs of arm and task.",
-    ]
+    places: dict[str, list[str]] = {"above": [], "at": [], "below": []}
+    for task in tasks:
+        for arm in config.arms:
+            if found := select(mine, task=task, arm=arm):
+                gap, wide = mean(found) - found[0]["majority"], half_width(found)
+                place = "above" if gap > wide else "below" if gap < -wide else "at"
+                places[place].append(f"{arm} on {task}")
+    lines += ["", "Beside the commonest answer, with the interval:"]
+    lines += [f"- {place} it: {', '.join(pairs) or 'none'}" for place, pairs in places.items()]
     return "\n".join(lines)
 
 
@@ -114,12 +114,18 @@ def personal_table(config: Any, runs: list[Run]) -> str:
 def missing(config: Any, wanted: list[Run], runs: list[Run]) -> str:
     """Which runs the config asks for that are not done."""
     done = {(run["model"], run["task"], run["arm"], run["seed"]) for run in runs}
-    left: dict[tuple[str, str], list[str]] = {}
+    left: dict[tuple[str, str], dict[int, list[str]]] = {}
     for spec in wanted:
         if (spec["model"], spec["task"], spec["arm"], spec["seed"]) not in done:
-            left.setdefault((spec["model"], spec["arm"]), []).append(f"{spec['task']}, seed {spec['seed']}")
-    lines = [f"{len(wanted) - sum(map(len, left.values()))} of {len(wanted)} runs are done."]
-    lines += [f"- not run: {model}, {arm}: {'; '.join(tasks)}" for (model, arm), tasks in left.items()]
+            seeds = left.setdefault((spec["model"], spec["arm"]), {})
+            seeds.setdefault(spec["seed"], []).append(spec["task"])
+    lines = [f"{len(runs)} of {len(wanted)} runs of the config are done."]
+    for (model, arm), seeds in left.items():
+        shown = [
+            f"seed {seed}: {'all tasks' if set(tasks) == set(config.tasks) else ', '.join(tasks)}"
+            for seed, tasks in seeds.items()
+        ]
+        lines.append(f"- not run: {model}, {arm}, {'; '.join(shown)}")
     return "\n".join(lines)
 
 
@@ -165,6 +171,18 @@ def costs_table(config: Any, runs: list[Run], model: str) -> str:
         cells = [f"{per_step[name] / unit:.3g} ({100 * share[name]:.1f} %)" for name, unit in units.items()]
         lines.append(f"| {arm} | {reference(config, arm)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def variation_lines(config: Any, runs: list[Run], model: str) -> str:
+    """Whether few units do most of the changing, as a choice of few by their variation supposes."""
+    lines = []
+    for run in select(single(runs), model=model, arm="FT"):
+        if (log := run.get("variation") or {}).get("steps"):
+            sums = sorted((sum(filter(None, unit)) for unit in zip(*log["values"], strict=True)), reverse=True)
+            count = max(1, round(len(sums) / 8))
+            lines.append(f"{run['task']} {100 * sum(sums[:count]) / sum(sums):.1f} %")
+    told = f"Of all change of modules' norms in FT the {100 / 8} % of modules that change most make: "
+    return told + ", ".join(lines) + "." if lines else ""
 
 
 # ----------------------------------------------------------------- costs, projected
@@ -241,7 +259,7 @@ def projection_table() -> str:
 def tables(config: Any, wanted: list[Run], runs: list[Run]) -> str:
     """All tables, as they stand in docs/reproduction.md."""
     models = [model for model in config.models if select(single(runs), model=model)]
-    parts = [part(config, runs, model) for model in models for part in (accuracy_table, costs_table)]
+    parts = [part(config, runs, model) for model in models for part in (accuracy_table, costs_table, variation_lines)]
     parts += [personal_table(config, runs), missing(config, wanted, runs)]
     return "\n\n".join(part for part in parts if part)
 

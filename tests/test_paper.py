@@ -100,7 +100,11 @@ def test_the_command_runs_every_arm_and_shows_it(
     capsys.readouterr()
     paper.main(["table", *words])
     shown = capsys.readouterr().out
-    assert "10 of 10 runs are done." in shown and "| mean |" in shown and all(f"| {arm} |" in shown for arm in ARMS)
+    assert (
+        "10 of 10 runs of the config are done." in shown
+        and "| mean |" in shown
+        and all(f"| {arm} |" in shown for arm in ARMS)
+    )
     if family == "llama":  # one is enough
         paper.main(["figures", *words])
         assert len(list((tmp_path / "images").glob("*.png"))) == 3
