@@ -17,6 +17,7 @@ trained for as many steps as theirs together, beside one adapter each.
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import inspect
 import json
@@ -29,7 +30,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -196,18 +196,25 @@ def training_batches(spec: dict[str, Any], data: Path, tokenizer: Any) -> list[d
     return kr.batches([row for rows in shares for row in rows], tokenizer, steps, size, spec["seed"])
 
 
-@cache
+_OPEN: dict[tuple[str, ...], tuple[Any, Any]] = {}  # the model in use: a GPU may have no room for two
+
+
 def open_cloud(model: str, dtype: str, device: str, attention: str, quantize: str) -> tuple[Any, Any]:
     """A link to the loaded model, and its tokenizer. Raises ValueError where low-bit bases are not known."""
     import dlora
     from dlora.load import load_model
 
-    options = {"quantize": quantize} if quantize != "none" else {}
-    if options.keys() - inspect.signature(load_model).parameters.keys():
-        raise ValueError(f"quantize: got {quantize!r}, and this version of dlora loads no low-bit base")
-    loaded = load_model(model, dtype=dtype, device=device, **options)
-    loaded.model.set_attn_implementation(attention)
-    return dlora.in_process(loaded.model, loaded.tokenizer, model_id=loaded.model_id), loaded.tokenizer
+    name = (model, dtype, device, attention, quantize)
+    if name not in _OPEN:
+        _OPEN.clear()
+        gc.collect()
+        options = {"quantize": quantize} if quantize != "none" else {}
+        if options.keys() - inspect.signature(load_model).parameters.keys():
+            raise ValueError(f"quantize: got {quantize!r}, and this version of dlora loads no low-bit base")
+        loaded = load_model(model, dtype=dtype, device=device, **options)
+        loaded.model.set_attn_implementation(attention)
+        _OPEN[name] = dlora.in_process(loaded.model, loaded.tokenizer, model_id=loaded.model_id), loaded.tokenizer
+    return _OPEN[name]
 
 
 def measure(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:

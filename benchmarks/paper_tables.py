@@ -253,7 +253,8 @@ def projection_table() -> str:
             units = {"bytes": 1e6, "adapters": 1e9, "edge": 1e9, "cloud": 1e12, "round trips": 1}
             cells = [f"{cost[key] / unit:,.4g} ({100 * cost[key] / full[key]:.1f} %)" for key, unit in units.items()]
             lines.append(f"| {name}, {arm} | {(cost['round trips'] - 1) // 2:.0f} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    step = f"{STEP['batch']} rows of {STEP['length']} tokens, {STEP['supervised']} of each supervised; rank {STEP['r']}"
+    return "\n".join([*lines, "", f"A step has {step}."])
 
 
 def tables(config: Any, wanted: list[Run], runs: list[Run]) -> str:
