@@ -206,8 +206,7 @@ def open_cloud(model: str, dtype: str, device: str, attention: str, quantize: st
 
     name = (model, dtype, device, attention, quantize)
     if name not in _OPEN:
-        _OPEN.clear()
-        gc.collect()
+        close_cloud()
         options = {"quantize": quantize} if quantize != "none" else {}
         if options.keys() - inspect.signature(load_model).parameters.keys():
             raise ValueError(f"quantize: got {quantize!r}, and this version of dlora loads no low-bit base")
@@ -215,6 +214,14 @@ def open_cloud(model: str, dtype: str, device: str, attention: str, quantize: st
         loaded.model.set_attn_implementation(attention)
         _OPEN[name] = dlora.in_process(loaded.model, loaded.tokenizer, model_id=loaded.model_id), loaded.tokenizer
     return _OPEN[name]
+
+
+def close_cloud() -> None:
+    """Let go of the model in use."""
+    for link, _ in _OPEN.values():
+        link.close()
+    _OPEN.clear()
+    gc.collect()
 
 
 def measure(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -32,12 +32,13 @@ ARMS = {
 
 
 @pytest.fixture
-def paper(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def paper(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The benchmark, imported as it imports its neighbours when it is started."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import paper
 
-    return paper
+    yield paper
+    paper.close_cloud()
 
 
 @pytest.fixture
@@ -171,15 +172,16 @@ def test_choices_score_the_same_one_token_or_many(
 def test_quantize_is_passed_on_or_refused(paper: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """A low-bit base reaches the loader where it knows one, and is refused by name where it does not."""
     asked: list[str] = []
+    link = SimpleNamespace(close=lambda: None)
     model = SimpleNamespace(set_attn_implementation=lambda name: None)
 
     def knows(name: str, *, dtype: str, device: str, quantize: str = "none") -> Any:
         asked.append(quantize)
         return SimpleNamespace(model=model, tokenizer=None, model_id=name)
 
-    monkeypatch.setattr("dlora.in_process", lambda model, tokenizer, model_id: model_id)
+    monkeypatch.setattr("dlora.in_process", lambda model, tokenizer, model_id: link)
     monkeypatch.setattr("dlora.load.load_model", knows)
-    assert paper.open_cloud("low-bit", "fp32", "cpu", "eager", "int8")[0] == "low-bit" and asked == ["int8"]
+    assert paper.open_cloud("low-bit", "fp32", "cpu", "eager", "int8")[0] is link and asked == ["int8"]
     monkeypatch.setattr("dlora.load.load_model", lambda name, *, dtype, device: None)
     with pytest.raises(ValueError, match="'int4', and this version of dlora loads no low-bit base"):
         paper.open_cloud("other", "fp32", "cpu", "eager", "int4")
