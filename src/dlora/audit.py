@@ -74,7 +74,8 @@ def audit(settings: AuditSettings, link: Link) -> dict[str, Any]:
             f"the run was recorded with a model of fingerprint {fingerprint[:12]}, {link.address} serves "
             f"{link.description.model_id} ({link.description.fingerprint[:12]}): start the model of the run"
         )
-    sites = _spread(recording, settings.sites)
+    # Sites without a LoRA module are not attacked: what bottlenecks add is no product that could be solved for.
+    sites = [site for site in _spread(recording, settings.sites) if any(one.site == site for one in truth.modules)]
     active = [one for one in truth.modules if one.site in sites and one.module in first.sites[one.site].modules]
     places = {site: _place(one.name for one in active if one.site == site) for site in sites}
     # Without a site that is attacked there is still an adapter to sit somewhere.
@@ -84,7 +85,9 @@ def audit(settings: AuditSettings, link: Link) -> dict[str, Any]:
     known, attacked = _split(victim, settings.rows, settings.seed)
     model = _attackers_model(link, names, first.begin, settings.give_up_after_s)
     # Who knows that there is noise learns from text with such noise.
-    model.noise = Noise(entry=given.get("noise_entry", 0.0), clip=given.get("noise_clip", 3.0))
+    model.noise = Noise(
+        entry=given.get("noise_entry") or 0.0, tail=given.get("noise_tail") or 0.0, clip=given.get("noise_clip") or 3.0
+    )
     texts, source = _public_texts(settings.public, load_tokenizer(link))
     public = collect(_public(model, texts), sites)
     attackers = {"in-domain": known, "out-of-domain": public}

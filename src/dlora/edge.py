@@ -233,7 +233,8 @@ class SplitModel(PeftModelForCausalLM):
         """Run the cloud's layers over new tokens; return the kept hidden states, float32 [K, D]."""
         sites, frozen = self._active_sites(), self._applied_by_cloud()
         parameters = [p for site in sites for p in site.parameters] if torch.is_grad_enabled() else []
-        wants_input_grad = new.entry_ND.requires_grad and torch.is_grad_enabled()
+        # An input that trainers let ask for gradients without any need would drag backward to the bottom.
+        wants_input_grad = torch.is_grad_enabled() and new.entry_ND.requires_grad and self._trains_below()
         training = bool(parameters) or wants_input_grad
         wire_dtype, device = WIRE_DTYPES[self.wire_dtype], new.entry_ND.device
         if cache is not None:
@@ -264,7 +265,8 @@ class SplitModel(PeftModelForCausalLM):
         micro_batch.output_squares = self.output_squares
         micro_batch.waits = self.waits = []
         micro_batch.noise = self.noise
-        kept_KD: Tensor = SplitForward.apply(micro_batch, new.entry_ND, *parameters)  # type: ignore[no-untyped-call]
+        entry_ND = new.entry_ND if wants_input_grad else new.entry_ND.detach()
+        kept_KD: Tensor = SplitForward.apply(micro_batch, entry_ND, *parameters)  # type: ignore[no-untyped-call]
         return kept_KD
 
     # ----------------------------------------------------------------- layers that run here
@@ -293,7 +295,7 @@ class SplitModel(PeftModelForCausalLM):
             hidden_BTD: Tensor = type(decoder).forward(decoder, **inputs).last_hidden_state
         except BaseException:
             if cache is not None:
-                cache.restore_local(past)
+                cache.restore(past)
             raise
         finally:
             self._cloud_pass = None
@@ -343,6 +345,12 @@ class SplitModel(PeftModelForCausalLM):
                                 training=training,
                                 input_grad=site.index != lowest,
                             )
+
+    def _trains_below(self) -> bool:
+        """Whether anything before the cloud's first layer is trained here."""
+        adapters = (one for name, one in self.held_adapters() if layer_of(name) < self.held.first)
+        embedding = self.get_input_embeddings()
+        return any(p.requires_grad for module in (embedding, *adapters) for p in module.parameters())
 
     def held_adapters(self) -> Iterator[tuple[str, LoraLayer]]:
         """LoRA layers inside held layers, those in use."""

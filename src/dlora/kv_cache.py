@@ -112,7 +112,7 @@ class CloudCache(Cache):
         if tokens_to_remove == 0:
             return
         if self._local is not None:
-            self._local.crop(tokens_to_remove)
+            self._cut_local(-tokens_to_remove)
         left = -tokens_to_remove
         self._drop += left
         while left:
@@ -156,19 +156,30 @@ class CloudCache(Cache):
         """Keys and values of the layers that run here; the others keep their places in it."""
         if self._local is None:
             self._local = DynamicCache(config=config)
-            if self._recording:
-                self._local.activate_past_recording()
+            self._local.activate_past_recording()
         return self._local
 
-    def restore_local(self, length: int) -> None:
-        """After a pass that failed in the middle: back to so many tokens, or to none where that cannot be done."""
+    def restore(self, length: int) -> None:
+        """After a pass that failed in the middle: back to so many tokens, on both halves."""
+        if (extra := self.get_seq_length() - length) > 0:  # the cloud was through already
+            self._forget(extra)
+            self.close()
         for layer in [] if self._local is None else self._local.layers:
-            extra = layer.get_seq_length() - length
-            if extra > 0 and not (isinstance(layer, DynamicSlidingWindowLayer) and not self._recording):
-                layer.crop(-extra)
-            elif extra > 0:
-                self.reset()
-                return
+            if (extra := layer.get_seq_length() - length) > 0:
+                _cut_layer(layer, extra)
+
+    def _cut_local(self, count: int) -> None:
+        for layer in [] if self._local is None else self._local.layers:
+            if layer.get_seq_length():
+                _cut_layer(layer, count)
+
+    def _forget(self, left: int) -> None:
+        while left:
+            last = self._past.pop()
+            stay = max(0, last.keep_BT.shape[1] - left)
+            left -= last.keep_BT.shape[1] - stay
+            if stay:
+                self._past.append(_cut(last, slice(None), slice(stay)))
 
     # ----------------------------------------------------------------- a forward pass
 
@@ -274,6 +285,13 @@ class CloudCache(Cache):
             edge_last=talk.held.last,
             **fields,
         )
+
+
+def _cut_layer(layer: Any, count: int) -> None:
+    """Unlike transformers' crop, keep what is behind the window: a deeper cut may follow."""
+    layer.keys, layer.values = layer.keys[:, :, :-count], layer.values[:, :, :-count]
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length -= count
 
 
 def _slice_length(talk: Conversation, batch: int) -> int:

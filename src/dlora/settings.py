@@ -82,7 +82,7 @@ class EdgeSettings(AccessSettings):
     """Run so many of the first decoder layers here, where the server allows it: tokens are then harder to read from
     what leaves. Costs their weights and compute."""
     edge_last: int = 0
-    """The same for the last layers, which hides labels."""
+    """The same for the last layers: labels are then harder to read from gradients."""
     noise_entry: float = 0.0
     """Normal noise on every row that goes into the cloud, as a share of the row's length. docs/privacy.md says what it
     hides and what it costs; it is no differential privacy."""
@@ -130,10 +130,10 @@ class TrainSettings(EdgeSettings):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Alphas for modules whose name matches a pattern."""
     noise_tail: float = 0.0
-    """The same on the gradient of the last hidden states, as a share of its rows' median length: blurs labels."""
+    """Normal noise on the gradient of the last hidden states, as a share of its rows' median length: blurs labels."""
     pad_to: int = 0
     """Over 0: pad rows to a multiple of so many tokens, fill the padding with other tokens of the batch, and let all
-    positions travel: the cloud then sees neither lengths nor which tokens have a label. Results stay the same."""
+    positions travel. Masks then tell no lengths; gradients still do, without noise_tail. Results stay the same."""
     wire: Literal["plain", "factored"] = "plain"
     """How deltas travel. factored: as two exact factors, several times fewer bytes; shows the cloud the factor B of
     every module, which it could solve for on the plain wire too."""
