@@ -268,7 +268,6 @@ def test_chat_command(words: list[str]) -> None:
     assert "sequences of up to 256" in done.stderr, "what cannot be answered does not end the chat"
 
 
-@pytest.mark.slow  # races with time: run where nothing else runs
 def test_ctrl_c_stops_the_answer_and_keeps_the_chat(words: list[str]) -> None:
     """SIGINT during an answer of `dlora chat` ends that answer; the next line is answered, with its history."""
     command = [sys.executable, "-m", "dlora", "chat", *words, "--max-new-tokens", "150", "--temperature", "0"]

@@ -407,7 +407,6 @@ def test_slots_are_shared_by_weight_whoever_asks_more() -> None:
     assert got["double"] == pytest.approx(100, abs=12)
 
 
-@pytest.mark.slow  # races with time: run where nothing else runs
 def test_metrics_and_status(secured: Server, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Prometheus gets each tenant's streams, tokens, bytes and seconds, readiness follows the server, and
     `dlora status` shows the same to a person."""

@@ -340,6 +340,8 @@ class _Servicer(rpc.DLoRAServicer):
         try:
             while (frame := await pipe.outbox.get()) is not None:
                 pipe.count(sent=frame.ByteSize())
+                if frame.WhichOneof("kind") == "done":
+                    status = "OK"  # the edge may hang up as soon as it has this one
                 yield frame
             failure = await work
             status = "OK" if failure is None else self._status(failure, pipe).name
