@@ -14,14 +14,12 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -244,16 +242,12 @@ def run() -> None:
                 print(number, kind, f"{turns[-1]['tokens'] / turns[-1]['seconds']:.2f} tokens/s", flush=True)
         distance = arm("--kind", "distance", "--address", address)
         drafts = arm("--kind", "drafts", "--address", address)
-    git = ["git", "-C", str(HERE)]
+    from provenance import provenance
+
     record = {
         "command": "python benchmarks/decoding.py run",
         "config": CONFIG,
-        "commit": subprocess.run([*git, "rev-parse", "HEAD"], stdout=subprocess.PIPE, text=True).stdout.strip(),
-        "changed_files": subprocess.run(
-            [*git, "status", "--short", "../src"], stdout=subprocess.PIPE, text=True
-        ).stdout,
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "grpcio")},
-        "machine": f"{os.cpu_count()} cores, {_cpu_name()}, {platform.system()}",
+        **provenance("grpcio"),
         "loopback": turns,
         "distance": distance,
         "drafts": drafts,
@@ -307,12 +301,6 @@ def table(record: dict[str, Any]) -> str:
                 f"{one['round_trips'] / one['tokens']:.1f} | {speed:.2f} | {gain} | {same} |"
             )
     return "\n".join(lines)
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

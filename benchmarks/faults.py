@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import json
 import os
-import platform
 import random
 import signal
 import socket
@@ -25,7 +24,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -325,13 +323,12 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=("run", "table"))
     if parser.parse_args().what == "run":
         torch.set_num_threads(1)
-        git = ["git", "-C", str(RESULT.parent), "rev-parse", "HEAD"]
+        from provenance import provenance
+
         result = {
             "steps": STEPS,
             "faults": run(),
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "grpcio")},
-            "commit": subprocess.run(git, stdout=subprocess.PIPE, text=True).stdout.strip(),
+            **provenance("grpcio"),
         }
         RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(table(json.loads(RESULT.read_text())))

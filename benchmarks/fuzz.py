@@ -15,19 +15,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import queue
 import random
 import resource
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -410,14 +406,13 @@ if __name__ == "__main__":
         print(json.dumps(fuzz(arguments.direction, arguments.frames, arguments.seed), indent=2))
         sys.exit()
     if arguments.what == "run":
-        git = ["git", "-C", str(RESULT.parent), "rev-parse", "HEAD"]
+        from provenance import provenance
+
         with ProcessPoolExecutor(2) as pool:
             runs = list(pool.map(fuzz, ("cloud", "edge"), [arguments.frames] * 2, [arguments.seed] * 2))
         found = {
             "runs": runs,
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "grpcio", "protobuf")},
-            "commit": subprocess.run(git, stdout=subprocess.PIPE, text=True).stdout.strip(),
+            **provenance("grpcio", "protobuf"),
         }
         RESULT.write_text(json.dumps(found, indent=2) + "\n")
     print(table(json.loads(RESULT.read_text())))

@@ -19,13 +19,10 @@ import argparse
 import json
 import math
 import os
-import platform
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +248,7 @@ def one(spec: dict[str, Any], link: Any, tokenizer: Any, data: Path) -> dict[str
     """Train and measure one arm."""
     import torch
     from peft import LoraConfig
+    from provenance import provenance
     from transformers import get_linear_schedule_with_warmup
 
     import dlora
@@ -288,20 +286,7 @@ def one(spec: dict[str, Any], link: Any, tokenizer: Any, data: Path) -> dict[str
     rate = get_linear_schedule_with_warmup(optimizer, round(0.05 * STEPS), STEPS)
     before, start, losses = model.meter.copy(), time.monotonic(), []
     for step, batch in enumerate(batches(rows, tokenizer, STEPS, size, spec["seed"])):
-        if reviver:
-            reviver.before_step(step)
-        batch.pop("rows")
-        loss = model(**batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
-        if reviver:
-            reviver.before_update(optimizer)
-        optimizer.step()
-        if reviver:
-            reviver.after_update()
-        rate.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(take_step(model, batch, step, optimizer, rate, reviver))
     seconds, cost = time.monotonic() - start, model.meter - before
     return (
         spec
@@ -323,12 +308,28 @@ def one(spec: dict[str, Any], link: Any, tokenizer: Any, data: Path) -> dict[str
                 "base_dtype": "bf16",
                 "attention": link.cloud.model.config._attn_implementation,
             },
-            "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
-            "commit": git("rev-parse", "HEAD"),
-            "changed_files": git("status", "--short", "../src"),
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+            **provenance(),
         }
     )
+
+
+def take_step(model: Any, batch: dict[str, Any], step: int, optimizer: Any, rate: Any, reviver: Any) -> float:
+    """One optimizer step on a batch of `batches`, around it Kill and Revive if there is one; its loss."""
+    import torch
+
+    if reviver:
+        reviver.before_step(step)
+    loss = model(**{name: value for name, value in batch.items() if name != "rows"}).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
+    if reviver:
+        reviver.before_update(optimizer)
+    optimizer.step()
+    if reviver:
+        reviver.after_update()
+    rate.step()
+    optimizer.zero_grad()
+    return float(loss.item())
 
 
 def sets(reviver: Any) -> list[list[Any]]:
@@ -344,12 +345,6 @@ def sets(reviver: Any) -> list[list[Any]]:
 def elements(costs: Any) -> int:
     """Elements a token of training everything."""
     return costs._elements({name for _, site in costs.sites for name in site})
-
-
-def git(*words: str) -> str:
-    """A word of git about this checkout."""
-    done = subprocess.run(["git", "-C", str(HERE), *words], stdout=subprocess.PIPE, text=True)
-    return done.stdout.strip()
 
 
 def claim() -> tuple[dict[str, Any], FileLock] | None:

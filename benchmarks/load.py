@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -263,11 +261,10 @@ if __name__ == "__main__":
         edges(arguments.address, numbers, arguments.rows, arguments.length, arguments.seconds)
         sys.exit()
     if arguments.what == "run":
-        git = ["git", "-C", str(RESULT.parent), "rev-parse", "HEAD"]
+        from provenance import provenance
+
         result = run() | {
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.processor() or 'unnamed'}",
-            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "grpcio", "ray")},
-            "commit": subprocess.run(git, stdout=subprocess.PIPE, text=True).stdout.strip(),
+            **provenance("grpcio", "ray"),
         }
         RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(table(json.loads(RESULT.read_text())))

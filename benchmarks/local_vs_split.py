@@ -13,13 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -128,16 +126,12 @@ def run() -> None:
                     found = json.loads(done.stdout.splitlines()[-1])
                     turns.append({"round": number, "head": head, "kind": kind, **found})
                     print(number, head, kind, [round(s, 2) for s in found["seconds"]], flush=True)
-    git = ["git", "-C", str(HERE)]
+    from provenance import provenance
+
     record = {
         "command": "python benchmarks/local_vs_split.py run",
         "config": CONFIG,
-        "commit": subprocess.run([*git, "rev-parse", "HEAD"], stdout=subprocess.PIPE, text=True).stdout.strip(),
-        "changed_files": subprocess.run(
-            [*git, "status", "--short", "../src"], stdout=subprocess.PIPE, text=True
-        ).stdout,
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "grpcio")},
-        "machine": f"{os.cpu_count()} cores, {_cpu_name()}, {platform.system()}",
+        **provenance("grpcio"),
         "turns": turns,
     }
     RESULT.parent.mkdir(exist_ok=True)
@@ -181,12 +175,6 @@ def table(record: dict[str, Any]) -> str:
     lines += ["", f"Traffic: {sent:.1f} KiB up and {received:.1f} KiB down a token. "]
     lines[-1] += f"Largest difference between the two arms' losses: {losses:.4f} nats/token."
     return "\n".join(lines)
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

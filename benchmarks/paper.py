@@ -23,14 +23,12 @@ import inspect
 import json
 import math
 import os
-import platform
 import random
 import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +36,7 @@ import kr
 import paper_tables
 import yaml
 from filelock import FileLock, Timeout
+from provenance import provenance
 
 HERE = Path(__file__).parent
 
@@ -310,10 +309,7 @@ def one(
         | cost
         | {
             "settings": settings,
-            "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
-            "commit": kr.git("rev-parse", "HEAD"),
-            "changed_files": kr.git("status", "--short", "../src"),
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+            **provenance(),
         }
     )
 
@@ -368,19 +364,7 @@ def train(
             checkpoint.with_suffix(".new").replace(checkpoint)
         if stopped:
             return None
-        if reviver:
-            reviver.before_step(step)
-        loss = model(**{name: value for name, value in made[step].items() if name != "rows"}).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in parameters.values() if p.grad is not None], 1.0)
-        if reviver:
-            reviver.before_update(optimizer)
-        optimizer.step()
-        if reviver:
-            reviver.after_update()
-        rate.step()
-        optimizer.zero_grad()
-        losses.append(round(loss.item(), 5))
+        losses.append(round(kr.take_step(model, made[step], step, optimizer, rate, reviver), 5))
     spent = spent + (model.meter - before)
     checkpoint.unlink(missing_ok=True)
     parts = ("adapter", "head", "embedding", "held", "cloud_forward", "cloud_backward")

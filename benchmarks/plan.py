@@ -13,10 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +77,12 @@ def run() -> dict[str, Any]:
                 }
             )
             print(found[-1], file=sys.stderr, flush=True)
-    git = ["git", "-C", str(RESULT.parent), "rev-parse", "HEAD"]
+    from provenance import provenance
+
     return {
         "model": "smollm2",
         "cases": found,
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "versions": {name: version(name) for name in ("dlora", "torch", "transformers", "peft", "grpcio")},
-        "commit": subprocess.run(git, stdout=subprocess.PIPE, text=True).stdout.strip(),
+        **provenance("grpcio"),
     }
 
 

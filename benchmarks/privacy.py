@@ -15,12 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -156,12 +153,11 @@ def save_result(found: dict[str, Any]) -> None:
     for part, values in found.items():
         for key, value in values.items():
             result.setdefault(part, {})[key] = value
-    git = ["git", "-C", str(RESULT.parent), "rev-parse", "HEAD"]
+    from provenance import provenance
+
     result |= {
         "config": CONFIG,
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "versions": {name: version(name) for name in ("dlora", "torch", "transformers", "peft", "trl")},
-        "commit": subprocess.run(git, stdout=subprocess.PIPE, text=True).stdout.strip(),
+        **provenance("trl"),
     }
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -15,14 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +158,7 @@ def speed(data: Path) -> dict[str, Any]:
 def one(stage: str, kind: str, data: Path) -> dict[str, Any]:
     """One finished run: what was measured, and with what."""
     import torch
-    from kr import git
+    from provenance import provenance
 
     torch.set_num_threads(1)
     found = {"server": lambda: server(kind), "train": lambda: train(kind, data), "speed": lambda: speed(data)}[stage]()
@@ -169,10 +167,7 @@ def one(stage: str, kind: str, data: Path) -> dict[str, Any]:
         | found
         | {
             "configuration": CONFIG,
-            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
-            "commit": git("rev-parse", "HEAD"),
-            "changed_files": git("status", "--short", "../src"),
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+            **provenance("bitsandbytes"),
         }
     )
 

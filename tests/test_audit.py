@@ -90,7 +90,7 @@ def watched(link: Any, model_for: Callable[[Any], SplitModel], rows: list[dict[s
         modules = [
             Module(name=name, site=site.index, module=index, A=a.detach().clone(), B=b.detach() * layer.scaling[one])
             for site in model.sites
-            for name, index, layer in zip(model.names(site), site.modules, site.layers, strict=True)
+            for name, index, layer in zip(site.names, site.modules, site.layers, strict=True)
             for one in layer.active_adapters
             for a, b in [(layer.lora_A[one].weight, layer.lora_B[one].weight)]
         ]

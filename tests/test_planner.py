@@ -25,6 +25,16 @@ def server(cloud_models: Callable[[str], Any], tokenizer: PreTrainedTokenizerFas
         yield running
 
 
+def predicted_and_run(settings: PlanSettings, link: Any) -> tuple[Any, Any, float]:
+    """Model, prediction and seconds of a step that was run, whose bytes and round trips are those predicted."""
+    model, found = plan(settings, link)
+    cost, seconds = check(settings, model)
+    assert found.sent_bytes == pytest.approx(cost.sent_bytes, rel=0.01)
+    assert found.received_bytes == pytest.approx(cost.received_bytes, rel=0.01)
+    assert found.round_trips == cost.round_trips
+    return model, found, seconds
+
+
 @pytest.mark.parametrize("wire", ["plain", "factored"])
 @pytest.mark.parametrize("wire_dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("sites", [None, 1, 5])
@@ -43,11 +53,7 @@ def test_bytes_and_round_trips_are_those_of_a_step(
         length=40,
         supervised=6,
     )
-    model, found = plan(settings, link)
-    cost, seconds = check(settings, model)
-    assert found.sent_bytes == pytest.approx(cost.sent_bytes, rel=0.01)
-    assert found.received_bytes == pytest.approx(cost.received_bytes, rel=0.01)
-    assert found.round_trips == cost.round_trips
+    model, found, seconds = predicted_and_run(settings, link)
     assert found.active_sites == (sites or len(model.sites))
     assert found.seconds > 0 and seconds > 0
     link.close()
@@ -71,11 +77,7 @@ def test_held_layers_are_planned(tmp_path: Path, first: int, last: int, layers: 
             length=40,
             supervised=6,
         )
-        model, found = plan(settings, link)
-        cost, _ = check(settings, model)
-        assert found.sent_bytes == pytest.approx(cost.sent_bytes, rel=0.01)
-        assert found.received_bytes == pytest.approx(cost.received_bytes, rel=0.01)
-        assert found.round_trips == cost.round_trips
+        predicted_and_run(settings, link)
         link.close()
 
 

@@ -158,9 +158,9 @@ def _serve(values: dict[str, Any]) -> int:
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from dlora.cloud import CloudModel, Limits
+    from dlora.cloud import Limits
     from dlora.identity import Identities
-    from dlora.load import load_model
+    from dlora.load import load_cloud
     from dlora.quantize import weight_bytes
     from dlora.server import Server
 
@@ -171,22 +171,14 @@ def _serve(values: dict[str, Any]) -> int:
         torch.set_num_threads(settings.threads)
     if settings.replicas:
         return _serve_replicas(settings)
-    try:
-        allowed = re.compile(settings.allow_modules)
-    except re.error as error:
-        raise UsageError(f"allow_modules: {settings.allow_modules!r} is no regular expression: {error}") from error
     print(f"loading {settings.model} ...", flush=True)
-    loaded = load_model(
+    cloud, loaded = load_cloud(
         settings.model,
         model_id=settings.model_id,
         device=settings.device,
         dtype=settings.dtype,
         quantize=settings.quantize,
-    )
-    cloud = CloudModel(
-        loaded.model,
-        model_id=loaded.model_id,
-        allowed=lambda name: allowed.search(name) is not None,
+        allow_modules=settings.allow_modules,
         limits=Limits(**_limits(settings)),
     )
     protection = _protection(settings)

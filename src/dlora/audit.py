@@ -465,7 +465,7 @@ def match_rows(link: Link, model: SplitModel, inverter: Inverter, site: int, x_N
     rows = [(row_N == row).nonzero()[:, 0] for row in row_N.unique()]
     guesses = inverter.candidates(x_ND, _CANDIDATES)
     seen: list[CloudView] = []
-    model.set_active([name for one in model.sites if one.index == site for name in model.names(one)])
+    model.set_active([name for one in model.sites if one.index == site for name in one.names])
     model.link = RecordingLink(link, lambda edge, cloud: seen.append(CloudView(edge, cloud)), training=False)
     model.eval()
     found_N = torch.zeros_like(row_N)

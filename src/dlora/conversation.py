@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -22,9 +22,9 @@ from dlora.errors import AdapterMissing, PeerError, PeerLost, WireError
 from dlora.held_layers import EdgeLayers
 from dlora.link import Link, Stream
 from dlora.proto import dlora_pb2 as pb
-from dlora.wire import content_hash, decode, encode, largest
+from dlora.wire import PROTOCOL_VERSION, content_hash, decode, encode, largest
 
-__all__ = ["ActiveSite", "Conversation", "Frozen", "Record", "Wait", "freeze"]
+__all__ = ["ActiveSite", "Conversation", "Frozen", "Record", "Wait", "begin", "freeze", "layer_flops", "product_of"]
 
 _PUT_BYTES: Final = 32 * 2**20  # frozen modules travel in messages of about this size
 _MOST_PUTS: Final = 3
@@ -65,13 +65,57 @@ class Frozen:
     hash: bytes
 
 
-def freeze(site: int, module: int, layer: LoraLayer) -> Frozen:
-    """The sum of a layer's active adapters as one frozen module, exact in float32."""
+def product_of(layer: LoraLayer) -> tuple[Tensor, Tensor]:
+    """A [R, in] and scaled B [out, R] of the sum of a layer's active adapters, detached, float32."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     a = torch.cat([layer.lora_A[name].weight.detach().float() for name in names])
     b = torch.cat([layer.lora_B[name].weight.detach().float() * layer.scaling[name] for name in names], dim=1)
+    return a, b
+
+
+def layer_flops(layer: LoraLayer, rows: int, *, training: bool, input_grad: bool, factored: bool = False) -> int:
+    """FLOPs of a layer's active adapters on so many rows."""
+    return sum(
+        adapter_flops(
+            rows,
+            layer.lora_A[name].in_features,
+            layer.r[name],
+            layer.lora_B[name].out_features,
+            training=training,
+            input_grad=input_grad,
+            factored=factored,
+        )
+        for name in layer.active_adapters
+        if name in layer.lora_A
+    )
+
+
+def freeze(site: int, module: int, layer: LoraLayer) -> Frozen:
+    """The sum of a layer's active adapters as one frozen module, exact in float32."""
+    a, b = product_of(layer)
     message = pb.FrozenModule(a=encode(a, pb.FP32), b=encode(b, pb.FP32))
     return Frozen(site, module, message, content_hash(message))
+
+
+def begin(
+    link: Link,
+    sites: Sequence[ActiveSite],
+    frozen: Sequence[Frozen],
+    held: EdgeLayers,
+    wire_dtype: pb.DType,
+    **fields: Any,
+) -> pb.Begin:
+    """The first frame of a stream: what is the same in training and generation, and `fields`."""
+    return pb.Begin(
+        protocol_version=PROTOCOL_VERSION,
+        fingerprint=link.description.fingerprint,
+        wire_dtype=wire_dtype,
+        sites=[pb.ActiveSite(site=site.index, modules=site.modules) for site in sites],
+        idle=[pb.IdleModule(site=one.site, module=one.module, hash=one.hash) for one in frozen],
+        edge_first=held.first,
+        edge_last=held.last,
+        **fields,
+    )
 
 
 @dataclass(frozen=True)
@@ -234,17 +278,9 @@ class Conversation:
             pb.EdgeFrame(deltas=pb.SiteDeltas(site=site.index, deltas=messages[:count], factors=messages[count:]))
         )
         for layer in site.layers:
-            for name in layer.active_adapters:
-                if name in layer.lora_A:
-                    self.meter.adapter_flops += adapter_flops(
-                        num_rows,
-                        layer.lora_A[name].in_features,
-                        layer.r[name],
-                        layer.lora_B[name].out_features,
-                        training=training,
-                        input_grad=wants,
-                        factored=self.factored,
-                    )
+            self.meter.adapter_flops += layer_flops(
+                layer, num_rows, training=training, input_grad=wants, factored=self.factored
+            )
 
     def site(self, index: int, *, done: bool) -> ActiveSite:
         """The active site that the cloud speaks of. Raises WireError if there is none or it was done before."""

@@ -32,10 +32,10 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from dlora.accounting import Meter, adapter_flops
+from dlora.accounting import Meter
 from dlora.adapter_config import checked_config, read_adapter_config
 from dlora.bottleneck import BottleneckConfig, make_bottleneck, save_bottleneck
-from dlora.conversation import ActiveSite, Conversation, Frozen, Wait, freeze
+from dlora.conversation import ActiveSite, Conversation, Frozen, Wait, begin, freeze, layer_flops
 from dlora.edge_sites import allowed_names, match_sites, shared_sites
 from dlora.errors import DLoRAError, ModelError, UsageError
 from dlora.held_layers import EdgeLayers, find_layers, layer_of, wrap_layers
@@ -46,7 +46,7 @@ from dlora.noise import Noise, fill_padding, is_right_padded
 from dlora.proto import dlora_pb2 as pb
 from dlora.sites import attention_flops, backward_flops, forward_flops
 from dlora.skeleton import build_skeleton, decoder_of, drop_stand_ins, held_layers_of
-from dlora.wire import PROTOCOL_VERSION, WIRE_DTYPES
+from dlora.wire import WIRE_DTYPES
 
 __all__ = [
     "SplitModel",
@@ -113,9 +113,13 @@ class SplitModel(PeftModelForCausalLM):
         """What is added to what leaves."""
         self.hide_lengths = False
         """Let right padding travel as other tokens of the batch and ask for every position's hidden state, so that
-        the cloud sees neither lengths nor which tokens have a label."""
+        masks tell neither lengths nor which tokens have a label; zero gradients still do, without noise on the tail.
+        Left padding and KV caches are as ever."""
         self.meter = Meter()
-        self.sites = match_sites(self, link.description, self.held)
+        self.sites, self._held_layers = match_sites(self, link.description, self.held)
+        self._held_sites = [
+            site for site in shared_sites(link.description) if not self.held.in_cloud(site.modules[0].layer)
+        ]
         self._request = _Request()
         self.idle: Idle = "drop"
         """What becomes of adapted modules that are not active."""
@@ -242,23 +246,21 @@ class SplitModel(PeftModelForCausalLM):
                 raise UsageError("a KV cache in the cloud keeps no gradients: use torch.no_grad(), or no cache")
             cache.bind(Conversation(self.link, self.meter, sites, wire_dtype, device, frozen=frozen, held=self.held))
             return cache.forward(new, self.retry)
-        begin = pb.Begin(
-            protocol_version=PROTOCOL_VERSION,
-            fingerprint=self.link.description.fingerprint,
-            wire_dtype=wire_dtype,
+        first = begin(
+            self.link,
+            sites,
+            frozen,
+            self.held,
+            wire_dtype,
             training=training,
             batch=new.keep_BT.shape[0],
-            sites=[pb.ActiveSite(site=site.index, modules=site.modules) for site in sites],
             factored=self.wire == "factored",
-            idle=[pb.IdleModule(site=one.site, module=one.module, hash=one.hash) for one in frozen],
             probe=self._probed() if training else [],
-            edge_first=self.held.first,
-            edge_last=self.held.last,
             wants_input_grad=wants_input_grad,
             **new.fields(wire_dtype),
         )
-        micro_batch = MicroBatch(self.link, self.retry, self.meter, begin, sites, device, frozen, self.held)
-        if begin.probe:
+        micro_batch = MicroBatch(self.link, self.retry, self.meter, first, sites, device, frozen, self.held)
+        if first.probe:
             micro_batch.on_probe = self._note_probe
         if not training:
             return micro_batch.forward()
@@ -316,7 +318,7 @@ class SplitModel(PeftModelForCausalLM):
 
     def _count_held(self, batch: int, length: int, past: int, *, training: bool) -> None:
         """FLOPs of held layers and of the LoRA modules in them; padding is computed too."""
-        sites = [site for site in shared_sites(self.link.description) if not self.held.in_cloud(site.modules[0].layer)]
+        sites = self._held_sites
         attention = attention_flops(self.config, batch, length, past)
         tokens, layers = batch * length, self.held.first + self.held.last
         self.meter.held_flops += forward_flops(sites, tokens) + attention * layers
@@ -335,16 +337,9 @@ class SplitModel(PeftModelForCausalLM):
         for site in trained:
             for one in site.modules:
                 if (layer := adapted.get(one.name)) is not None:
-                    for name in layer.active_adapters:
-                        if name in layer.lora_A:
-                            self.meter.adapter_flops += adapter_flops(
-                                tokens,
-                                layer.lora_A[name].in_features,
-                                layer.r[name],
-                                layer.lora_B[name].out_features,
-                                training=training,
-                                input_grad=site.index != lowest,
-                            )
+                    self.meter.adapter_flops += layer_flops(
+                        layer, tokens, training=training, input_grad=site.index != lowest
+                    )
 
     def _trains_below(self) -> bool:
         """Whether anything before the cloud's first layer is trained here."""
@@ -354,9 +349,9 @@ class SplitModel(PeftModelForCausalLM):
 
     def held_adapters(self) -> Iterator[tuple[str, LoraLayer]]:
         """LoRA layers inside held layers, those in use."""
-        for name, module in self.get_base_model().named_modules():
-            if isinstance(module, LoraLayer) and not self.held.in_cloud(layer_of(name)) and not module.disable_adapters:
-                yield name, module
+        for name, layer in self._held_layers.items():
+            if not layer.disable_adapters:
+                yield name, layer
 
     def _position_ids(self, position_ids: Tensor | None, batch: int, length: int) -> Tensor | None:
         if position_ids is None:
@@ -370,7 +365,7 @@ class SplitModel(PeftModelForCausalLM):
     @property
     def adapted_modules(self) -> list[str]:
         """Full names of all modules with an adapter, in the cloud's calling order."""
-        return [name for site in self.sites for name in self.names(site)]
+        return [name for site in self.sites for name in site.names]
 
     @property
     def active_modules(self) -> list[str]:
@@ -395,7 +390,7 @@ class SplitModel(PeftModelForCausalLM):
             )
         self._active, self.idle, self._frozen = active, idle, {}
         for site in self.sites:
-            for name, index, layer in zip(self.names(site), site.modules, site.layers, strict=True):
+            for name, index, layer in zip(site.names, site.modules, site.layers, strict=True):
                 if name in active:
                     continue
                 if idle == "drop":
@@ -411,7 +406,7 @@ class SplitModel(PeftModelForCausalLM):
 
     def _train_active_only(self) -> None:
         for site in self.sites:
-            for name, layer in zip(self.names(site), site.layers, strict=True):
+            for name, layer in zip(site.names, site.layers, strict=True):
                 wanted = self._active is None or name in self._active
                 for adapter in layer.active_adapters:
                     for modules in (layer.lora_A, layer.lora_B):
@@ -428,17 +423,13 @@ class SplitModel(PeftModelForCausalLM):
             if self._active is not None:
                 self._train_active_only()
 
-    def names(self, site: ActiveSite) -> list[str]:
-        """Full names of the adapted modules of a site."""
-        return list(site.names)
-
     def _active_sites(self) -> list[ActiveSite]:
         """What is exchanged now: active modules, idle ones too with idle="edge"; none in `disable_adapter()`."""
         active = []
         for site in self.sites:
             used = [
                 (module, layer, name)
-                for name, module, layer in zip(self.names(site), site.modules, site.layers, strict=True)
+                for name, module, layer in zip(site.names, site.modules, site.layers, strict=True)
                 if not layer.disable_adapters
                 and any(adapter in layer.lora_A for adapter in layer.active_adapters)
                 and (self._active is None or self.idle == "edge" or name in self._active)
@@ -455,7 +446,7 @@ class SplitModel(PeftModelForCausalLM):
         return [
             self._frozen[name]
             for site in self.sites
-            for name, layer in zip(self.names(site), site.layers, strict=True)
+            for name, layer in zip(site.names, site.layers, strict=True)
             if name in self._frozen and not layer.disable_adapters
         ]
 
@@ -516,7 +507,7 @@ class SplitModel(PeftModelForCausalLM):
         if isinstance(peft_config, BottleneckConfig) or isinstance(self.peft_config["default"], BottleneckConfig):
             raise UsageError("bottleneck adapters stand alone: load each on a model of its own")
         super().add_adapter(adapter_name, checked_config(peft_config), *args, **kwargs)
-        self.sites = match_sites(self, self.link.description, self.held)
+        self.sites, self._held_layers = match_sites(self, self.link.description, self.held)
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
         """Write a standard adapter folder. Unlike peft's own default this never asks a hub."""

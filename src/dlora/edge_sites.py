@@ -29,13 +29,15 @@ def shared_sites(description: pb.Description) -> list[Site]:
     ]
 
 
-def match_sites(model: PeftModel, description: pb.Description, held: EdgeLayers) -> tuple[ActiveSite, ...]:
-    """Pair every LoRA layer with the cloud's sites. Raises UsageError for layers the cloud cannot serve."""
-    layers = {
-        name: module
-        for name, module in model.get_base_model().named_modules()
-        if isinstance(module, LoraLayer) and held.in_cloud(layer_of(name))
-    }
+def match_sites(
+    model: PeftModel, description: pb.Description, held: EdgeLayers
+) -> tuple[tuple[ActiveSite, ...], dict[str, LoraLayer]]:
+    """Pair every LoRA layer with the cloud's sites; return those, and the layers that the edge runs itself, by name.
+
+    Raises UsageError for layers that the cloud cannot serve.
+    """
+    layers = {name: one for name, one in model.get_base_model().named_modules() if isinstance(one, LoraLayer)}
+    here = {name: layers.pop(name) for name in list(layers) if not held.in_cloud(layer_of(name))}
     in_series = is_series(model.peft_config["default"])
     sites = []
     inputs = shared_sites(description)
@@ -64,7 +66,7 @@ def match_sites(model: PeftModel, description: pb.Description, held: EdgeLayers)
             f"target module {next(iter(layers))} cannot be adapted from the edge: it is not a linear module of the "
             f"decoder that runs once for each token. This server allows: {allowed_names(description)}."
         )
-    return tuple(sites)
+    return tuple(sites), here
 
 
 def allowed_names(description: pb.Description) -> str:

@@ -10,6 +10,7 @@ Shapes: B batch, P cached tokens, T new tokens, D width, K kept positions.
 from __future__ import annotations
 
 import logging
+from functools import cached_property
 from typing import Any, Final
 
 import torch
@@ -17,11 +18,11 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from dlora.conversation import Conversation
+from dlora.conversation import Conversation, begin
 from dlora.errors import AdapterMissing, PeerLost, UsageError
 from dlora.link import RetryPolicy
 from dlora.proto import dlora_pb2 as pb
-from dlora.wire import PROTOCOL_VERSION, encode, pack_mask
+from dlora.wire import encode, pack_mask
 
 __all__ = ["CloudCache", "Pass"]
 
@@ -42,13 +43,24 @@ class Pass:
     def __init__(
         self, embeddings_BTD: Tensor, mask_BT: Tensor | None, position_ids_BT: Tensor | None, keep_BT: Tensor
     ) -> None:
-        attended_BT = torch.ones_like(keep_BT) if mask_BT is None else mask_BT.bool()
-        # A kept position that is padding needs what the model makes of padding: then all travel.
-        self.dense = bool((keep_BT & ~attended_BT).any())
-        rows_BT = torch.ones_like(attended_BT) if self.dense else attended_BT
-        self.entry_ND = embeddings_BTD[rows_BT.to(embeddings_BTD.device)]
-        self.embeddings_BTD, self.mask_BT = embeddings_BTD.detach(), mask_BT
+        self.embeddings_BTD, self.mask_BT = embeddings_BTD, mask_BT
         self.position_ids_BT, self.keep_BT = position_ids_BT, keep_BT
+
+    @cached_property
+    def attended_BT(self) -> Tensor:
+        """True for tokens, false for padding."""
+        return torch.ones_like(self.keep_BT) if self.mask_BT is None else self.mask_BT.bool()
+
+    @cached_property
+    def dense(self) -> bool:
+        """Everything travels: a kept position that is padding needs what the model makes of padding."""
+        return bool((self.keep_BT & ~self.attended_BT).any())
+
+    @cached_property
+    def entry_ND(self) -> Tensor:
+        """The rows that travel. Made on first use: what is only kept to be sent again needs none."""
+        rows_BT = torch.ones_like(self.attended_BT) if self.dense else self.attended_BT
+        return self.embeddings_BTD[rows_BT.to(self.embeddings_BTD.device)]
 
     def fields(self, wire_dtype: pb.DType) -> dict[str, Any]:
         """The fields that `Begin` and `Extend` share."""
@@ -99,8 +111,6 @@ class CloudCache(Cache):
         if not self._recording and self._past:
             self.close()
         self._recording = True
-        if self._local is not None:
-            self._local.activate_past_recording()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens: `-n` of them, as transformers has it."""
@@ -111,16 +121,9 @@ class CloudCache(Cache):
             )
         if tokens_to_remove == 0:
             return
-        if self._local is not None:
-            self._cut_local(-tokens_to_remove)
-        left = -tokens_to_remove
-        self._drop += left
-        while left:
-            last = self._past.pop()
-            stay = max(0, last.keep_BT.shape[1] - left)
-            left -= last.keep_BT.shape[1] - stay
-            if stay:
-                self._past.append(_cut(last, slice(None), slice(stay)))
+        self._drop -= tokens_to_remove
+        self._forget(-tokens_to_remove)
+        self._cut_local(self.get_seq_length())
         if not self._recording:
             self.close()
 
@@ -164,16 +167,18 @@ class CloudCache(Cache):
         if (extra := self.get_seq_length() - length) > 0:  # the cloud was through already
             self._forget(extra)
             self.close()
+        self._cut_local(length)
+
+    def _cut_local(self, length: int) -> None:
+        """Keep so many tokens, and unlike transformers' crop what is behind a window: a deeper cut may follow."""
         for layer in [] if self._local is None else self._local.layers:
             if (extra := layer.get_seq_length() - length) > 0:
-                _cut_layer(layer, extra)
-
-    def _cut_local(self, count: int) -> None:
-        for layer in [] if self._local is None else self._local.layers:
-            if layer.get_seq_length():
-                _cut_layer(layer, count)
+                layer.keys, layer.values = layer.keys[:, :, :-extra], layer.values[:, :, :-extra]
+                if isinstance(layer, DynamicSlidingWindowLayer):
+                    layer.cumulative_length -= extra
 
     def _forget(self, left: int) -> None:
+        """Take so many of the newest tokens from what could make the cloud's cache again."""
         while left:
             last = self._past.pop()
             stay = max(0, last.keep_BT.shape[1] - left)
@@ -262,7 +267,9 @@ class CloudCache(Cache):
             talk.meter.cloud_forward_flops += flops
             talk.meter.passes += 1
         # From here on the cloud has these tokens.
-        self._past.append(Pass(new.embeddings_BTD, new.mask_BT, new.position_ids_BT, torch.zeros_like(new.keep_BT)))
+        self._past.append(
+            Pass(new.embeddings_BTD.detach(), new.mask_BT, new.position_ids_BT, torch.zeros_like(new.keep_BT))
+        )
         self._last_length = (whole.keep_BT.shape[1] - 1) % step + 1
         if len(self._past) >= _JOIN_AT:
             self._past = [_joined(self._past)]
@@ -272,26 +279,17 @@ class CloudCache(Cache):
         return torch.cat(hidden)[sorted(range(len(positions)), key=positions.__getitem__)]
 
     def _begin(self, talk: Conversation, part: Pass, fields: dict[str, Any]) -> pb.Begin:
-        return pb.Begin(
-            protocol_version=PROTOCOL_VERSION,
-            fingerprint=talk.link.description.fingerprint,
-            wire_dtype=talk.wire_dtype,
+        return begin(
+            talk.link,
+            list(talk.sites.values()),
+            talk.frozen,
+            talk.held,
+            talk.wire_dtype,
             batch=part.keep_BT.shape[0],
-            sites=[pb.ActiveSite(site=site.index, modules=site.modules) for site in talk.sites.values()],
-            idle=[pb.IdleModule(site=one.site, module=one.module, hash=one.hash) for one in talk.frozen],
             cache_length=self._reserved,
             rollback=self._recording,
-            edge_first=talk.held.first,
-            edge_last=talk.held.last,
             **fields,
         )
-
-
-def _cut_layer(layer: Any, count: int) -> None:
-    """Unlike transformers' crop, keep what is behind the window: a deeper cut may follow."""
-    layer.keys, layer.values = layer.keys[:, :, :-count], layer.values[:, :, :-count]
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        layer.cumulative_length -= count
 
 
 def _slice_length(talk: Conversation, batch: int) -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from safetensors.torch import save_file
@@ -16,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from dlora import quantize as low_bit
 from dlora.cache import default_cache
+from dlora.cloud import CloudModel, Limits
 from dlora.errors import ModelError, UsageError
 
-__all__ = ["DEMO_MODEL", "DEMO_MODEL_ID", "DTYPES", "LoadedModel", "load_model"]
+__all__ = ["DEMO_MODEL", "DEMO_MODEL_ID", "DTYPES", "LoadedModel", "load_cloud", "load_model"]
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +91,22 @@ def load_model(
         log.warning("no tokenizer is served with %s: %s", name, _first_line(error))
         tokenizer = None
     return LoadedModel(model, tokenizer, model_id or (Path(source).resolve().name if Path(source).is_dir() else name))
+
+
+def load_cloud(name: str, *, allow_modules: str, limits: Limits, **options: Any) -> tuple[CloudModel, LoadedModel]:
+    """Load a model to serve; `options` are those of `load_model`, `allow_modules` a regular expression over full names.
+
+    Raises UsageError or ModelError with the reason.
+    """
+    try:
+        allowed = re.compile(allow_modules)
+    except re.error as error:
+        raise UsageError(f"allow_modules: {allow_modules!r} is no regular expression: {error}") from error
+    loaded = load_model(name, **options)
+    cloud = CloudModel(
+        loaded.model, model_id=loaded.model_id, allowed=lambda one: allowed.search(one) is not None, limits=limits
+    )
+    return cloud, loaded
 
 
 def _demo_file() -> Path:

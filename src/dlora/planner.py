@@ -70,7 +70,7 @@ def plan(settings: PlanSettings, link: Link) -> tuple[SplitModel, Prediction]:
         if not 1 <= settings.sites <= len(model.sites):
             raise UsageError(f"sites: got {settings.sites}, this adapter has {len(model.sites)}")
         chosen = [model.sites[int((i + 0.5) * len(model.sites) / settings.sites)] for i in range(settings.sites)]
-        model.set_active([name for site in chosen for name in model.names(site)])
+        model.set_active([name for site in chosen for name in site.names])
     return model, predict(settings, model)
 
 
@@ -149,7 +149,7 @@ def check(settings: PlanSettings, model: SplitModel) -> tuple[Meter, float]:
 
 def _active(model: SplitModel, site: ActiveSite) -> list[LoraLayer]:
     names = set(model.active_modules)
-    return [layer for name, layer in zip(model.names(site), site.layers, strict=True) if name in names]
+    return [layer for name, layer in zip(site.names, site.layers, strict=True) if name in names]
 
 
 def _measured_rtt(link: Link) -> float:

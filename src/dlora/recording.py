@@ -26,6 +26,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dlora.bottleneck import BottleneckConfig
+from dlora.conversation import product_of
 from dlora.edge import IGNORE, SplitModel
 from dlora.errors import UsageError, WireError
 from dlora.link import Link, Stream
@@ -342,11 +343,10 @@ def _modules(model: SplitModel) -> Iterator[Module]:
     if isinstance(model.peft_config["default"], BottleneckConfig):
         return  # not linear: there is no product to solve for
     for site in model.sites:
-        for name, index, layer in zip(model.names(site), site.modules, site.layers, strict=True):
+        for name, index, layer in zip(site.names, site.modules, site.layers, strict=True):
             active = [one for one in layer.active_adapters if one in layer.lora_A]
             if active and not layer.disable_adapters:
-                a = torch.cat([layer.lora_A[one].weight.detach().float() for one in active])
-                b = torch.cat([layer.lora_B[one].weight.detach().float() * layer.scaling[one] for one in active], dim=1)
+                a, b = product_of(layer)
                 yield Module(name=name, site=site.index, module=index, A=a.cpu().clone(), B=b.cpu().clone())
 
 

@@ -91,28 +91,21 @@ def _replica_class() -> Any:
         """A Ray actor that serves. Restarted by Ray it loads again, on a new port."""
 
         def __init__(self, settings: ReplicaSettings) -> None:
-            import re
-
             import torch
 
-            from dlora.cloud import CloudModel, Limits
-            from dlora.load import load_model
+            from dlora.cloud import Limits
+            from dlora.load import load_cloud
             from dlora.server import Server
 
             if settings.threads:
                 torch.set_num_threads(settings.threads)
-            loaded = load_model(
+            cloud, loaded = load_cloud(
                 settings.model,
                 model_id=settings.model_id,
                 device=settings.device,
                 dtype=settings.dtype,
                 quantize=settings.quantize,
-            )
-            allowed = re.compile(settings.allow_modules)
-            cloud = CloudModel(
-                loaded.model,
-                model_id=loaded.model_id,
-                allowed=lambda name: allowed.search(name) is not None,
+                allow_modules=settings.allow_modules,
                 limits=Limits(**settings.limits),
             )
 

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dlora.conversation import product_of
 from dlora.edge import SplitModel
 from dlora.errors import UsageError
 from dlora.held_layers import layer_of
@@ -40,7 +41,7 @@ def units_of(model: SplitModel, kind: str) -> list[Unit]:
     """The units of a model's adapter, in the cloud's calling order."""
     found = []
     for site in model.sites:
-        names = model.names(site)
+        names = site.names
         layer = layer_of(names[0])
         if kind == "site":
             found.append(Unit(f"site {site.index}: {', '.join(names)}", tuple(names), layer))
@@ -54,7 +55,7 @@ def costs_of(model: SplitModel, kind: Any = "bytes", tokens: int = 512, supervis
     sites = []
     for site in model.sites:
         added = {}
-        for name, layer in zip(model.names(site), site.layers, strict=True):
+        for name, layer in zip(site.names, site.layers, strict=True):
             rank = sum(layer.r[adapter] for adapter in layer.active_adapters if adapter in layer.r)
             out = layer.out_features
             added[name] = out if model.wire == "plain" else max(1, round(rank * (1 + out / tokens)))
@@ -82,7 +83,7 @@ class KillReviver:
         self.units = units_of(model, config.unit)
         self.costs = costs_of(model, config.cost)
         self.layers: dict[str, LoraLayer] = {
-            name: layer for site in model.sites for name, layer in zip(model.names(site), site.layers, strict=True)
+            name: layer for site in model.sites for name, layer in zip(site.names, site.layers, strict=True)
         }
         self.weight_norms = {
             module.name: module.weight_norm for site in model.link.description.sites for module in site.modules
@@ -197,7 +198,7 @@ class KillReviver:
         for name in sorted(killed):
             self.since.pop(name, None)
             self.warming.pop(name, None)
-            trained = any(float(_factors(layer)[1].abs().max()) > 0 for layer in self._layers(name))
+            trained = any(float(product_of(layer)[1].abs().max()) > 0 for layer in self._layers(name))
             if self.config.idle == "drop" and self.config.drop_steps and trained:
                 self.fading[name] = self.config.drop_steps
         self.active = decision.active
@@ -233,12 +234,12 @@ class KillReviver:
             names = {(s.index, i): one for s in self.model.sites for i, one in zip(s.modules, s.names, strict=True)}
             return sum(size for key, size in squares.items() if names[key] in wanted)
         if kind == "magnitude":
-            return sum(_product_norm(*_factors(layer)) ** 2 for _, layer in layers) ** 0.5
+            return sum(_product_norm(*product_of(layer)) ** 2 for _, layer in layers) ** 0.5
         old, new = self._snapshot, self._weights()
         if kind == "relative":
             total = 0.0
             for module, layer in layers:
-                change = _change_norm(old[f"{module}.A"], old[f"{module}.B"], *_factors(layer))
+                change = _change_norm(old[f"{module}.A"], old[f"{module}.B"], *product_of(layer))
                 total += (change / max(self.weight_norms[module], 1e-12)) ** 2
             return total**0.5
         keys = [f"{module}.{factor}" for module, _ in layers for factor in "AB"]
@@ -260,7 +261,7 @@ class KillReviver:
         """Copies of A and scaled B of every module."""
         found = {}
         for name, layer in self.layers.items():
-            a, b = _factors(layer)
+            a, b = product_of(layer)
             found[f"{name}.A"], found[f"{name}.B"] = a.clone(), b.clone()
         return found
 
@@ -331,14 +332,6 @@ class KillReviver:
         except (OSError, ValueError) as error:
             raise UsageError(f"{folder} holds no state of Kill and Revive: {error}") from error
         self.load_state_dict(state, snapshot)
-
-
-def _factors(layer: LoraLayer) -> tuple[Tensor, Tensor]:
-    """A [R, in] and scaled B [out, R] of a layer's active adapters, detached."""
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    a = torch.cat([layer.lora_A[name].weight.detach() for name in names])
-    b = torch.cat([layer.lora_B[name].weight.detach() * layer.scaling[name] for name in names], dim=1)
-    return a, b
 
 
 def _product_norm(a: Tensor, b: Tensor) -> float:

@@ -245,27 +245,17 @@ def _stop_on_signals(trainer: SplitTrainer) -> Iterator[None]:
 
 
 def _build_model(settings: TrainSettings, link: Link) -> SplitModel:
-    retry = RetryPolicy(give_up_after_s=settings.give_up_after_s)
+    options: dict[str, Any] = {
+        "wire": settings.wire,
+        "wire_dtype": settings.wire_dtype,
+        "retry": RetryPolicy(give_up_after_s=settings.give_up_after_s),
+        "device": settings.device,
+        "edge_layers": settings.edge_layers,
+    }
     if settings.adapter is not None:
-        model = load_adapter(
-            link,
-            settings.adapter,
-            wire=settings.wire,
-            wire_dtype=settings.wire_dtype,
-            retry=retry,
-            device=settings.device,
-            edge_layers=settings.edge_layers,
-        )
+        model = load_adapter(link, settings.adapter, **options)
     else:
-        model = get_peft_model(
-            link,
-            _config(settings),
-            wire=settings.wire,
-            wire_dtype=settings.wire_dtype,
-            retry=retry,
-            device=settings.device,
-            edge_layers=settings.edge_layers,
-        )
+        model = get_peft_model(link, _config(settings), **options)
     model.head_positions = "supervised"
     model.noise = Noise(entry=settings.noise_entry, tail=settings.noise_tail, clip=settings.noise_clip)
     model.hide_lengths = settings.pad_to > 0
