@@ -253,7 +253,7 @@ def one(spec: dict[str, Any], link: Any, tokenizer: Any, data: Path) -> dict[str
 
     import dlora
     from dlora.kill_revive import from_options
-    from dlora.reviver import KillReviver, costs_of
+    from dlora.reviver import KillReviver
 
     targets, rank, wire, options, _ = ARMS[spec["arm"]]
     rows = read(data, spec["task"], "train")
@@ -274,11 +274,8 @@ def one(spec: dict[str, Any], link: Any, tokenizer: Any, data: Path) -> dict[str
     if options is not None:
         options = dict(options)
         preset = options.pop("preset", "on")
-        if share := options.pop("share_of_ft", None):  # of FT's bytes on q, k, v, as a share of this arm's own FT
-            torch.manual_seed(0)
-            qkv = LoraConfig(r=8, target_modules=QKV, task_type="CAUSAL_LM")
-            budget = share * elements(costs_of(dlora.get_peft_model(link, qkv))) / elements(costs_of(model))
-            options["budget"] = min(1.0, budget)
+        if share := options.pop("share_of_ft", None):
+            options["budget"] = budget(model, share)
         reviver = KillReviver(model, from_options(preset, options | {"seed": spec["seed"]}), STEPS)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=spec["learning_rate"], weight_decay=0.0
@@ -340,6 +337,19 @@ def sets(reviver: Any) -> list[list[Any]]:
         if record.active:
             found.setdefault(record.step, []).append(numbers[record.unit])
     return [[step, sorted(units)] for step, units in sorted(found.items())]
+
+
+def budget(model: Any, share: float) -> float:
+    """A share of the bytes of FT on q, k, v over the plain wire, as a share of those of all of this model's modules."""
+    import torch
+    from peft import LoraConfig
+
+    import dlora
+    from dlora.reviver import costs_of
+
+    torch.manual_seed(0)
+    full = dlora.get_peft_model(model.link, LoraConfig(r=8, target_modules=QKV, task_type="CAUSAL_LM"))
+    return min(1.0, share * elements(costs_of(full)) / elements(costs_of(model)))
 
 
 def elements(costs: Any) -> int:

@@ -36,6 +36,7 @@ import kr
 import paper_tables
 import yaml
 from filelock import FileLock, Timeout
+from paper_data import as_text
 from provenance import provenance
 
 HERE = Path(__file__).parent
@@ -49,8 +50,9 @@ class Config:
     """Name -> `id` (hub id, folder or smollm2) and `targets`: names, or names by kind, {lora: [...], series: [...]}"""
     tasks: list[str]
     arms: dict[str, dict[str, Any]]
-    """Name -> kind (none, lora, series, parallel), r, learning_rate, `kr`: options of Kill and Revive or its preset,
-    `beside`: the arm to compare with"""
+    """Name -> kind (none, lora, series, parallel), r, learning_rate, `kr`: options of Kill and Revive or its preset
+    (`share_of_ft`: a budget in bytes of training all of q, k, v on the plain wire), `beside`: the arm to compare with,
+    and where they are not the config's: targets, wire, quantize"""
     runs: list[dict[str, Any]]
     """Groups of arms, with tasks, models and seeds where not all are meant"""
     personal: list[dict[str, Any]] = field(default_factory=list)
@@ -67,6 +69,8 @@ class Config:
     quantize: str = "none"
     """none, int8, int4, nf4: bits of the base's linear weights"""
     wire_dtype: str = "fp16"
+    form: str = "label"
+    """label: the model picks an option by its number, as in LLM-Adapters; text: by the option's own words"""
     checkpoint_steps: int = 20
     hub: bool = False
     """Fetch tasks that FOLDER lacks from the hub first"""
@@ -76,6 +80,8 @@ class Config:
         """Raises ValueError for what cannot work."""
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("config: want either `steps` or `epochs`")
+        if self.form not in ("label", "text"):
+            raise ValueError(f"config: form {self.form!r}, want label or text")
         for group in self.runs + self.personal:
             for kind, known in (("arms", self.arms), ("models", self.models)):
                 if unknown := set(group.get(kind, ())) - set(known):
@@ -114,7 +120,10 @@ def specs(config: Config) -> list[dict[str, Any]]:
                             continue  # nothing is drawn by lot, and no user is told apart
                         spec = {"model": model, "task": task, "arm": arm, "seed": seed}
                         spec["settings"] = {name: getattr(config, name) for name in common}
+                        spec["settings"] |= {"quantize": options.pop("quantize", config.quantize)}
                         spec["settings"] |= {"model": config.models[model], "arm": options}
+                        if config.form != "label":
+                            spec["settings"]["form"] = config.form
                         found.setdefault(key(spec), spec)
     return list(found.values())
 
@@ -172,9 +181,15 @@ def base_task(user: str) -> str:
     return user.partition("[")[0]
 
 
-def training_rows(data: Path, user: str) -> list[dict[str, Any]]:
+def read(data: Path, task: str, part: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a task in the form that the config asks for."""
+    rows = kr.read(data, task, part)
+    return [as_text(row) for row in rows] if settings.get("form") == "text" else rows
+
+
+def training_rows(data: Path, user: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of a task, or of one user's share of them."""
-    rows = kr.read(data, base_task(user), "train")
+    rows = read(data, base_task(user), "train", settings)
     share = re.fullmatch(r"\w+\[(\d+)/(\d+)\]", user)
     return rows[int(share[1]) :: int(share[2])] if share else rows
 
@@ -182,7 +197,7 @@ def training_rows(data: Path, user: str) -> list[dict[str, Any]]:
 def training_batches(spec: dict[str, Any], data: Path, tokenizer: Any) -> list[dict[str, Any]]:
     """All batches of a run: for several users the same number of rows of each."""
     settings, users = spec["settings"], spec["task"].split("+")
-    shares = [training_rows(data, user) for user in users]
+    shares = [training_rows(data, user, settings) for user in users]
     size = settings["batch_size"]
     if settings["steps"]:
         steps = settings["steps"] * len(users)
@@ -237,7 +252,7 @@ def measure(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> dict[str,
         questions = [(row["prompt"], [" " + choice for choice in row["choices"]]) for row in chosen]
         for row, scores in zip(chosen, choice_scores(model, tokenizer, questions), strict=True):
             right += row["choices"][scores.index(max(scores))] == row["answer"]
-    answers = [row["answer"] for row in rows]
+    answers = [row["choices"].index(row["answer"]) for row in rows]
     majority = max(answers.count(answer) for answer in set(answers)) / len(rows)
     return {"accuracy": right / len(rows), "rows": len(rows), "eval_loss": None, "majority": majority}
 
@@ -273,16 +288,17 @@ def one(
     targets, kind = settings["model"]["targets"], arm["kind"]
     if isinstance(targets, dict):
         targets = targets.get(kind, targets["lora"])
+    targets = arm.get("targets", targets)
     torch.manual_seed(spec["seed"])
     rank = arm.get("r", 8)
     if kind in ("series", "parallel"):
         adapter: Any = dlora.BottleneckConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM", kind=kind)
     else:
         adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
-    model = dlora.get_peft_model(link, adapter, wire_dtype=settings["wire_dtype"])
+    model = dlora.get_peft_model(link, adapter, wire=arm.get("wire", "plain"), wire_dtype=settings["wire_dtype"])
     model.head_positions = "supervised"
     held = {
-        task: kr.read(data, task, "eval")[: settings["eval_rows"]]
+        task: read(data, task, "eval", settings)[: settings["eval_rows"]]
         for task in dict.fromkeys(map(base_task, spec["task"].split("+")))
     }
     cost: dict[str, Any] = {}
@@ -295,6 +311,8 @@ def one(
         if options is not None:
             options = dict(options)
             preset = options.pop("preset", "on")
+            if share := options.pop("share_of_ft", None):
+                options["budget"] = kr.budget(model, share)
             reviver = KillReviver(model, from_options(preset, {"seed": spec["seed"]} | options), len(made))
         trained = train(model, made, reviver, arm["learning_rate"], folder / f"{digest(spec)}.pt", config, stop)
         if trained is None:

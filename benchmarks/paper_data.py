@@ -70,6 +70,33 @@ def instruction_row(task: str, row: dict[str, Any]) -> dict[str, Any]:
     return {"instruction": text, "choices": choices, "answer": choices[right]}
 
 
+def as_text(row: dict[str, Any]) -> dict[str, Any]:
+    """The same question with the options' own texts as continuations instead of their numbers.
+
+    ARC, OpenBookQA, PIQA and Social IQa become "Question: ... Answer:", a sentence to complete stands by itself, and
+    where there is a blank the continuation starts there. What has no numbered options (BoolQ) stays as it is. Raises
+    ValueError for an instruction of another form.
+    """
+    word = row["choices"][0].rstrip("0123456789")
+    if word == row["choices"][0]:
+        return row
+    lead, _, rest = row["instruction"].rpartition("Answer format:")[0].partition(": ")
+    marks = [f"{word.capitalize()}{number}: " for number in range(1, len(row["choices"]) + 1)]
+    starts = [rest.find(mark) for mark in marks]
+    if starts[0] < 0 or starts != sorted(starts):
+        raise ValueError(f"no options {marks} in {row['instruction'][:200]!r}")
+    ends = [*starts[1:], len(rest)]
+    texts = [rest[a + len(mark) : b].strip() for a, b, mark in zip(starts, ends, marks, strict=True)]
+    prompt = rest[: starts[0]].strip()
+    if "blank" in lead:
+        prompt, _, behind = prompt.partition("_")
+        prompt, texts = f"Sentence: {prompt}".rstrip(), [text + behind for text in texts]
+    elif "sentence" not in lead:
+        prompt = f"Question: {prompt}\nAnswer:"
+    answer = texts[row["choices"].index(row["answer"])]
+    return row | {"prompt": prompt, "completion": " " + answer, "choices": texts, "answer": answer}
+
+
 def fetch(data: Path, tasks: list[str]) -> None:
     """Write the files that `data` lacks."""
     for task in tasks:

@@ -1,22 +1,29 @@
 """Decoder layers on the edge: the same losses, gradients and tokens as with all of them in the cloud."""
 
 import copy
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from conftest import FAMILIES, adapter, batches, lora, make_base, make_local, make_split
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from test_accounting import FlopCount
+from transformers import AutoModelForCausalLM
 
 import dlora
 from dlora.cloud import CloudModel, Limits
+from dlora.conversation import Conversation
 from dlora.embedded import InProcessLink
 from dlora.errors import ModelError, PeerError, UsageError
+from dlora.inference import Continuing
 from dlora.server import Server
+from dlora.skeleton import drop_stand_ins
 
 SPLITS = [(1, 0), (0, 1), (1, 1), (2, 0)]
 
@@ -195,3 +202,168 @@ def test_layers_that_share_more_are_refused() -> None:
     layers[2].register_forward_pre_hook(lambda module, args: (args[0] + seen[-1],))
     with pytest.raises(ModelError, match="share more than hidden states"):
         CloudModel(copy.deepcopy(base), model_id="x", limits=Limits(edge_first=1))
+
+
+@pytest.mark.parametrize(("limits", "half"), [((2, 0), "the first 1 and the last 0 .* cloud's"), ((0, 1), "edge's")])
+def test_every_border_is_checked_on_both_halves(limits: tuple[int, int], half: str) -> None:
+    """Where layer 2 needs layer 0's output, they may not be in different halves, at no border that is allowed."""
+    base = make_base("llama")
+    seen: list[torch.Tensor] = []
+    base.model.layers[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    base.model.layers[2].register_forward_pre_hook(lambda module, args: (args[0] + seen[-1],))
+    with pytest.raises(ModelError, match=half):
+        CloudModel(base, model_id="x", limits=Limits(edge_first=limits[0], edge_last=limits[1]))
+
+
+def test_a_cache_belongs_to_the_adapters_of_held_layers_too(held: Any) -> None:
+    """Keys and values made with an adapter in a held layer are not continued without it, nor with another."""
+    model = held("llama", (1, 0), lora(layers_to_transform=[0])).eval()
+    ids = torch.randint(5, 300, (1, 6), generator=torch.Generator().manual_seed(5))
+    cache = dlora.CloudCache()
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        with pytest.raises(UsageError, match="filled with other adapters"), model.disable_adapter():
+            model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+        assert cache.get_seq_length() == 6
+        model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)  # nothing was lost by what was refused
+
+
+class _Lying:
+    """A link whose description or files are not what the cloud has."""
+
+    def __init__(self, link: InProcessLink, folder: Path | None = None, **layers: Any) -> None:
+        self.link, self.folder = link, folder
+        self.description = type(link.description)()
+        self.description.CopyFrom(link.description)
+        for name, value in layers.items():
+            setattr(self.description.layers, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.link, name)
+
+    def layer_files(self, names: Any) -> Path:
+        return self.folder or self.link.layer_files(names)
+
+
+@pytest.fixture
+def honest() -> Iterator[InProcessLink]:
+    limits = Limits(edge_first=1, edge_last=1)
+    with closing(InProcessLink(CloudModel(make_base("llama"), model_id="llama", limits=limits))) as link:
+        yield link
+
+
+@pytest.mark.parametrize("file", ["layer-0000.safetensors", "decoder.safetensors"])
+@pytest.mark.parametrize("harm", ["lacks one", "other layer", "integers", "shape", "noise", "nothing"])
+def test_layer_files_that_do_not_fit_are_refused(honest: InProcessLink, tmp_path: Path, file: str, harm: str) -> None:
+    """A cloud's word about its files is not trusted: one that is not whole is an error that names the file."""
+    folder = tmp_path / "files"
+    shutil.copytree(honest.layer_files([]), folder)
+    weights = load_file(folder / file)
+    name, value = next((n, v) for n, v in weights.items() if n.endswith("weight"))
+    if harm == "lacks one":
+        weights.pop(name)
+    elif harm == "other layer":
+        weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(1)
+    elif harm == "integers":
+        weights[name] = value.long()
+    elif harm == "shape":
+        weights[name] = value[:1].clone()
+    save_file(weights, folder / file)
+    if harm in ("noise", "nothing"):
+        (folder / file).write_bytes(b"\x07" * 40 if harm == "noise" else b"")
+    with pytest.raises(ModelError, match=f"{file} from in process does not fit"):
+        make_split(_Lying(honest, folder), lora(), edge_layers=(1, 1))
+
+
+@pytest.mark.parametrize("split", [(1, 0), (0, 1)])
+def test_a_cloud_that_misnames_outputs_is_found_out(honest: InProcessLink, split: tuple[int, int]) -> None:
+    """A layer's output taken for a tuple, or the reverse, is DLoRA's own error and no wrong result."""
+    wrong = not honest.description.layers.in_tuple
+    model = make_split(_Lying(honest, in_tuple=wrong), lora(), edge_layers=split)
+    with pytest.raises(ModelError, match="does not fit this architecture"):
+        model(**batches()[0])
+
+
+def test_gradients_of_held_layers_are_checked(honest: InProcessLink, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finite but senseless values of a cloud must not become an update of an adapter that autograd reaches."""
+    model = make_split(honest, lora(layers_to_transform=[0]), edge_layers=(1, 0))
+    decode = Conversation.decode
+
+    def huge(self: Any, message: Any, shape: Any, what: str) -> torch.Tensor:
+        found = decode(self, message, shape, what)
+        return torch.full_like(found, 3e38) if what == "gradient of the cloud's input" else found
+
+    monkeypatch.setattr(Conversation, "decode", huge)
+    with pytest.raises(PeerError, match=r"a gradient of .*layers\.0\..* is not finite"):
+        model(**batches()[0]).loss.backward()
+
+
+def test_small_weights_are_no_stand_ins() -> None:
+    """Dropping what has no memory must not drop a real weight of a few bytes."""
+    module = torch.nn.Module()
+    module.real = torch.nn.Parameter(torch.ones(2))
+    module.stand_in = torch.nn.Parameter(torch.zeros(1).expand(3, 2), requires_grad=False)
+    drop_stand_ins(module)  # type: ignore[arg-type]
+    assert module.real.tolist() == [1, 1] and module.stand_in.numel() == 0
+
+
+@pytest.fixture(scope="module")
+def sliding() -> Iterator[tuple[Any, InProcessLink]]:
+    """A Gemma with a window of 6 in its first and last layer, which the edge holds."""
+    config = copy.deepcopy(FAMILIES["gemma3"][0])
+    config.sliding_window = 6
+    config.layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config).eval()
+    cloud = CloudModel(copy.deepcopy(base), model_id="sliding", limits=Limits(edge_first=1, edge_last=1))
+    with closing(InProcessLink(cloud)) as link:
+        yield base, link
+
+
+def pair(sliding: tuple[Any, InProcessLink]) -> tuple[Any, Any]:
+    """The split model and the local one."""
+    torch.manual_seed(1)
+    local = peft.get_peft_model(copy.deepcopy(sliding[0]), lora("gemma3")).eval()
+    return make_split(sliding[1], lora("gemma3"), edge_layers=(1, 1)).eval(), local
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}])
+def test_held_windows_give_local_tokens(sliding: Any, options: dict[str, Any]) -> None:
+    """A held layer with a sliding window, full by then, keeps, reorders and takes back what local peft's does."""
+    split, local = pair(sliding)
+    ids = torch.randint(5, 30, (1, 13), generator=torch.Generator().manual_seed(4))
+    options = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0} | options
+    assert split.generate(ids, **options).tolist() == local.generate(ids, **options).tolist()
+
+
+def test_turns_go_back_behind_a_held_window(sliding: Any) -> None:
+    """A kept cache is taken back farther than the window of a held layer, and answers as a fresh one does."""
+    split, local = pair(sliding)
+    talk, base = Continuing(split), torch.randint(5, 300, (1, 20), generator=torch.Generator().manual_seed(6))
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    for same in (20, 16, 9, 3, 20):
+        ids = torch.cat([base[:, :same], torch.full((1, 2), 7 + same)], dim=1)
+        got = talk.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        want = local.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        assert got.tolist() == want.tolist(), same
+    talk.close()
+
+
+def test_a_pass_that_fails_above_the_cloud_leaves_both_caches(sliding: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a held layer fails after the cloud was through, the same tokens can be given again."""
+    split, _ = pair(sliding)
+    ids = torch.randint(5, 300, (1, 12), generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        want = split(input_ids=ids, use_cache=True, past_key_values=dlora.CloudCache()).logits
+        cache = dlora.CloudCache()
+        cache.activate_past_recording()
+        split(input_ids=ids[:, :9], use_cache=True, past_key_values=cache)
+        norm = split.get_base_model().model.layers[2].post_feedforward_layernorm
+        forward = norm.forward
+        monkeypatch.setattr(norm, "forward", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            split(input_ids=ids[:, 9:], use_cache=True, past_key_values=cache)
+        assert cache.get_seq_length() == 9
+        monkeypatch.setattr(norm, "forward", forward)
+        got = split(input_ids=ids[:, 9:], use_cache=True, past_key_values=cache).logits
+    torch.testing.assert_close(got, want[:, 9:], rtol=1e-4, atol=1e-5)

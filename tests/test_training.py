@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 import dlora
 from dlora import training
 from dlora.__main__ import main
-from dlora.cloud import CloudModel
+from dlora.cloud import CloudModel, Limits
 from dlora.embedded import InProcessLink
 from dlora.errors import DataError, DivergedError, UsageError
 from dlora.server import Server
@@ -433,3 +434,56 @@ def test_serve_command_stops_cleanly(model_folder: Path) -> None:
         timer.cancel()
     text = "".join(lines)
     assert "tiny-llama" in text and "21 modules at 12 sites" in text and "stopping" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pad_to": 512}, "512 with pad_to 512; this server takes sequences of up to 256"),
+        ({"batch_size": 24, "pad_to": 256}, "6144 tokens and this server takes 4096 a micro-batch"),
+        (
+            {"eval_batch_size": 24, "pad_to": 256, "eval_data": True, "keep_best": False},
+            "6144 tokens and this server takes 4096",
+        ),
+    ],
+)
+def test_what_the_server_would_refuse_is_refused_before_the_first_step(
+    tokenizer: PreTrainedTokenizerFast, data: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """Padding or batches over the server's limits end a run before it begins, not at the first long row."""
+    cloud = CloudModel(make_base("llama"), model_id="small", limits=Limits(max_length=256, max_tokens=4096))
+    with closing(InProcessLink(cloud, tokenizer)) as link:
+        if "eval_data" in changes:
+            changes = changes | {"eval_data": str(data)}
+        with pytest.raises(UsageError, match=message):
+            train(settings(data, tmp_path / "run", **changes), link)
+
+
+def test_recording_goes_on_where_the_checkpoint_was(
+    link: InProcessLink, data: Path, tmp_path: Path, interrupt_at: Callable[..., None]
+) -> None:
+    """A resumed recording has the micro-batches of one never stopped, also after an epoch's shorter last step."""
+    # An epoch has 12 micro-batches: 5, 5 and 2.
+    options = {"gradient_accumulation_steps": 5, "epochs": 2.0, "record": 24, "save_steps": 1}
+    interrupt_at(None)
+    train(settings(data, tmp_path / "whole", **options), link)
+    interrupt_at(3)
+    train(settings(data, tmp_path / "run", **options), link)
+    interrupt_at(None)
+    train(settings(data, tmp_path / "run", resume=True, **options), link)
+    whole, again = (tmp_path / name / "recording" for name in ("whole", "run"))
+    files = sorted(file.name for file in whole.iterdir())
+    assert files == sorted(file.name for file in again.iterdir()) and len(files) == 4 * 24
+    for file in (file for file in files if file.endswith((".edge", ".safetensors"))):  # .cloud: with the time it took
+        assert (whole / file).read_bytes() == (again / file).read_bytes(), file
+
+
+def test_a_recording_that_comes_too_late_says_so(
+    link: InProcessLink, data: Path, tmp_path: Path, interrupt_at: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run that is resumed behind what is to be recorded does not leave its user without a word."""
+    interrupt_at(2)
+    train(settings(data, tmp_path / "run", record=2), link)
+    interrupt_at(None)
+    train(settings(data, tmp_path / "run", record=2, resume=True), link)
+    assert "nothing is recorded: the checkpoint is 6 micro-batches into the run" in caplog.text

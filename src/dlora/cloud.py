@@ -16,7 +16,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -28,7 +28,7 @@ from transformers.cache_utils import DynamicLayer
 from dlora.adapter_store import AdapterStore
 from dlora.errors import AdapterMissing, ModelError, UsageError, WireError
 from dlora.exchange import Pipe, Plan, Step, current_step
-from dlora.held_layers import EdgeLayers, find_layers, first_output, wrap_layers
+from dlora.held_layers import EdgeLayers, LayerRunner, find_layers, first_output, wrap_layers
 from dlora.proto import dlora_pb2 as pb
 from dlora.quantize import give_back, quantization
 from dlora.sites import Site, attention_flops, backward_flops, forward_flops, output_sites, trace
@@ -477,6 +477,7 @@ class CloudModel:
     def _install_layers(self, ids_BT: Tensor) -> None:
         """Find the decoder's layers, and let edges hold some where the provider allows it. Raises ModelError."""
         self.num_layers, self.layer_width, self.layers_in_tuple = 0, 0, False
+        self._mirror: LayerRunner | None = None  # while the load checks what an edge's half would do
         count = int(self.model.config.get_text_config().num_hidden_layers)
         first, last = self.limits.edge_first, self.limits.edge_last
         layers = find_layers(self.decoder, count)
@@ -494,37 +495,58 @@ class CloudModel:
             self.decoder(inputs_embeds=self.embedding(ids_BT), use_cache=False)
         self.layers_in_tuple, self.layer_width = isinstance(seen[0], tuple), first_output(seen[0]).shape[-1]
 
-        def runner() -> Step | None:
+        def runner() -> LayerRunner | None:
+            if self._mirror is not None:
+                return self._mirror
             step = current_step()
             return step if step is not None and step.plan.held else None
 
         wrap_layers(layers, runner, self.layers_in_tuple)
 
     def _check_layers(self, ids_BT: Tensor) -> None:
-        """Compare the layers that stay with those of the whole model: some decoders pass more than hidden states on."""
-        held = EdgeLayers(self.limits.edge_first, self.limits.edge_last, self.num_layers)
+        """Compare both halves with the whole model: some decoders pass more than hidden states from layer to layer.
+
+        Every border is tried, from below and from above, and the two farthest ones together.
+        """
+        first, last = self.limits.edge_first, self.limits.edge_last
         layers = find_layers(self.decoder, self.num_layers)
-        if not held or layers is None:
+        if not (first or last) or layers is None:
             return
-        seen: list[Tensor] = []
-        with (
-            layers[held.first].register_forward_pre_hook(lambda module, args: seen.append(args[0])),
-            layers[held.end - 1].register_forward_hook(lambda module, args, out: seen.append(first_output(out))),
-            torch.no_grad(),
-        ):
-            self.decoder(inputs_embeds=self.embedding(ids_BT), use_cache=False)
-        entry, want = (one.reshape(ids_BT.numel(), self.layer_width) for one in seen)
-        answers = _ZeroEdge()
+        entries: list[Tensor] = []
+        ends: list[Tensor] = []
+
+        def decode_all() -> Tensor:
+            output: Tensor = self.decoder(inputs_embeds=self.embedding(ids_BT), use_cache=False).last_hidden_state
+            return output
+
+        with ExitStack() as hooks, torch.no_grad():
+            for layer in layers:
+                hooks.enter_context(layer.register_forward_pre_hook(lambda _, args: entries.append(args[0])))
+                hooks.enter_context(layer.register_forward_hook(lambda _, args, out: ends.append(first_output(out))))
+            whole = decode_all()
         plan = self._probe_plan(ids_BT, None, training=False)
-        active = tuple(one for one in plan.active if held.in_cloud(one[0].modules[0].layer))
-        self.run(dataclasses.replace(plan, held=held, active=active, embeddings=encode(entry, pb.FP32)), answers)
-        got = decode(answers.hidden, list(want.shape), "hidden").to(want)
-        difference, scale = (got - want).abs().max().item(), want.abs().max().item()
-        if not difference <= _SPLIT_TOLERANCE * max(scale, 1e-6):
-            raise ModelError(
-                f"edges cannot hold layers of {type(self.model).__name__}: hidden states differ by {difference:.3g} "
-                f"(largest {scale:.3g}). Its layers share more than hidden states."
-            )
+        splits = {(k, 0) for k in range(1, first + 1)} | {(0, m) for m in range(1, last + 1)} | {(first, last)}
+        for split in sorted(splits):
+            held = EdgeLayers(*split, self.num_layers)
+            entry, end = entries[held.first].flatten(0, 1), ends[held.end - 1]
+            answers = _ZeroEdge()
+            active = tuple(one for one in plan.active if held.in_cloud(one[0].modules[0].layer))
+            self.run(dataclasses.replace(plan, held=held, active=active, embeddings=encode(entry, pb.FP32)), answers)
+            got = decode(answers.hidden, [ids_BT.numel(), self.layer_width], "hidden").to(end)
+            self._mirror = _OtherHalf(held, end)
+            try:
+                with torch.no_grad():
+                    pairs = [("cloud", got, end.flatten(0, 1)), ("edge", decode_all(), whole)]
+            finally:
+                self._mirror = None
+            for half, found, want in pairs:
+                difference, scale = (found - want).abs().max().item(), want.abs().max().item()
+                if not difference <= _SPLIT_TOLERANCE * max(scale, 1e-6):
+                    raise ModelError(
+                        f"edges cannot hold the first {held.first} and the last {held.last} layers of "
+                        f"{type(self.model).__name__}: the {half}'s half differs by {difference:.3g} (largest "
+                        f"{scale:.3g}). Its layers share more than hidden states."
+                    )
 
     def _check_split(self, ids_BT: Tensor) -> int:
         """Compare split and full logits on padded input; return the width of the last hidden states."""
@@ -629,6 +651,20 @@ class CloudModel:
             return 0
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
         return held // ids_BT.numel()
+
+
+class _OtherHalf:
+    """A `LayerRunner` as an edge's: its own layers run, and at the cloud's first the known end of its last comes in."""
+
+    def __init__(self, held: EdgeLayers, end_BTD: Tensor) -> None:
+        self.held, self.end_BTD = held, end_BTD
+
+    def run_layer(
+        self, index: int, hidden_BTD: Tensor, run: Callable[[Tensor], Any], skip: Callable[[Tensor], Any]
+    ) -> Any:
+        if not self.held.in_cloud(index):
+            return run(hidden_BTD)
+        return skip(self.end_BTD if index == self.held.first else hidden_BTD)
 
 
 class _ZeroEdge:

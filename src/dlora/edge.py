@@ -41,7 +41,7 @@ from dlora.errors import DLoRAError, ModelError, UsageError
 from dlora.held_layers import EdgeLayers, find_layers, layer_of, wrap_layers
 from dlora.kv_cache import CloudCache, Pass
 from dlora.link import Link, RetryPolicy
-from dlora.micro_batch import MicroBatch, SplitForward
+from dlora.micro_batch import MicroBatch, SplitForward, check_finite
 from dlora.noise import Noise, fill_padding, is_right_padded
 from dlora.proto import dlora_pb2 as pb
 from dlora.sites import attention_flops, backward_flops, forward_flops
@@ -116,7 +116,8 @@ class SplitModel(PeftModelForCausalLM):
         masks tell neither lengths nor which tokens have a label; zero gradients still do, without noise on the tail.
         Left padding and KV caches are as ever."""
         self.meter = Meter()
-        self.sites, self._held_layers = match_sites(self, link.description, self.held)
+        self._checked: set[int] = set()  # parameters whose gradients are looked at
+        self._match_sites()
         self._held_sites = [
             site for site in shared_sites(link.description) if not self.held.in_cloud(site.modules[0].layer)
         ]
@@ -244,7 +245,8 @@ class SplitModel(PeftModelForCausalLM):
         if cache is not None:
             if training:
                 raise UsageError("a KV cache in the cloud keeps no gradients: use torch.no_grad(), or no cache")
-            cache.bind(Conversation(self.link, self.meter, sites, wire_dtype, device, frozen=frozen, held=self.held))
+            talk = Conversation(self.link, self.meter, sites, wire_dtype, device, frozen=frozen, held=self.held)
+            cache.bind(talk, [layer for _, layer in self.held_adapters()])
             return cache.forward(new, self.retry)
         first = begin(
             self.link,
@@ -346,6 +348,15 @@ class SplitModel(PeftModelForCausalLM):
         adapters = (one for name, one in self.held_adapters() if layer_of(name) < self.held.first)
         embedding = self.get_input_embeddings()
         return any(p.requires_grad for module in (embedding, *adapters) for p in module.parameters())
+
+    def _match_sites(self) -> None:
+        """Find where the adapters sit: at sites of the cloud, or in held layers, whose gradients autograd makes."""
+        self.sites, self._held_layers = match_sites(self, self.link.description, self.held)
+        for name, layer in self._held_layers.items():
+            for parameter in layer.parameters():
+                if parameter.requires_grad and id(parameter) not in self._checked:
+                    self._checked.add(id(parameter))
+                    parameter.register_hook(lambda grad, name=name: check_finite(grad, f"a gradient of {name}"))
 
     def held_adapters(self) -> Iterator[tuple[str, LoraLayer]]:
         """LoRA layers inside held layers, those in use."""
@@ -507,7 +518,7 @@ class SplitModel(PeftModelForCausalLM):
         if isinstance(peft_config, BottleneckConfig) or isinstance(self.peft_config["default"], BottleneckConfig):
             raise UsageError("bottleneck adapters stand alone: load each on a model of its own")
         super().add_adapter(adapter_name, checked_config(peft_config), *args, **kwargs)
-        self.sites, self._held_layers = match_sites(self, self.link.description, self.held)
+        self._match_sites()
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
         """Write a standard adapter folder. Unlike peft's own default this never asks a hub."""

@@ -17,9 +17,12 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from transformers import Cache
 
+from dlora.errors import ModelError
+
 __all__ = [
     "EdgeLayers",
     "LayerRunner",
+    "check_weights",
     "files_for",
     "fill",
     "find_layers",
@@ -91,6 +94,12 @@ def wrap_layers(layers: nn.ModuleList, runner: Callable[[], LayerRunner | None],
             current = runner()
             if current is None:
                 return own(hidden_BTD, *args, **kwargs)
+            if not isinstance(hidden_BTD, Tensor) or hidden_BTD.dim() != 3:
+                # The other half's word is not to be trusted: the decoder unpacked what it should not have, or not.
+                raise ModelError(
+                    f"layer {index} got no hidden states [B, T, D]: the server says that layers give "
+                    f"{'tuples' if in_tuple else 'tensors'}, which does not fit this architecture"
+                )
 
             def skip(hidden_BTD: Tensor) -> Any:
                 for one in (*args, *kwargs.values()):
@@ -133,6 +142,31 @@ def files_for(layers: EdgeLayers) -> list[str]:
     """The files that an edge wants for these layers."""
     held = (*range(layers.first), *range(layers.end, layers.count))
     return ["decoder.safetensors", *map(layer_file, held)] if layers else []
+
+
+def check_weights(model: nn.Module, decoder: nn.Module, file: str, weights: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless `weights` has every parameter that a layer's file is to have, and of floats.
+
+    What they hold beside parameters are buffers of the same layer.
+    """
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    embedding = {id(parameter) for parameter in model.get_input_embeddings().parameters()}  # type: ignore[operator]
+
+    def file_of(name: str) -> str:
+        return "decoder.safetensors" if (layer := layer_of(name)) < 0 else layer_file(layer)
+
+    wanted = {
+        name
+        for name, value in decoder.named_parameters(prefix=prefix)
+        if file_of(name) == file and id(value) not in embedding
+    }
+    if missing := sorted(wanted - weights.keys()):
+        raise ValueError(f"it lacks {missing[0]}")
+    for name, value in weights.items():
+        if file_of(name) != file or not name.startswith(f"{prefix}." if prefix else ""):
+            raise ValueError(f"it has {name}, which is no part of it")
+        if name in wanted and not value.is_floating_point():
+            raise ValueError(f"{name}: got {value.dtype}, want floats")
 
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> list[nn.Parameter]:

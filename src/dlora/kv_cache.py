@@ -10,10 +10,12 @@ Shapes: B batch, P cached tokens, T new tokens, D width, K kept positions.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, Final
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
@@ -188,16 +190,18 @@ class CloudCache(Cache):
 
     # ----------------------------------------------------------------- a forward pass
 
-    def bind(self, talk: Conversation) -> None:
+    def bind(self, talk: Conversation, here: Iterable[LoraLayer] = ()) -> None:
         """Use this conversation; another one than before only if nothing else changed.
 
-        Raises UsageError if other adapters are active than those that filled the cache.
+        `here`: LoRA layers in use inside layers that the edge holds. Raises UsageError if other adapters are active
+        than those that filled the cache.
         """
         key: tuple[object, ...] = tuple(
             (site.index, *site.modules, *((id(layer), *layer.active_adapters) for layer in site.layers))
             for site in talk.sites.values()
         )
         key += (talk.wire_dtype, *(frozen.hash for frozen in talk.frozen))
+        key += (talk.held, *((id(layer), *layer.active_adapters) for layer in here))
         if self._talk is None or not self._past:
             self.close()
             self._talk, self._site_key = talk, key

@@ -22,7 +22,7 @@ from dlora.noise import Noise
 from dlora.proto import dlora_pb2 as pb
 from dlora.wire import encode, largest
 
-__all__ = ["MicroBatch", "SplitForward"]
+__all__ = ["MicroBatch", "SplitForward", "check_finite"]
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class MicroBatch(Conversation):
 
     def _backward(self, grad: Tensor) -> dict[nn.Parameter, Tensor]:
         grads: dict[nn.Parameter, Tensor] = {}
-        _check_finite(grad, "the gradient of the loss")
+        check_finite(grad, "the gradient of the loss")
         try:
             self.send(pb.EdgeFrame(hidden_grad=pb.HiddenGrad(grad=encode(grad, self.wire_dtype))))
             for _ in range(len(self.sites)):
@@ -169,7 +169,7 @@ class MicroBatch(Conversation):
                 )
             )
         for one in found:
-            _check_finite(one, f"a gradient at site {site.index}")
+            check_finite(one, f"a gradient at site {site.index}")
         if record.wants_input_grad:
             x_grad = encode(found.pop(0), self.wire_dtype)
             self.send(pb.EdgeFrame(input_grad=pb.InputGrad(site=site.index, grad=x_grad)))
@@ -201,7 +201,7 @@ class SplitForward(torch.autograd.Function):
         return None, None if entry is None else entry.to(ctx.dtype), *(grads.get(one) for one in ctx.parameters)
 
 
-def _check_finite(grad: Tensor, what: str) -> None:
+def check_finite(grad: Tensor, what: str) -> None:
     """Raises PeerError: values of the cloud that are finite can still be so large that what follows is not."""
     if not math.isfinite(largest(grad)):
         raise PeerError(

@@ -264,14 +264,17 @@ class Truth:
 
 
 class Recorder:
-    """Writes micro-batches `start` to `count` - 1 of a run into a folder.
+    """Writes the first `count` training micro-batches of a run into a folder.
 
-    `link` goes between the model and its server, then `watch` the model. A resumed run starts at the number of
-    micro-batches that its checkpoint has seen, and writes those that it repeats once more, over the same files.
+    `link` goes between the model and its server, then `watch` the model. Where a run is resumed `number` is to be
+    set to the micro-batches that its checkpoint has seen: those that it repeats are written once more, over the same
+    files.
     """
 
-    def __init__(self, folder: Path, count: int, start: int = 0) -> None:
-        self.folder, self.count, self.number = folder, count, start
+    def __init__(self, folder: Path, count: int) -> None:
+        self.folder, self.count = folder, count
+        self.number = 0
+        """Micro-batches of the run so far."""
         self.truth: Truth | None = None
         self.fingerprint = ""
         folder.mkdir(parents=True, exist_ok=True)

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 
 import torch
 from accelerate import init_empty_weights
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dlora.errors import ModelError, UsageError
-from dlora.held_layers import EdgeLayers, files_for, fill, without_dropout
+from dlora.held_layers import EdgeLayers, check_weights, files_for, fill, without_dropout
 from dlora.link import Link
 
 __all__ = ["build_skeleton", "decoder_of", "drop_stand_ins", "held_layers_of"]
@@ -68,8 +69,10 @@ def build_skeleton(link: Link, held: EdgeLayers) -> PreTrainedModel:
         files = link.layer_files(names)
         for file in names:
             try:
-                here |= {id(parameter) for parameter in fill(model, load_file(files / file))}
-            except (KeyError, ValueError, AttributeError) as error:
+                layer = load_file(files / file)
+                check_weights(model, model.get_decoder(), file, layer)
+                here |= {id(parameter) for parameter in fill(model, layer)}
+            except (KeyError, ValueError, AttributeError, SafetensorError) as error:
                 raise ModelError(f"{file} from {link.address} does not fit: {error}") from error
     dtype = embedding.weight.dtype
     for module in model.modules():
@@ -96,12 +99,9 @@ def _fill(module: nn.Module, weights: Mapping[str, Tensor], prefix: str, skip: t
 
 def drop_stand_ins(base: PreTrainedModel) -> None:
     """Replace the stand-ins by empty tensors: moving the model to a device then moves nothing."""
-    held = {
-        id(p) for module in (base.get_input_embeddings(), base.get_output_embeddings()) for p in module.parameters()
-    }
     for module in base.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in held and parameter.numel() and parameter.untyped_storage().nbytes() < 16:
+            if parameter.untyped_storage().nbytes() < parameter.numel() * parameter.element_size():
                 setattr(module, name, nn.Parameter(parameter.new_empty(0), requires_grad=False))
 
 

@@ -50,6 +50,7 @@ from dlora.edge import SplitModel, get_peft_model, load_adapter, load_tokenizer
 from dlora.errors import DataError, DivergedError, DLoRAError, UsageError
 from dlora.link import Link, RetryPolicy
 from dlora.noise import Noise
+from dlora.proto import dlora_pb2 as pb
 from dlora.recording import Recorder
 from dlora.reviver import KillReviveCallback
 from dlora.settings import TrainSettings
@@ -72,11 +73,18 @@ def train(settings: TrainSettings, link: Link) -> dict[str, Any]:
     set_seed(settings.seed)
     tokenizer = load_tokenizer(link)
     checkpoint = _last_checkpoint(settings.output) if settings.resume else None
-    recorder = _recorder(settings, checkpoint)
+    recorder = Recorder(settings.output / "recording", settings.record) if settings.record else None
     model = _build_model(settings, link if recorder is None else recorder.link(link))
     trainer = _build_trainer(settings, model, tokenizer)
     if recorder is not None:
+        recorder.number = _micro_batches_before(trainer, checkpoint)
         recorder.watch(model)
+        if not recorder.active:
+            log.warning(
+                "nothing is recorded: the checkpoint is %d micro-batches into the run, and `record` asks for the first "
+                "%d",
+                *(recorder.number, recorder.count),
+            )
     accounting = AccountingCallback(model.meter)
     trainer.remove_callback(ProgressCallback)
     for callback in (accounting, _Progress(), _StopOnSignal(), _StopOnDivergence()):
@@ -279,12 +287,12 @@ def _config(settings: TrainSettings) -> peft.LoraConfig:
     )
 
 
-def _recorder(settings: TrainSettings, checkpoint: Path | None) -> Recorder | None:
-    """Records the first micro-batches, if that is wanted; from the one on that comes after the checkpoint."""
-    if not settings.record:
-        return None
+def _micro_batches_before(trainer: SplitTrainer, checkpoint: Path | None) -> int:
+    """Training micro-batches that the steps before a checkpoint took; an epoch's last step may take fewer."""
     steps = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    return Recorder(settings.output / "recording", settings.record, steps * settings.gradient_accumulation_steps)
+    each, an_epoch = trainer.args.gradient_accumulation_steps, len(trainer.get_train_dataloader())
+    epochs, rest = divmod(steps, math.ceil(an_epoch / each))
+    return epochs * an_epoch + rest * each
 
 
 def _build_trainer(settings: TrainSettings, model: SplitModel, tokenizer: PreTrainedTokenizerBase) -> SplitTrainer:
@@ -308,9 +316,12 @@ def _build_trainer(settings: TrainSettings, model: SplitModel, tokenizer: PreTra
         )
     except (RuntimeError, ValueError) as error:  # a logger that is not installed, a tokenizer without chat template
         raise UsageError(f"the trainer refused: {str(error).splitlines()[0]}") from error
+    limits = model.link.description.limits
     trainer.train_dataset = _fit_length(trainer.train_dataset, origins, settings)
+    _check_room(trainer.train_dataset, settings.batch_size, settings.pad_to, limits)
     if trainer.eval_dataset is not None:
         trainer.eval_dataset = _fit_length(trainer.eval_dataset, eval_origins, settings)
+        _check_room(trainer.eval_dataset, settings.eval_batch_size, settings.pad_to, limits)
     return trainer
 
 
@@ -389,6 +400,23 @@ def _fit_length(rows: Dataset, origins: list[str], settings: TrainSettings) -> D
     if not len(rows):
         raise DataError(f"every row is longer than max_length {settings.max_length}: nothing is left")
     return rows
+
+
+def _check_room(rows: Dataset, batch_size: int, pad_to: int, limits: pb.Limits) -> None:
+    """Raises UsageError if the longest rows, padded, are more than the server takes: before the first step."""
+    longest = max(len(ids) for ids in rows["input_ids"])
+    padded = math.ceil(longest / pad_to) * pad_to if pad_to else longest
+    says = f"the longest row has {longest} tokens" + (f", {padded} with pad_to {pad_to}" if pad_to else "")
+    if padded > limits.max_length:
+        raise UsageError(
+            f"{says}; this server takes sequences of up to {limits.max_length}: lower max_length and set overlong to "
+            "drop or truncate" + (", or lower pad_to" if pad_to else "")
+        )
+    if (tokens := min(batch_size, len(rows)) * padded) > limits.max_tokens:
+        raise UsageError(
+            f"{says}; {batch_size} such rows make {tokens} tokens and this server takes {limits.max_tokens} a "
+            "micro-batch: lower batch_size (and raise gradient_accumulation_steps as much)"
+        )
 
 
 # ----------------------------------------------------------------- the output folder
