@@ -105,6 +105,7 @@ FINAL = (
 # Each of these is tried at learning rates around the best, until the best is not the largest or the smallest tried.
 SWEPT = {
     **{arm: ARMS[arm][4] for arm in (*FINAL, "FT v")},
+    **dict.fromkeys(("FT", "FT gate,up"), (*MANY, 1.6e-2)),
     "KR paper": FEW[:3],
     "last": FEW[:3],
     **dict.fromkeys(("KR v cover", "spread v at 1/4"), FEW[1:]),
@@ -132,9 +133,8 @@ def specs(done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for arm in FINAL:
             rate = best_rate(done, arm)
             yield {"stage": "final", "task": "banking77", "arm": arm, "learning_rate": rate, "seed": seed}
-    for rate in (MANY[0], MANY[2]):
-        for task in TASKS:
-            yield {"stage": "task", "task": task, "arm": "FT", "learning_rate": rate, "seed": 0}
+    for task, rate in (*((task, MANY[0]) for task in TASKS), (TASKS[0], MANY[2])):
+        yield {"stage": "task", "task": task, "arm": "FT", "learning_rate": rate, "seed": 0}
 
 
 def best_rate(done: list[dict[str, Any]], arm: str) -> float | None:

@@ -40,8 +40,7 @@ SETTINGS: dict[str, list[str]] = {
     "plain": [],
     **{f"first {k}": ["--edge_first", str(k)] for k in (1, 2, 4, 8)},
     **{f"last {m}": ["--edge_last", str(m)] for m in (1, 2)},
-    "first 4, last 1": ["--edge_first", "4", "--edge_last", "1"],
-    "first 8, last 2": ["--edge_first", "8", "--edge_last", "2"],
+    **{f"first {k}, last {m}": ["--edge_first", str(k), "--edge_last", str(m)] for k in (1, 2, 4, 8) for m in (1, 2)},
     "int8": ["--wire_dtype", "int8"],
     "int4": ["--wire_dtype", "int4"],
     **{f"entry noise {n}": ["--noise_entry", str(n)] for n in (1, 4)},
@@ -202,7 +201,7 @@ def _settings(settings: dict[str, Any], accuracies: dict[str, Any]) -> str:
         modules = [error for one in found["attacks"] if one["attack"] == "adapter" for error in one["errors"]]
         known = sum(error <= 1e-3 for error in modules)
         trained = accuracies.get(name if name in CHANGED else "plain")
-        lengths = next(one["lengths"] for one in found["attacks"] if one["attack"] == "masks")
+        lengths = max(one["lengths"] for one in found["attacks"] if "lengths" in one)
         lines.append(
             f"| {name} | {max(_best(found, 'tokens', attacker=who) for who in _blind(found)):.1%} | "
             f"{_best(found, 'tokens'):.1%} | {_best(found, 'rows_exact'):.1%} | {lengths:.0%} | "

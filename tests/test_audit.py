@@ -6,12 +6,13 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import VOCAB, batches, lora, make_split
+from conftest import VOCAB, batches, lora, make_base, make_split
 from test_training import same
 from transformers import PreTrainedTokenizerFast
 
@@ -19,6 +20,7 @@ import dlora.audit
 from dlora import training
 from dlora.__main__ import main
 from dlora.attacks import (
+    before_norm,
     fit_inverter,
     label_map,
     labels_from_exit,
@@ -29,7 +31,7 @@ from dlora.attacks import (
     unit_rows,
 )
 from dlora.audit import Samples, audit, collect, match_rows, token_scores
-from dlora.cloud import CloudModel
+from dlora.cloud import CloudModel, Limits
 from dlora.demo import data_file, serving
 from dlora.edge import SplitModel
 from dlora.embedded import InProcessLink
@@ -314,6 +316,24 @@ def test_labels_come_from_the_gradient_of_the_head(samples: Any) -> None:
     assert (guess == seen.labels_K).float().mean() < 6 / VOCAB
 
 
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma3"])
+def test_labels_come_from_the_gradient_below_the_last_norm(family: str) -> None:
+    """With the first layer and the final norm on the edge every label still follows; none does from noise."""
+    cloud = CloudModel(make_base(family), model_id=family, limits=Limits(edge_first=1))
+    with closing(InProcessLink(cloud)) as link:
+        rows = batches(3, rows=8, length=14)
+        model, seen = watched(link, lambda to: make_split(to, lora(family), edge_layers=(1, 0)), rows)
+        own = collect(seen, sorted(seen[0][0].sites))
+        head = model.get_output_embeddings().weight.detach()
+        for number in range(3):
+            one = own.batch_K == number
+            hidden, grad, blind = before_norm(model.last_hidden, own.exit_KD[one], own.exit_grad_KD[one])
+            assert torch.equal(labels_from_exit(hidden, grad * 37.0, head, None, blind), own.labels_K[one])
+            noise = torch.randn(grad.shape, generator=torch.Generator().manual_seed(0)) * grad.std()
+            guess = labels_from_exit(hidden, noise, head, None, blind)
+            assert (guess == own.labels_K[one]).float().mean() < 6 / VOCAB
+
+
 def test_labels_come_from_gradients_by_a_linear_map(samples: Any) -> None:
     """Gradients of known micro-batches teach to read labels off those of unknown ones; shuffled ones do not."""
     model, seen, _ = samples
@@ -326,6 +346,19 @@ def test_labels_come_from_gradients_by_a_linear_map(samples: Any) -> None:
     shuffled = labels[known][torch.randperm(count, generator=torch.Generator().manual_seed(0))]
     blind = label_map(rows[known], shuffled, head, held(count))
     assert (blind(unit_rows(rows[unknown])) == labels[unknown]).float().mean() < 6 / VOCAB
+
+
+@pytest.mark.parametrize(("noise", "told"), [(0.0, 1.0), (1.0, 0.0)])
+def test_zero_gradients_tell_lengths_behind_padding(
+    link: InProcessLink, data: Path, tmp_path: Path, noise: float, told: float
+) -> None:
+    """Padding hides lengths and labels from masks, and gradients that are zero tell both, unless noise covers them."""
+    train(settings(data, tmp_path / "run", record=4, max_steps=2, pad_to=64, noise_tail=noise), link)
+    notes: list[dict[str, Any]] = []
+    assert len(list(dlora.audit._recorded(Recording(tmp_path / "run/recording"), notes))) == 4
+    masks, zeros = dlora.audit._shapes(notes)
+    assert masks["lengths"] == masks["supervised"] == 0
+    assert zeros["lengths"] == zeros["supervised"] == told
 
 
 # ----------------------------------------------------------------- attacks on the adapter

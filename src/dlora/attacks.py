@@ -19,6 +19,7 @@ __all__ = [
     "Inverter",
     "LinearMap",
     "Solution",
+    "before_norm",
     "fit_inverter",
     "fit_ridge",
     "label_map",
@@ -33,6 +34,8 @@ __all__ = [
 
 _CHUNK: Final = 512  # rows that are compared with a whole vocabulary at a time
 _MOST_TYPES: Final = 4096  # of a classifier: it needs a number for each row and type
+_JACOBIAN: Final = 2**24  # numbers of Jacobians that are made at a time
+_BLIND: Final = 1e-3  # of the largest singular value of a norm's Jacobian: below that the wire's rounding rules
 _STRENGTHS: Final = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
@@ -168,24 +171,77 @@ def _most_similar(rows_NE: Tensor, unit_VE: Tensor) -> Tensor:
 # ----------------------------------------------------------------- labels
 
 
-def labels_from_exit(hidden_KD: Tensor, grad_KD: Tensor, head_VD: Tensor, bias_V: Tensor | None = None) -> Tensor:
+def labels_from_exit(
+    hidden_KD: Tensor,
+    grad_KD: Tensor,
+    head_VD: Tensor,
+    bias_V: Tensor | None = None,
+    blind_KRD: Tensor | None = None,
+) -> Tensor:
     """Labels [K] from last hidden states and the gradient of a cross-entropy with respect to them.
 
     The gradient is s (p^T W - W[y]) with p the softmax of W h, which the cloud can compute, and one unknown s > 0
-    for all rows (1 / K for a mean). So W[y] = p^T W - g / s: the nearest row of the head. s comes from the
-    rows with the largest gradients, whose y is the row of W that makes both sides most parallel.
+    for all rows (1 / K for a mean). So the y is right whose p^T W - W[y] is nearest to g / s. s comes from the
+    rows with the largest gradients, whose y is the row of W that makes both most parallel.
+    `blind_KRD`: orthonormal directions, or zeros, of which the gradient tells nothing; see `before_norm`.
     Where logits are capped (Gemma 2) this is an approximation.
     Source: after Zhao et al. 2020 (iDLG), arXiv:2001.02610, here for each position and with p known.
     """
+    if not len(hidden_KD):
+        return torch.zeros(0, dtype=torch.int64)
     means = torch.cat([torch.softmax(_logits(part, head_VD, bias_V), 1) @ head_VD for part in hidden_KD.split(_CHUNK)])
+    squares_V = head_VD.square().sum(1)
+
+    def compare(rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Of d = p^T W - W[y] for some rows and all y: d g, and the squared length of what g could tell of d."""
+        mean, grad = means[rows], grad_KD[rows]
+        along = (grad * mean).sum(1, keepdim=True) - grad @ head_VD.T
+        length = mean.square().sum(1, keepdim=True) - 2 * mean @ head_VD.T + squares_V
+        for blind in () if blind_KRD is None else blind_KRD[rows].unbind(1):
+            length = length - ((blind * mean).sum(1, keepdim=True) - blind @ head_VD.T).square()
+        return along, length.clamp_min(1e-12)
+
     strongest = grad_KD.norm(dim=1).argsort(descending=True)[: max(1, min(64, len(grad_KD) // 4))]
-    mean, grad = means[strongest], grad_KD[strongest]
-    # Cosine of g and (mean - W[y]) for all y, without [K, V, D].
-    along = (grad * mean).sum(1, keepdim=True) - grad @ head_VD.T
-    distance = (mean.square().sum(1, keepdim=True) - 2 * mean @ head_VD.T + head_VD.square().sum(1)).clamp_min(1e-12)
-    guess = (along / distance.sqrt()).argmax(1)
-    s = (grad.norm(dim=1) / (mean - head_VD[guess]).norm(dim=1).clamp_min(1e-12)).median().clamp_min(1e-30)
-    return nearest_rows(means - grad_KD / s, head_VD)
+    along, length = compare(strongest)
+    guess = (along / length.sqrt()).argmax(1, keepdim=True)
+    s = (grad_KD[strongest].norm(dim=1) / length.gather(1, guess)[:, 0].sqrt()).median().clamp_min(1e-30)
+    found = []
+    for rows in torch.arange(len(grad_KD)).split(_CHUNK // 4):
+        along, length = compare(rows)
+        found.append((length - 2 * along / s).argmin(1))
+    return torch.cat(found)
+
+
+def before_norm(norm: Callable[[Tensor], Tensor], x_KD: Tensor, grad_KD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Go from the input of the last norm to its output: (hidden states, their gradient, what that does not tell).
+
+    g = J^T u with J the norm's Jacobian at x, so u = (J^T)^+ g but for directions that J^T sends to nothing, or to so
+    little that rounding drowns it: they are the third result, orthonormal [K, R, D] with zeros where a row has fewer.
+    `norm` works on each row alone.
+    """
+    hidden, grads, blind = [], [], []
+    width = x_KD.shape[1]
+    rows = max(1, _JACOBIAN // width**2)
+    for x, grad in zip(x_KD.split(rows), grad_KD.split(rows), strict=True):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            made = norm(x)
+            one_hot = torch.eye(made.shape[1])
+            jacobian_KDD = torch.stack(
+                [torch.autograd.grad((made * unit).sum(), x, retain_graph=True)[0] for unit in one_hot], 1
+            )
+        jacobian_KDD = jacobian_KDD.double()
+        squares, left = torch.linalg.eigh(jacobian_KDD @ jacobian_KDD.transpose(1, 2))  # singular values, from below
+        fine = squares > _BLIND**2 * squares[:, -1:]
+        parts = left.transpose(1, 2) @ (jacobian_KDD @ grad.double()[:, :, None])
+        parts = parts * (fine / squares.clamp_min(1e-300))[:, :, None]
+        hidden.append(made.detach())
+        grads.append((left @ parts)[:, :, 0].float())
+        most = int((~fine).sum(1).max())
+        blind.append((left * ~fine[:, None])[:, :, :most].transpose(1, 2).float())
+    most = max(one.shape[1] for one in blind)
+    blind = [torch.cat([one, one.new_zeros(len(one), most - one.shape[1], one.shape[2])], 1) for one in blind]
+    return torch.cat(hidden), torch.cat(grads), torch.cat(blind)
 
 
 def _logits(hidden_KD: Tensor, head_VD: Tensor, bias_V: Tensor | None) -> Tensor:

@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dlora.attacks import (
     Inverter,
+    before_norm,
     fit_inverter,
     label_map,
     labels_from_exit,
@@ -54,7 +55,6 @@ _PUBLIC_LENGTH: Final = 128
 _PUBLIC_BATCH: Final = 16
 _CANDIDATES: Final = 8  # of the inverter, and as many of the model's own
 _EXACT: Final = 1e-3  # relative error up to which a module counts as known
-_MASKS: Final = ("lengths", "supervised")
 
 Attackers = dict[str, "Samples"]
 Finding = dict[str, Any]
@@ -93,11 +93,10 @@ def audit(settings: AuditSettings, link: Link) -> dict[str, Any]:
     attackers = {"in-domain": known, "out-of-domain": public}
     with torch.no_grad():
         table = model.get_input_embeddings()(torch.arange(model.get_input_embeddings().weight.shape[0])).float()
-        head = model.get_output_embeddings()
         findings = [
-            _masks(notes),
+            *_shapes(notes),
             *_tokens(attacked, attackers, table, places, settings.seed),
-            *_labels(attacked, attackers, head, first, places, settings.seed),
+            *_labels(attacked, attackers, model, first, places, settings.seed),
             *_matching(link, model, attacked, public, table, places, settings.match, settings.seed),
             *_adapters(recording, places),
         ]
@@ -215,17 +214,23 @@ def collect(seen: Iterable[tuple[CloudView, Truth]], sites: Sequence[int]) -> Sa
 
 
 def _recorded(recording: Recording, notes: list[dict[str, Any]]) -> Iterator[tuple[CloudView, Truth]]:
-    """Every micro-batch of the recording; notes of each its loss, and what its masks tell."""
+    """Every micro-batch of the recording; notes of each its loss, and what its shapes tell."""
     for number in tqdm(range(len(recording)), desc="recording", unit="micro-batch"):
         view, truth, _ = recording.read(number)
         batch, length = view.attended_BT.shape
+        lengths, labels = truth.attention_mask.sum(1), (truth.next_labels != IGNORE).sum(1)
         kept = torch.bincount(view.keep // length, minlength=batch)
+        graded_BT = torch.zeros(batch * length, dtype=torch.bool)
+        graded_BT[view.keep] = view.exit_grad.any(1)
+        graded_BT = graded_BT.view(batch, length)
+        # The last gradient of a row is where its last token is to be predicted.
+        behind = torch.where(graded_BT.any(1), length - graded_BT.flip(1).int().argmax(1) + 1, 0)
         notes.append(
             {
                 "loss": truth.loss,
                 "rows": batch,
-                "lengths": int((view.attended_BT.sum(1) == truth.attention_mask.sum(1)).sum()),
-                "supervised": int((kept == (truth.next_labels != IGNORE).sum(1)).sum()),
+                "masks": (int((view.attended_BT.sum(1) == lengths).sum()), int((kept == labels).sum())),
+                "zeros": (int((behind == lengths).sum()), int((graded_BT.sum(1) == labels).sum())),
             }
         )
         yield view, truth
@@ -329,11 +334,16 @@ def _finding(attack: str, place: str, where: str, says: str, attacker: str | Non
     return {"attack": attack, "place": place, "where": where, "attacker": attacker, "says": says, **numbers}
 
 
-def _masks(notes: list[dict[str, Any]]) -> Finding:
-    """Lengths from attention masks, supervised tokens of each row from the kept positions."""
-    lengths, supervised = (sum(one[key] for one in notes) / sum(one["rows"] for one in notes) for key in _MASKS)
-    says = f"the length of {lengths:.0%} of the rows, and of {supervised:.0%} how many labels they have, read off"
-    return _finding("masks", "begin", "masks", says, lengths=lengths, supervised=supervised)
+def _shapes(notes: list[dict[str, Any]]) -> Iterator[Finding]:
+    """Lengths and numbers of labels of rows: from what Begin says, and from where gradients at the exit are zero."""
+    rows = sum(one["rows"] for one in notes)
+    for attack, place, where, way in (
+        ("masks", "begin", "masks", "read off"),
+        ("zeros", "exit", "exit", "by where gradients end and which are zero"),
+    ):
+        lengths, supervised = (sum(one[attack][i] for one in notes) / rows for i in range(2))
+        says = f"the length of {lengths:.0%} of the rows, and of {supervised:.0%} how many labels they have, {way}"
+        yield _finding(attack, place, where, says, lengths=lengths, supervised=supervised)
 
 
 def token_scores(found_N: Tensor, want_N: Tensor, row_N: Tensor, seen: Tensor | None = None) -> dict[str, Any]:
@@ -397,10 +407,10 @@ def _fit(inverter: Inverter, table: Tensor) -> dict[str, Any]:
 
 
 def _labels(
-    attacked: Samples, attackers: Attackers, head: Any, view: CloudView, places: dict[int, str], seed: int
+    attacked: Samples, attackers: Attackers, model: SplitModel, view: CloudView, places: dict[int, str], seed: int
 ) -> Iterator[Finding]:
     """Labels from the exit's gradient in closed form, and by linear maps from that gradient and the top site's."""
-    want = attacked.labels_K
+    want, head = attacked.labels_K, model.get_output_embeddings()
     if not len(want):
         return
     chance = float(want.bincount().max() / len(want))
@@ -410,17 +420,26 @@ def _labels(
     def scores(found: Tensor) -> dict[str, Any]:
         return {"labels": float((found == want).float().mean()), "chance": chance}
 
-    if view.exit_is_last_hidden and attacked.exit_KD.shape[1] == weight.shape[1]:
-        guess = torch.cat([head(part).argmax(1) for part in attacked.exit_KD.to(head.weight.dtype).split(512)])
+    # With last layers on the edge, their weights and other tokens lie between exit and head.
+    if not view.begin.edge_last and (view.begin.edge_first or attacked.exit_KD.shape[1] == weight.shape[1]):
+        hidden_KD, grad_KD, blind_KRD = attacked.exit_KD, attacked.exit_grad_KD, None
+        if view.begin.edge_first:
+            hidden_KD, grad_KD, blind_KRD = before_norm(model.last_hidden, hidden_KD, grad_KD)
+        guess = torch.cat([head(part).argmax(1) for part in hidden_KD.to(head.weight.dtype).split(512)])
         got = scores(guess)
         yield _finding("guess", "exit", "exit", f"{got['labels']:.1%} of the labels, by the model's own guess", **got)
         found = torch.zeros_like(want)
         for number in attacked.batch_K.unique():
             one = attacked.batch_K == number
-            found[one] = labels_from_exit(attacked.exit_KD[one], attacked.exit_grad_KD[one], weight, bias)
+            blind = None if blind_KRD is None else blind_KRD[one]
+            found[one] = labels_from_exit(hidden_KD[one], grad_KD[one], weight, bias, blind)
         got = scores(found)
         yield _finding(
-            "labels", "exit", "exit", f"{got['labels']:.1%} of the labels, computed from the head's gradient", **got
+            "labels",
+            "exit",
+            "exit",
+            f"{got['labels']:.1%} of the labels, computed from the gradient at the exit",
+            **got,
         )
     top = list(places)[-1:] if not view.begin.factored else []  # factored: in coordinates of a B that changes
     inputs = [("exit", "exit", "exit_grad_KD"), *((f"site {site}", places[site], "top_grad_KD") for site in top)]

@@ -23,7 +23,7 @@ import torch
 from peft import LoraConfig, PeftModelForCausalLM
 from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights, set_peft_model_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -317,6 +317,30 @@ class SplitModel(PeftModelForCausalLM):
                 raise AssertionError("layers run inside a forward of the decoder")
             hidden_BTD = self._cloud_pass(hidden_BTD)
         return skip(hidden_BTD)
+
+    def last_hidden(self, exit_ND: Tensor) -> Tensor:
+        """What the decoder makes of rows that leave the cloud, [N, D], each by itself.
+
+        Where the edge holds layers that is the final norm, in float32; else the rows themselves. Raises UsageError where last layers run here: they look at more than one row.
+        """
+        if self.held.last:
+            raise UsageError("last_hidden: the last layers run here, and look at all tokens of a sequence")
+        if not self.held:
+            return exit_ND
+        decoder = decoder_of(self.get_base_model())
+        embeddings = self.get_input_embeddings()(torch.zeros(len(exit_ND), 1, dtype=torch.int64, device=self.device))
+        others = [one for one in decoder.children() if not isinstance(one, nn.ModuleList | nn.Embedding)]
+        weights = [(p, p.dtype) for one in others for p in one.parameters()]
+        self._cloud_pass = lambda _: exit_ND[:, None].float()
+        try:
+            for p, _ in weights:
+                p.data = p.data.float()
+            hidden: Tensor = type(decoder).forward(decoder, inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        finally:
+            self._cloud_pass = None
+            for p, dtype in weights:
+                p.data = p.data.to(dtype)
+        return hidden[:, 0]
 
     def _count_held(self, batch: int, length: int, past: int, *, training: bool) -> None:
         """FLOPs of held layers and of the LoRA modules in them; padding is computed too."""

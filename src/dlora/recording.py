@@ -136,11 +136,6 @@ class CloudView:
         """Its gradient, [K, D]."""
         return _matrix(self._hidden_grad)
 
-    @property
-    def exit_is_last_hidden(self) -> bool:
-        """Whether nothing but the head is above the exit: where the edge holds layers, at least the final norm is."""
-        return not (self.begin.edge_first or self.begin.edge_last)
-
 
 def _matrix(message: pb.Tensor) -> Tensor:
     if len(message.shape) != 2:
