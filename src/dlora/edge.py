@@ -321,8 +321,8 @@ class SplitModel(PeftModelForCausalLM):
     def last_hidden(self, exit_ND: Tensor) -> Tensor:
         """What the decoder makes of rows that leave the cloud, [N, D], each by itself.
 
-        Where the edge holds layers that is the final norm, in float32; else the rows themselves. Raises UsageError where
-        last layers run here: they look at more than one row.
+        Where the edge holds layers that is the final norm, in float32; else the rows themselves. Raises UsageError
+        where last layers run here: they look at more than one row.
         """
         if self.held.last:
             raise UsageError("last_hidden: the last layers run here, and look at all tokens of a sequence")
