@@ -465,7 +465,7 @@ def main(words: list[str] | None = None) -> None:
     elif given.what == "table":
         print(paper_tables.tables(config, specs(config), finished(config, result)))
     elif given.what == "figures":
-        for file in paper_tables.figures(config, finished(config, result), given.images):
+        for file in paper_tables.figures(config, finished(config, result), given.images, given.config.stem):
             print(file)
 
 

@@ -58,9 +58,12 @@ def accuracy_table(config: Any, runs: list[Run], model: str) -> str:
     """Percent right, task by task."""
     mine = select(single(runs), model=model)
     tasks = [task for task in config.tasks if select(mine, task=task)]
-    lines = [f"| {model} | {' | '.join(tasks)} | beside | difference |", "|---" * (len(tasks) + 3) + "|"]
+    lines = [
+        f"| {model} | {' | '.join(tasks)} | tasks with base | gain over base | beside | difference |",
+        "|---" * (len(tasks) + 5) + "|",
+    ]
     cells = [f"{100 * select(mine, task=task)[0]['majority']:.1f}" for task in tasks]
-    lines.append(f"| always the commonest answer | {' | '.join(cells)} | | |")
+    lines.append(f"| always the commonest answer | {' | '.join(cells)} | | | | |")
     for arm in config.arms:
         if not (by_task := {task: found for task in tasks if (found := select(mine, task=task, arm=arm))}):
             continue
@@ -68,14 +71,18 @@ def accuracy_table(config: Any, runs: list[Run], model: str) -> str:
             f"{100 * mean(by_task[task]):.1f} ± {100 * half_width(by_task[task]):.1f}" if task in by_task else ""
             for task in tasks
         ]
-        full = {task: found for task in by_task if (found := select(mine, task=task, arm=reference(config, arm)))}
-        beside, difference = "", ""
-        if full and reference(config, arm) != arm and config.arms[arm].get("kind") != "none":
+        trained = config.arms[arm].get("kind") != "none"
+        columns = []
+        for other in ("base", reference(config, arm)):
+            full = {task: found for task in by_task if (found := select(mine, task=task, arm=other))}
+            if not (trained and full and other != arm):
+                columns += ["", ""]
+                continue
             gap = statistics.fmean(mean(by_task[task]) - mean(full[task]) for task in full)
             wide = [half_width(found) for task in full for found in (by_task[task], full[task])]
-            difference = f"{100 * gap:+.1f} ± {100 * math.hypot(*wide) / len(full):.1f}"
-            beside = f"{reference(config, arm)}, {len(full)} task{'s' * (len(full) > 1)}"
-        lines.append(f"| {arm} | {' | '.join(cells)} | {beside} | {difference} |")
+            beside = f"{other}, {len(full)} task{'s' * (len(full) > 1)}" if other != "base" else str(len(full))
+            columns += [beside, f"{100 * gap:+.1f} ± {100 * math.hypot(*wide) / len(full):.1f}"]
+        lines.append(f"| {arm} | {' | '.join(cells)} | {' | '.join(columns)} |")
     places: dict[str, list[str]] = {"above": [], "at": [], "below": []}
     for task in tasks:
         for arm in config.arms:
@@ -268,7 +275,7 @@ def tables(config: Any, wanted: list[Run], runs: list[Run]) -> str:
 # ----------------------------------------------------------------- figures
 
 
-def figures(config: Any, runs: list[Run], folder: Path) -> Iterable[Path]:
+def figures(config: Any, runs: list[Run], folder: Path, stem: str) -> Iterable[Path]:
     """Heat maps of how units vary, bars of cost, accuracy against bytes: a PNG each, for every model with runs."""
     import matplotlib
 
@@ -280,7 +287,7 @@ def figures(config: Any, runs: list[Run], folder: Path) -> Iterable[Path]:
         mine = select(single(runs), model=model)
         for name, draw in (("variation", _variation), ("costs", _costs), ("front", _front)):
             if (canvas := draw(config, mine, model, pyplot)) is not None:
-                file = folder / f"paper-{model}-{name}.png"
+                file = folder / "-".join(["paper", stem, *([model] if len(config.models) > 1 else []), f"{name}.png"])
                 canvas.savefig(file, dpi=90)
                 pyplot.close(canvas)
                 yield file
@@ -338,6 +345,9 @@ def _front(config: Any, runs: list[Run], model: str, pyplot: Any) -> Any:
         panel.annotate(arm, (x, 100 * y), xytext=(6, 4), textcoords="offset points", fontsize=8)
     commonest = statistics.fmean(select(runs, task=task)[0]["majority"] for task in common)
     panel.axhline(100 * commonest, color="#999999", ls="--", lw=1, label="always the commonest answer")
+    if common <= {run["task"] for run in select(runs, arm="base")}:
+        untrained = statistics.fmean(mean(select(runs, arm="base", task=task)) for task in common)
+        panel.axhline(100 * untrained, color="#999999", ls=":", lw=1, label="base")
     panel.set_xscale("log")
     panel.set_xticks([10, 20, 50, 100], ["10", "20", "50", "100"])
     panel.set_xticks([], minor=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -52,7 +53,15 @@ def setting(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[...,
             folder = tmp_path / "data/commonsense" / task
             folder.mkdir(parents=True)
             for part in ("train", "eval"):
-                rows = [{"instruction": f"n{i}?", "choices": choices, "answer": choices[i % 2]} for i in range(9)]
+                options = "" if task == "boolq" else "\n\nAnswer1: left Answer2: right"
+                rows = [
+                    {
+                        "instruction": f"Ask: n{i}?{options}\n\nAnswer format: x",
+                        "choices": choices,
+                        "answer": choices[i % 2],
+                    }
+                    for i in range(9)
+                ]
                 (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         config = {
             "models": {family: {"id": str(tmp_path / "model"), "targets": TARGETS[family]}},
@@ -232,6 +241,66 @@ def test_hub_rows_become_instructions(paper: ModuleType, tmp_path: Path, monkeyp
     assert paper_data.TASKS["arc_challenge"][-1] is paper_data.TASKS["arc_easy"][-1]
 
 
+TEXT_ROWS = [  # (lead, question and options, right answer) -> (prompt, choices, completion)
+    (
+        (
+            "Please choose the correct answer to the question",
+            "Where is it?\n\nAnswer1: in Answer2: out there",
+            "answer2",
+        ),
+        ("Question: Where is it?\nAnswer:", ["in", "out there"], " out there"),
+    ),
+    (
+        (
+            "Please choose the correct ending to complete the given sentence",
+            "Doors: A man opens\n\nEnding1: a door. Ending2: the: sea.",
+            "ending2",
+        ),
+        ("Doors: A man opens", ["a door.", "the: sea."], " the: sea."),
+    ),
+    (
+        (
+            "Please choose the correct answer to fill in the blank to complete the given sentence",
+            "_ was late.\n\nOption1: Kim Option2: Lee",
+            "option1",
+        ),
+        ("Sentence:", ["Kim was late.", "Lee was late."], " Kim was late."),
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "want"), TEXT_ROWS)
+def test_options_become_continuations(paper: ModuleType, given: Any, want: Any) -> None:
+    """A question in the options' own words has the options, and the right one, of the same question by number."""
+    lead, asked, answer = given
+    numbers = [f"{answer[:-1]}1", f"{answer[:-1]}2"]
+    text = f"{lead}: {asked}\n\nAnswer format: {'/'.join(numbers)}"
+    row = paper.as_text({"instruction": text, "choices": numbers, "answer": answer, "prompt": text})
+    assert (row["prompt"], row["choices"], row["completion"]) == want
+    assert row["completion"] == " " + row["answer"] == " " + row["choices"][numbers.index(answer)]
+    same = {"instruction": f"{lead}: is it?", "choices": ["true", "false"], "answer": "true"}
+    assert paper.as_text(same) == same
+    with pytest.raises(ValueError, match="no options"):
+        paper.as_text({"instruction": f"{lead}: is it?", "choices": numbers, "answer": answer})
+
+
+def test_arms_may_have_modules_wire_and_base_of_their_own(
+    paper: ModuleType, setting: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """An arm's own modules, wire and byte budget are those of its run; its own low-bit base is asked for in its spec."""
+    ours = {"targets": ["up_proj"], "wire": "factored", "r": 4, "learning_rate": 1e-2, "kr": {"share_of_ft": 0.4}}
+    arms = ARMS | {"ours": ours, "FT int8": ARMS["FT"] | {"quantize": "int8"}}
+    words = setting("llama", arms=arms, form="text", runs=[{"arms": ["FT", "ours"]}], tasks=["arc_easy"])
+    paper.main(["run", *words])
+    full, mine = runs(tmp_path)
+    assert mine["settings"]["form"] == "text" and 0 <= mine["accuracy"] <= 1 and mine["eval_loss"] is None
+    assert {name.rpartition(".")[2] for name in mine["variation"]["units"]} == {"up_proj"}
+    assert 0 < sum(mine["bytes"].values()) <= 0.45 * sum(full["bytes"].values())  # and both ends
+    config = paper.load_config(tmp_path / "tiny.yaml")
+    wanted = dataclasses.replace(config, runs=[{"arms": ["FT", "FT int8"]}])
+    assert [spec["settings"]["quantize"] for spec in paper.specs(wanted)] == ["none", "int8"]
+
+
 def test_projection_equals_arithmetic_by_hand(paper: ModuleType) -> None:
     """Bytes, round trips and FLOPs projected for the three models are those of their public shapes."""
     step = {"batch": 10, "length": 100, "supervised": 1, "r": 8}  # 1000 tokens, 10 of them supervised
@@ -269,8 +338,10 @@ def test_configs_ask_for_all_eight_tasks(paper: ModuleType, name: str) -> None:
 
 def test_document_shows_the_result_file(paper: ModuleType) -> None:
     """The tables of docs/reproduction.md are those that the command makes of the committed results."""
-    file = ROOT / "benchmarks/paper/smollm2.yaml"
-    config, text = paper.load_config(file), (ROOT / "docs/reproduction.md").read_text()
-    done = paper.finished(config, config.result(file))
-    assert done and paper.paper_tables.tables(config, paper.specs(config), done) in text
+    text = (ROOT / "docs/reproduction.md").read_text()
+    for name in ("smollm2", "smollm2-text"):
+        file = ROOT / f"benchmarks/paper/{name}.yaml"
+        config = paper.load_config(file)
+        done = paper.finished(config, config.result(file))
+        assert done and paper.paper_tables.tables(config, paper.specs(config), done) in text, name
     assert paper.paper_tables.projection_table() in text

@@ -118,6 +118,7 @@ def test_wire_document_states_the_protocol_version() -> None:
         ("local_vs_split", "benchmarks"),
         ("decoding", "benchmarks"),
         ("load", "benchmarks"),
+        ("plan", "benchmarks"),
         ("quantized", "benchmarks"),
         ("privacy", "privacy"),
         ("kr", "kill-and-revive"),

@@ -1,8 +1,8 @@
 """What a training step will cost, before anything is trained: bytes, round trips, seconds.
 
-Bytes and round trips follow from shapes. Seconds are put together from what was measured here: one
-forward pass of the cloud over random tokens, one site's share of work on this machine, and a link that is
-given or measured. No data and no adapter are needed.
+Bytes and round trips follow from shapes. Seconds are put together from what was measured here over random tokens:
+a forward pass at all planned sites, a training step at the lowest of them alone, one site's share of work on this
+machine, and a link that is given or measured. No data and no adapter are needed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Prediction:
     cloud_s: float
     edge_s: float
     wire_s: float
-    """Tensors to messages and back, on both halves."""
+    """Tensors to messages and back on the edge, and on the way; what the cloud does of it is in `cloud_s`."""
     link_s: float
     """Round trips and transfer, in which both halves wait."""
 
@@ -109,21 +109,21 @@ def predict(settings: PlanSettings, model: SplitModel) -> Prediction:
     link_s = round_trips * rtt_s
     for size, mbit in ((sent, settings.up_mbit), (received, settings.down_mbit)):
         link_s += size * 8 / (mbit * 1e6) if mbit else 0.0
-    forward_s, held_s = _forward(settings, model)
-    cloud = [index for index, site in enumerate(description.sites) if held.in_cloud(layer_of(site.modules[0].name))]
-    lowest = 0 if input_grad else active[0][0].depth if active else len(description.sites)
-    above = sum(1 for index in cloud if index >= lowest)
+    found = _calibrate(settings, model, [layer for _, layers in active for layer in layers])
+    per_byte = _conversion(settings, rows, entry_width)
+    if found.bytes:  # what is left of waiting when round trips are taken off
+        per_byte += max(0.0, found.transfer_s - found.round_trips * _measured_rtt(model.link)) / found.bytes
     return Prediction(
         active_sites=len(active),
         sent_bytes=sent,
         received_bytes=received,
         round_trips=round_trips,
-        cloud_s=forward_s * (1 + above / len(cloud)),
+        cloud_s=found.cloud_s,
         # The input gradients of held layers cost about what their forward does.
         edge_s=sum(_edge_site(settings, site, rows) for site, _ in active[:1]) * len(active)
         + _edge_head(model, supervised)
-        + 2 * held_s,
-        wire_s=(sent + received) * _conversion(settings, rows, entry_width),
+        + 2 * found.held_s,
+        wire_s=(sent + received) * per_byte,
         link_s=link_s,
     )
 
@@ -173,19 +173,64 @@ def _conversion(settings: PlanSettings, rows: int, width: int) -> float:
     return best / size
 
 
-def _forward(settings: PlanSettings, model: SplitModel) -> tuple[float, float]:
-    """Seconds of the cloud's, and of held layers', forward over a micro-batch, without adapter and link."""
+@dataclass
+class _Measured:
+    """The least of some passes over random tokens."""
+
+    cloud_s: float = math.inf
+    """A training step: forward and backward of the cloud, with what it does at each site."""
+    held_s: float = 0.0
+    """Forward of layers that the edge holds."""
+    transfer_s: float = math.inf
+    """Of a forward pass with so many bytes and round trips: what the edge waited and the cloud did not compute."""
+    bytes: int = 0
+    round_trips: int = 0
+
+
+def _calibrate(settings: PlanSettings, model: SplitModel, active: list[LoraLayer]) -> _Measured:
+    """Measure what the plan's time is made of.
+
+    What sites cost the cloud beside the layers' own work shows in forward, where all of them are, against one; backward is
+    taken to pay the same. How much longer backward takes than forward shows in a training step with one site alone,
+    the lowest.
+    """
     vocab = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(0, vocab, (settings.batch_size, settings.length)).to(model.device)
-    cloud_s = held_s = math.inf
-    with torch.no_grad(), model.disable_adapter():
-        for _ in range(3):
-            before, start = model.meter.copy(), time.perf_counter()
-            # One kept position: the edge's head has nothing to do with this.
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1)
-            took, cost = time.perf_counter() - start, model.meter - before
-            cloud_s, held_s = min(cloud_s, cost.cloud_s), min(held_s, took - cost.wait_s)
-    return cloud_s, held_s if model.held else 0.0
+    mask, labels = torch.ones_like(ids), ids.clone()
+    labels[:, :-2] = -100  # the edge's head has nothing to do with this
+    whole, found = model.active_modules, _Measured()
+
+    def run(training: bool) -> tuple[float, Meter]:
+        before, start = model.meter.copy(), time.perf_counter()
+        with torch.set_grad_enabled(training):
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        if training and loss.requires_grad:
+            loss.backward()
+            model.zero_grad()
+        return time.perf_counter() - start, model.meter - before
+
+    model.train()
+    forward_s = math.inf
+    for _ in range(3):
+        _, cost = run(training=False)
+        forward_s = min(forward_s, cost.cloud_s)
+        found.transfer_s = min(found.transfer_s, cost.wait_s - cost.cloud_s)
+        found.bytes, found.round_trips = cost.sent_bytes + cost.received_bytes, cost.round_trips
+    if active:
+        lowest = next(site for site in model.sites if active[0] in site.layers)
+        model.set_active([name for name in lowest.names if name in whole])
+    one_s = math.inf
+    for _ in range(3):
+        _, cost = run(training=True)
+        found.cloud_s = min(found.cloud_s, cost.cloud_s)
+        one_s = min(one_s, sum(wait.cloud_s for wait in model.waits[: 2 if active else 1]) or cost.cloud_s)
+    model.set_active(whole)
+    found.cloud_s += 2 * max(0.0, forward_s - one_s)
+    if model.held:
+        with model.disable_adapter():
+            passes = [run(training=False) for _ in range(3)]
+        found.held_s = min(took - cost.wait_s for took, cost in passes)
+    return found
 
 
 def _edge_site(settings: PlanSettings, site: ActiveSite, rows: int) -> float:
