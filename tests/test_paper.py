@@ -287,7 +287,7 @@ def test_options_become_continuations(paper: ModuleType, given: Any, want: Any) 
 def test_arms_may_have_modules_wire_and_base_of_their_own(
     paper: ModuleType, setting: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    """An arm's own modules, wire and byte budget are those of its run; its own low-bit base is asked for in its spec."""
+    """An arm's own modules, wire and byte budget are those of its run, its own low-bit base that of its spec."""
     ours = {"targets": ["up_proj"], "wire": "factored", "r": 4, "learning_rate": 1e-2, "kr": {"share_of_ft": 0.4}}
     arms = ARMS | {"ours": ours, "FT int8": ARMS["FT"] | {"quantize": "int8"}}
     words = setting("llama", arms=arms, form="text", runs=[{"arms": ["FT", "ours"]}], tasks=["arc_easy"])
@@ -326,7 +326,7 @@ def test_projection_equals_arithmetic_by_hand(paper: ModuleType) -> None:
     assert bloom["edge"] - bloom["adapters"] == 4 * 10 * 250880 * 4096
 
 
-@pytest.mark.parametrize("name", ["smollm2", "7b"])
+@pytest.mark.parametrize("name", ["smollm2", "smollm2-text", "7b"])
 def test_configs_ask_for_all_eight_tasks(paper: ModuleType, name: str) -> None:
     """The configs in the repository can be read, and ask for FT and Kill and Revive on each of the eight tasks."""
     import paper_data

@@ -190,9 +190,9 @@ class _Measured:
 def _calibrate(settings: PlanSettings, model: SplitModel, active: list[LoraLayer]) -> _Measured:
     """Measure what the plan's time is made of.
 
-    What sites cost the cloud beside the layers' own work shows in forward, where all of them are, against one; backward is
-    taken to pay the same. How much longer backward takes than forward shows in a training step with one site alone,
-    the lowest.
+    What sites cost the cloud beside the layers' own work shows in forward, where all of them are, against one;
+    backward is taken to pay the same. How much longer backward takes than forward shows in a training step with one
+    site alone, the lowest.
     """
     vocab = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(0, vocab, (settings.batch_size, settings.length)).to(model.device)
