@@ -116,6 +116,7 @@ def test_wire_document_states_the_protocol_version() -> None:
     ("name", "document"),
     [
         ("local_vs_split", "benchmarks"),
+        ("weak_edge", "benchmarks"),
         ("decoding", "benchmarks"),
         ("load", "benchmarks"),
         ("plan", "benchmarks"),
