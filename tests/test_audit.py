@@ -508,6 +508,23 @@ def test_attacker_and_victim_share_no_text(link: InProcessLink, data: Path, tmp_
     assert not set(texts(known)) & set(texts(attacked))
 
 
+@pytest.mark.parametrize(("kind", "targets"), [("series", "o_proj"), ("parallel", "q_proj")])
+def test_audit_of_bottlenecks(link: InProcessLink, data: Path, tmp_path: Path, kind: Any, targets: str) -> None:
+    """What comes to bottleneck adapters is attacked as what comes to LoRA is; there is no product to solve for."""
+    options: dict[str, Any] = {"record": 12, "kind": kind, "target_modules": targets, "max_steps": 6}
+    train(settings(data, tmp_path / "run", **options), link)
+    found = audit(AuditSettings(run=tmp_path / "run", server="in-process", match=2), link)
+    by = {(one["attack"], one["place"], one["attacker"]): one for one in found["attacks"]}
+    assert len(found["sites"]) == 3
+    for site in found["sites"]:
+        own = by["inverter", f"site {site}", "in-domain"]
+        assert own["tokens"] > 2 * own["chance"]
+    assert by["labels", "exit", None]["labels"] == 1
+    assert {one["attack"] for one in found["attacks"]} == {
+        *("masks", "zeros", "look-up", "inverter", "guess", "labels", "label map", "matching"),
+    }
+
+
 def test_audit_refuses_what_it_cannot_use(
     run: Path, link: InProcessLink, cloud_models: Callable[[str], CloudModel], tmp_path: Path
 ) -> None:

@@ -36,8 +36,10 @@ from dlora.attacks import (
     solve_adapters,
     unit_rows,
 )
+from dlora.bottleneck import BottleneckConfig
 from dlora.data import load_rows
 from dlora.edge import IGNORE, SplitModel, get_peft_model, load_tokenizer
+from dlora.edge_sites import shared_sites
 from dlora.errors import UsageError
 from dlora.held_layers import EdgeLayers, layer_of
 from dlora.link import Link, RetryPolicy
@@ -46,6 +48,7 @@ from dlora.proto import dlora_pb2 as pb
 from dlora.recording import CloudView, Recording, RecordingLink, Truth
 from dlora.report import load_run
 from dlora.settings import AuditSettings
+from dlora.sites import output_sites
 from dlora.wire import WIRE_DTYPES
 
 __all__ = ["audit", "check_drawing", "collect", "match_rows", "token_scores", "write_audit"]
@@ -74,16 +77,19 @@ def audit(settings: AuditSettings, link: Link) -> dict[str, Any]:
             f"the run was recorded with a model of fingerprint {fingerprint[:12]}, {link.address} serves "
             f"{link.description.model_id} ({link.description.fingerprint[:12]}): start the model of the run"
         )
-    # Sites without a LoRA module are not attacked: what bottlenecks add is no product that could be solved for.
-    sites = [site for site in _spread(recording, settings.sites) if any(one.site == site for one in truth.modules)]
-    active = [one for one in truth.modules if one.site in sites and one.module in first.sites[one.site].modules]
-    places = {site: _place(one.name for one in active if one.site == site) for site in sites}
+    inputs = shared_sites(link.description)
+    known_sites = {site.index: site for site in (*inputs, *output_sites(inputs))}
+    sites = _spread(recording, settings.sites)
+    active = {site: [known_sites[site].modules[i].name for i in first.sites[site].modules] for site in sites}
+    places = {site: _place(names) for site, names in active.items()}
     # Without a site that is attacked there is still an adapter to sit somewhere.
-    names = [one.name for one in active or truth.modules[:1]] or _any_module(link, first.begin)
+    names = [name for at_site in active.values() for name in at_site]
+    names = names or [one.name for one in truth.modules[:1]] or _any_module(link, first.begin)
+    series = any(known_sites[site].reads_output for site in sites)
     notes: list[dict[str, Any]] = []
     victim = collect(_recorded(recording, notes), sites)
     known, attacked = _split(victim, settings.rows, settings.seed)
-    model = _attackers_model(link, names, first.begin, settings.give_up_after_s)
+    model = _attackers_model(link, names, first.begin, settings.give_up_after_s, series=series)
     # Who knows that there is noise learns from text with such noise.
     model.noise = Noise(
         entry=given.get("noise_entry") or 0.0, tail=given.get("noise_tail") or 0.0, clip=given.get("noise_clip") or 3.0
@@ -294,13 +300,16 @@ def _any_module(link: Link, begin: pb.Begin) -> list[str]:
     return [module.name for module in modules if held.in_cloud(layer_of(module.name))][:1]
 
 
-def _attackers_model(link: Link, names: list[str], begin: pb.Begin, give_up_after_s: float) -> SplitModel:
+def _attackers_model(
+    link: Link, names: list[str], begin: pb.Begin, give_up_after_s: float, *, series: bool
+) -> SplitModel:
     """A fresh adapter (B = 0) on the same modules: what comes to its sites is the frozen model's own."""
+    config = BottleneckConfig(r=1, target_modules=names) if series else LoraConfig(r=1, target_modules=names)
     dtype = next(name for name, dtype in WIRE_DTYPES.items() if dtype == begin.wire_dtype)
     retry = RetryPolicy(give_up_after_s=give_up_after_s)
     model = get_peft_model(
         link,
-        LoraConfig(r=1, target_modules=names),
+        config,
         wire_dtype=dtype,
         retry=retry,
         edge_layers=(begin.edge_first, begin.edge_last),
@@ -511,6 +520,8 @@ def _adapters(recording: Recording, places: dict[int, str]) -> Iterator[Finding]
     """B A of every module of the attacked sites, from the last micro-batches with one and the same adapter."""
     views = [recording.read(len(recording) - 1)[:2]]
     truth = views[0][1]
+    if not truth.modules:  # what a bottleneck adds is no product that could be solved for
+        return
     enough = 2 * max((one.A.shape[1] for one in truth.modules), default=0)
     for number in range(len(recording) - 2, -1, -1):
         if sum(len(view.positions) for view, _ in views) >= enough:
