@@ -105,6 +105,7 @@ FINAL = (
 # Each of these is tried at learning rates around the best, until the best is not the largest or the smallest tried.
 SWEPT = {
     **{arm: ARMS[arm][4] for arm in (*FINAL, "FT v")},
+    **dict.fromkeys(("FT", "FT gate,up"), (*MANY, 1.6e-2)),
     "KR paper": FEW[:3],
     "last": FEW[:3],
     **dict.fromkeys(("KR v cover", "spread v at 1/4"), FEW[1:]),
