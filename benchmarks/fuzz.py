@@ -133,7 +133,7 @@ class Scene:
         torch.manual_seed(0)
         config = LoraConfig(r=2, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False)
         wire = "factored" if name == "factored" else "plain"
-        dtype = "fp32" if name == "factored" else "fp16"
+        dtype = {"factored": "fp32", "int8": "int8", "int4": "int4"}.get(name, "fp16")
         self.model = dlora.get_peft_model(
             self.recorder,
             config,
@@ -196,7 +196,7 @@ def scenes() -> tuple[InProcessLink, list[Scene]]:
         limits=Limits(max_tokens=64, max_length=64, edge_first=1),
     )
     link = InProcessLink(cloud)
-    return link, [Scene(name, link) for name in ("plain", "factored", "held", "generation")]
+    return link, [Scene(name, link) for name in ("plain", "factored", "held", "generation", "int8", "int4")]
 
 
 # ----------------------------------------------------------------- mutating
