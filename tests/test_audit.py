@@ -316,18 +316,20 @@ def test_labels_come_from_the_gradient_of_the_head(samples: Any) -> None:
     assert (guess == seen.labels_K).float().mean() < 6 / VOCAB
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "gemma3"])
-def test_labels_come_from_the_gradient_below_the_last_norm(family: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma3"])
+def test_labels_come_from_the_gradient_below_the_last_norm(family: str, dtype: torch.dtype) -> None:
     """With the first layer and the final norm on the edge every label still follows; none does from noise."""
-    cloud = CloudModel(make_base(family), model_id=family, limits=Limits(edge_first=1))
+    cloud = CloudModel(make_base(family).to(dtype), model_id=family, limits=Limits(edge_first=1))
     with closing(InProcessLink(cloud)) as link:
         rows = batches(3, rows=8, length=14)
         model, seen = watched(link, lambda to: make_split(to, lora(family), edge_layers=(1, 0)), rows)
         own = collect(seen, sorted(seen[0][0].sites))
-        head = model.get_output_embeddings().weight.detach()
+        head = model.get_output_embeddings().weight.detach().float()
+        assert {p.dtype for p in model.get_base_model().parameters() if not p.requires_grad} == {dtype}
         for number in range(3):
             one = own.batch_K == number
-            hidden, grad, blind = before_norm(model.last_hidden, own.exit_KD[one], own.exit_grad_KD[one])
+            hidden, grad, blind = before_norm(model.last_hidden, own.exit_KD[one].float(), own.exit_grad_KD[one])
             assert torch.equal(labels_from_exit(hidden, grad * 37.0, head, None, blind), own.labels_K[one])
             noise = torch.randn(grad.shape, generator=torch.Generator().manual_seed(0)) * grad.std()
             guess = labels_from_exit(hidden, noise, head, None, blind)
@@ -346,6 +348,19 @@ def test_labels_come_from_gradients_by_a_linear_map(samples: Any) -> None:
     shuffled = labels[known][torch.randperm(count, generator=torch.Generator().manual_seed(0))]
     blind = label_map(rows[known], shuffled, head, held(count))
     assert (blind(unit_rows(rows[unknown])) == labels[unknown]).float().mean() < 6 / VOCAB
+
+
+def test_a_projection_behind_the_norm_is_no_norm() -> None:
+    """Where the last norm's output is projected (OPT), or mixed, there is no closed form, and none is pretended."""
+    cloud = CloudModel(make_base("opt"), model_id="opt", limits=Limits(edge_first=1))
+    with closing(InProcessLink(cloud)) as link:
+        model = make_split(link, lora("opt"), edge_layers=(1, 0))
+        width = link.description.layers.width
+        rows = torch.randn(4, width)
+        assert before_norm(model.last_hidden, rows, rows) is None
+    mixing = torch.randn(width, width)
+    assert before_norm(lambda x: torch.nn.functional.layer_norm(x, (width,)) @ mixing, rows, rows) is None
+    assert before_norm(lambda x: torch.nn.functional.layer_norm(x, (width,)), rows, rows) is not None
 
 
 @pytest.mark.parametrize(("noise", "told"), [(0.0, 1.0), (1.0, 0.0)])

@@ -253,7 +253,9 @@ def honest() -> Iterator[InProcessLink]:
 
 
 @pytest.mark.parametrize("file", ["layer-0000.safetensors", "decoder.safetensors"])
-@pytest.mark.parametrize("harm", ["lacks one", "other layer", "integers", "shape", "noise", "nothing"])
+@pytest.mark.parametrize(
+    "harm", ["lacks one", "other layer", "int64", "float16", "float64", "shape", "noise", "nothing"]
+)
 def test_layer_files_that_do_not_fit_are_refused(honest: InProcessLink, tmp_path: Path, file: str, harm: str) -> None:
     """A cloud's word about its files is not trusted: one that is not whole is an error that names the file."""
     folder = tmp_path / "files"
@@ -263,9 +265,9 @@ def test_layer_files_that_do_not_fit_are_refused(honest: InProcessLink, tmp_path
     if harm == "lacks one":
         weights.pop(name)
     elif harm == "other layer":
-        weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(1)
-    elif harm == "integers":
-        weights[name] = value.long()
+        weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(96, 64)
+    elif harm in ("int64", "float16", "float64"):
+        weights[name] = value.to(getattr(torch, harm))
     elif harm == "shape":
         weights[name] = value[:1].clone()
     save_file(weights, folder / file)
@@ -275,18 +277,23 @@ def test_layer_files_that_do_not_fit_are_refused(honest: InProcessLink, tmp_path
         make_split(_Lying(honest, folder), lora(), edge_layers=(1, 1))
 
 
-@pytest.mark.parametrize("split", [(1, 0), (0, 1)])
-def test_a_cloud_that_misnames_outputs_is_found_out(honest: InProcessLink, split: tuple[int, int]) -> None:
+@pytest.mark.parametrize("split", [(1, 0), (0, 1), (2, 0), (0, 2)])
+@pytest.mark.parametrize("family", ["llama", "bloom", "gpt2"])
+def test_a_cloud_that_misnames_outputs_is_found_out(family: str, split: tuple[int, int]) -> None:
     """A layer's output taken for a tuple, or the reverse, is DLoRA's own error and no wrong result."""
-    wrong = not honest.description.layers.in_tuple
-    model = make_split(_Lying(honest, in_tuple=wrong), lora(), edge_layers=split)
-    with pytest.raises(ModelError, match="does not fit this architecture"):
-        model(**batches()[0])
+    limits = Limits(edge_first=split[0], edge_last=split[1])
+    with closing(InProcessLink(CloudModel(make_base(family), model_id=family, limits=limits))) as link:
+        wrong = not link.description.layers.in_tuple
+        model = make_split(_Lying(link, in_tuple=wrong), lora(family), edge_layers=split)
+        with pytest.raises(ModelError, match="does not fit this architecture"):
+            model(**batches()[0])
 
 
 def test_gradients_of_held_layers_are_checked(honest: InProcessLink, monkeypatch: pytest.MonkeyPatch) -> None:
     """Finite but senseless values of a cloud must not become an update of an adapter that autograd reaches."""
-    model = make_split(honest, lora(layers_to_transform=[0]), edge_layers=(1, 0))
+    config = lora(layers_to_transform=[0])
+    model = make_split(honest, config, edge_layers=(1, 0))
+    model.add_adapter("second", config)
     decode = Conversation.decode
 
     def huge(self: Any, message: Any, shape: Any, what: str) -> torch.Tensor:
@@ -294,8 +301,10 @@ def test_gradients_of_held_layers_are_checked(honest: InProcessLink, monkeypatch
         return torch.full_like(found, 3e38) if what == "gradient of the cloud's input" else found
 
     monkeypatch.setattr(Conversation, "decode", huge)
-    with pytest.raises(PeerError, match=r"a gradient of .*layers\.0\..* is not finite"):
-        model(**batches()[0]).loss.backward()
+    for adapter_name in ("default", "second"):
+        model.set_adapter(adapter_name)
+        with pytest.raises(PeerError, match=r"a gradient of .*layers\.0\..* is not finite"):
+            model(**batches()[0]).loss.backward()
 
 
 def test_small_weights_are_no_stand_ins() -> None:

@@ -440,7 +440,9 @@ def test_serve_command_stops_cleanly(model_folder: Path) -> None:
     ("changes", "message"),
     [
         ({"pad_to": 512}, "512 with pad_to 512; this server takes sequences of up to 256"),
+        ({"trainer": {"pad_to_multiple_of": 512}}, "512 with pad_to 512; this server takes sequences of up to 256"),
         ({"batch_size": 24, "pad_to": 256}, "6144 tokens and this server takes 4096 a micro-batch"),
+        ({"batch_size": 16, "pad_to": 256}, "MiB of activations of 16: lower batch_size"),
         (
             {"eval_batch_size": 24, "pad_to": 256, "eval_data": True, "keep_best": False},
             "6144 tokens and this server takes 4096",
@@ -451,12 +453,19 @@ def test_what_the_server_would_refuse_is_refused_before_the_first_step(
     tokenizer: PreTrainedTokenizerFast, data: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     """Padding or batches over the server's limits end a run before it begins, not at the first long row."""
-    cloud = CloudModel(make_base("llama"), model_id="small", limits=Limits(max_length=256, max_tokens=4096))
+    cloud = CloudModel(
+        make_base("llama"),
+        model_id="small",
+        limits=Limits(max_length=256, max_tokens=4096, max_inflight_bytes=16 * 2**20),
+    )
     with closing(InProcessLink(cloud, tokenizer)) as link:
         if "eval_data" in changes:
             changes = changes | {"eval_data": str(data)}
         with pytest.raises(UsageError, match=message):
             train(settings(data, tmp_path / "run", **changes), link)
+        # What the trainer really uses counts.
+        fine = {"batch_size": 24, "pad_to": 16, "max_steps": 1, "trainer": {"per_device_train_batch_size": 2}}
+        assert train(settings(data, tmp_path / "fine", **fine), link)["status"] == "finished"
 
 
 def test_recording_goes_on_where_the_checkpoint_was(

@@ -34,8 +34,8 @@ __all__ = [
 
 _CHUNK: Final = 512  # rows that are compared with a whole vocabulary at a time
 _MOST_TYPES: Final = 4096  # of a classifier: it needs a number for each row and type
-_JACOBIAN: Final = 2**24  # numbers of Jacobians that are made at a time
-_BLIND: Final = 1e-3  # of the largest singular value of a norm's Jacobian: below that the wire's rounding rules
+_NORM_ERROR: Final = 0.05  # up to which a function counts as a norm
+_BLIND: Final = 1e-3  # of the largest scale of a norm
 _STRENGTHS: Final = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
@@ -212,36 +212,40 @@ def labels_from_exit(
     return torch.cat(found)
 
 
-def before_norm(norm: Callable[[Tensor], Tensor], x_KD: Tensor, grad_KD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def before_norm(
+    norm: Callable[[Tensor], Tensor], x_KD: Tensor, grad_KD: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """Go from the input of the last norm to its output: (hidden states, their gradient, what that does not tell).
 
-    g = J^T u with J the norm's Jacobian at x, so u = (J^T)^+ g but for directions that J^T sends to nothing, or to so
-    little that rounding drowns it: they are the third result, orthonormal [K, R, D] with zeros where a row has fewer.
-    `norm` works on each row alone.
+    The Jacobian of an RMSNorm or LayerNorm at x is diag(d) P, where P takes away what lies along x, and in a LayerNorm
+    along the vector of ones (leaving that out always costs one direction of D). So g = P (d * u) gives u = g / d, but
+    for 1 / d times these two: the third result, orthonormal [K, 2, D]. d comes from two products with the Jacobian.
+    None where `norm`, which works on each row alone, is something else, as with a projection behind it.
     """
-    hidden, grads, blind = [], [], []
-    width = x_KD.shape[1]
-    rows = max(1, _JACOBIAN // width**2)
-    for x, grad in zip(x_KD.split(rows), grad_KD.split(rows), strict=True):
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            made = norm(x)
-            one_hot = torch.eye(made.shape[1])
-            jacobian_KDD = torch.stack(
-                [torch.autograd.grad((made * unit).sum(), x, retain_graph=True)[0] for unit in one_hot], 1
-            )
-        jacobian_KDD = jacobian_KDD.double()
-        squares, left = torch.linalg.eigh(jacobian_KDD @ jacobian_KDD.transpose(1, 2))  # singular values, from below
-        fine = squares > _BLIND**2 * squares[:, -1:]
-        parts = left.transpose(1, 2) @ (jacobian_KDD @ grad.double()[:, :, None])
-        parts = parts * (fine / squares.clamp_min(1e-300))[:, :, None]
-        hidden.append(made.detach())
-        grads.append((left @ parts)[:, :, 0].float())
-        most = int((~fine).sum(1).max())
-        blind.append((left * ~fine[:, None])[:, :, :most].transpose(1, 2).float())
-    most = max(one.shape[1] for one in blind)
-    blind = [torch.cat([one, one.new_zeros(len(one), most - one.shape[1], one.shape[2])], 1) for one in blind]
-    return torch.cat(hidden), torch.cat(grads), torch.cat(blind)
+    if not len(x_KD):
+        return None
+    signs_KD = torch.randn(x_KD.shape, generator=torch.Generator().manual_seed(0)).sign()
+    with torch.enable_grad():
+        x = x_KD.detach().float().requires_grad_()
+        made = norm(x)
+        if made.shape != x.shape:
+            return None
+        # J^T u = d * u but for the two lost directions, for u of ones and u of signs: d in two ways, with two unknown
+        # numbers each, that have to agree.
+        plain, signed = (torch.autograd.grad(made, x, u, retain_graph=True)[0] for u in (signs_KD.square(), signs_KD))
+    lost_KD2 = torch.linalg.qr(torch.stack([torch.ones_like(x), x], 2).detach())[0]
+    both_KD4 = torch.cat([lost_KD2, -signs_KD[:, :, None] * lost_KD2], 2)
+    gap_KD = signs_KD * signed - plain
+    factors_K41 = torch.linalg.lstsq(both_KD4, gap_KD[:, :, None]).solution
+    if relative_error((both_KD4 @ factors_K41)[:, :, 0] + plain, signs_KD * signed) > _NORM_ERROR:
+        return None
+    hidden_KD, d_KD = made.detach(), plain + (lost_KD2 @ factors_K41[:, :2])[:, :, 0]
+    floor = _BLIND * d_KD.abs().amax(1, keepdim=True)  # below that the wire's rounding rules
+    d_KD = torch.where(d_KD.abs() < floor, floor, d_KD)
+    blind_KD2 = torch.linalg.qr(lost_KD2 / d_KD[:, :, None])[0]
+    u_KD = grad_KD / d_KD
+    u_KD = u_KD - (blind_KD2 @ (blind_KD2.transpose(1, 2) @ u_KD[:, :, None]))[:, :, 0]
+    return hidden_KD, u_KD, blind_KD2.transpose(1, 2)
 
 
 def _logits(hidden_KD: Tensor, head_VD: Tensor, bias_V: Tensor | None) -> Tensor:

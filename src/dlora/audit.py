@@ -430,10 +430,13 @@ def _labels(
         return {"labels": float((found == want).float().mean()), "chance": chance}
 
     # With last layers on the edge, their weights and other tokens lie between exit and head.
-    if not view.begin.edge_last and (view.begin.edge_first or attacked.exit_KD.shape[1] == weight.shape[1]):
-        hidden_KD, grad_KD, blind_KRD = attacked.exit_KD, attacked.exit_grad_KD, None
-        if view.begin.edge_first:
-            hidden_KD, grad_KD, blind_KRD = before_norm(model.last_hidden, hidden_KD, grad_KD)
+    closed: tuple[Tensor, Tensor, Tensor | None] | None = None
+    if view.begin.edge_first and not view.begin.edge_last:
+        closed = before_norm(model.last_hidden, attacked.exit_KD, attacked.exit_grad_KD)
+    elif not view.begin.edge_last and attacked.exit_KD.shape[1] == weight.shape[1]:
+        closed = attacked.exit_KD, attacked.exit_grad_KD, None
+    if closed is not None:
+        hidden_KD, grad_KD, blind_KRD = closed
         guess = torch.cat([head(part).argmax(1) for part in hidden_KD.to(head.weight.dtype).split(512)])
         got = scores(guess)
         yield _finding("guess", "exit", "exit", f"{got['labels']:.1%} of the labels, by the model's own guess", **got)

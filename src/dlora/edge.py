@@ -116,7 +116,6 @@ class SplitModel(PeftModelForCausalLM):
         masks tell neither lengths nor which tokens have a label; zero gradients still do, without noise on the tail.
         Left padding and KV caches are as ever."""
         self.meter = Meter()
-        self._checked: set[int] = set()  # parameters whose gradients are looked at
         self._match_sites()
         self._held_sites = [
             site for site in shared_sites(link.description) if not self.held.in_cloud(site.modules[0].layer)
@@ -136,6 +135,7 @@ class SplitModel(PeftModelForCausalLM):
         self.accepts_position_ids = "position_ids" in inspect.signature(type(decoder_of(base)).forward).parameters
         self._signature = inspect.signature(self.forward)
         self._cloud_pass: Callable[[Tensor], Tensor] | None = None  # of the forward that runs now, with held layers
+        self._exit_BTD: Tensor | None = None  # no layer runs, and this comes out of each
         if self.held:
             layers = find_layers(decoder_of(base), self.held.count)
             if layers is None:
@@ -310,6 +310,8 @@ class SplitModel(PeftModelForCausalLM):
         self, index: int, hidden_BTD: Tensor, run: Callable[[Tensor], Any], skip: Callable[[Tensor], Any]
     ) -> Any:
         """Run a held layer; at the first of the others go through the cloud, which runs them all."""
+        if self._exit_BTD is not None:
+            return skip(self._exit_BTD)
         if not self.held.in_cloud(index):
             return run(hidden_BTD)
         if index == self.held.first:
@@ -329,18 +331,21 @@ class SplitModel(PeftModelForCausalLM):
         if not self.held:
             return exit_ND
         decoder = decoder_of(self.get_base_model())
-        embeddings = self.get_input_embeddings()(torch.zeros(len(exit_ND), 1, dtype=torch.int64, device=self.device))
+        embedding = self.get_input_embeddings()
+        embeddings = embedding(torch.zeros(len(exit_ND), 1, dtype=torch.int64, device=self.device)).detach()
         others = [one for one in decoder.children() if not isinstance(one, nn.ModuleList | nn.Embedding)]
-        weights = [(p, p.dtype) for one in others for p in one.parameters()]
-        self._cloud_pass = lambda _: exit_ND[:, None].float()
+        modules = [module for one in others for module in one.modules()]
+        weights = [(module, name, p) for module in modules for name, p in module.named_parameters(recurse=False)]
+        self._exit_BTD = exit_ND[:, None].float()
         try:
-            for p, _ in weights:
-                p.data = p.data.float()
-            hidden: Tensor = type(decoder).forward(decoder, inputs_embeds=embeddings, use_cache=False).last_hidden_state
+            for module, name, p in weights:  # not in place: a backward pass may follow
+                module._parameters[name] = nn.Parameter(p.float(), requires_grad=False)
+            output = type(decoder).forward(decoder, inputs_embeds=embeddings.float(), use_cache=False)
+            hidden: Tensor = output.last_hidden_state
         finally:
-            self._cloud_pass = None
-            for p, dtype in weights:
-                p.data = p.data.to(dtype)
+            self._exit_BTD = None
+            for module, name, p in weights:
+                module._parameters[name] = p
         return hidden[:, 0]
 
     def _count_held(self, batch: int, length: int, past: int, *, training: bool) -> None:
@@ -378,10 +383,13 @@ class SplitModel(PeftModelForCausalLM):
         """Find where the adapters sit: at sites of the cloud, or in held layers, whose gradients autograd makes."""
         self.sites, self._held_layers = match_sites(self, self.link.description, self.held)
         for name, layer in self._held_layers.items():
-            for parameter in layer.parameters():
-                if parameter.requires_grad and id(parameter) not in self._checked:
-                    self._checked.add(id(parameter))
+            for parameter in (*layer.lora_A.parameters(), *layer.lora_B.parameters()):
+                if not getattr(parameter, "dlora_checks_gradient", False):
+                    parameter.dlora_checks_gradient = True
+                    trained = parameter.requires_grad  # without, there can be no hook; it may be trained later
+                    parameter.requires_grad_(True)
                     parameter.register_hook(lambda grad, name=name: check_finite(grad, f"a gradient of {name}"))
+                    parameter.requires_grad_(trained)
 
     def held_adapters(self) -> Iterator[tuple[str, LoraLayer]]:
         """LoRA layers inside held layers, those in use."""

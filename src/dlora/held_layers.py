@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache
 
@@ -94,12 +95,16 @@ def wrap_layers(layers: nn.ModuleList, runner: Callable[[], LayerRunner | None],
             current = runner()
             if current is None:
                 return own(hidden_BTD, *args, **kwargs)
-            if not isinstance(hidden_BTD, Tensor) or hidden_BTD.dim() != 3:
-                # The other half's word is not to be trusted: the decoder unpacked what it should not have, or not.
-                raise ModelError(
-                    f"layer {index} got no hidden states [B, T, D]: the server says that layers give "
-                    f"{'tuples' if in_tuple else 'tensors'}, which does not fit this architecture"
-                )
+
+            def check(fits: bool) -> None:
+                if not fits:  # the other half's word is not to be trusted
+                    raise ModelError(
+                        f"layer {index}: the server says that layers give {'tuples' if in_tuple else 'tensors'}, which "
+                        "does not fit this architecture"
+                    )
+
+            # What another layer handed on was unpacked by the decoder as it does with its own.
+            check(isinstance(hidden_BTD, Tensor) and hidden_BTD.dim() == 3)
 
             def skip(hidden_BTD: Tensor) -> Any:
                 for one in (*args, *kwargs.values()):
@@ -109,7 +114,12 @@ def wrap_layers(layers: nn.ModuleList, runner: Callable[[], LayerRunner | None],
                         one.update(place, place, index)
                 return (hidden_BTD, None) if in_tuple else hidden_BTD
 
-            return current.run_layer(index, hidden_BTD, lambda hidden: own(hidden, *args, **kwargs), skip)
+            def run(hidden_BTD: Tensor) -> Any:
+                output = own(hidden_BTD, *args, **kwargs)
+                check(isinstance(output, tuple) == in_tuple)
+                return output
+
+            return current.run_layer(index, hidden_BTD, run, skip)
 
         layer.forward = forward
 
@@ -145,10 +155,11 @@ def files_for(layers: EdgeLayers) -> list[str]:
 
 
 def check_weights(model: nn.Module, decoder: nn.Module, file: str, weights: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless `weights` has every parameter that a layer's file is to have, and of floats.
+    """Raises ValueError unless `weights` has every parameter that a layer's file is to have, in the model's dtype.
 
     What they hold beside parameters are buffers of the same layer.
     """
+    dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator, union-attr]
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     embedding = {id(parameter) for parameter in model.get_input_embeddings().parameters()}  # type: ignore[operator]
 
@@ -165,8 +176,9 @@ def check_weights(model: nn.Module, decoder: nn.Module, file: str, weights: Mapp
     for name, value in weights.items():
         if file_of(name) != file or not name.startswith(f"{prefix}." if prefix else ""):
             raise ValueError(f"it has {name}, which is no part of it")
-        if name in wanted and not value.is_floating_point():
-            raise ValueError(f"{name}: got {value.dtype}, want floats")
+        # A model in half precision may keep some weights in full.
+        if name in wanted and value.dtype not in (dtype, torch.float32):
+            raise ValueError(f"{name}: got {value.dtype}, want {dtype}")
 
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> list[nn.Parameter]:

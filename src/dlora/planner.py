@@ -25,7 +25,7 @@ from dlora.proto import dlora_pb2 as pb
 from dlora.settings import PlanSettings
 from dlora.wire import WIRE_DTYPES, decode, encode, payload_bytes
 
-__all__ = ["Prediction", "check", "plan", "predict"]
+__all__ = ["Prediction", "check", "plan"]
 
 # Bytes of a protobuf tensor beside its data, and of the frame around its tensors.
 _TENSOR_BYTES = 17
@@ -44,9 +44,9 @@ class Prediction:
     cloud_s: float
     edge_s: float
     wire_s: float
-    """Tensors to messages and back on the edge, and on the way; what the cloud does of it is in `cloud_s`."""
+    """Tensors to messages and back on the edge; what the cloud does of it is in `cloud_s`."""
     link_s: float
-    """Round trips and transfer, in which both halves wait."""
+    """Round trips and transfer, in which both halves wait: as measured, or as given where that is slower."""
 
     @property
     def seconds(self) -> float:
@@ -71,10 +71,10 @@ def plan(settings: PlanSettings, link: Link) -> tuple[SplitModel, Prediction]:
             raise UsageError(f"sites: got {settings.sites}, this adapter has {len(model.sites)}")
         chosen = [model.sites[int((i + 0.5) * len(model.sites) / settings.sites)] for i in range(settings.sites)]
         model.set_active([name for site in chosen for name in site.names])
-    return model, predict(settings, model)
+    return model, _predict(settings, model)
 
 
-def predict(settings: PlanSettings, model: SplitModel) -> Prediction:
+def _predict(settings: PlanSettings, model: SplitModel) -> Prediction:
     """Predict a step of `batch_size` rows of `length` tokens, of which `supervised` have a label."""
     rows, supervised = settings.batch_size * settings.length, settings.batch_size * settings.supervised
     held = model.held
@@ -105,14 +105,13 @@ def predict(settings: PlanSettings, model: SplitModel) -> Prediction:
     received += (2 * len(active) + 1) * _FRAME_BYTES + (2 * len(active) + 2) * _COMPUTE_BYTES
     sent += rows + len(description.fingerprint) + 2 * kept + 40  # mask, fingerprint, kept positions, the rest of Begin
     round_trips = 2 * len(active) + 1 + input_grad
-    rtt_s = _measured_rtt(model.link) if settings.rtt_ms is None else settings.rtt_ms / 1000
-    link_s = round_trips * rtt_s
-    for size, mbit in ((sent, settings.up_mbit), (received, settings.down_mbit)):
-        link_s += size * 8 / (mbit * 1e6) if mbit else 0.0
     found = _calibrate(settings, model, [layer for _, layers in active for layer in layers])
-    per_byte = _conversion(settings, rows, entry_width)
-    if found.bytes:  # what is left of waiting when round trips are taken off
-        per_byte += max(0.0, found.transfer_s - found.round_trips * _measured_rtt(model.link)) / found.bytes
+    now_s = _measured_rtt(model.link)
+    # What is left of waiting when round trips are taken off.
+    per_byte = max(0.0, found.transfer_s - found.round_trips * now_s) / found.bytes if found.bytes else 0.0
+    link_s = round_trips * (now_s if settings.rtt_ms is None else settings.rtt_ms / 1000)
+    for size, mbit in ((sent, settings.up_mbit), (received, settings.down_mbit)):
+        link_s += size * max(per_byte, 8 / (mbit * 1e6) if mbit else 0.0)
     return Prediction(
         active_sites=len(active),
         sent_bytes=sent,
@@ -123,7 +122,7 @@ def predict(settings: PlanSettings, model: SplitModel) -> Prediction:
         edge_s=sum(_edge_site(settings, site, rows) for site, _ in active[:1]) * len(active)
         + _edge_head(model, supervised)
         + 2 * found.held_s,
-        wire_s=(sent + received) * per_byte,
+        wire_s=(sent + received) * _conversion(settings, rows, entry_width),
         link_s=link_s,
     )
 
@@ -192,7 +191,7 @@ def _calibrate(settings: PlanSettings, model: SplitModel, active: list[LoraLayer
 
     What sites cost the cloud beside the layers' own work shows in forward, where all of them are, against one;
     backward is taken to pay the same. How much longer backward takes than forward shows in a training step with one
-    site alone, the lowest.
+    site alone, the lowest. The adapter is a fresh one: what is idle meanwhile loses nothing.
     """
     vocab = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(0, vocab, (settings.batch_size, settings.length)).to(model.device)
@@ -216,15 +215,17 @@ def _calibrate(settings: PlanSettings, model: SplitModel, active: list[LoraLayer
         forward_s = min(forward_s, cost.cloud_s)
         found.transfer_s = min(found.transfer_s, cost.wait_s - cost.cloud_s)
         found.bytes, found.round_trips = cost.sent_bytes + cost.received_bytes, cost.round_trips
-    if active:
-        lowest = next(site for site in model.sites if active[0] in site.layers)
-        model.set_active([name for name in lowest.names if name in whole])
     one_s = math.inf
-    for _ in range(3):
-        _, cost = run(training=True)
-        found.cloud_s = min(found.cloud_s, cost.cloud_s)
-        one_s = min(one_s, sum(wait.cloud_s for wait in model.waits[: 2 if active else 1]) or cost.cloud_s)
-    model.set_active(whole)
+    try:
+        if active:
+            lowest = next(site for site in model.sites if active[0] in site.layers)
+            model.set_active([name for name in lowest.names if name in whole])
+        for _ in range(3):
+            _, cost = run(training=True)
+            found.cloud_s = min(found.cloud_s, cost.cloud_s)
+            one_s = min(one_s, sum(wait.cloud_s for wait in model.waits[: 2 if active else 1]) or cost.cloud_s)
+    finally:
+        model.set_active(whole)
     found.cloud_s += 2 * max(0.0, forward_s - one_s)
     if model.held:
         with model.disable_adapter():

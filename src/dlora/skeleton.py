@@ -57,7 +57,10 @@ def build_skeleton(link: Link, held: EdgeLayers) -> PreTrainedModel:
     model.config._name_or_path = description.model_id
     model.name_or_path = description.model_id
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    weights = load_file(folder / "edge.safetensors")
+    try:
+        weights = load_file(folder / "edge.safetensors")
+    except SafetensorError as error:
+        raise ModelError(f"edge.safetensors from {link.address} cannot be read: {error}") from error
     _fill(embedding, weights, "embedding.")
     tied = "head.weight" not in weights
     if tied:

@@ -291,7 +291,7 @@ def _micro_batches_before(trainer: SplitTrainer, checkpoint: Path | None) -> int
     """Training micro-batches that the steps before a checkpoint took; an epoch's last step may take fewer."""
     steps = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     each, an_epoch = trainer.args.gradient_accumulation_steps, len(trainer.get_train_dataloader())
-    epochs, rest = divmod(steps, math.ceil(an_epoch / each))
+    epochs, rest = divmod(steps, max(1, math.ceil(an_epoch / each)))
     return epochs * an_epoch + rest * each
 
 
@@ -318,10 +318,11 @@ def _build_trainer(settings: TrainSettings, model: SplitModel, tokenizer: PreTra
         raise UsageError(f"the trainer refused: {str(error).splitlines()[0]}") from error
     limits = model.link.description.limits
     trainer.train_dataset = _fit_length(trainer.train_dataset, origins, settings)
-    _check_room(trainer.train_dataset, settings.batch_size, settings.pad_to, limits)
+    pad_to = trainer.args.pad_to_multiple_of
+    _check_room(trainer.train_dataset, trainer.args.per_device_train_batch_size, pad_to, limits, training=True)
     if trainer.eval_dataset is not None:
         trainer.eval_dataset = _fit_length(trainer.eval_dataset, eval_origins, settings)
-        _check_room(trainer.eval_dataset, settings.eval_batch_size, settings.pad_to, limits)
+        _check_room(trainer.eval_dataset, trainer.args.per_device_eval_batch_size, pad_to, limits, training=False)
     return trainer
 
 
@@ -402,8 +403,8 @@ def _fit_length(rows: Dataset, origins: list[str], settings: TrainSettings) -> D
     return rows
 
 
-def _check_room(rows: Dataset, batch_size: int, pad_to: int, limits: pb.Limits) -> None:
-    """Raises UsageError if the longest rows, padded, are more than the server takes: before the first step."""
+def _check_room(rows: Dataset, batch_size: int, pad_to: int | None, limits: pb.Limits, *, training: bool) -> None:
+    """Raises UsageError if a batch of the longest rows, padded, is more than the server takes."""
     longest = max(len(ids) for ids in rows["input_ids"])
     padded = math.ceil(longest / pad_to) * pad_to if pad_to else longest
     says = f"the longest row has {longest} tokens" + (f", {padded} with pad_to {pad_to}" if pad_to else "")
@@ -412,10 +413,14 @@ def _check_room(rows: Dataset, batch_size: int, pad_to: int, limits: pb.Limits) 
             f"{says}; this server takes sequences of up to {limits.max_length}: lower max_length and set overlong to "
             "drop or truncate" + (", or lower pad_to" if pad_to else "")
         )
-    if (tokens := min(batch_size, len(rows)) * padded) > limits.max_tokens:
+    batch = min(batch_size, len(rows))
+    tokens = batch * padded
+    cost = tokens * (limits.bytes_per_token + limits.bytes_per_token_squared * padded) if training else 0.0
+    if tokens > limits.max_tokens or cost > limits.max_inflight_bytes:
         raise UsageError(
-            f"{says}; {batch_size} such rows make {tokens} tokens and this server takes {limits.max_tokens} a "
-            "micro-batch: lower batch_size (and raise gradient_accumulation_steps as much)"
+            f"{says}; a batch of {batch} x {padded} makes {tokens} tokens and this server takes {limits.max_tokens} a "
+            f"micro-batch; it needs {cost / _MIB:.0f} MiB of activations of {limits.max_inflight_bytes / _MIB:.0f}: "
+            "lower batch_size" + (" (and raise gradient_accumulation_steps as much)" if training else "")
         )
 
 
