@@ -106,6 +106,9 @@ FINAL = (
 SWEPT = {
     **{arm: ARMS[arm][4] for arm in (*FINAL, "FT v")},
     **dict.fromkeys(("FT", "FT gate,up"), (*MANY, 1.6e-2)),
+    "spread v": (*FEW, 4.8e-2),
+    "KR gate,up": (*FEW_MLP, 3.2e-2),
+    "FT rank 1": (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
     "KR paper": FEW[:3],
     "last": FEW[:3],
     **dict.fromkeys(("KR v cover", "spread v at 1/4"), FEW[1:]),

@@ -159,7 +159,7 @@ def check_weights(model: nn.Module, decoder: nn.Module, file: str, weights: Mapp
 
     What they hold beside parameters are buffers of the same layer.
     """
-    dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator, union-attr]
+    dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     embedding = {id(parameter) for parameter in model.get_input_embeddings().parameters()}  # type: ignore[operator]
 
