@@ -564,11 +564,11 @@ class PlanSettings(EdgeSettings):
     supervised: int = 16
     """Tokens of a row with a label."""
     rtt_ms: float | None = None
-    """Round trip time of the link; default: measured."""
+    """Round trip time of a link in place of the one there is; default: measured."""
     up_mbit: float | None = None
-    """Bandwidth towards the server, Mbit/s; default: not limited."""
+    """Bandwidth towards the server in Mbit/s, of a link that is slower than the one there is; default: as measured."""
     down_mbit: float | None = None
-    """Bandwidth from the server, Mbit/s; default: not limited."""
+    """The same for what comes from the server."""
     steps: int = 1000
     """Steps of the run that is planned."""
     check: bool = False
