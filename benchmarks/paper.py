@@ -436,7 +436,7 @@ def main(words: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "table", "figures", "fetch"))
-    parser.add_argument("--config", type=Path, default=HERE / "paper/smollm2.yaml")
+    parser.add_argument("--config", type=Path, default=HERE / "paper/smollm2-text.yaml")
     parser.add_argument("--data", type=Path, help="folder of the task data")
     parser.add_argument(
         "--results", type=Path, help="file of finished runs; default: benchmarks/results/paper-CONFIG.jsonl"
