@@ -332,17 +332,21 @@ def _costs(config: Any, runs: list[Run], model: str, pyplot: Any) -> Any:
 
 def _front(config: Any, runs: list[Run], model: str, pyplot: Any) -> Any:
     """Mean accuracy over the tasks that every arm drawn has, against bytes."""
-    lora = [arm for arm, options in config.arms.items() if options.get("kind", "lora") == "lora"]
+    lora = [
+        arm
+        for arm, options in config.arms.items()
+        if options.get("kind", "lora") == "lora" and "quantize" not in options
+    ]
     tasks = {arm: {run["task"] for run in select(runs, arm=arm)} for arm in lora if shares(config, runs, model, arm)}
     if "FT" not in tasks or not (common := set.intersection(*tasks.values())):
         return None
     canvas, panel = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for arm in tasks:
+    for number, arm in enumerate(tasks):
         groups = [select(runs, arm=arm, task=task) for task in sorted(common)]
         wide = math.hypot(*(half_width(group) for group in groups)) / len(groups)
         x, y = 100 * shares(config, runs, model, arm)[1]["bytes"], statistics.fmean(map(mean, groups))
         panel.errorbar(x, 100 * y, 100 * wide, fmt="o", capsize=3)
-        panel.annotate(arm, (x, 100 * y), xytext=(6, 4), textcoords="offset points", fontsize=8)
+        panel.annotate(arm, (x, 100 * y), xytext=(6, 4 - 10 * (number % 3)), textcoords="offset points", fontsize=8)
     commonest = statistics.fmean(select(runs, task=task)[0]["majority"] for task in common)
     panel.axhline(100 * commonest, color="#999999", ls="--", lw=1, label="always the commonest answer")
     if common <= {run["task"] for run in select(runs, arm="base")}:
@@ -352,6 +356,7 @@ def _front(config: Any, runs: list[Run], model: str, pyplot: Any) -> Any:
     panel.set_xticks([10, 20, 50, 100], ["10", "20", "50", "100"])
     panel.set_xticks([], minor=True)
     panel.set_xlabel("bytes, % of FT")
-    panel.set_ylabel(f"accuracy, %: {', '.join(sorted(common))}")
-    panel.legend(fontsize=8)
+    named = ", ".join(sorted(common)) if len(common) < 4 else f"mean of {len(common)} tasks"
+    panel.set_ylabel(f"accuracy, %: {named}")
+    panel.legend(fontsize=8, loc="lower center")
     return canvas
