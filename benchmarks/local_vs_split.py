@@ -111,6 +111,11 @@ def arm(kind: str, head: str, address: str) -> dict[str, Any]:
     return found
 
 
+def command(kind: str, head: str, address: str) -> list[str]:
+    """How to run a turn in a process of its own; its last line is what `arm` found, as JSON."""
+    return [sys.executable, __file__, "arm", "--kind", kind, "--head", head, "--address", address]
+
+
 def run() -> None:
     """All turns, in turn; write the result file."""
     from dlora.demo import SHARED_CORES, serving
@@ -120,9 +125,9 @@ def run() -> None:
         for number in range(CONFIG["rounds"]):
             for head in HEADS:
                 for kind in ("local", "split"):
-                    command = [sys.executable, __file__, "arm", "--kind", kind, "--head", head, "--address", address]
+                    words = command(kind, head, address)
                     environment = os.environ | SHARED_CORES  # for both, so that they differ in nothing else
-                    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+                    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=environment)
                     found = json.loads(done.stdout.splitlines()[-1])
                     turns.append({"round": number, "head": head, "kind": kind, **found})
                     print(number, head, kind, [round(s, 2) for s in found["seconds"]], flush=True)

@@ -107,7 +107,7 @@ def specs(config: Config) -> list[dict[str, Any]]:
     """All runs in order, each once: everything that its result depends on."""
     groups = [(group, group.get("tasks", config.tasks)) for group in config.runs]
     groups += [(group, [*group["users"], "+".join(group["users"])]) for group in config.personal]
-    common = ("steps", "epochs", "batch_size", "eval_rows", "dtype", "attention", "quantize", "wire_dtype")
+    common = ("steps", "epochs", "batch_size", "eval_rows", "dtype", "attention", "wire_dtype")
     found = {}
     for group, tasks in groups:
         for seed in group.get("seeds", config.seeds):
@@ -120,8 +120,8 @@ def specs(config: Config) -> list[dict[str, Any]]:
                             continue  # nothing is drawn by lot, and no user is told apart
                         spec = {"model": model, "task": task, "arm": arm, "seed": seed}
                         spec["settings"] = {name: getattr(config, name) for name in common}
-                        spec["settings"] |= {"quantize": options.pop("quantize", config.quantize)}
-                        spec["settings"] |= {"model": config.models[model], "arm": options}
+                        quantize = options.pop("quantize", config.quantize)
+                        spec["settings"] |= {"model": config.models[model], "arm": options, "quantize": quantize}
                         if config.form != "label":
                             spec["settings"]["form"] = config.form
                         found.setdefault(key(spec), spec)

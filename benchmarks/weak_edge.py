@@ -55,8 +55,7 @@ def memory_group(cap_mib: int) -> Iterator[Path]:
 
 def turn(kind: str, cap_mib: int | None, address: str) -> dict[str, Any]:
     """One turn in a process of its own on core 0: what local_vs_split.py's arm finds, or an error."""
-    script = Path(local_vs_split.__file__)
-    words = [sys.executable, str(script), "arm", "--kind", kind, "--head", "supervised", "--address", address]
+    words = local_vs_split.command(kind, "supervised", address)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with ExitStack() as stack:
         group = stack.enter_context(memory_group(cap_mib)) if cap_mib else None
@@ -106,18 +105,16 @@ def table(record: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
 
-    def steps(kind: str, cap: int | None) -> list[float]:
-        turns = [turn for turn in record["turns"] if (turn["kind"], turn["cap_mib"]) == (kind, cap)]
-        return [statistics.median(turn["seconds"][1:]) for turn in turns if "error" not in turn]
-
-    local = steps("local", None)
-    for kind, cap in ARMS:
-        turns = [turn for turn in record["turns"] if (turn["kind"], turn["cap_mib"]) == (kind, cap)]
-        mine = steps(kind, cap)
-        shown = ", ".join([f"{one:.1f}" for one in mine] + [turn["error"] for turn in turns if "error" in turn][:1])
+    turns = {arm: [turn for turn in record["turns"] if (turn["kind"], turn["cap_mib"]) == arm] for arm in ARMS}
+    fine = {arm: [turn for turn in found if "error" not in turn] for arm, found in turns.items()}
+    steps = {arm: [statistics.median(turn["seconds"][1:]) for turn in found] for arm, found in fine.items()}
+    local = steps["local", None]
+    for (kind, cap), mine in steps.items():
+        errors = [turn["error"] for turn in turns[kind, cap] if "error" in turn]
+        shown = ", ".join([f"{one:.1f}" for one in mine] + errors[:1])
         ratio = f"{statistics.median(mine) / statistics.median(local):.2f}" if mine and local else ""
         name = "edge, server on the other core" if kind == "split" else "local peft"
-        peak = f"{max(turn['peak_mib'] for turn in turns if 'error' not in turn):.0f}" if mine else ""
+        peak = f"{max(turn['peak_mib'] for turn in fine[kind, cap]):.0f}" if mine else ""
         lines.append(f"| {name} | {cap or 'none'} | {shown} | {ratio} | {peak} |")
     return "\n".join(lines)
 

@@ -21,11 +21,7 @@ from dlora.settings import ServeSettings
 def settings(folder: Path, **changes: Any) -> ReplicaSettings:
     """A tiny model on loopback."""
     values: dict[str, Any] = {
-        "model": str(folder),
-        "model_id": "example-org/llama",
-        "device": "cpu",
-        "dtype": "fp32",
-        "allow_modules": ".*",
+        "load": {"name": str(folder), "model_id": "example-org/llama", "allow_modules": ".*"},
         "limits": {},
         "options": ServerOptions(drain_s=5.0),
         "host": "127.0.0.1",

@@ -172,15 +172,7 @@ def _serve(values: dict[str, Any]) -> int:
     if settings.replicas:
         return _serve_replicas(settings)
     print(f"loading {settings.model} ...", flush=True)
-    cloud, loaded = load_cloud(
-        settings.model,
-        model_id=settings.model_id,
-        device=settings.device,
-        dtype=settings.dtype,
-        quantize=settings.quantize,
-        allow_modules=settings.allow_modules,
-        limits=Limits(**_limits(settings)),
-    )
+    cloud, loaded = load_cloud(**_model(settings), limits=Limits(**_limits(settings)))
     protection = _protection(settings)
     tls, identities = protection["tls"], protection["identities"]
     stop = threading.Event()
@@ -230,6 +222,17 @@ def _limits(settings: ServeSettings) -> dict[str, int]:
     }
 
 
+def _model(settings: ServeSettings) -> dict[str, Any]:
+    return {
+        "name": settings.model,
+        "model_id": settings.model_id,
+        "device": settings.device,
+        "dtype": settings.dtype,
+        "quantize": settings.quantize,
+        "allow_modules": settings.allow_modules,
+    }
+
+
 def _server_options(settings: ServeSettings) -> Any:
     from dlora.server import ServerOptions
 
@@ -264,12 +267,7 @@ def _serve_replicas(settings: ServeSettings) -> int:
     from dlora.replicas import Front, ReplicaSettings, Scaling
 
     replica = ReplicaSettings(
-        model=settings.model,
-        model_id=settings.model_id,
-        device=settings.device,
-        dtype=settings.dtype,
-        quantize=settings.quantize,
-        allow_modules=settings.allow_modules,
+        load=_model(settings),
         limits=_limits(settings),
         options=_server_options(settings),
         host=settings.host,

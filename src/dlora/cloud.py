@@ -28,18 +28,18 @@ from transformers.cache_utils import DynamicLayer
 from dlora.adapter_store import AdapterStore
 from dlora.errors import AdapterMissing, ModelError, UsageError, WireError
 from dlora.exchange import Pipe, Plan, Step, current_step
-from dlora.held_layers import EdgeLayers, LayerRunner, find_layers, first_output, wrap_layers
+from dlora.held_layers import EdgeLayers, KnownCloud, LayerRunner, find_layers, first_output, wrap_layers
 from dlora.proto import dlora_pb2 as pb
 from dlora.quantize import give_back, quantization
-from dlora.sites import Site, attention_flops, backward_flops, forward_flops, output_sites, trace
+from dlora.sites import Site, attention_flops, backward_flops, forward_flops, output_sites, pass_bytes, trace
 from dlora.wire import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, WIRE_DTYPES, decode, encode, unpack_mask
 
 __all__ = ["CloudModel", "Limits"]
 
 log = logging.getLogger(__name__)
 
-# Largest difference allowed at load between the full model's logits and the split's, as a share
-# of the largest logit. Equal arithmetic gives 0; 1e-4 leaves room for kernels that depend on shape.
+# Largest difference allowed at load between the full model's results and the split's, as a share
+# of the largest. Equal arithmetic gives 0; 1e-4 leaves room for kernels that depend on shape.
 _SPLIT_TOLERANCE: Final = 1e-4
 
 
@@ -442,7 +442,7 @@ class CloudModel:
 
     def _cost_bytes(self, batch: int, length: int, training: bool, past: int = 0, cache_length: int = 0) -> int:
         """Memory that a pass needs beside the weights, its stream's whole KV cache included."""
-        cost = batch * length * (self.bytes_per_token + self.bytes_per_token_squared * (past + length))
+        cost = pass_bytes(batch, length, self.bytes_per_token, self.bytes_per_token_squared, past)
         if training:
             return int(cost)
         # Without backward only a layer's own tensors live at once.
@@ -533,19 +533,18 @@ class CloudModel:
             active = tuple(one for one in plan.active if held.in_cloud(one[0].modules[0].layer))
             self.run(dataclasses.replace(plan, held=held, active=active, embeddings=encode(entry, pb.FP32)), answers)
             got = decode(answers.hidden, [ids_BT.numel(), self.layer_width], "hidden").to(end)
-            self._mirror = _OtherHalf(held, end)
+            self._mirror = KnownCloud(held, end)
             try:
                 with torch.no_grad():
                     pairs = [("cloud", got, end.flatten(0, 1)), ("edge", decode_all(), whole)]
             finally:
                 self._mirror = None
             for half, found, want in pairs:
-                difference, scale = (found - want).abs().max().item(), want.abs().max().item()
-                if not difference <= _SPLIT_TOLERANCE * max(scale, 1e-6):
+                if gap := _gap(found - want, want):
                     raise ModelError(
                         f"edges cannot hold the first {held.first} and the last {held.last} layers of "
-                        f"{type(self.model).__name__}: the {half}'s half differs by {difference:.3g} (largest "
-                        f"{scale:.3g}). Its layers share more than hidden states."
+                        f"{type(self.model).__name__}: the {half}'s half differs by {gap}. Its layers share more than "
+                        "hidden states."
                     )
 
     def _check_split(self, ids_BT: Tensor) -> int:
@@ -567,13 +566,11 @@ class CloudModel:
             with _replaced_forward(self.decoder, output):
                 got = self.model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
         seen = mask_BT.bool()
-        difference = (got - want)[seen].abs().max().item()
-        scale = want[seen].abs().max().item()
-        if not difference <= _SPLIT_TOLERANCE * max(scale, 1e-6):
+        if gap := _gap((got - want)[seen], want[seen]):
             raise ModelError(
-                f"{type(self.model).__name__} cannot be split: its logits differ from the full model's by "
-                f"{difference:.3g} (largest logit {scale:.3g}). It does more with token ids than embed them, or uses "
-                "something other than the decoder's last hidden states."
+                f"{type(self.model).__name__} cannot be split: its logits differ from the full model's by {gap}. It "
+                "does more with token ids than embed them, or uses something other than the decoder's last hidden "
+                "states."
             )
         return int(hidden_width)
 
@@ -645,26 +642,17 @@ class CloudModel:
                     past_key_values=cache,
                     use_cache=True,
                 ).last_hidden_state
-        difference, scale = (got - want[:, half:]).abs().max().item(), want.abs().max().item()
-        if not difference <= _SPLIT_TOLERANCE * max(scale, 1e-6):
+        if _gap(got - want[:, half:], want):
             log.warning("%s is served without KV cache: with it, results differ", type(self.model).__name__)
             return 0
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
         return held // ids_BT.numel()
 
 
-class _OtherHalf:
-    """A `LayerRunner` as an edge's: its own layers run, and at the cloud's first the known end of its last comes in."""
-
-    def __init__(self, held: EdgeLayers, end_BTD: Tensor) -> None:
-        self.held, self.end_BTD = held, end_BTD
-
-    def run_layer(
-        self, index: int, hidden_BTD: Tensor, run: Callable[[Tensor], Any], skip: Callable[[Tensor], Any]
-    ) -> Any:
-        if not self.held.in_cloud(index):
-            return run(hidden_BTD)
-        return skip(self.end_BTD if index == self.held.first else hidden_BTD)
+def _gap(difference: Tensor, values: Tensor) -> str:
+    """How far results are apart, if that is more than equal arithmetic explains, or no number; else nothing."""
+    largest, scale = difference.abs().max().item(), values.abs().max().item()
+    return "" if largest <= _SPLIT_TOLERANCE * max(scale, 1e-6) else f"{largest:.3g} (largest value {scale:.3g})"
 
 
 class _ZeroEdge:

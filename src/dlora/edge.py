@@ -38,7 +38,7 @@ from dlora.bottleneck import BottleneckConfig, make_bottleneck, save_bottleneck
 from dlora.conversation import ActiveSite, Conversation, Frozen, Wait, begin, freeze, layer_flops
 from dlora.edge_sites import allowed_names, match_sites, shared_sites
 from dlora.errors import DLoRAError, ModelError, UsageError
-from dlora.held_layers import EdgeLayers, find_layers, layer_of, wrap_layers
+from dlora.held_layers import EdgeLayers, KnownCloud, find_layers, layer_of, wrap_layers
 from dlora.kv_cache import CloudCache, Pass
 from dlora.link import Link, RetryPolicy
 from dlora.micro_batch import MicroBatch, SplitForward, check_finite
@@ -135,12 +135,12 @@ class SplitModel(PeftModelForCausalLM):
         self.accepts_position_ids = "position_ids" in inspect.signature(type(decoder_of(base)).forward).parameters
         self._signature = inspect.signature(self.forward)
         self._cloud_pass: Callable[[Tensor], Tensor] | None = None  # of the forward that runs now, with held layers
-        self._exit_BTD: Tensor | None = None  # no layer runs, and this comes out of each
+        self._known: KnownCloud | None = None  # instead of the cloud
         if self.held:
             layers = find_layers(decoder_of(base), self.held.count)
             if layers is None:
                 raise ModelError(f"found no list of {self.held.count} layers in {type(decoder_of(base)).__name__}")
-            wrap_layers(layers, lambda: self, link.description.layers.in_tuple)
+            wrap_layers(layers, lambda: self._known or self, link.description.layers.in_tuple)
         decoder_of(base).forward = types.MethodType(_remote_forward, self)
         # generate() calls the base model and not this one; peft may call the base model's forward
         # and not the model. So hook both.
@@ -310,8 +310,6 @@ class SplitModel(PeftModelForCausalLM):
         self, index: int, hidden_BTD: Tensor, run: Callable[[Tensor], Any], skip: Callable[[Tensor], Any]
     ) -> Any:
         """Run a held layer; at the first of the others go through the cloud, which runs them all."""
-        if self._exit_BTD is not None:
-            return skip(self._exit_BTD)
         if not self.held.in_cloud(index):
             return run(hidden_BTD)
         if index == self.held.first:
@@ -336,14 +334,14 @@ class SplitModel(PeftModelForCausalLM):
         others = [one for one in decoder.children() if not isinstance(one, nn.ModuleList | nn.Embedding)]
         modules = [module for one in others for module in one.modules()]
         weights = [(module, name, p) for module in modules for name, p in module.named_parameters(recurse=False)]
-        self._exit_BTD = exit_ND[:, None].float()
+        self._known = KnownCloud(EdgeLayers(count=self.held.count), exit_ND[:, None].float())  # and no layer runs
         try:
             for module, name, p in weights:  # not in place: a backward pass may follow
                 module._parameters[name] = nn.Parameter(p.float(), requires_grad=False)
             output = type(decoder).forward(decoder, inputs_embeds=embeddings.float(), use_cache=False)
             hidden: Tensor = output.last_hidden_state
         finally:
-            self._exit_BTD = None
+            self._known = None
             for module, name, p in weights:
                 module._parameters[name] = p
         return hidden[:, 0]

@@ -22,6 +22,7 @@ from dlora.errors import ModelError
 
 __all__ = [
     "EdgeLayers",
+    "KnownCloud",
     "LayerRunner",
     "check_weights",
     "files_for",
@@ -30,6 +31,7 @@ __all__ = [
     "first_output",
     "layer_of",
     "layer_weights",
+    "values_by_file",
     "without_dropout",
     "wrap_layers",
 ]
@@ -96,15 +98,8 @@ def wrap_layers(layers: nn.ModuleList, runner: Callable[[], LayerRunner | None],
             if current is None:
                 return own(hidden_BTD, *args, **kwargs)
 
-            def check(fits: bool) -> None:
-                if not fits:  # the other half's word is not to be trusted
-                    raise ModelError(
-                        f"layer {index}: the server says that layers give {'tuples' if in_tuple else 'tensors'}, which "
-                        "does not fit this architecture"
-                    )
-
             # What another layer handed on was unpacked by the decoder as it does with its own.
-            check(isinstance(hidden_BTD, Tensor) and hidden_BTD.dim() == 3)
+            _check_output(isinstance(hidden_BTD, Tensor) and hidden_BTD.dim() == 3, index, in_tuple)
 
             def skip(hidden_BTD: Tensor) -> Any:
                 for one in (*args, *kwargs.values()):
@@ -116,12 +111,35 @@ def wrap_layers(layers: nn.ModuleList, runner: Callable[[], LayerRunner | None],
 
             def run(hidden_BTD: Tensor) -> Any:
                 output = own(hidden_BTD, *args, **kwargs)
-                check(isinstance(output, tuple) == in_tuple)
+                _check_output(isinstance(output, tuple) == in_tuple, index, in_tuple)
                 return output
 
             return current.run_layer(index, hidden_BTD, run, skip)
 
         layer.forward = forward
+
+
+def _check_output(fits: bool, index: int, in_tuple: bool) -> None:
+    if not fits:  # the other half's word is not to be trusted
+        raise ModelError(
+            f"layer {index}: the server says that layers give {'tuples' if in_tuple else 'tensors'}, which does not "
+            "fit this architecture"
+        )
+
+
+class KnownCloud:
+    """A `LayerRunner`: held layers run, and what comes out of the cloud's is known, [B, T, D]."""
+
+    def __init__(self, held: EdgeLayers, exit_BTD: Tensor) -> None:
+        self.held, self.exit_BTD = held, exit_BTD
+
+    def run_layer(
+        self, index: int, hidden_BTD: Tensor, run: Callable[[Tensor], Any], skip: Callable[[Tensor], Any]
+    ) -> Any:
+        """Run a held layer; hand on what is known at the first of the others, and what comes at the rest."""
+        if not self.held.in_cloud(index):
+            return run(hidden_BTD)
+        return skip(self.exit_BTD if index == self.held.first else hidden_BTD)
 
 
 def layer_weights(
@@ -131,15 +149,23 @@ def layer_weights(
 
     One file a layer, and one for all of the decoder beside layers and token embedding.
     """
+    wanted = ["decoder.safetensors", *map(layer_file, (*range(first), *range(count - last, count)))]
+    files = values_by_file(model, decoder)
+    return {
+        file: {name: value.detach().to("cpu").contiguous().clone() for name, value in files.get(file, {}).items()}
+        for file in wanted
+    }
+
+
+def values_by_file(model: nn.Module, decoder: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """The decoder's parameters and buffers but for the token embedding: file name -> {name in the model: tensor}."""
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     embedding = {id(parameter) for parameter in model.get_input_embeddings().parameters()}  # type: ignore[operator]
-    files: dict[str, dict[str, Tensor]] = {"decoder.safetensors": {}}
-    files |= {layer_file(i): {} for i in (*range(first), *range(count - last, count))}
+    files: dict[str, dict[str, Tensor]] = {}
     for name, value in decoder.state_dict(prefix=f"{prefix}." if prefix else "", keep_vars=True).items():
-        layer = layer_of(name)
-        file = "decoder.safetensors" if layer < 0 else layer_file(layer)
-        if file in files and id(value) not in embedding:
-            files[file][name] = value.detach().to("cpu").contiguous().clone()
+        if id(value) not in embedding:
+            layer = layer_of(name)
+            files.setdefault("decoder.safetensors" if layer < 0 else layer_file(layer), {})[name] = value
     return files
 
 
@@ -154,30 +180,15 @@ def files_for(layers: EdgeLayers) -> list[str]:
     return ["decoder.safetensors", *map(layer_file, held)] if layers else []
 
 
-def check_weights(model: nn.Module, decoder: nn.Module, file: str, weights: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless `weights` has every parameter that a layer's file is to have, in the model's dtype.
-
-    What they hold beside parameters are buffers of the same layer.
-    """
-    dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
-    embedding = {id(parameter) for parameter in model.get_input_embeddings().parameters()}  # type: ignore[operator]
-
-    def file_of(name: str) -> str:
-        return "decoder.safetensors" if (layer := layer_of(name)) < 0 else layer_file(layer)
-
-    wanted = {
-        name
-        for name, value in decoder.named_parameters(prefix=prefix)
-        if file_of(name) == file and id(value) not in embedding
-    }
-    if missing := sorted(wanted - weights.keys()):
+def check_weights(wanted: Mapping[str, Tensor], dtype: torch.dtype, weights: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless a file has what `values_by_file` says, its parameters in the model's dtype."""
+    if missing := sorted(wanted.keys() - weights.keys()):
         raise ValueError(f"it lacks {missing[0]}")
+    if foreign := sorted(weights.keys() - wanted.keys()):
+        raise ValueError(f"it has {foreign[0]}, which is no part of it")
     for name, value in weights.items():
-        if file_of(name) != file or not name.startswith(f"{prefix}." if prefix else ""):
-            raise ValueError(f"it has {name}, which is no part of it")
         # A model in half precision may keep some weights in full.
-        if name in wanted and value.dtype not in (dtype, torch.float32):
+        if isinstance(wanted[name], nn.Parameter) and value.dtype not in (dtype, torch.float32):
             raise ValueError(f"{name}: got {value.dtype}, want {dtype}")
 
 

@@ -105,7 +105,7 @@ def _predict(settings: PlanSettings, model: SplitModel) -> Prediction:
     received += (2 * len(active) + 1) * _FRAME_BYTES + (2 * len(active) + 2) * _COMPUTE_BYTES
     sent += rows + len(description.fingerprint) + 2 * kept + 40  # mask, fingerprint, kept positions, the rest of Begin
     round_trips = 2 * len(active) + 1 + input_grad
-    found = _calibrate(settings, model, [layer for _, layers in active for layer in layers])
+    found = _calibrate(settings, model, active[0][0] if active else None)
     now_s = _measured_rtt(model.link)
     # What is left of waiting when round trips are taken off.
     per_byte = max(0.0, found.transfer_s - found.round_trips * now_s) / found.bytes if found.bytes else 0.0
@@ -129,21 +129,31 @@ def _predict(settings: PlanSettings, model: SplitModel) -> Prediction:
 
 def check(settings: PlanSettings, model: SplitModel) -> tuple[Meter, float]:
     """Run a step over random tokens: what it cost, and seconds. The adapter's gradients are thrown away."""
+    batch = _random_batch(settings, model, settings.supervised)
+    runs = [_run(model, batch, training=True) for _ in range(3)]
+    return runs[-1][1], min(seconds for seconds, _ in runs)
+
+
+def _random_batch(settings: PlanSettings, model: SplitModel, supervised: int) -> dict[str, torch.Tensor]:
+    """Rows of random tokens, of which the last so many have a label."""
     vocab = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(0, vocab, (settings.batch_size, settings.length))
+    ids = torch.randint(0, vocab, (settings.batch_size, settings.length)).to(model.device)
     labels = ids.clone()
-    labels[:, : settings.length - settings.supervised] = -100
+    labels[:, : settings.length - supervised] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def _run(model: SplitModel, batch: dict[str, torch.Tensor], *, training: bool) -> tuple[float, Meter]:
+    """Seconds and cost of a training step without an update, or of its forward pass alone."""
     model.train()
-    best, cost = math.inf, Meter()
-    for _ in range(3):
-        before, start = model.meter.copy(), time.perf_counter()
-        mask = torch.ones_like(ids)
-        model(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), labels=labels.to(model.device)
-        ).loss.backward()
-        best, cost = min(best, time.perf_counter() - start), model.meter - before
-        model.zero_grad()
-    return cost, best
+    before, start = model.meter.copy(), time.perf_counter()
+    with torch.set_grad_enabled(training):
+        loss = model(**batch).loss
+    if loss.requires_grad:
+        loss.backward()
+    seconds = time.perf_counter() - start
+    model.zero_grad()
+    return seconds, model.meter - before
 
 
 def _active(model: SplitModel, site: ActiveSite) -> list[LoraLayer]:
@@ -186,50 +196,35 @@ class _Measured:
     round_trips: int = 0
 
 
-def _calibrate(settings: PlanSettings, model: SplitModel, active: list[LoraLayer]) -> _Measured:
-    """Measure what the plan's time is made of.
+def _calibrate(settings: PlanSettings, model: SplitModel, lowest: ActiveSite | None) -> _Measured:
+    """Measure what the plan's time is made of; `lowest` is the lowest active site.
 
     What sites cost the cloud beside the layers' own work shows in forward, where all of them are, against one;
     backward is taken to pay the same. How much longer backward takes than forward shows in a training step with one
     site alone, the lowest. The adapter is a fresh one: what is idle meanwhile loses nothing.
     """
-    vocab = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(0, vocab, (settings.batch_size, settings.length)).to(model.device)
-    mask, labels = torch.ones_like(ids), ids.clone()
-    labels[:, :-2] = -100  # the edge's head has nothing to do with this
+    batch = _random_batch(settings, model, supervised=1)  # the edge's head has nothing to do with this
     whole, found = model.active_modules, _Measured()
-
-    def run(training: bool) -> tuple[float, Meter]:
-        before, start = model.meter.copy(), time.perf_counter()
-        with torch.set_grad_enabled(training):
-            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
-        if training and loss.requires_grad:
-            loss.backward()
-            model.zero_grad()
-        return time.perf_counter() - start, model.meter - before
-
-    model.train()
     forward_s = math.inf
     for _ in range(3):
-        _, cost = run(training=False)
+        _, cost = _run(model, batch, training=False)
         forward_s = min(forward_s, cost.cloud_s)
         found.transfer_s = min(found.transfer_s, cost.wait_s - cost.cloud_s)
         found.bytes, found.round_trips = cost.sent_bytes + cost.received_bytes, cost.round_trips
     one_s = math.inf
     try:
-        if active:
-            lowest = next(site for site in model.sites if active[0] in site.layers)
+        if lowest:
             model.set_active([name for name in lowest.names if name in whole])
         for _ in range(3):
-            _, cost = run(training=True)
+            _, cost = _run(model, batch, training=True)
             found.cloud_s = min(found.cloud_s, cost.cloud_s)
-            one_s = min(one_s, sum(wait.cloud_s for wait in model.waits[: 2 if active else 1]) or cost.cloud_s)
+            one_s = min(one_s, sum(wait.cloud_s for wait in model.waits[: 2 if lowest else 1]) or cost.cloud_s)
     finally:
         model.set_active(whole)
     found.cloud_s += 2 * max(0.0, forward_s - one_s)
     if model.held:
         with model.disable_adapter():
-            passes = [run(training=False) for _ in range(3)]
+            passes = [_run(model, batch, training=False) for _ in range(3)]
         found.held_s = min(took - cost.wait_s for took, cost in passes)
     return found
 

@@ -36,12 +36,8 @@ _START_S: Final = 600.0  # a large model takes minutes to load
 class ReplicaSettings:
     """What a replica serves, in plain values that travel to any node."""
 
-    model: str
-    model_id: str | None
-    device: str
-    dtype: str
-    quantize: str = "none"
-    allow_modules: str
+    load: dict[str, Any]
+    """Arguments of `load_cloud`, but for the limits."""
     limits: dict[str, int]
     options: ServerOptions
     host: str
@@ -99,15 +95,7 @@ def _replica_class() -> Any:
 
             if settings.threads:
                 torch.set_num_threads(settings.threads)
-            cloud, loaded = load_cloud(
-                settings.model,
-                model_id=settings.model_id,
-                device=settings.device,
-                dtype=settings.dtype,
-                quantize=settings.quantize,
-                allow_modules=settings.allow_modules,
-                limits=Limits(**settings.limits),
-            )
+            cloud, loaded = load_cloud(**settings.load, limits=Limits(**settings.limits))
 
             def start(port: int) -> Server:
                 server = Server(

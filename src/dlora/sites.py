@@ -27,6 +27,7 @@ __all__ = [
     "forward_flops",
     "linear_widths",
     "output_sites",
+    "pass_bytes",
     "trace",
 ]
 
@@ -200,3 +201,11 @@ def attention_flops(config: Any, batch: int, length: int, past: int = 0) -> int:
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return int(4 * batch * length * (past + length) * heads * head_dim)
+
+
+def pass_bytes(batch: int, length: int, per_token: float, per_token_squared: float, past: int = 0) -> float:
+    """Memory in which the cloud runs forward and backward over [batch, length] tokens behind `past` cached ones.
+
+    `per_token` and `per_token_squared` are what it measured at load, and tells in its limits.
+    """
+    return batch * length * (per_token + per_token_squared * (past + length))

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dlora.errors import ModelError, UsageError
-from dlora.held_layers import EdgeLayers, check_weights, files_for, fill, without_dropout
+from dlora.held_layers import EdgeLayers, check_weights, files_for, fill, values_by_file, without_dropout
 from dlora.link import Link
 
 __all__ = ["build_skeleton", "decoder_of", "drop_stand_ins", "held_layers_of"]
@@ -69,11 +69,11 @@ def build_skeleton(link: Link, held: EdgeLayers) -> PreTrainedModel:
     here = {id(parameter) for module in (embedding, head) for parameter in module.parameters()}
     if held:
         names = files_for(held)
-        files = link.layer_files(names)
+        files, wanted = link.layer_files(names), values_by_file(model, model.get_decoder())
         for file in names:
             try:
                 layer = load_file(files / file)
-                check_weights(model, model.get_decoder(), file, layer)
+                check_weights(wanted.get(file, {}), embedding.weight.dtype, layer)
                 here |= {id(parameter) for parameter in fill(model, layer)}
             except (KeyError, ValueError, AttributeError, SafetensorError) as error:
                 raise ModelError(f"{file} from {link.address} does not fit: {error}") from error

@@ -54,6 +54,7 @@ from dlora.proto import dlora_pb2 as pb
 from dlora.recording import Recorder
 from dlora.reviver import KillReviveCallback
 from dlora.settings import TrainSettings
+from dlora.sites import pass_bytes
 
 __all__ = ["AccountingCallback", "SplitTrainer", "train"]
 
@@ -415,7 +416,7 @@ def _check_room(rows: Dataset, batch_size: int, pad_to: int | None, limits: pb.L
         )
     batch = min(batch_size, len(rows))
     tokens = batch * padded
-    cost = tokens * (limits.bytes_per_token + limits.bytes_per_token_squared * padded) if training else 0.0
+    cost = pass_bytes(batch, padded, limits.bytes_per_token, limits.bytes_per_token_squared) if training else 0.0
     if tokens > limits.max_tokens or cost > limits.max_inflight_bytes:
         raise UsageError(
             f"{says}; a batch of {batch} x {padded} makes {tokens} tokens and this server takes {limits.max_tokens} a "
