@@ -79,7 +79,7 @@ def make(link: Any, num_sites: int | None = None) -> Any:
     from peft import LoraConfig
 
     import dlora
-    from dlora.edge import load_base
+    from dlora.edge.model import load_base
 
     if num_sites == 0:
         return load_base(link, wire_dtype=CONFIG["wire_dtype"])
@@ -96,7 +96,7 @@ def arm_loopback(kind: str, address: str) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
 
     import dlora
-    from dlora.load import load_model
+    from dlora.cloud.load import load_model
 
     if kind == "local":
         config = LoraConfig(r=CONFIG["r"], target_modules=CONFIG["target_modules"], task_type="CAUSAL_LM")
@@ -226,7 +226,7 @@ async def run_relay(address: str, rtt_ms: float) -> None:
 
 def run() -> None:
     """All arms; write the result file."""
-    from dlora.demo import SHARED_CORES, serving
+    from dlora.cli.demo import SHARED_CORES, serving
 
     def arm(*words: str) -> Any:
         environment = os.environ | SHARED_CORES  # for both, so that they differ in nothing else

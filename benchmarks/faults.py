@@ -32,11 +32,11 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import dlora
-from dlora import keys
-from dlora.client import Access
-from dlora.cloud import CloudModel
-from dlora.link import RetryPolicy
-from dlora.server import Server, TlsFiles
+from dlora.cloud.model import CloudModel
+from dlora.edge.grpc_link import Access
+from dlora.edge.link import RetryPolicy
+from dlora.server import keys
+from dlora.server.server import Server, TlsFiles
 
 RESULT = Path(__file__).parent / "results" / "faults.json"
 MORTAL = Path(__file__).parents[1] / "tests" / "mortal_server.py"

@@ -33,10 +33,10 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import dlora
-from dlora.cloud import CloudModel, Limits
+from dlora.cloud.model import CloudModel, Limits
+from dlora.edge.link import RetryPolicy
 from dlora.embedded import InProcessLink
 from dlora.errors import DLoRAError, PeerLost
-from dlora.link import RetryPolicy
 from dlora.proto import dlora_pb2 as pb
 
 RESULT = Path(__file__).parent / "results" / "fuzz.json"

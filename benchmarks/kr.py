@@ -255,8 +255,8 @@ def one(spec: dict[str, Any], link: Any, tokenizer: Any, data: Path) -> dict[str
     from transformers import get_linear_schedule_with_warmup
 
     import dlora
-    from dlora.kill_revive import from_options
-    from dlora.reviver import KillReviver
+    from dlora.kill_revive.apply import KillReviver
+    from dlora.kill_revive.config import from_options
 
     targets, rank, wire, options, _ = ARMS[spec["arm"]]
     rows = read(data, spec["task"], "train")
@@ -348,7 +348,7 @@ def budget(model: Any, share: float) -> float:
     from peft import LoraConfig
 
     import dlora
-    from dlora.reviver import costs_of
+    from dlora.kill_revive.apply import costs_of
 
     torch.manual_seed(0)
     full = dlora.get_peft_model(model.link, LoraConfig(r=8, target_modules=QKV, task_type="CAUSAL_LM"))
@@ -383,7 +383,7 @@ def run(data: Path, minutes: float) -> None:
     import torch
 
     import dlora
-    from dlora.load import load_model
+    from dlora.cloud.load import load_model
 
     torch.set_num_threads(1)
     end = time.monotonic() + 60 * minutes

@@ -45,8 +45,8 @@ def arm(kind: str, head: str, address: str) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    import dlora.training  # both arms pay for the same imports
-    from dlora.load import load_model
+    import dlora.training.run  # both arms pay for the same imports
+    from dlora.cloud.load import load_model
 
     stack = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     config = LoraConfig(r=CONFIG["r"], lora_alpha=16, target_modules=CONFIG["target_modules"], task_type="CAUSAL_LM")
@@ -118,7 +118,7 @@ def command(kind: str, head: str, address: str) -> list[str]:
 
 def run() -> None:
     """All turns, in turn; write the result file."""
-    from dlora.demo import SHARED_CORES, serving
+    from dlora.cli.demo import SHARED_CORES, serving
 
     turns = []
     with serving(CONFIG["model"]) as address:

@@ -216,7 +216,7 @@ _OPEN: dict[tuple[str, ...], tuple[Any, Any]] = {}  # the model in use: a GPU ma
 def open_cloud(model: str, dtype: str, device: str, attention: str, quantize: str) -> tuple[Any, Any]:
     """A link to the loaded model, and its tokenizer. Raises ValueError where low-bit bases are not known."""
     import dlora
-    from dlora.load import load_model
+    from dlora.cloud.load import load_model
 
     name = (model, dtype, device, attention, quantize)
     if name not in _OPEN:
@@ -240,7 +240,7 @@ def close_cloud() -> None:
 
 def measure(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The share of rows whose right choice has the highest log-likelihood; where one token tells, the loss as well."""
-    from dlora.evaluate import choice_scores
+    from dlora.inference.evaluate import choice_scores
 
     if one_token_tells(tokenizer, rows):
         found: dict[str, Any] = kr.measure(model, tokenizer, rows)
@@ -278,8 +278,8 @@ def one(
     from peft import LoraConfig
 
     import dlora
-    from dlora.kill_revive import from_options
-    from dlora.reviver import KillReviver
+    from dlora.kill_revive.apply import KillReviver
+    from dlora.kill_revive.config import from_options
 
     settings, arm = spec["settings"], spec["settings"]["arm"]
     link, tokenizer = open_cloud(
@@ -345,7 +345,7 @@ def train(
     import torch
     from transformers import get_linear_schedule_with_warmup
 
-    from dlora.accounting import Meter
+    from dlora.edge.meter import Meter
 
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.0)

@@ -201,7 +201,7 @@ def projected_sites(name: str) -> tuple[Any, tuple[Any, ...]]:
     import torch
     import transformers
 
-    from dlora.sites import trace
+    from dlora.protocol.sites import trace
 
     kind, values, _ = PROJECTED[name]
     config = getattr(transformers, kind)(**values)
@@ -217,8 +217,8 @@ def projected_sites(name: str) -> tuple[Any, tuple[Any, ...]]:
 
 def project(name: str, wire_dtype: str = "fp16", **step: int) -> dict[str, dict[str, float]]:
     """A training step of FT, and of an eighth of its sites, evenly spread: bytes, FLOPs by part, round trips."""
-    from dlora.accounting import adapter_flops, step_traffic
-    from dlora.sites import attention_flops, backward_flops, forward_flops
+    from dlora.edge.meter import adapter_flops, step_traffic
+    from dlora.protocol.sites import attention_flops, backward_flops, forward_flops
 
     step = STEP | step
     config, sites = projected_sites(name)

@@ -38,9 +38,9 @@ CASES = (
 def run() -> dict[str, Any]:
     """Predict and run every case."""
     import dlora
-    from dlora.demo import serving
-    from dlora.planner import check, plan
-    from dlora.settings import PlanSettings
+    from dlora.cli.demo import serving
+    from dlora.training.planner import check, plan
+    from dlora.training.settings import PlanSettings
 
     found = []
     with serving("smollm2") as address:
@@ -105,7 +105,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    from dlora.demo import SHARED_CORES
+    from dlora.cli.demo import SHARED_CORES
 
     if "OMP_PROC_BIND" not in os.environ:  # read when torch is loaded
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | SHARED_CORES)

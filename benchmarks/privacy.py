@@ -68,7 +68,7 @@ def measure(flags: list[str], data: Path, task: str, address: str) -> dict[str, 
     """Train on the first rows of a task, recorded, and audit the recording."""
     import kr
 
-    from dlora.__main__ import main
+    from dlora.cli.main import main
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -102,8 +102,8 @@ def accuracy(setting: str, data: Path) -> dict[str, Any]:
     from peft import LoraConfig
 
     import dlora
-    from dlora.load import load_model
-    from dlora.noise import Noise
+    from dlora.cloud.load import load_model
+    from dlora.edge.noise import Noise
 
     entry, tail, wire_dtype = CHANGED.get(setting, (0.0, 0.0, "fp16"))
     torch.set_num_threads(1)
@@ -134,7 +134,7 @@ def accuracy(setting: str, data: Path) -> dict[str, Any]:
 
 def run(data: Path, names: list[str]) -> Iterator[dict[str, Any]]:
     """Measure settings on both tasks; those that the result holds already and that were not named stay."""
-    from dlora.demo import serving
+    from dlora.cli.demo import serving
 
     most = ["--edge_first", "8", "--edge_last", "2"]
     with serving(str(CONFIG["model"]), *most) as address:
@@ -258,7 +258,7 @@ def _by_place(found: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    from dlora.demo import SHARED_CORES
+    from dlora.cli.demo import SHARED_CORES
 
     if "OMP_PROC_BIND" not in os.environ:  # read when torch is loaded
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | SHARED_CORES)

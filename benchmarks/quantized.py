@@ -51,7 +51,7 @@ def load_results() -> list[dict[str, Any]]:
 def cloud(kind: str) -> tuple[Any, Any]:
     """An in-process link to a base of this kind, and its tokenizer."""
     import dlora
-    from dlora.load import load_model
+    from dlora.cloud.load import load_model
 
     loaded = load_model(CONFIG["model"], dtype=CONFIG["compute_dtype"], quantize=kind)
     loaded.model.set_attn_implementation(CONFIG["attention"])
@@ -92,8 +92,8 @@ def train(kind: str, data: Path) -> dict[str, Any]:
     from kr import batches, measure, read
     from transformers import get_linear_schedule_with_warmup
 
-    from dlora.quantize import weight_bytes
-    from dlora.sites import Linear
+    from dlora.cloud.quantize import weight_bytes
+    from dlora.protocol.sites import Linear
 
     link, tokenizer = cloud(kind)
     linears = [module for module in link.cloud.decoder.modules() if isinstance(module, Linear)]
@@ -131,8 +131,8 @@ def server(kind: str) -> dict[str, Any]:
         process.terminate()
         process.communicate(timeout=60)
     found = {name: int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) * 1024 for name in ("VmRSS", "VmHWM")}
-    import dlora.load
-    import dlora.server  # noqa: F401
+    import dlora.cloud.load
+    import dlora.server.server  # noqa: F401
 
     stack = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of this process, which has loaded no model yet
     return {"rss_bytes": found["VmRSS"], "peak_rss_bytes": found["VmHWM"], "stack_bytes": stack}

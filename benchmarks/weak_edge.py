@@ -77,7 +77,7 @@ def run() -> None:
     """All turns, in turn; write the result file."""
     from provenance import provenance
 
-    from dlora.demo import serving
+    from dlora.cli.demo import serving
 
     if (os.cpu_count() or 1) < 2:
         raise SystemExit("want two cores: one for the edge, and one for its server")

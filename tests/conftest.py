@@ -38,10 +38,10 @@ from transformers import (
 )
 
 import dlora
-from dlora.client import GrpcLink
-from dlora.cloud import CloudModel
-from dlora.edge import SplitModel
-from dlora.server import Server
+from dlora.cloud.model import CloudModel
+from dlora.edge.grpc_link import GrpcLink
+from dlora.edge.model import SplitModel
+from dlora.server.server import Server
 
 VOCAB = 300
 _COMMON = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

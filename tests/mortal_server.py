@@ -14,8 +14,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # a fork must not inherit a pool of threads
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dlora.cloud import CloudModel
-from dlora.server import Server
+from dlora.cloud.model import CloudModel
+from dlora.server.server import Server
 
 
 def main(folder: str, port: int) -> None:

@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import dlora
-from dlora.accounting import Meter, step_traffic
-from dlora.cloud import CloudModel, _sample_ids, _ZeroEdge
+from dlora.cloud.model import CloudModel, _sample_ids, _ZeroEdge
+from dlora.edge.meter import Meter, step_traffic
 from dlora.embedded import InProcessLink
-from dlora.server import Server
-from dlora.wire import WIRE_DTYPES
+from dlora.protocol.wire import WIRE_DTYPES
+from dlora.server.server import Server
 
 
 class Relay:

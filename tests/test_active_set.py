@@ -15,13 +15,13 @@ from peft.tuners.lora import LoraLayer
 from test_accounting import FlopCount
 
 import dlora
-from dlora.accounting import step_traffic
-from dlora.cloud import CloudModel, Limits
+from dlora.cloud.model import CloudModel, Limits
+from dlora.edge.meter import step_traffic
 from dlora.embedded import InProcessLink
 from dlora.errors import PeerError, UsageError
 from dlora.proto import dlora_pb2 as pb
-from dlora.server import Server
-from dlora.wire import PROTOCOL_VERSION, encode
+from dlora.protocol.wire import PROTOCOL_VERSION, encode
+from dlora.server.server import Server
 
 Links = Callable[[str], Any]
 
@@ -217,7 +217,7 @@ def test_hostile_references_are_refused(links: Links, idle: list[tuple[int, int,
     link = links("llama")
     module = frozen((4, 64), (64, 4))
     link.put_adapter([module])
-    from dlora.wire import content_hash
+    from dlora.protocol.wire import content_hash
 
     key = content_hash(module)
     begin = pb.Begin(

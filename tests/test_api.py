@@ -18,9 +18,9 @@ from conftest import lora, make_local, make_split
 from transformers import PreTrainedTokenizerFast
 
 import dlora
-from dlora.api import ApiServer, build_app
 from dlora.errors import PeerLost
-from dlora.server import Server
+from dlora.inference.api import ApiServer, build_app
+from dlora.server.server import Server
 
 QUESTION = [{"role": "system", "content": "the message"}, {"role": "user", "content": "the desk"}]
 

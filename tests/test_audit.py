@@ -16,10 +16,16 @@ from conftest import VOCAB, batches, lora, make_base, make_split
 from test_training import same
 from transformers import PreTrainedTokenizerFast
 
-import dlora.audit
-from dlora import training
-from dlora.__main__ import main
-from dlora.attacks import (
+import dlora.privacy.audit
+from dlora.cli.demo import data_file, serving
+from dlora.cli.main import main
+from dlora.cloud.load import DEMO_MODEL
+from dlora.cloud.model import CloudModel, Limits
+from dlora.edge.link import RetryPolicy
+from dlora.edge.model import SplitModel
+from dlora.embedded import InProcessLink
+from dlora.errors import PeerLost, UsageError
+from dlora.privacy.attacks import (
     before_norm,
     fit_inverter,
     label_map,
@@ -30,18 +36,13 @@ from dlora.attacks import (
     solve_adapters,
     unit_rows,
 )
-from dlora.audit import Samples, audit, collect, match_rows, token_scores
-from dlora.cloud import CloudModel, Limits
-from dlora.demo import data_file, serving
-from dlora.edge import SplitModel
-from dlora.embedded import InProcessLink
-from dlora.errors import PeerLost, UsageError
-from dlora.link import RetryPolicy
-from dlora.load import DEMO_MODEL
-from dlora.recording import CloudView, Module, Recorder, Recording, RecordingLink, Truth
-from dlora.server import Server
-from dlora.settings import AuditSettings, TrainSettings
-from dlora.training import train
+from dlora.privacy.audit import Samples, audit, collect, match_rows, token_scores
+from dlora.privacy.recording import CloudView, Module, Recorder, Recording, RecordingLink, Truth
+from dlora.privacy.settings import AuditSettings
+from dlora.server.server import Server
+from dlora.training import run as training
+from dlora.training.run import train
+from dlora.training.settings import TrainSettings
 
 WORDS = "gate lift ward bed door lamp pump tray cart desk line seal vent rack".split()
 
@@ -370,8 +371,8 @@ def test_zero_gradients_tell_lengths_behind_padding(
     """Padding hides lengths and labels from masks, and gradients that are zero tell both, unless noise covers them."""
     train(settings(data, tmp_path / "run", record=4, max_steps=2, pad_to=64, noise_tail=noise), link)
     notes: list[dict[str, Any]] = []
-    assert len(list(dlora.audit._recorded(Recording(tmp_path / "run/recording"), notes))) == 4
-    masks, zeros = dlora.audit._shapes(notes)
+    assert len(list(dlora.privacy.audit._recorded(Recording(tmp_path / "run/recording"), notes))) == 4
+    masks, zeros = dlora.privacy.audit._shapes(notes)
     assert masks["lengths"] == masks["supervised"] == 0
     assert zeros["lengths"] == zeros["supervised"] == told
 
@@ -514,7 +515,7 @@ def test_attacker_and_victim_share_no_text(link: InProcessLink, data: Path, tmp_
     train(settings(data, tmp_path / "run", record=24, epochs=2.0), link)
     recording = Recording(tmp_path / "run/recording")
     seen = collect((recording.read(number)[:2] for number in range(24)), [])
-    known, attacked = dlora.audit._split(seen, 100, seed=0)
+    known, attacked = dlora.privacy.audit._split(seen, 100, seed=0)
 
     def texts(one: Samples) -> list[tuple[int, ...]]:
         return [tuple(one.ids_N[one.row_N == row].tolist()) for row in one.row_N.unique()]

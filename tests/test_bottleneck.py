@@ -16,14 +16,14 @@ from peft import PeftModel
 from test_accounting import FlopCount
 
 import dlora
-from dlora.accounting import step_traffic
-from dlora.bottleneck import BottleneckConfig, apply_bottleneck
-from dlora.cloud import CloudModel, Limits
+from dlora.cloud.model import CloudModel, Limits
+from dlora.edge.bottleneck import BottleneckConfig, apply_bottleneck
+from dlora.edge.meter import step_traffic
 from dlora.embedded import InProcessLink
 from dlora.errors import UsageError
-from dlora.kill_revive import KillReviveConfig
-from dlora.reviver import KillReviver
-from dlora.server import Server
+from dlora.kill_revive.apply import KillReviver
+from dlora.kill_revive.config import KillReviveConfig
+from dlora.server.server import Server
 
 TARGETS = {
     "llama": ["o_proj", "down_proj"],
@@ -212,7 +212,7 @@ def test_accounting(cloud_models: Any, kind: str) -> None:
 
 def test_command_line(cloud_models: Any, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`dlora train --kind series` trains, resumes and saves; `dlora info` says what it is; merging is refused."""
-    from dlora.__main__ import main
+    from dlora.cli.main import main
 
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"prompt": "the desk " * n, "completion": "of"}) + "\n" for n in (1, 2, 3, 4)))

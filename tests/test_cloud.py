@@ -13,9 +13,9 @@ from conftest import adapter, batches, lora, make_base, make_split
 from transformers import AutoModelForSeq2SeqLM, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config
 
 import dlora
-from dlora.cloud import CloudModel
+from dlora.cloud.load import load_model
+from dlora.cloud.model import CloudModel
 from dlora.errors import ModelError, UsageError
-from dlora.load import load_model
 
 
 def names(cloud: CloudModel, layer: int) -> list[list[str]]:

@@ -18,8 +18,8 @@ import torch
 from conftest import adapter, batches, lora
 
 import dlora
+from dlora.edge.link import RetryPolicy
 from dlora.errors import PeerLost
-from dlora.link import RetryPolicy
 from dlora.proto import dlora_pb2 as pb
 
 

@@ -15,12 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast, TextStreamer
 
 import dlora
-from dlora.cloud import CloudModel, Limits
+from dlora.cloud.model import CloudModel, Limits
 from dlora.embedded import InProcessLink
 from dlora.errors import PeerError, PeerLost, UsageError
 from dlora.proto import dlora_pb2 as pb
-from dlora.server import Server, ServerOptions
-from dlora.wire import PROTOCOL_VERSION, encode
+from dlora.protocol.wire import PROTOCOL_VERSION, encode
+from dlora.server.server import Server, ServerOptions
 
 Links = Callable[[str], Any]
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
@@ -132,7 +132,7 @@ def test_turns_go_back_behind_a_sliding_window(sliding: tuple[Any, InProcessLink
     """A kept cache is taken back by any number of tokens, also where its window is full: a fresh one's answers."""
     import peft
 
-    from dlora.inference import Continuing
+    from dlora.inference.answer import Continuing
 
     torch.manual_seed(1)
     local = peft.get_peft_model(copy.deepcopy(sliding[0]), lora("gemma3")).eval()
@@ -340,13 +340,13 @@ def test_model_without_cache_still_generates(
 
 def test_cache_is_refused_where_it_changes_results(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check at load notices a cache that forgets."""
-    import dlora.cloud
+    import dlora.cloud.model
 
     class Forgetful(DynamicCache):
         def update(self, keys: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
             return super().update(keys * 1.01, values, *args, **kwargs)
 
-    monkeypatch.setattr(dlora.cloud, "DynamicCache", Forgetful)
+    monkeypatch.setattr(dlora.cloud.model, "DynamicCache", Forgetful)
     assert CloudModel(make_base("llama"), model_id="x/y").cache_bytes_per_token == 0
 
 

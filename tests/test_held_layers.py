@@ -17,13 +17,13 @@ from test_accounting import FlopCount
 from transformers import AutoModelForCausalLM
 
 import dlora
-from dlora.cloud import CloudModel, Limits
-from dlora.conversation import Conversation
+from dlora.cloud.model import CloudModel, Limits
+from dlora.edge.responder import Conversation
+from dlora.edge.skeleton import drop_stand_ins
 from dlora.embedded import InProcessLink
 from dlora.errors import ModelError, PeerError, UsageError
-from dlora.inference import Continuing
-from dlora.server import Server
-from dlora.skeleton import drop_stand_ins
+from dlora.inference.answer import Continuing
+from dlora.server.server import Server
 
 SPLITS = [(1, 0), (0, 1), (1, 1), (2, 0)]
 
@@ -187,7 +187,7 @@ def test_the_provider_decides(held: Any, links: Any) -> None:
 
 
 def _entry(model: Any) -> Any:
-    from dlora.kv_cache import Pass
+    from dlora.edge.kv_cache import Pass
 
     keep = torch.ones(1, 4, dtype=torch.bool)
     return Pass(torch.zeros(1, 4, 64), None, None, keep)

@@ -18,14 +18,14 @@ from conftest import FAMILIES, lora, make_local, make_split
 from transformers import PreTrainedTokenizerFast
 
 import dlora
-from dlora.__main__ import main
-from dlora.chat import Chat
-from dlora.data import ChoiceRow, check_choices
+from dlora.cli.main import main
+from dlora.edge.data import ChoiceRow, check_choices
 from dlora.errors import DataError, UsageError
-from dlora.evaluate import choice_scores, evaluate, wilson
-from dlora.inference import Continuing, complete
-from dlora.server import Server
-from dlora.settings import EvalSettings
+from dlora.inference.answer import Continuing, complete
+from dlora.inference.chat import Chat
+from dlora.inference.evaluate import choice_scores, evaluate, wilson
+from dlora.inference.settings import EvalSettings
+from dlora.server.server import Server
 
 Links = Callable[[str], Any]
 

@@ -14,10 +14,11 @@ from conftest import adapter, batches, lora, make_split
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from dlora.cloud import CloudModel
+from dlora.cloud.model import CloudModel
 from dlora.embedded import InProcessLink
 from dlora.errors import UsageError
-from dlora.kill_revive import (
+from dlora.kill_revive.apply import KillReviveCallback, KillReviver, costs_of, units_of
+from dlora.kill_revive.decide import (
     PAPER,
     Costs,
     KillReviveConfig,
@@ -29,9 +30,8 @@ from dlora.kill_revive import (
     needs_probe,
     schedule,
 )
-from dlora.reviver import KillReviveCallback, KillReviver, costs_of, units_of
-from dlora.settings import TrainSettings
-from dlora.training import train
+from dlora.training.run import train
+from dlora.training.settings import TrainSettings
 
 UNITS = [Unit(f"u{i}", (f"u{i}.q", f"u{i}.v"), i) for i in range(8)]
 COSTS = Costs(tuple((10, {f"u{i}.q": 5, f"u{i}.v": 5}) for i in range(8)))
@@ -300,7 +300,7 @@ def test_dropped_units_fade_and_revived_ones_start_anew(link: InProcessLink) -> 
     assert killed.modules[0] not in split.active_modules
     parameter = layer.lora_A["default"].weight
     assert optimizer.state[parameter]["step"] == 1
-    from dlora.kill_revive import Decision
+    from dlora.kill_revive.decide import Decision
 
     reviver._apply(Decision(reviver.active | {killed.name}))
     before = parameter.detach().clone()

@@ -7,12 +7,12 @@ import pytest
 import torch
 from conftest import adapter, batches, lora, make_base, make_split
 
-from dlora.cloud import CloudModel, Limits
+from dlora.cloud.model import CloudModel, Limits
+from dlora.edge.noise import Noise
 from dlora.embedded import InProcessLink
 from dlora.errors import UsageError
-from dlora.noise import Noise
 from dlora.proto import dlora_pb2 as pb
-from dlora.wire import decode
+from dlora.protocol.wire import decode
 
 
 @pytest.fixture
@@ -133,8 +133,8 @@ def test_command_line(watched: Any, tmp_path: Any, tokenizer: Any, capsys: pytes
     """`dlora train` with edge layers, noise and padding runs, and run.json says with which."""
     import json
 
-    from dlora.__main__ import main
-    from dlora.server import Server
+    from dlora.cli.main import main
+    from dlora.server.server import Server
 
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"prompt": "the desk " * n, "completion": "of the"}) + "\n" for n in (1, 2, 3)))

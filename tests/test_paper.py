@@ -189,9 +189,9 @@ def test_quantize_is_passed_on_or_refused(paper: ModuleType, monkeypatch: pytest
         return SimpleNamespace(model=model, tokenizer=None, model_id=name)
 
     monkeypatch.setattr("dlora.in_process", lambda model, tokenizer, model_id: link)
-    monkeypatch.setattr("dlora.load.load_model", knows)
+    monkeypatch.setattr("dlora.cloud.load.load_model", knows)
     assert paper.open_cloud("low-bit", "fp32", "cpu", "eager", "int8")[0] is link and asked == ["int8"]
-    monkeypatch.setattr("dlora.load.load_model", lambda name, *, dtype, device: None)
+    monkeypatch.setattr("dlora.cloud.load.load_model", lambda name, *, dtype, device: None)
     with pytest.raises(ValueError, match="'int4', and this version of dlora loads no low-bit base"):
         paper.open_cloud("other", "fp32", "cpu", "eager", "int4")
 

@@ -11,12 +11,12 @@ from conftest import make_base
 from transformers import PreTrainedTokenizerFast
 
 import dlora
-import dlora.planner
-from dlora.__main__ import main
-from dlora.cloud import CloudModel, Limits
-from dlora.planner import check, plan
-from dlora.server import Server
-from dlora.settings import PlanSettings
+import dlora.training.planner
+from dlora.cli.main import main
+from dlora.cloud.model import CloudModel, Limits
+from dlora.server.server import Server
+from dlora.training.planner import check, plan
+from dlora.training.settings import PlanSettings
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_a_plan_that_is_stopped_leaves_the_model_as_it_was(
 
     monkeypatch.setattr(type(model), "set_active", stopped)
     with pytest.raises(KeyboardInterrupt):
-        dlora.planner._predict(settings, model)
+        dlora.training.planner._predict(settings, model)
     assert model.active_modules == whole
     link.close()
 

@@ -17,13 +17,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import dlora
-from dlora.cloud import CloudModel, Limits
-from dlora.demo import data_file, serving
+from dlora.cli.demo import data_file, serving
+from dlora.cloud.load import DEMO_MODEL, DEMO_MODEL_ID, load_model
+from dlora.cloud.model import CloudModel, Limits
+from dlora.cloud.quantize import KINDS, QuantizedLinear, quantization, quantize, weight_bytes
+from dlora.edge.describe import describe_server
 from dlora.embedded import InProcessLink
 from dlora.errors import ModelError, UsageError
-from dlora.info import describe_server
-from dlora.load import DEMO_MODEL, DEMO_MODEL_ID, load_model
-from dlora.quantize import KINDS, QuantizedLinear, quantization, quantize, weight_bytes
 
 Links = Callable[[str, str], InProcessLink]
 FAMILIES = ("llama", "opt", "bloom")
@@ -195,7 +195,7 @@ def test_what_cannot_be_quantised_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     base.model.experts = nn.ParameterList(nn.Parameter(torch.zeros(8, 96, 64)) for _ in range(4))
     with pytest.raises(ModelError, match="outside of linear modules"):
         quantize(base, "int8")
-    from dlora.quantize import _bitsandbytes
+    from dlora.cloud.quantize import _bitsandbytes
 
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     _bitsandbytes.cache_clear()

@@ -16,11 +16,11 @@ from peft import LoraConfig, get_peft_model
 from test_parity import assert_same_grads
 
 import dlora
-from dlora.__main__ import main
-from dlora.client import GrpcLink
-from dlora.demo import data_file, serving
-from dlora.inference import Pieces, complete, encode_prompts
-from dlora.load import DEMO_MODEL, DEMO_MODEL_ID, load_model
+from dlora.cli.demo import data_file, serving
+from dlora.cli.main import main
+from dlora.cloud.load import DEMO_MODEL, DEMO_MODEL_ID, load_model
+from dlora.edge.grpc_link import GrpcLink
+from dlora.inference.answer import Pieces, complete, encode_prompts
 
 pytestmark = pytest.mark.slow
 

@@ -13,9 +13,9 @@ from conftest import adapter, batches, lora, make_split
 
 import dlora
 from dlora.errors import PeerError, UsageError
-from dlora.replicas import Front, ReplicaSettings, Scaling, scale
-from dlora.server import ServerOptions
-from dlora.settings import ServeSettings
+from dlora.server.replicas import Front, ReplicaSettings, Scaling, scale
+from dlora.server.server import ServerOptions
+from dlora.server.settings import ServeSettings
 
 
 def settings(folder: Path, **changes: Any) -> ReplicaSettings:

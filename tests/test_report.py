@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from dlora.__main__ import main
-from dlora.cloud import CloudModel
+from dlora.cli.main import main
+from dlora.cloud.model import CloudModel
 from dlora.embedded import InProcessLink
-from dlora.report import load_run
-from dlora.settings import TrainSettings
-from dlora.training import train
+from dlora.runs import load_run
+from dlora.training.run import train
+from dlora.training.settings import TrainSettings
 
 
 @pytest.fixture(scope="module")

@@ -18,19 +18,20 @@ from conftest import adapter, batches, lora, make_split
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import dlora
-from dlora import keys
-from dlora.__main__ import main
-from dlora.client import Access
-from dlora.cloud import CloudModel
+from dlora.cli.main import main
+from dlora.cloud.model import CloudModel
+from dlora.edge.grpc_link import Access
 from dlora.errors import AdapterMissing, PeerError, PeerLost, UsageError
-from dlora.identity import Credential, Identities, TenantLimits
-from dlora.metrics import read_status, serve_metrics
 from dlora.proto import dlora_pb2 as pb
 from dlora.proto import dlora_pb2_grpc as rpc
-from dlora.server import Server, ServerOptions, TlsFiles
-from dlora.settings import ServeSettings, TrainSettings
-from dlora.tenancy import Busy, FairSlots, Tenancy
-from dlora.wire import encode
+from dlora.protocol.wire import encode
+from dlora.server import keys
+from dlora.server.identities import Credential, Identities, TenantLimits
+from dlora.server.metrics import read_status, serve_metrics
+from dlora.server.server import Server, ServerOptions, TlsFiles
+from dlora.server.settings import ServeSettings
+from dlora.server.tenants import Busy, FairSlots, Tenancy
+from dlora.training.settings import TrainSettings
 
 
 @pytest.fixture
@@ -299,7 +300,7 @@ def test_uploaded_modules_are_their_owners_alone(secured: Server, folder: Path, 
         b=encode(torch.randn(site.modules[1].out_features, 2), pb.FP32),
     )
     alice.put_adapter([module])
-    from dlora.wire import content_hash
+    from dlora.protocol.wire import content_hash
 
     def ask(link: Any) -> str | None:
         message = begin(link)
@@ -320,7 +321,7 @@ def test_uploaded_modules_are_their_owners_alone(secured: Server, folder: Path, 
 
 def test_adapter_room_is_each_owners() -> None:
     """An owner over its share drops its own modules; when the whole is full, whoever holds most gives."""
-    from dlora.adapter_store import AdapterStore
+    from dlora.cloud.adapter_store import AdapterStore
 
     def module(seed: int) -> pb.FrozenModule:
         generator = torch.Generator().manual_seed(seed)

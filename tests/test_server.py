@@ -16,14 +16,14 @@ from conftest import adapter, batches, lora, make_base, make_split
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import dlora
-from dlora.client import GrpcLink
-from dlora.cloud import CloudModel, Limits
+from dlora.cloud.model import CloudModel, Limits
+from dlora.edge.grpc_link import GrpcLink
+from dlora.edge.link import RetryPolicy
 from dlora.errors import PeerError, PeerLost, UsageError, WireError
-from dlora.link import RetryPolicy
 from dlora.proto import dlora_pb2 as pb
 from dlora.proto import dlora_pb2_grpc as rpc
-from dlora.server import Server, ServerOptions
-from dlora.wire import PROTOCOL_VERSION, encode
+from dlora.protocol.wire import PROTOCOL_VERSION, encode
+from dlora.server.server import Server, ServerOptions
 
 NO_PATIENCE = RetryPolicy(give_up_after_s=0.0)
 
@@ -272,7 +272,7 @@ def test_message_over_the_limit_is_refused_before_it_is_sent(tmp_path: Path) -> 
 
 def test_measured_cost_covers_what_autograd_saves(cloud_models: Callable[[str], CloudModel]) -> None:
     """The cost known beforehand is the memory that a training step really saves, within 10 %."""
-    from dlora.cloud import _sample_ids, _ZeroEdge
+    from dlora.cloud.model import _sample_ids, _ZeroEdge
 
     cloud = cloud_models("llama")
     ids = _sample_ids(cloud.model, 4, 100)

@@ -21,14 +21,14 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 import dlora
-from dlora import training
-from dlora.__main__ import main
-from dlora.cloud import CloudModel, Limits
+from dlora.cli.main import main
+from dlora.cloud.model import CloudModel, Limits
 from dlora.embedded import InProcessLink
 from dlora.errors import DataError, DivergedError, UsageError
-from dlora.server import Server
-from dlora.settings import TrainSettings
-from dlora.training import train
+from dlora.server.server import Server
+from dlora.training import run as training
+from dlora.training.run import train
+from dlora.training.settings import TrainSettings
 
 DESKS = ("north", "south", "east", "west")
 
@@ -381,8 +381,8 @@ def test_full_disk_keeps_what_was_saved(server: Server, data: Path, tmp_path: Pa
     code = f"""
 import resource, signal
 from transformers import TrainerCallback
-from dlora import training
-from dlora.__main__ import main
+from dlora.training import run as training
+from dlora.cli.main import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 class Full(TrainerCallback):
     def on_step_begin(self, args, state, control, **_):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dlora.errors import WireError
 from dlora.proto import dlora_pb2 as pb
-from dlora.wire import WIRE_DTYPES, decode, encode, pack_mask, payload_bytes, unpack_mask
+from dlora.protocol.wire import WIRE_DTYPES, decode, encode, pack_mask, payload_bytes, unpack_mask
 
 # Largest relative error of one value: half a unit in the last place.
 EPSILON = {"fp32": 0.0, "fp16": 2**-11, "bf16": 2**-8, "int8": 0.501 / 127, "int4": 0.51 / 7}

@@ -25,11 +25,11 @@ from dlora.errors import (
 from dlora.version import __version__
 
 if TYPE_CHECKING:
-    from dlora.client import connect
-    from dlora.edge import SplitModel, get_peft_model, load_adapter, load_tokenizer
+    from dlora.edge.grpc_link import connect
+    from dlora.edge.kv_cache import CloudCache
+    from dlora.edge.link import RetryPolicy
+    from dlora.edge.model import SplitModel, get_peft_model, load_adapter, load_tokenizer
     from dlora.embedded import in_process
-    from dlora.kv_cache import CloudCache
-    from dlora.link import RetryPolicy
 
 __all__ = [
     "CloudCache",
@@ -52,16 +52,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "BottleneckConfig": "dlora.bottleneck",
-    "apply_bottleneck": "dlora.bottleneck",
-    "CloudCache": "dlora.kv_cache",
-    "RetryPolicy": "dlora.link",
-    "SplitModel": "dlora.edge",
-    "connect": "dlora.client",
-    "get_peft_model": "dlora.edge",
+    "BottleneckConfig": "dlora.edge.bottleneck",
+    "apply_bottleneck": "dlora.edge.bottleneck",
+    "CloudCache": "dlora.edge.kv_cache",
+    "RetryPolicy": "dlora.edge.link",
+    "SplitModel": "dlora.edge.model",
+    "connect": "dlora.edge.grpc_link",
+    "get_peft_model": "dlora.edge.model",
     "in_process": "dlora.embedded",
-    "load_adapter": "dlora.edge",
-    "load_tokenizer": "dlora.edge",
+    "load_adapter": "dlora.edge.model",
+    "load_tokenizer": "dlora.edge.model",
 }
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dlora.cloud import CloudModel, Limits
-from dlora.edge_files import write_edge_files, write_layer_files
+from dlora.cloud.model import CloudModel, Limits
 from dlora.errors import DLoRAError, PeerError, PeerLost
 from dlora.proto import dlora_pb2 as pb
+from dlora.protocol.files import write_edge_files, write_layer_files
 
 __all__ = ["InProcessLink", "in_process"]
 

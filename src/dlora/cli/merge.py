@@ -1,0 +1,47 @@
+"""Base model plus adapter as one full model, where the base is at hand."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from peft import PeftModel
+
+from dlora.cli.settings import MergeSettings
+from dlora.cloud.load import load_model
+from dlora.edge.adapter_config import read_adapter_config
+from dlora.edge.bottleneck import BottleneckConfig
+from dlora.errors import UsageError
+
+__all__ = ["merge"]
+
+
+def merge(settings: MergeSettings) -> tuple[str, str]:
+    """Write the merged model and tokenizer; return (id of the base, id that the adapter names).
+
+    Raises UsageError if the adapter does not fit the base or `output` is not empty.
+    """
+    if settings.output.exists() and any(settings.output.iterdir()):
+        raise UsageError(f"{settings.output} is not empty: use a new folder")
+    config = read_adapter_config(settings.adapter)
+    if isinstance(config, BottleneckConfig):
+        raise UsageError(
+            f"the adapter in {settings.adapter} is a bottleneck: it is not linear and cannot become a part of the "
+            "weights. dlora.apply_bottleneck(model, folder) puts it on a local model"
+        )
+    loaded = load_model(settings.model, dtype=settings.dtype)
+    try:
+        merged = PeftModel.from_pretrained(loaded.model, str(settings.adapter)).merge_and_unload()
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"the adapter in {settings.adapter} does not fit {settings.model}: {reason}") from error
+    settings.output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=settings.output.parent, prefix=".merging-") as scratch:
+        folder = Path(scratch) / "model"
+        merged.save_pretrained(folder)
+        if loaded.tokenizer is not None:
+            loaded.tokenizer.save_pretrained(folder)
+        if settings.output.exists():
+            settings.output.rmdir()
+        folder.rename(settings.output)
+    return loaded.model_id, config.base_model_name_or_path or "an unnamed model"

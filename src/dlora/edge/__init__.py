@@ -1,0 +1,1 @@
+"""The edge half: a peft model whose decoder lives in the cloud."""

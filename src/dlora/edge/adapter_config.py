@@ -1,0 +1,62 @@
+"""What an adapter's configuration may ask for, where the base weights are elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Final
+
+from peft import LoraConfig, PeftConfig, TaskType
+
+from dlora.edge.bottleneck import BottleneckConfig, load_bottleneck_config
+from dlora.errors import UsageError
+
+__all__ = ["checked_config", "read_adapter_config"]
+
+# Options of LoraConfig that need nothing but A and B. Every other option must be at its default.
+_SUPPORTED_OPTIONS: Final = frozenset(
+    "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules "
+    "exclude_modules lora_alpha lora_dropout fan_in_fan_out use_rslora init_lora_weights layers_to_transform "
+    "layers_pattern rank_pattern alpha_pattern kind activation scale".split()
+)
+_SUPPORTED_INITS: Final = (True, False, "gaussian", "orthogonal")
+
+
+def read_adapter_config(folder: str | Path) -> LoraConfig:
+    """The configuration of a local adapter folder. Raises UsageError if there is none; asks no hub."""
+    bottleneck = load_bottleneck_config(folder)
+    if bottleneck is not None:
+        return bottleneck
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise UsageError(f"{folder} holds no adapter: adapter_config.json is missing")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{folder}/adapter_config.json cannot be read: {error}") from error
+    if not isinstance(config, LoraConfig):
+        raise UsageError(f"the adapter in {folder} is of kind {config.peft_type}, want LORA")
+    return config
+
+
+def checked_config(config: LoraConfig) -> LoraConfig:
+    """A copy of the config for causal LMs; refuses, by name, options that need the base weights."""
+    if not isinstance(config, LoraConfig):
+        raise UsageError(f"got a {type(config).__name__}, want a peft.LoraConfig")
+    config = dataclasses.replace(config, task_type=TaskType.CAUSAL_LM)
+    plain = type(config)()
+    for option in dataclasses.fields(config):
+        value = getattr(config, option.name)
+        if option.name not in _SUPPORTED_OPTIONS and value and value != getattr(plain, option.name):
+            raise UsageError(
+                f"LoraConfig.{option.name}={value!r} is not supported: the edge has no base weights, only B(A(x))"
+            )
+    if isinstance(config, BottleneckConfig) and (config.rank_pattern or config.alpha_pattern or config.use_rslora):
+        raise UsageError(
+            "bottleneck adapters have one size and one scale: no rank_pattern, alpha_pattern or use_rslora"
+        )
+    if config.init_lora_weights not in _SUPPORTED_INITS:
+        raise UsageError(
+            f"LoraConfig.init_lora_weights={config.init_lora_weights!r} needs the base weights, which stay in the "
+            f"cloud: use one of {_SUPPORTED_INITS}"
+        )
+    return config

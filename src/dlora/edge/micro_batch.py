@@ -1,0 +1,223 @@
+"""One training micro-batch as the edge runs it: forward, backward, and again if the cloud is lost.
+
+Shapes: N rows that travel (attended tokens), K kept rows of the last hidden states.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dlora.edge.link import Link, RetryPolicy
+from dlora.edge.meter import Meter
+from dlora.edge.noise import Noise
+from dlora.edge.responder import ActiveSite, Conversation, Frozen
+from dlora.errors import AdapterMissing, PeerError, PeerLost, WireError
+from dlora.proto import dlora_pb2 as pb
+from dlora.protocol.layers import EdgeLayers
+from dlora.protocol.wire import encode, largest
+
+__all__ = ["MicroBatch", "SplitForward", "check_finite"]
+
+log = logging.getLogger(__name__)
+
+
+class MicroBatch(Conversation):
+    """Forward and backward of one micro-batch over a link, run again as a whole if the cloud is lost.
+
+    `begin` is the complete first frame. A repeated run starts from the same random state, so
+    that LoRA dropout draws the same masks.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        retry: RetryPolicy,
+        meter: Meter,
+        begin: pb.Begin,
+        sites: Sequence[ActiveSite],
+        device: torch.device,
+        frozen: Sequence[Frozen] = (),
+        held: EdgeLayers | None = None,
+    ) -> None:
+        super().__init__(
+            link, meter, sites, begin.wire_dtype, device, factored=begin.factored, frozen=frozen, held=held
+        )
+        self.input_grad: Tensor | None = None
+        """After backward, where `begin` asks for it: the gradient of what went into the cloud, [N, D]."""
+        self.on_probe: Callable[[Sequence[pb.ActiveSite], Sequence[float]], None] | None = None
+        """Called with the modules of `Begin.probe` and their norms of g^T x, after backward."""
+        self.noise = Noise()
+        """What is added to the gradient of the kept hidden states."""
+        self.retry, self.begin = retry, begin
+        self.rng = _rng_state(device)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All trainable parameters, in the order in which `backward` returns their gradients."""
+        return [parameter for site in self.sites.values() for parameter in site.parameters]
+
+    def forward(self) -> Tensor:
+        """Return the kept last hidden states, float32 [K, hidden_width]."""
+        for wait in self.retry.attempts():
+            try:
+                return self._forward()
+            except PeerLost as error:
+                self._lost(error)
+                wait(error)
+        raise AssertionError("unreachable: attempts() ends by raising")
+
+    def backward(self, grad: Tensor) -> dict[nn.Parameter, Tensor]:
+        """Take the gradient of the kept hidden states; return that of every trainable parameter."""
+        grad = self.noise.on_tail(grad)
+        for wait in self.retry.attempts():
+            try:
+                if self.stream is None:
+                    after = _rng_state(self.device)
+                    self._forward()
+                    _set_rng_state(after, self.device)
+                return self._backward(grad)
+            except PeerLost as error:
+                self._lost(error)
+                wait(error)
+        raise AssertionError("unreachable: attempts() ends by raising")
+
+    # ----------------------------------------------------------------- one attempt
+
+    def _forward(self) -> Tensor:
+        try:
+            return self._forward_once()
+        except AdapterMissing as missing:
+            self.put_frozen(missing)
+            return self._forward_once()
+
+    def _forward_once(self) -> Tensor:
+        self.close()
+        _set_rng_state(self.rng, self.device)
+        self.stream = self.link.open()
+        try:
+            rows, kept = int(self.begin.embeddings.shape[0]), len(self.begin.keep)
+            hidden, _ = self.ask(pb.EdgeFrame(begin=self.begin), rows, kept, training=self.begin.training)
+            if not (self.begin.training and (self.sites or self.begin.wants_input_grad)):
+                self._finish()
+        except BaseException:
+            self.close()
+            raise
+        return hidden
+
+    def _backward(self, grad: Tensor) -> dict[nn.Parameter, Tensor]:
+        grads: dict[nn.Parameter, Tensor] = {}
+        check_finite(grad, "the gradient of the loss")
+        try:
+            self.send(pb.EdgeFrame(hidden_grad=pb.HiddenGrad(grad=encode(grad, self.wire_dtype))))
+            for _ in range(len(self.sites)):
+                frame = self.receive()
+                if frame.WhichOneof("kind") != "delta_grads":
+                    raise WireError(f"the cloud sent frame {frame.WhichOneof('kind')!r} in backward")
+                self._answer_backward(frame.delta_grads, grads)
+            self._finish()
+        except BaseException:
+            self.close()
+            raise
+        return grads
+
+    def _finish(self) -> None:
+        frame = self.receive()
+        if frame.WhichOneof("kind") != "done":
+            raise WireError(f"the cloud sent frame {frame.WhichOneof('kind')!r}, want 'done'")
+        self.meter.cloud_forward_flops += frame.done.forward_flops
+        self.meter.cloud_backward_flops += frame.done.backward_flops
+        if self.on_probe is not None:
+            probed = sum(len(entry.modules) for entry in self.begin.probe)
+            if len(frame.done.probe) != probed:
+                raise WireError(f"the cloud sent {len(frame.done.probe)} probe norms, want {probed}")
+            if not all(0 <= norm < math.inf for norm in frame.done.probe):
+                raise WireError("the cloud sent a probe norm that is negative or not finite")
+            self.on_probe(self.begin.probe, frame.done.probe)
+        if self.begin.wants_input_grad:
+            shape = tuple(self.begin.embeddings.shape)
+            self.meter.round_trips += 1  # the last gradient is waited for
+            self.input_grad = self.decode(frame.done.input_grad, shape, "gradient of the cloud's input")
+        self.meter.micro_batches += 1
+        self.close()
+
+    def _answer_backward(self, message: pb.DeltaGrads, grads: dict[nn.Parameter, Tensor]) -> None:
+        site = self.site(message.site, done=message.site not in self.records)
+        record = self.records.pop(site.index)
+        messages = [*message.grads, *message.factor_grads]
+        if len(messages) != len(record.answers):
+            raise WireError(f"site {site.index}: got {len(messages)} gradients, want {len(record.answers)}")
+        received = [
+            self.decode(one, tuple(answer.shape), f"delta gradient at site {site.index}")
+            for one, answer in zip(messages, record.answers, strict=True)
+        ]
+        parameters = site.parameters
+        inputs: list[Tensor] = [*([record.x] if record.wants_input_grad else []), *parameters]
+        found: list[Tensor] = []
+        if inputs:
+            outputs = [
+                (answer, one) for answer, one in zip(record.answers, received, strict=True) if answer.requires_grad
+            ]
+            found = list(
+                torch.autograd.grad(
+                    [answer for answer, _ in outputs], inputs, [one.to(answer.dtype) for answer, one in outputs]
+                )
+            )
+        for one in found:
+            check_finite(one, f"a gradient at site {site.index}")
+        if record.wants_input_grad:
+            x_grad = encode(found.pop(0), self.wire_dtype)
+            self.send(pb.EdgeFrame(input_grad=pb.InputGrad(site=site.index, grad=x_grad)))
+        grads.update(zip(parameters, found, strict=True))
+
+    def _lost(self, error: PeerLost) -> None:
+        self.close()
+        self.meter.retries += 1
+        log.warning("lost the cloud, the micro-batch runs again: %s", error)
+
+
+class SplitForward(torch.autograd.Function):
+    """The whole remote decoder as one node: its input and adapter parameters in, kept hidden states out.
+
+    Gradients leave as this node's own, so that a repeated micro-batch cannot count twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, micro_batch: MicroBatch, entry_ND: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.dtype = entry_ND.dtype
+        ctx.micro_batch = micro_batch
+        ctx.parameters = parameters
+        return micro_batch.forward()
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grads = ctx.micro_batch.backward(outputs[0])
+        entry = ctx.micro_batch.input_grad
+        return None, None if entry is None else entry.to(ctx.dtype), *(grads.get(one) for one in ctx.parameters)
+
+
+def check_finite(grad: Tensor, what: str) -> None:
+    """Raises PeerError: values of the cloud that are finite can still be so large that what follows is not."""
+    if not math.isfinite(largest(grad)):
+        raise PeerError(
+            f"{what} is not finite: the learning rate is too high, or the cloud sent values without sense. The adapter "
+            "is unchanged. Try a lower learning rate, or another server."
+        )
+
+
+def _rng_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def _set_rng_state(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)

@@ -1,0 +1,89 @@
+"""Settings of every command that talks to a server, and of those on the edge alone. No torch here."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dlora.errors import UsageError
+from dlora.files import read_secret
+
+__all__ = ["AccessSettings", "EdgeSettings", "InfoSettings", "target_names"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccessSettings:
+    """How an edge shows who it is, and knows whom it talks to."""
+
+    tls: bool = False
+    """Encrypt, and trust the public authorities; tls_ca says so as well."""
+    tls_ca: Path | None = None
+    """Authority to trust instead, as a PEM file: ca.pem of `dlora keys`."""
+    tls_cert: Path | None = None
+    """Client certificate, as a PEM file, where the server asks for one."""
+    tls_key: Path | None = None
+    """Its key."""
+    token_file: Path | None = None
+    """File with the token that says who this is; or give the token as $DLORA_TOKEN."""
+
+    @property
+    def access(self) -> dict[str, Any]:
+        """Keyword arguments of `client.Access`. Raises UsageError for a token file that others can read."""
+        token = os.environ.get("DLORA_TOKEN") if self.token_file is None else read_secret(self.token_file)
+        return {"tls": self.tls, "ca": self.tls_ca, "certificate": self.tls_cert, "key": self.tls_key, "token": token}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EdgeSettings(AccessSettings):
+    """What every command on the edge needs to reach a server."""
+
+    server: str
+    """Address of `dlora serve`, as host:port; or several of the same model, separated by commas: where one is lost the
+    next is taken."""
+    wire_dtype: Literal["fp32", "fp16", "bf16", "int8", "int4"] = "fp16"
+    """How tensors travel. fp32 is exact; fp16 and bf16 halve the traffic; int8 (a scale for each token) halves it
+    again, and int4 (a scale for 32 values) almost once more, at the price of noise."""
+    give_up_after_s: float = 600.0
+    """How long a lost server is waited for, in seconds."""
+    device: str = "cpu"
+    """Device of the edge's half."""
+    edge_first: int = 0
+    """Run so many of the first decoder layers here, where the server allows it: tokens are then harder to read from
+    what leaves. Costs their weights and compute."""
+    edge_last: int = 0
+    """The same for the last layers: labels are then harder to read from gradients."""
+    noise_entry: float = 0.0
+    """Normal noise on every row that goes into the cloud, as a share of the row's length. docs/privacy.md says what it
+    hides and what it costs; it is no differential privacy."""
+    noise_clip: float = 3.0
+    """With noise: rows longer than so many times the median are shortened first."""
+
+    @property
+    def edge_layers(self) -> tuple[int, int]:
+        """(first, last), as `get_peft_model` takes them."""
+        return self.edge_first, self.edge_last
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoSettings(AccessSettings):
+    """Settings of `dlora info`."""
+
+    server: str | None = None
+    """Address of `dlora serve`, as host:port."""
+    adapter: Path | None = None
+    """Adapter folder, as `dlora train` or peft writes it; with `server`, whether the two fit."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError if there is nothing to look at."""
+        if self.server is None and self.adapter is None:
+            raise UsageError("give --server, --adapter, or both")
+
+
+def target_names(given: list[str] | str | None) -> list[str] | str | None:
+    """Plain names as a list, a regular expression as it is."""
+    if isinstance(given, str) and re.fullmatch(r"\w+(,\w+)*", given) and given != "all-linear":
+        return given.split(",")
+    return given

@@ -1,0 +1,114 @@
+"""The architecture's own class on the edge: what it holds is real, the rest has shapes and no memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from dlora.edge.link import Link
+from dlora.errors import ModelError, UsageError
+from dlora.protocol.layers import EdgeLayers, check_weights, files_for, fill, values_by_file, without_dropout
+
+__all__ = ["build_skeleton", "decoder_of", "drop_stand_ins", "held_layers_of"]
+
+log = logging.getLogger(__name__)
+
+
+def held_layers_of(link: Link, edge_layers: tuple[int, int]) -> EdgeLayers:
+    """The layers to hold, of so many (first, last). Raises UsageError for more than the server allows."""
+    first, last = edge_layers
+    offer = link.description.layers
+    if first < 0 or last < 0 or first > offer.max_first or last > offer.max_last:
+        raise UsageError(
+            f"edge layers: got the first {first} and the last {last}, {link.address} lets edges hold up to the first "
+            f"{offer.max_first} and the last {offer.max_last}: its provider decides (`dlora serve --edge_first ... "
+            "--edge_last ...`)"
+        )
+    if (first or last) and first + last >= offer.count:
+        raise UsageError(f"edge layers: got {first} and {last} of {offer.count}, want one at least left in the cloud")
+    return EdgeLayers(first, last, offer.count)
+
+
+def build_skeleton(link: Link, held: EdgeLayers) -> PreTrainedModel:
+    """The architecture's own class: real embedding, head and held layers, else a decoder with shapes but no memory."""
+    description, folder = link.description, link.edge_files()
+    values = json.loads(description.config_json)
+    model_type = values.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise ModelError(f"this transformers does not know model type {model_type!r}: upgrade transformers")
+    config = CONFIG_MAPPING[model_type].from_dict(without_dropout(values) if held else values)
+    # Buffers keep their values (Gemma scales its embedding with one); parameters get no memory.
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = type(model.generation_config).from_pretrained(folder)
+    if not description.limits.cache_bytes_per_token:
+        log.warning("%s is served without KV cache: generation is slow", description.model_id)
+        model.generation_config.use_cache = False
+    model.config._name_or_path = description.model_id
+    model.name_or_path = description.model_id
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    try:
+        weights = load_file(folder / "edge.safetensors")
+    except SafetensorError as error:
+        raise ModelError(f"edge.safetensors from {link.address} cannot be read: {error}") from error
+    _fill(embedding, weights, "embedding.")
+    tied = "head.weight" not in weights
+    if tied:
+        head.weight = embedding.weight
+    _fill(head, weights, "head.", skip=("weight",) if tied else ())
+    here = {id(parameter) for module in (embedding, head) for parameter in module.parameters()}
+    if held:
+        names = files_for(held)
+        files, wanted = link.layer_files(names), values_by_file(model, model.get_decoder())
+        for file in names:
+            try:
+                layer = load_file(files / file)
+                check_weights(wanted.get(file, {}), embedding.weight.dtype, layer)
+                here |= {id(parameter) for parameter in fill(model, layer)}
+            except (KeyError, ValueError, AttributeError, SafetensorError) as error:
+                raise ModelError(f"{file} from {link.address} does not fit: {error}") from error
+    dtype = embedding.weight.dtype
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in here:
+                # The right shape on the CPU with one element of memory: peft reads shape, dtype
+                # and device here, and so draws the very numbers it draws on the full model.
+                stand_in = torch.zeros(1, dtype=dtype).expand(parameter.shape)
+                setattr(module, name, nn.Parameter(stand_in, requires_grad=False))
+    model.requires_grad_(False)
+    return model
+
+
+def _fill(module: nn.Module, weights: Mapping[str, Tensor], prefix: str, skip: tuple[str, ...] = ()) -> None:
+    for name, parameter in list(module.named_parameters()):
+        if name in skip:
+            continue
+        value = weights.get(prefix + name)
+        if value is None or value.shape != parameter.shape:
+            got = "nothing" if value is None else list(value.shape)
+            raise ModelError(f"edge file {prefix}{name}: got {got}, want {list(parameter.shape)}")
+        setattr(module, name, nn.Parameter(value, requires_grad=False))
+
+
+def drop_stand_ins(base: PreTrainedModel) -> None:
+    """Replace the stand-ins by empty tensors: moving the model to a device then moves nothing."""
+    for module in base.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.untyped_storage().nbytes() < parameter.numel() * parameter.element_size():
+                setattr(module, name, nn.Parameter(parameter.new_empty(0), requires_grad=False))
+
+
+def decoder_of(base: PreTrainedModel) -> nn.Module:
+    """The decoder of a causal LM."""
+    decoder: nn.Module = base.get_decoder()
+    return decoder

@@ -1,0 +1,1 @@
+"""Using an adapter: answers, chats, evaluation, an API."""

@@ -1,0 +1,245 @@
+"""How good an adapter is, measured on the edge: loss, perplexity, exact match, choices by log-likelihood.
+
+Shapes: B prompts, T their tokens, R continuations in all, C their tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from dlora.edge.data import ChoiceRow, check_choices, check_rows, read_rows
+from dlora.edge.kv_cache import CloudCache
+from dlora.edge.model import IGNORE, SplitModel
+from dlora.errors import DataError, UsageError
+from dlora.inference.answer import complete, pad_token
+from dlora.inference.settings import EvalSettings
+
+__all__ = ["choice_scores", "evaluate", "wilson"]
+
+
+def evaluate(settings: EvalSettings, model: SplitModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Measure what the data's rows allow; return plain numbers, with the cost. Raises DataError."""
+    rows = read_rows(settings.data)[: settings.limit]
+    before = model.meter.copy()
+    if "choices" in rows[0][1]:
+        if settings.exact_match:
+            raise UsageError("exact_match: rows with choices are scored by log-likelihood; leave it out")
+        found = _choices(model, tokenizer, check_choices(rows), settings.batch_size)
+    else:
+        data, _ = check_rows(rows)
+        found = _loss(model, tokenizer, data, settings.batch_size)
+        if settings.exact_match:
+            found |= _exact_match(model, tokenizer, data, settings)
+    return (
+        {"model_id": model.link.description.model_id, "data": settings.data, "rows": len(rows)}
+        | found
+        | {"cost": asdict(model.meter - before)}
+    )
+
+
+def wilson(right: int, total: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927): honest also for few rows, and near 0 and 1."""
+    z, p = 1.96, right / total
+    centre = (p + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _share(name: str, right: int, total: int) -> dict[str, Any]:
+    return {name: right / total, f"{name}_95": list(wilson(right, total))}
+
+
+# ----------------------------------------------------------------- loss
+
+
+def _loss(model: SplitModel, tokenizer: PreTrainedTokenizerBase, data: Dataset, batch_size: int) -> dict[str, Any]:
+    """Mean loss over all supervised tokens, tokenised and batched as in training."""
+    total, count = 0.0, 0
+    positions, model.head_positions = model.head_positions, "supervised"
+    try:
+        for batch in tqdm(_batches(model, tokenizer, data, batch_size), desc="loss"):
+            labels = batch["labels"]
+            num_tokens = int((labels[:, 1:] != IGNORE).sum())
+            if num_tokens:
+                with torch.no_grad():
+                    total += model(**batch).loss.item() * num_tokens
+                count += num_tokens
+    finally:
+        model.head_positions = positions
+    if not count:
+        raise DataError("no row has a token to predict")
+    loss = total / count
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "supervised_tokens": count}
+
+
+def _batches(
+    model: SplitModel, tokenizer: PreTrainedTokenizerBase, data: Dataset, batch_size: int
+) -> Sequence[dict[str, Tensor]]:
+    """What the trainer would feed the model: trl tokenises and collates."""
+    with tempfile.TemporaryDirectory(prefix="dlora-eval-") as scratch:
+        arguments = SFTConfig(
+            output_dir=scratch,
+            per_device_eval_batch_size=batch_size,
+            max_length=None,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            use_cpu=model.device.type == "cpu",
+            dataloader_pin_memory=False,
+        )
+        try:
+            trainer = SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
+        except (RuntimeError, ValueError) as error:
+            raise UsageError(f"the data cannot be tokenised: {str(error).splitlines()[0]}") from error
+        return list(trainer.get_eval_dataloader(trainer.train_dataset))
+
+
+def _exact_match(
+    model: SplitModel, tokenizer: PreTrainedTokenizerBase, data: Dataset, settings: EvalSettings
+) -> dict[str, Any]:
+    if "completion" not in data.column_names:
+        raise UsageError("exact_match needs rows with prompt and completion, or messages")
+    right = 0
+    order = sorted(range(len(data)), key=lambda number: len(str(data[number]["prompt"])))  # less padding
+    for start in tqdm(range(0, len(order), settings.batch_size), desc="answers"):
+        chosen = [data[number] for number in order[start : start + settings.batch_size]]
+        texts, _ = complete(
+            model,
+            tokenizer,
+            [row["prompt"] for row in chosen],
+            max_new_tokens=settings.max_new_tokens,
+            do_sample=False,
+        )
+        for text, row in zip(texts, chosen, strict=True):
+            want = row["completion"] if isinstance(row["completion"], str) else row["completion"][0]["content"]
+            right += text.strip() == want.strip()
+    return _share("exact_match", right, len(data))
+
+
+# ----------------------------------------------------------------- choices
+
+
+def _choices(
+    model: SplitModel, tokenizer: PreTrainedTokenizerBase, rows: list[ChoiceRow], batch_size: int
+) -> dict[str, Any]:
+    right = right_norm = 0
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number].prompt))
+    for start in tqdm(range(0, len(order), batch_size), desc="choices"):
+        chosen = [rows[number] for number in order[start : start + batch_size]]
+        scores = choice_scores(model, tokenizer, [(row.prompt, row.choices) for row in chosen])
+        for row, score in zip(chosen, scores, strict=True):
+            normed = [one / len(choice) for one, choice in zip(score, row.choices, strict=True)]
+            right += max(range(len(score)), key=score.__getitem__) == row.answer
+            right_norm += max(range(len(score)), key=normed.__getitem__) == row.answer
+    majority = max(sum(row.answer == number for row in rows) for number in {row.answer for row in rows})
+    return (
+        _share("accuracy", right, len(rows))
+        | _share("accuracy_norm", right_norm, len(rows))
+        | {"majority_choice": majority / len(rows)}
+    )
+
+
+def choice_scores(
+    model: SplitModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[tuple[str, Sequence[str]]]
+) -> list[list[float]]:
+    """Log-likelihood in nats of every choice as the continuation of its prompt.
+
+    The prompts are read once, in one pass; a second pass reads the continuations, all of
+    them at once, each behind a copy of its prompt's KV cache. Where all continuations have one
+    token the second pass is not needed.
+    """
+    prompts: list[list[int]] = []
+    tails: list[list[int]] = []
+    owners: list[int] = []
+    for number, (prompt, choices) in enumerate(questions):
+        start = _ids(tokenizer, prompt)
+        prompts.append(start)
+        for choice in choices:
+            whole = _ids(tokenizer, prompt + choice)
+            # As lm-eval has it: the prompt's own tokens, then what the whole text has beyond them.
+            if len(whole) <= len(start):
+                raise DataError(
+                    f"question {number + 1} of this batch: choice {choice[:40]!r} adds no token to its prompt"
+                )
+            tails.append(whole[len(start) :])
+            owners.append(number)
+    scores = [0.0] * len(tails)
+    with torch.no_grad():
+        for rows, logprobs_CV in _tail_logprobs(model, tokenizer, prompts, tails, owners):
+            for row, position, logprobs_V in zip(*rows, logprobs_CV, strict=True):
+                scores[row] += logprobs_V[tails[row][position]].item()
+    found: list[list[float]] = [[] for _ in questions]
+    for owner, score in zip(owners, scores, strict=True):
+        found[owner].append(score)
+    return found
+
+
+def _tail_logprobs(
+    model: SplitModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    tails: list[list[int]],
+    owners: list[int],
+) -> Iterator[tuple[tuple[list[int], list[int]], Tensor]]:
+    """((row of each, position in it), log-probabilities [n, V]) that together cover every token of every tail."""
+    if model.generation_config.use_cache is False:
+        raise UsageError("choices share their prompt's KV cache, and this model is served without one")
+    pad = pad_token(tokenizer)
+    longest = max(len(prompt) for prompt in prompts)
+    prompt_BT = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask_BT = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    # The last token of a tail predicts nothing that is asked for.
+    read = max(len(tail) for tail in tails) - 1
+    cache = CloudCache(expected_length=longest + read)
+    try:
+        first = model(
+            input_ids=prompt_BT.to(model.device),
+            attention_mask=mask_BT.to(model.device),
+            logits_to_keep=1,
+            past_key_values=cache,
+            use_cache=True,
+            **_positions(model, mask_BT),
+        ).logits[:, -1]
+        yield (list(range(len(tails))), [0] * len(tails)), first.float().log_softmax(-1)[owners]
+        if not read:
+            return
+        cache.reorder_cache(torch.tensor(owners))
+        tail_RC = torch.tensor([(tail[:-1] + [pad] * read)[:read] for tail in tails])
+        tail_mask_RC = torch.tensor([[1] * (len(tail) - 1) + [0] * (read - len(tail) + 1) for tail in tails])
+        mask = torch.cat([mask_BT[owners], tail_mask_RC], dim=1)
+        logits_RCV = model(
+            input_ids=tail_RC.to(model.device),
+            attention_mask=mask.to(model.device),
+            past_key_values=cache,
+            use_cache=True,
+            **_positions(model, mask, read),
+        ).logits
+        rows, columns = tail_mask_RC.nonzero(as_tuple=True)
+        logprobs = logits_RCV[rows, columns].float().log_softmax(-1)
+        yield (rows.tolist(), (columns + 1).tolist()), logprobs
+    finally:
+        cache.close()
+
+
+def _positions(model: SplitModel, mask_BT: Tensor, new: int | None = None) -> dict[str, Tensor]:
+    """Position ids that pass over padding, for models that take any."""
+    if not model.accepts_position_ids:
+        return {}
+    positions = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+    return {"position_ids": positions[:, -(new or mask_BT.shape[1]) :].to(model.device)}
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text)["input_ids"]
+    return ids

@@ -1,0 +1,163 @@
+"""Settings of `dlora generate`, `chat`, `eval` and `api`. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dlora.edge.settings import EdgeSettings
+from dlora.errors import UsageError
+
+__all__ = ["ApiSettings", "ChatSettings", "EvalSettings", "GenerateSettings", "SamplingSettings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings(EdgeSettings):
+    """How answers are made."""
+
+    adapter: Path | None = None
+    """Adapter folder, as `dlora train` or peft writes it; default: the served model as it is."""
+    max_new_tokens: int = 256
+    """Longest answer in tokens."""
+    temperature: float = 0.0
+    """0: always the likeliest token (greedy). Over 0: sample, more freely the higher."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens of this total probability."""
+    top_k: int = 0
+    """Sample among so many of the likeliest tokens; 0: no limit."""
+    repetition_penalty: float = 1.0
+    """Over 1: make tokens that were there already less likely."""
+    stop: list[str] | str = field(default_factory=list)
+    """A text, or a list of texts, that ends an answer."""
+    seed: int = 0
+    """Seed of sampling."""
+    prompt_lookup: int = 0
+    """Over 0: draft so many tokens at a time from the text so far and check them in one pass. Same answers, fewer
+    round trips where the answer repeats its prompt; one prompt at a time."""
+    generation: dict[str, Any] = field(default_factory=dict)
+    """More options of transformers.GenerationConfig, by name: num_beams, no_repeat_ngram_size, ..."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        if self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens: got {self.max_new_tokens}, want at least 1")
+        if self.temperature < 0:
+            raise UsageError(f"temperature: got {self.temperature}, want 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p: got {self.top_p}, want a value in (0, 1]")
+        for name in ("top_k", "prompt_lookup"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name}: got {getattr(self, name)}, want 0 or more")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments for `generate`."""
+        found: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
+        if self.temperature > 0:
+            found |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        if self.repetition_penalty != 1:
+            found["repetition_penalty"] = self.repetition_penalty
+        if self.stop:
+            found["stop_strings"] = [self.stop] if isinstance(self.stop, str) else self.stop
+        if self.prompt_lookup:
+            found["prompt_lookup_num_tokens"] = self.prompt_lookup
+        return found | self.generation
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateSettings(SamplingSettings):
+    """Settings of `dlora generate`."""
+
+    prompt: str | None = None
+    """The prompt; default: what comes on standard input."""
+    prompts: Path | None = None
+    """A file of prompts instead: .jsonl with `prompt` or `messages` in each row, or text with one prompt a line."""
+    output: Path | None = None
+    """With `prompts`: a .jsonl file for prompts and completions, which the same command continues where it was
+    stopped; default: standard output."""
+    chat: bool = False
+    """Put text prompts into the model's chat template, as a user's message."""
+    batch_size: int = 8
+    """Prompts of a file that are answered together."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        super().__post_init__()
+        if self.prompt is not None and self.prompts is not None:
+            raise UsageError("give prompt or prompts, not both")
+        if self.output is not None and self.prompts is not None and self.output.resolve() == self.prompts.resolve():
+            raise UsageError(f"output: {self.output} is the file of the prompts")
+        if self.output is not None and self.prompts is None:
+            raise UsageError("output needs prompts: a single answer goes to standard output")
+        if self.batch_size < 1:
+            raise UsageError(f"batch_size: got {self.batch_size}, want at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatSettings(SamplingSettings):
+    """Settings of `dlora chat`."""
+
+    system: str | None = None
+    """System prompt; default: what the model's chat template brings."""
+    temperature: float = 0.7
+    """0: always the likeliest token (greedy). Over 0: sample, more freely the higher."""
+    top_p: float = 0.9
+    """Sample among the likeliest tokens of this total probability."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings(EdgeSettings):
+    """Settings of `dlora eval`."""
+
+    data: str
+    """A .jsonl or .csv file, or a Hugging Face data set id (org/name or org/name:split). Rows as for training, or
+    with `prompt`, `choices` and `answer` (the right choice, as text or as a number from 0)."""
+    adapter: Path | None = None
+    """Adapter folder, as `dlora train` or peft writes it; default: the served model as it is."""
+    exact_match: bool = False
+    """Also answer every prompt, greedily, and count answers that equal the completion."""
+    max_new_tokens: int = 32
+    """With exact_match: longest answer in tokens."""
+    batch_size: int = 8
+    """Rows of a micro-batch."""
+    limit: int | None = None
+    """Only the first so many rows."""
+    output: Path | None = None
+    """Write the result as JSON, too."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        for name in ("batch_size", "max_new_tokens", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name}: got {value}, want at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApiSettings(EdgeSettings):
+    """Settings of `dlora api`."""
+
+    adapter: Path | None = None
+    """Adapter folder, as `dlora train` or peft writes it; default: the served model as it is."""
+    name: str | None = None
+    """Model name that apps use; default: the adapter's folder name, or the served model's id."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Whoever reaches it can use the private adapter: keep it on loopback."""
+    port: int = 8000
+    """Port to listen on; 0 picks a free one."""
+    api_key: str | None = None
+    """Key that apps must send; better given as $DLORA_API_KEY than on a command line that others can see."""
+    max_new_tokens: int = 1024
+    """Longest answer in tokens, where a request does not say."""
+    prompt_lookup: int = 0
+    """Over 0: draft so many tokens at a time from the text so far and check them in one pass."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        if not 0 <= self.port < 65536:
+            raise UsageError(f"port: got {self.port}, want 0 to 65535")
+        if self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens: got {self.max_new_tokens}, want at least 1")
+        if self.prompt_lookup < 0:
+            raise UsageError(f"prompt_lookup: got {self.prompt_lookup}, want 0 or more")

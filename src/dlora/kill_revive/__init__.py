@@ -1,0 +1,1 @@
+"""Kill and Revive: which modules train and travel, decided again and again."""

@@ -1,0 +1,1 @@
+"""What a cloud that records could recover: recording, attacks, audit."""

@@ -1,0 +1,1 @@
+"""What both halves agree on: tensors on the wire, sites, layers, files."""

@@ -1,0 +1,1 @@
+"""The gRPC server around the cloud's model: who may call, how much, and fairness."""

@@ -1,0 +1,174 @@
+"""Who may use a server: tenants with their limits, and the tokens and certificates that belong to them.
+
+One JSON file, written by `dlora keys` and read again when it changes, so that nothing needs a restart:
+
+{"tenants":      {NAME: {LIMIT: VALUE, ...}, ...},
+ "tokens":       {ID: {"tenant": NAME, "sha256": DIGEST, "expires": ISO TIME}, ...},
+ "certificates": {FINGERPRINT: {"tenant": NAME, "expires": ISO TIME}, ...}}
+
+A token is 32 random bytes, so a plain SHA-256 of it cannot be turned back. What is not in the file is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import logging
+import ssl
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from dlora.errors import UsageError
+from dlora.files import check_private
+
+__all__ = ["LOCAL", "Credential", "Identities", "TenantLimits", "hash_token"]
+
+log = logging.getLogger(__name__)
+
+_KINDS: Final = ("tokens", "certificates")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TenantLimits:
+    """What one tenant may have at the same time; the server's own limits apply as well."""
+
+    max_streams: int = 16
+    """Micro-batches and answers in flight."""
+    max_inflight_mib: int = 4096
+    """Activations and KV caches, in MiB."""
+    mib_per_hour: float = 0.0
+    """Traffic in both directions, in MiB an hour, with an hour's worth of burst; 0: no limit."""
+    adapter_mib: int = 256
+    """Frozen modules kept for the tenant, in MiB."""
+    weight: float = 1.0
+    """Share of compute against other tenants that want it at the same time."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        for name, value in asdict(self).items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+                raise UsageError(f"tenant limit {name}: got {value!r}, want a number, 0 or more")
+        if self.weight == 0:
+            raise UsageError("tenant limit weight: got 0, want more")
+
+
+@dataclass(frozen=True)
+class Credential:
+    """Who calls, and by what token or certificate."""
+
+    tenant: str
+    id: str
+
+
+LOCAL: Final = Credential("local", "none")
+"""Everybody, on a server without identities."""
+
+
+def hash_token(token: str) -> str:
+    """What of a token is kept."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+class Identities:
+    """The file in memory. `refresh` takes up its changes; all methods may be called from any thread."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._lock = threading.Lock()
+        self._seen: tuple[int, int, int] | None = None
+        self._tenants: dict[str, TenantLimits] = {}
+        self._entries: dict[str, dict[str, Any]] = {kind: {} for kind in _KINDS}
+        check_private(file)
+        self._read()
+
+    def refresh(self) -> None:
+        """Read the file again if it has changed. One that cannot be read changes nothing and is logged.
+
+        A file that is gone or open to others is such a one too: revoking is done by changing it.
+        """
+        try:
+            if self._stamp() != self._seen:
+                check_private(self.file)
+                self._read()
+        except (UsageError, OSError) as error:
+            log.error("identities are as they were: %s", error)
+
+    def limits(self, tenant: str) -> TenantLimits:
+        """A tenant's limits; defaults for one that has none of its own."""
+        with self._lock:
+            return self._tenants.get(tenant, TenantLimits())
+
+    def authenticate(self, token: str | None, certificate_pem: bytes | None) -> Credential | None:
+        """Whose token or client certificate this is; None if it is nobody's, revoked or expired."""
+        with self._lock:
+            if token is not None:
+                digest = hash_token(token)
+                for name, entry in self._entries["tokens"].items():
+                    if hmac.compare_digest(entry["sha256"], digest) and _alive(entry):
+                        return Credential(entry["tenant"], name)
+            if certificate_pem:
+                name = fingerprint(certificate_pem)
+                entry = self._entries["certificates"].get(name)
+                if entry is not None and _alive(entry):
+                    return Credential(entry["tenant"], name)
+        return None
+
+    def is_valid(self, credential: Credential) -> bool:
+        """Whether it still is: not revoked, not expired."""
+        with self._lock:
+            found = [self._entries[kind].get(credential.id) for kind in _KINDS]
+        return any(entry is not None and entry["tenant"] == credential.tenant and _alive(entry) for entry in found)
+
+    def _stamp(self) -> tuple[int, int, int]:
+        stat = self.file.stat()
+        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+    def _read(self) -> None:
+        stamp = self._stamp()
+        try:
+            tenants, entries = parse(json.loads(self.file.read_text()))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UsageError(f"{self.file} is no identities file: {type(error).__name__}: {error}") from error
+        with self._lock:
+            self._tenants, self._entries, self._seen = tenants, entries, stamp
+
+
+def parse(content: Mapping[str, Any]) -> tuple[dict[str, TenantLimits], dict[str, dict[str, Any]]]:
+    """Check what an identities file holds. Raises UsageError, ValueError, TypeError, KeyError or AttributeError."""
+    known = {field.name for field in fields(TenantLimits)}
+    tenants = {}
+    for name, values in content["tenants"].items():
+        if unknown := values.keys() - known:
+            raise UsageError(f"tenant {name}: no such limit: {', '.join(sorted(unknown))}; there are {sorted(known)}")
+        tenants[name] = TenantLimits(**values)
+    entries: dict[str, dict[str, Any]] = {}
+    for kind in _KINDS:
+        entries[kind] = {
+            name: {
+                "tenant": str(entry["tenant"]),
+                "expires": _time(entry["expires"]),
+                "sha256": str(entry.get("sha256", "")),
+            }
+            for name, entry in content[kind].items()
+        }
+    return tenants, entries
+
+
+def fingerprint(certificate_pem: bytes) -> str:
+    """SHA-256 of a certificate, in hex."""
+    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(certificate_pem.decode())).hexdigest()
+
+
+def _time(text: str) -> datetime:
+    found = datetime.fromisoformat(text)
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+def _alive(entry: Mapping[str, Any]) -> bool:
+    expires: datetime = entry["expires"]
+    return datetime.now(UTC) < expires

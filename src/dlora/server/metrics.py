@@ -1,0 +1,145 @@
+"""What a server does, for the provider: Prometheus metrics, readiness, and lines for a person.
+
+Only on loopback: the labels name tenants, which no tenant may see.
+"""
+
+from __future__ import annotations
+
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, make_server
+
+from dlora.errors import PeerLost, UsageError
+from dlora.server.tenants import Tenancy, Tenant
+
+__all__ = ["read_status", "serve_metrics"]
+
+_COUNTERS: dict[str, tuple[str, Callable[[Tenant], float]]] = {
+    "dlora_received_bytes": ("Bytes from edges.", lambda tenant: tenant.received_bytes),
+    "dlora_sent_bytes": ("Bytes to edges.", lambda tenant: tenant.sent_bytes),
+    "dlora_tokens": ("Tokens of finished forward passes.", lambda tenant: tenant.tokens),
+    "dlora_compute_seconds": ("Seconds with a compute slot.", lambda tenant: tenant.compute_s),
+    "dlora_edge_wait_seconds": ("Seconds in which streams waited for their edge.", lambda tenant: tenant.wait_s),
+    "dlora_queue_seconds": ("Seconds in which streams waited for a compute slot.", lambda tenant: tenant.queue_s),
+}
+_GAUGES: dict[str, tuple[str, Callable[[Tenant], float]]] = {
+    "dlora_streams": ("Streams in flight.", lambda tenant: tenant.streams),
+    "dlora_inflight_bytes": ("Activations and KV caches reserved.", lambda tenant: tenant.inflight_bytes),
+}
+
+
+class _Collector:
+    """Prometheus reads the tenancy whenever it is asked: nothing is counted twice."""
+
+    def __init__(self, tenancy: Tenancy, queue_length: Callable[[], int]) -> None:
+        self.tenancy, self.queue_length = tenancy, queue_length
+
+    def collect(self) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        tenants = list(self.tenancy.tenants.values())
+        for families, kind in ((_COUNTERS, CounterMetricFamily), (_GAUGES, GaugeMetricFamily)):
+            for name, (text, value) in families.items():
+                family = kind(name, text, labels=["tenant"])
+                for tenant in tenants:
+                    family.add_metric([tenant.name], value(tenant))
+                yield family
+        for name, text, label in (
+            ("dlora_finished_streams", "Streams that ended, by status.", "status"),
+            ("dlora_refusals", "Refusals, by reason.", "reason"),
+        ):
+            family = CounterMetricFamily(name, text, labels=["tenant", label])
+            for tenant in tenants:
+                counts = tenant.finished if label == "status" else tenant.refused
+                for key, count in list(counts.items()):
+                    family.add_metric([tenant.name, key], count)
+            yield family
+        yield GaugeMetricFamily("dlora_queue_length", "Streams that wait for a slot.", value=self.queue_length())
+
+
+class _Quiet(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing for every request."""
+
+
+@contextmanager
+def serve_metrics(server: Any, port: int) -> Iterator[int]:
+    """/metrics, /healthz (the process lives) and /readyz (it takes new streams) of a `Server`; yields the port.
+
+    Raises UsageError if prometheus_client is not installed or the port is taken.
+    """
+    try:
+        from prometheus_client import CollectorRegistry, make_wsgi_app
+    except ImportError as error:
+        raise UsageError('metrics_port needs prometheus_client: pip install "dlora[server]"') from error
+    registry = CollectorRegistry()
+    registry.register(_Collector(server.tenancy, lambda: server.queue_length))
+    metrics = make_wsgi_app(registry)
+
+    def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        path = environ["PATH_INFO"]
+        if path == "/metrics":
+            found: Iterable[bytes] = metrics(environ, start_response)
+            return found
+        ready = path == "/healthz" or (path == "/readyz" and server.is_ready)
+        status = "200 OK" if ready else "503 Service Unavailable" if path == "/readyz" else "404 Not Found"
+        start_response(status, [("Content-Type", "text/plain")])
+        return [f"{status[4:].lower()}\n".encode()]
+
+    try:
+        httpd = make_server("127.0.0.1", port, app, handler_class=_Quiet)
+    except OSError as error:
+        raise UsageError(f"metrics_port {port}: {error.strerror}") from error
+    thread = threading.Thread(target=httpd.serve_forever, name="dlora-metrics", daemon=True)
+    thread.start()
+    try:
+        yield httpd.server_port
+    finally:
+        httpd.shutdown()
+        httpd.server_close()
+        thread.join()
+
+
+def read_status(port: int) -> list[str]:
+    """Lines for a person, from the metrics of a server on this machine. Raises PeerLost if there is none."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    text, ready = "", "draining"
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            text = answer.read().decode()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5):
+            ready = "ready"
+    except urllib.error.HTTPError:
+        pass
+    except OSError as error:
+        raise PeerLost(
+            f"no metrics at 127.0.0.1:{port} ({error}): is `dlora serve --metrics_port {port}` running?"
+        ) from (error)
+    found: dict[str, dict[str, float]] = {}
+    queue = 0.0
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name == "dlora_queue_length":
+                queue = sample.value
+            elif (tenant := sample.labels.get("tenant")) is not None and not sample.name.endswith("_created"):
+                row = found.setdefault(tenant, {})
+                row[sample.name] = row.get(sample.name, 0.0) + sample.value
+    lines = [f"{ready}, {queue:.0f} streams wait for a compute slot"]
+    lines.append(
+        f"{'tenant':20} {'streams':>7} {'MiB held':>9} {'tokens':>11} {'compute s':>10} {'MB in, out':>17} refused"
+    )
+    for tenant, row in sorted(found.items()):
+        traffic = (
+            f"{row.get('dlora_received_bytes_total', 0) / 1e6:.1f}, {row.get('dlora_sent_bytes_total', 0) / 1e6:.1f}"
+        )
+        lines.append(
+            f"{tenant:20} {row.get('dlora_streams', 0):7.0f} {row.get('dlora_inflight_bytes', 0) / 2**20:9.0f} "
+            f"{row.get('dlora_tokens_total', 0):11.0f} {row.get('dlora_compute_seconds_total', 0):10.1f} {traffic:>17} "
+            f"{row.get('dlora_refusals_total', 0):.0f}"
+        )
+    return lines

@@ -1,0 +1,253 @@
+"""Settings of `dlora train`, `dlora plan` and `dlora report`. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from dlora.edge.settings import AccessSettings, EdgeSettings, target_names
+from dlora.errors import UsageError
+from dlora.kill_revive.config import KillReviveConfig, from_options
+
+__all__ = ["PlanSettings", "ReportSettings", "TrainSettings"]
+
+# Handed to the trainer by `TrainSettings.trainer_arguments`, or fixed because the split needs it.
+_RESERVED: Final = frozenset(
+    "output_dir fp16 bf16 gradient_checkpointing packing padding_free max_length remove_unused_columns "
+    "resume_from_checkpoint completion_only_loss assistant_only_loss dataloader_num_workers push_to_hub".split()
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(EdgeSettings):
+    """Settings of `dlora train`."""
+
+    data: str
+    """Training data: a .jsonl or .csv file, or a Hugging Face data set id (org/name or org/name:split). Rows have
+    `prompt` and `completion`, or `messages`, or `text`."""
+    output: Path
+    """Folder for the adapter, run.json and checkpoints."""
+    eval_data: str | None = None
+    """Held-out data in the same forms; measured every `eval_steps`."""
+    adapter: Path | None = None
+    """An existing LoRA adapter folder to start from; its own LoRA settings then hold."""
+    kind: Literal["lora", "series", "parallel"] = "lora"
+    """LoRA, or bottleneck adapters: behind the outputs of target_modules (series), or beside these (parallel)."""
+    activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+    """Of bottleneck adapters."""
+    scale: float = 1.0
+    """Of what bottleneck adapters add."""
+    r: int = 8
+    """LoRA rank, or size of the bottleneck."""
+    lora_alpha: float = 16
+    """LoRA alpha: deltas are scaled by alpha / r."""
+    lora_dropout: float = 0.0
+    """Dropout on the input of the LoRA modules, in [0, 1)."""
+    target_modules: list[str] | str | None = None
+    """Linear modules to adapt: names such as q_proj,v_proj (or a list), all-linear, or a regular expression over full
+    names. Default: peft's for this architecture."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Ranks for modules whose name matches a pattern."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Alphas for modules whose name matches a pattern."""
+    noise_tail: float = 0.0
+    """Normal noise on the gradient of the last hidden states, as a share of its rows' median length: blurs labels."""
+    pad_to: int = 0
+    """Over 0: pad rows to a multiple of so many tokens, fill the padding with other tokens of the batch, and let all
+    positions travel. Masks then tell no lengths; gradients still do, without noise_tail. Results stay the same."""
+    wire: Literal["plain", "factored"] = "plain"
+    """How deltas travel. factored: as two exact factors, several times fewer bytes; shows the cloud the factor B of
+    every module, which it could solve for on the plain wire too."""
+    kr: Literal["off", "on", "paper"] = "off"
+    """Kill and Revive: train few modules at a time, send little. paper: the paper's words taken literally."""
+    kr_options: dict[str, Any] = field(default_factory=dict)
+    """Settings of Kill and Revive by name: budget, interval, idle, policy, ... as in docs/kill-and-revive.md."""
+    upload_consent: bool = False
+    """Agree that idle modules are uploaded, frozen, for the cloud to apply: kr_options {idle: cloud} needs it."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    optim: str = "adamw_torch"
+    """Optimizer, by its name in transformers."""
+    lr_scheduler_type: str = "linear"
+    """Schedule, by its name in transformers."""
+    warmup_steps: float = 0.0
+    """Steps of rising learning rate; under 1: a share of all steps."""
+    weight_decay: float = 0.0
+    """Weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping; 0 turns it off."""
+    epochs: float = 3.0
+    """Passes over the data."""
+    max_steps: int = -1
+    """Optimizer steps; when positive it replaces `epochs`."""
+    batch_size: int = 8
+    """Rows of a micro-batch."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches of an optimizer step."""
+    eval_batch_size: int = 8
+    """Rows of a micro-batch in evaluation."""
+    max_length: int = 512
+    """Longest row in tokens, prompt and completion."""
+    overlong: Literal["error", "drop", "truncate"] = "error"
+    """What to do with longer rows."""
+    eval_steps: int | None = None
+    """Optimizer steps between evaluations; default: once an epoch."""
+    save_steps: int | None = None
+    """Optimizer steps between checkpoints; default: with each evaluation."""
+    save_total_limit: int = 2
+    """Checkpoints kept, the best among them."""
+    early_stopping_patience: int | None = None
+    """Stop after so many evaluations without a better eval loss."""
+    keep_best: bool = True
+    """With eval data: end with the adapter of the best evaluation, not the last."""
+    logging_steps: int = 1
+    """Optimizer steps between log records."""
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Where logs go: tensorboard, wandb, mlflow, ... or none."""
+    seed: int = 0
+    """Seed of adapter initialisation, data order and dropout."""
+    resume: bool = False
+    """Continue the run in `output` from its last checkpoint."""
+    record: int = 0
+    """Record what crosses the wire in the first so many micro-batches, with the text they came from, into
+    `output`/recording, for `dlora audit`. The folder holds private data. 24 batches of 16 rows are enough."""
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """More arguments for trl.SFTConfig, by name."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work, all checks here and nowhere else."""
+        for name in (
+            "r",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "eval_batch_size",
+            "max_length",
+            "logging_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}: got {getattr(self, name)}, want at least 1")
+        if self.record < 0:
+            raise UsageError(f"record: got {self.record}, want 0 or more")
+        for name in ("eval_steps", "save_steps", "early_stopping_patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name}: got {value}, want at least 1")
+        if self.kind != "lora" and self.adapter is None and self.target_modules is None:
+            raise UsageError(
+                f"kind={self.kind} wants target_modules: the linears that end attention and MLP are o_proj,down_proj "
+                "in Llama, out_proj,fc2 in OPT, dense,dense_4h_to_h in BLOOM, c_proj in GPT-2"
+            )
+        if self.kind != "lora" and (self.use_rslora or self.rank_pattern or self.alpha_pattern):
+            raise UsageError(f"kind={self.kind}: use_rslora, rank_pattern and alpha_pattern are of LoRA")
+        if self.pad_to < 0:
+            raise UsageError(f"pad_to: got {self.pad_to}, want 0 or more")
+        if not 0 <= self.lora_dropout < 1:
+            raise UsageError(f"lora_dropout: got {self.lora_dropout}, want a value in [0, 1)")
+        if self.max_steps < 1 and self.epochs <= 0:
+            raise UsageError("give epochs or max_steps: both are zero or negative")
+        if self.learning_rate <= 0:
+            raise UsageError(f"learning_rate: got {self.learning_rate}, want a positive number")
+        if self.early_stopping_patience is not None and self.eval_data is None:
+            raise UsageError("early_stopping_patience needs eval_data")
+        best = self.eval_data is not None and self.keep_best
+        if best and self.save_steps and (self.eval_steps is None or self.save_steps % self.eval_steps):
+            raise UsageError(
+                f"save_steps: got {self.save_steps} with eval_steps {self.eval_steps}; keep_best needs checkpoints at "
+                "evaluations: give eval_steps, and a multiple of it as save_steps, or keep_best false"
+            )
+        if self.output.exists() and not self.output.is_dir():
+            raise UsageError(f"output: {self.output} is a file, want a folder")
+        if self.kill_revive is not None and self.kill_revive.idle == "cloud" and not self.upload_consent:
+            raise UsageError(
+                "kr_options idle=cloud uploads killed modules to the cloud, which then holds part of the adapter: "
+                "agree with --upload_consent true, or use idle=drop"
+            )
+        if self.kr == "off" and self.kr_options:
+            raise UsageError("kr_options need kr on or paper")
+        if reserved := sorted(_RESERVED & self.trainer.keys()):
+            raise UsageError(f"trainer: {', '.join(reserved)} cannot be set here")
+
+    @property
+    def kill_revive(self) -> KillReviveConfig | None:
+        """Settings of Kill and Revive; None: all modules are trained all the time."""
+        return None if self.kr == "off" else from_options(self.kr, self.kr_options)
+
+    @property
+    def targets(self) -> list[str] | str | None:
+        """`target_modules` as peft takes it."""
+        return target_names(self.target_modules)
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """Names of settings whose value in `other`, a saved `as_dict`, is not this one's.
+
+        Where the run may go on elsewhere or wait longer, a difference does not count.
+        """
+        free = {"resume", "server", "give_up_after_s", "output", "report_to", "device", "record"}
+        free |= {field.name for field in dataclasses.fields(AccessSettings)}
+        return [name for name, value in self.as_dict().items() if name not in free and other.get(name) != value]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as they go into run.json."""
+        values = dataclasses.asdict(self)
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings(EdgeSettings):
+    """Settings of `dlora plan`."""
+
+    target_modules: list[str] | str | None = None
+    """Linear modules to adapt, as for training. Default: peft's for this architecture."""
+    r: int = 8
+    """LoRA rank."""
+    wire: Literal["plain", "factored"] = "plain"
+    """How deltas travel."""
+    sites: int | None = None
+    """So many active sites, evenly spread; default: all. Kill and Revive at 1/8 of the bytes has about an eighth."""
+    batch_size: int = 8
+    """Rows of a micro-batch."""
+    length: int = 128
+    """Tokens of a row."""
+    supervised: int = 16
+    """Tokens of a row with a label."""
+    rtt_ms: float | None = None
+    """Round trip time of a link in place of the one there is; default: measured."""
+    up_mbit: float | None = None
+    """Bandwidth towards the server in Mbit/s, of a link that is slower than the one there is; default: as measured."""
+    down_mbit: float | None = None
+    """The same for what comes from the server."""
+    steps: int = 1000
+    """Steps of the run that is planned."""
+    check: bool = False
+    """Also run steps over random tokens and show how far off the prediction is."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        for name in ("r", "batch_size", "length", "steps"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}: got {getattr(self, name)}, want at least 1")
+        if not 0 <= self.supervised < self.length:
+            raise UsageError(f"supervised: got {self.supervised}, want 0 to {self.length - 1}")
+        for name in ("rtt_ms", "up_mbit", "down_mbit"):
+            value = getattr(self, name)
+            if value is not None and (value < 0 or (value == 0 and name != "rtt_ms")):
+                raise UsageError(f"{name}: got {value}, want more than 0")
+
+    @property
+    def targets(self) -> list[str] | str | None:
+        """`target_modules` as peft takes it."""
+        return target_names(self.target_modules)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSettings:
+    """Settings of `dlora report`."""
+
+    runs: list[Path]
+    """Folders of runs, as `dlora train` writes them; the first is the one that others are compared with."""
+    output: Path = Path("report")
+    """Folder for report.html and the figures as PNG files."""
