@@ -1,4 +1,5 @@
-"""Speed of decoding: against local peft on loopback, and over distance by the number of active sites.
+"""Speed of decoding: against local peft on loopback, and over distance by the number of active
+sites.
 
     python benchmarks/decoding.py run      # about 10 minutes on 2 slow cores
     python benchmarks/decoding.py table    # the tables of docs/benchmarks.md
@@ -46,8 +47,10 @@ CONFIG = {
 # One answer repeats most of its prompt, the other hardly any of it.
 TASKS = {
     "copies its prompt": (
-        "Copy this list exactly, and change nothing but the price of the lamp, which is now 45 euros.\n"
-        "oak table, 210 euros; desk lamp, 39 euros; blue armchair, 180 euros; book shelf, 95 euros; clock, 28 euros"
+        "Copy this list exactly, and change nothing but the price of the lamp, which is now 45 "
+        "euros.\n"
+        "oak table, 210 euros; desk lamp, 39 euros; blue armchair, 180 euros; book shelf, 95 "
+        "euros; clock, 28 euros"
     ),
     "free answer": "Why do leaves change their colour in autumn?",
 }
@@ -59,16 +62,26 @@ def measured(model: Any, num_tokens: int, **options: Any) -> dict[str, Any]:
 
     generator = torch.Generator().manual_seed(CONFIG["seed"])
     ids = torch.randint(100, 40_000, (1, CONFIG["prompt_tokens"]), generator=generator)
-    options = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "do_sample": False} | options
+    options = {
+        "max_new_tokens": num_tokens,
+        "min_new_tokens": num_tokens,
+        "do_sample": False,
+    } | options
     meter = getattr(model, "meter", None)
     before = meter.copy() if meter else None
     start = time.perf_counter()
-    found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
+    found = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options
+    )
     seconds = time.perf_counter() - start
     result: dict[str, Any] = {"seconds": seconds, "tokens": num_tokens, "ids": found[0].tolist()}
     if before is not None:
         cost = meter - before
-        result |= {"round_trips": cost.round_trips, "passes": cost.passes, "wait_seconds": cost.wait_s}
+        result |= {
+            "round_trips": cost.round_trips,
+            "passes": cost.passes,
+            "wait_seconds": cost.wait_s,
+        }
         result["bytes"] = cost.sent_bytes + cost.received_bytes
     return result
 
@@ -84,8 +97,14 @@ def make(link: Any, num_sites: int | None = None) -> Any:
     if num_sites == 0:
         return load_base(link, wire_dtype=CONFIG["wire_dtype"])
     depth = json.loads(link.description.config_json)["num_hidden_layers"]
-    layers = None if num_sites is None else [round((i + 0.5) * depth / num_sites - 0.5) for i in range(num_sites)]
-    config = LoraConfig(r=CONFIG["r"], target_modules=CONFIG["target_modules"], layers_to_transform=layers)
+    layers = (
+        None
+        if num_sites is None
+        else [round((i + 0.5) * depth / num_sites - 0.5) for i in range(num_sites)]
+    )
+    config = LoraConfig(
+        r=CONFIG["r"], target_modules=CONFIG["target_modules"], layers_to_transform=layers
+    )
     torch.manual_seed(CONFIG["seed"])
     return dlora.get_peft_model(link, config, wire_dtype=CONFIG["wire_dtype"]).eval()
 
@@ -99,7 +118,9 @@ def arm_loopback(kind: str, address: str) -> dict[str, Any]:
     from dlora.cloud.load import load_model
 
     if kind == "local":
-        config = LoraConfig(r=CONFIG["r"], target_modules=CONFIG["target_modules"], task_type="CAUSAL_LM")
+        config = LoraConfig(
+            r=CONFIG["r"], target_modules=CONFIG["target_modules"], task_type="CAUSAL_LM"
+        )
         torch.manual_seed(CONFIG["seed"])
         model = get_peft_model(load_model(CONFIG["model"]).model, config).eval()
     else:
@@ -119,8 +140,16 @@ def arm_distance(address: str) -> list[dict[str, Any]]:
             for num_sites in CONFIG["sites"]:
                 model = make(link, num_sites)
                 measured(model, 2)
-                found.append({"rtt_ms": rtt_ms, "sites": num_sites, **measured(model, CONFIG["distance_tokens"])})
-                print(rtt_ms, num_sites, f"{found[-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
+                found.append(
+                    {
+                        "rtt_ms": rtt_ms,
+                        "sites": num_sites,
+                        **measured(model, CONFIG["distance_tokens"]),
+                    }
+                )
+                print(
+                    rtt_ms, num_sites, f"{found[-1]['seconds']:.1f} s", file=sys.stderr, flush=True
+                )
             link.close()
     return found
 
@@ -214,7 +243,9 @@ async def run_relay(address: str, rtt_ms: float) -> None:
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         other_reader, other_writer = await asyncio.open_connection(host, int(port))
-        await asyncio.gather(pass_on(reader, other_writer), pass_on(other_reader, writer), return_exceptions=True)
+        await asyncio.gather(
+            pass_on(reader, other_writer), pass_on(other_reader, writer), return_exceptions=True
+        )
 
     server = await asyncio.start_server(connected, "127.0.0.1", 0)
     print(f"127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
@@ -231,15 +262,24 @@ def run() -> None:
     def arm(*words: str) -> Any:
         environment = os.environ | SHARED_CORES  # for both, so that they differ in nothing else
         command = [sys.executable, __file__, "arm", *words]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=True, env=environment
+        )
         return json.loads(done.stdout.splitlines()[-1])
 
     turns = []
     with serving(CONFIG["model"]) as address:
         for number in range(CONFIG["rounds"]):
             for kind in ("local", "split"):
-                turns.append({"round": number, "kind": kind, **arm("--kind", kind, "--address", address)})
-                print(number, kind, f"{turns[-1]['tokens'] / turns[-1]['seconds']:.2f} tokens/s", flush=True)
+                turns.append(
+                    {"round": number, "kind": kind, **arm("--kind", kind, "--address", address)}
+                )
+                print(
+                    number,
+                    kind,
+                    f"{turns[-1]['tokens'] / turns[-1]['seconds']:.2f} tokens/s",
+                    flush=True,
+                )
         distance = arm("--kind", "distance", "--address", address)
         drafts = arm("--kind", "drafts", "--address", address)
     from provenance import provenance
@@ -262,7 +302,9 @@ def table(record: dict[str, Any]) -> str:
     config = record["config"]
 
     def speeds(kind: str) -> list[float]:
-        return [turn["tokens"] / turn["seconds"] for turn in record["loopback"] if turn["kind"] == kind]
+        return [
+            turn["tokens"] / turn["seconds"] for turn in record["loopback"] if turn["kind"] == kind
+        ]
 
     local, split = speeds("local"), speeds("split")
     ratios = [b / a for a, b in zip(local, split, strict=True)]
@@ -270,7 +312,8 @@ def table(record: dict[str, Any]) -> str:
     lines = [
         "| local peft, tokens/s | split on loopback, tokens/s | ratio (each round) | same tokens |",
         "|---|---|---|---|",
-        f"| {statistics.median(local):.1f} | {statistics.median(split):.1f} | **{statistics.median(ratios):.2f}** "
+        f"| {statistics.median(local):.1f} | {statistics.median(split):.1f} | "
+        f"**{statistics.median(ratios):.2f}** "
         f"({', '.join(f'{ratio:.2f}' for ratio in ratios)}) | {'yes' if same else 'no'} |",
         "",
         "| active sites | round trips a token | KiB a token | "
@@ -286,7 +329,8 @@ def table(record: dict[str, Any]) -> str:
         lines.append(f"| {sites} | {trips:.0f} | {size:.0f} | {' | '.join(speed)} |")
     lines += [
         "",
-        f"| answer ({config['draft_sites']} sites, {config['draft_rtt_ms']} ms) | drafts | tokens | passes | "
+        f"| answer ({config['draft_sites']} sites, {config['draft_rtt_ms']} ms) | drafts | tokens "
+        "| passes | "
         "round trips a token | tokens/s | gain | same answer |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -304,9 +348,13 @@ def table(record: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("run", "table", "arm", "relay"))
-    parser.add_argument("--kind", choices=("local", "split", "distance", "drafts"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--kind", choices=("local", "split", "distance", "drafts"), help=argparse.SUPPRESS
+    )
     parser.add_argument("--address", help=argparse.SUPPRESS)
     parser.add_argument("--rtt", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

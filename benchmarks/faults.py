@@ -1,11 +1,13 @@
-"""Faults on the way and in the server: after each the run ends with exactly the adapter of a run without faults.
+"""Faults on the way and in the server: after each the run ends with exactly the adapter of a run
+without faults.
 
     python benchmarks/faults.py run      # some minutes
     python benchmarks/faults.py table    # the table of docs/security.md
 
-A tiny Llama is trained through a relay that delays, throttles, cuts, swallows or corrupts what passes, in both
-directions and at random places of a step; the server is behind TLS where bytes are corrupted. Every fault is
-injected several times in a run of AdamW steps with LoRA dropout, and the adapters are compared bit for bit.
+A tiny Llama is trained through a relay that delays, throttles, cuts, swallows or corrupts what
+passes, in both directions and at random places of a step; the server is behind TLS where bytes are
+corrupted. Every fault is injected several times in a run of AdamW steps with LoRA dropout, and the
+adapters are compared bit for bit.
 """
 
 from __future__ import annotations
@@ -57,12 +59,23 @@ class Relay:
     """Passes TCP bytes on between edges and a server, and does to them what it is told."""
 
     def __init__(
-        self, target: tuple[str, int], delay_s: float = 0.0, jitter_s: float = 0.0, bytes_per_s: float = 0.0
+        self,
+        target: tuple[str, int],
+        delay_s: float = 0.0,
+        jitter_s: float = 0.0,
+        bytes_per_s: float = 0.0,
     ) -> None:
-        self.target, self.delay_s, self.jitter_s, self.bytes_per_s = target, delay_s, jitter_s, bytes_per_s
+        self.target, self.delay_s, self.jitter_s, self.bytes_per_s = (
+            target,
+            delay_s,
+            jitter_s,
+            bytes_per_s,
+        )
         self.lots = random.Random(0)
         self.injected = self.passed_bytes = 0
-        self._armed: tuple[str, int, str] | None = None  # what, after how many bytes, in which direction
+        self._armed: tuple[str, int, str] | None = (
+            None  # what, after how many bytes, in which direction
+        )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -72,7 +85,9 @@ class Relay:
         self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     def arm(self, what: str, after_bytes: int, direction: str) -> None:
-        """Do it once, after so many more bytes `up` or `down`; nothing if something is armed already."""
+        """Do it once, after so many more bytes `up` or `down`; nothing if something is armed
+        already.
+        """
         if self._armed is None:
             self._armed = (what, after_bytes, direction)
 
@@ -110,7 +125,9 @@ class Relay:
             for end in ends:
                 end.transport.abort()
 
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: str) -> None:
+    async def _pass(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: str
+    ) -> None:
         """Until the end of one direction; then both are cut."""
         swallowing = False
         while data := await reader.read(1 << 14):
@@ -155,7 +172,10 @@ def train(link: Any, before_step: Callable[[int], None]) -> tuple[torch.Tensor, 
     """Some steps of AdamW with LoRA dropout: the adapter, and what it cost."""
     torch.manual_seed(1)
     config = LoraConfig(
-        r=4, lora_dropout=0.1, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False
+        r=4,
+        lora_dropout=0.1,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        init_lora_weights=False,
     )
     retry = RetryPolicy(give_up_after_s=120.0, first_delay_s=0.05)
     model = dlora.get_peft_model(link, config, retry=retry)
@@ -167,18 +187,26 @@ def train(link: Any, before_step: Callable[[int], None]) -> tuple[torch.Tensor, 
         model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]), model.meter
+    return torch.cat(
+        [p.detach().flatten() for p in model.parameters() if p.requires_grad]
+    ), model.meter
 
 
 def relayed(name: str, cloud: CloudModel, folder: Path, want: torch.Tensor) -> dict[str, Any]:
     """One run through the relay."""
     always, once, encrypted = FAULTS[name]
-    tls = TlsFiles(certificate=folder / "server.pem", key=folder / "server.key") if encrypted else None
+    tls = (
+        TlsFiles(certificate=folder / "server.pem", key=folder / "server.key")
+        if encrypted
+        else None
+    )
     with Server(cloud, tls=tls) as server:
         relay = Relay(("127.0.0.1", server.port), **always)
         access = Access(ca=folder / "ca.pem") if encrypted else Access()
         # Half-open connections are noticed by keepalive after 30 s; here a frame may take 1.5 s.
-        link = dlora.connect(relay.address, access=access, frame_timeout_s=1.5 if once == "swallow" else 60.0)
+        link = dlora.connect(
+            relay.address, access=access, frame_timeout_s=1.5 if once == "swallow" else 60.0
+        )
         link.edge_files()
         size, lots = 400_000, random.Random(name)  # bytes of about a step
 
@@ -208,7 +236,9 @@ def mortal(folder: Path) -> Iterator[tuple[int, Callable[[], None]]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, str(MORTAL), str(folder), str(port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         pid = int(process.stdout.readline())
 
         def kill() -> None:
@@ -314,12 +344,17 @@ def table(result: dict[str, Any]) -> str:
     ]
     for one in result["faults"]:
         same = "equal, bit for bit" if one["equal"] else "DIFFERS"
-        lines.append(f"| {one['fault']} | {one['injected']} | {one['retries']} | {one['steps_lost']} | {same} |")
+        lines.append(
+            f"| {one['fault']} | {one['injected']} | {one['retries']} | {one['steps_lost']} | "
+            f"{same} |"
+        )
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("run", "table"))
     if parser.parse_args().what == "run":
         torch.set_num_threads(1)

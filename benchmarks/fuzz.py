@@ -1,13 +1,14 @@
-"""Mutated frames against both halves: neither may crash, hang, grow, or answer an honest peer otherwise afterwards.
+"""Mutated frames against both halves: neither may crash, hang, grow, or answer an honest peer
+otherwise afterwards.
 
-    python benchmarks/fuzz.py run --frames 200000     # in each direction; some 15 minutes on two cores
+    python benchmarks/fuzz.py run --frames 200000   # in each direction; some 15 minutes
     python benchmarks/fuzz.py table                   # the table of docs/security.md
 
-Frames are those of real streams with a tiny Llama: training on the plain wire, on the factored wire with idle modules
-and a probe, with a layer on the edge, and generation with a KV cache that is rolled back. One frame of a stream is
-changed, in its bytes or in a field, or takes another's place; the rest follows as recorded. A half may refuse with an
-error of its own, or go on where the change is within what it must accept (another number). All else is a failure and
-is kept with its seed.
+Frames are those of real streams with a tiny Llama: training on the plain wire, on the factored wire
+with idle modules and a probe, with a layer on the edge, and generation with a KV cache that is
+rolled back. One frame of a stream is changed, in its bytes or in a field, or takes another's place;
+the rest follows as recorded. A half may refuse with an error of its own, or go on where the change
+is within what it must accept (another number). All else is a failure and is kept with its seed.
 """
 
 from __future__ import annotations
@@ -42,7 +43,22 @@ from dlora.proto import dlora_pb2 as pb
 RESULT = Path(__file__).parent / "results" / "fuzz.json"
 HONEST_EVERY = 500  # mutated frames between two honest streams
 SLOW_S = 10.0  # a stream that takes longer counts as hung
-INTERESTING = (0, 1, 2, 3, 7, 255, 256, 65_535, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, -1, -(2**31))
+INTERESTING = (
+    0,
+    1,
+    2,
+    3,
+    7,
+    255,
+    256,
+    65_535,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**63 - 1,
+    -1,
+    -(2**31),
+)
 
 
 # ----------------------------------------------------------------- recording
@@ -131,7 +147,9 @@ class Scene:
     def __init__(self, name: str, link: Any) -> None:
         self.name, self.recorder = name, Recorder(link)
         torch.manual_seed(0)
-        config = LoraConfig(r=2, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False)
+        config = LoraConfig(
+            r=2, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False
+        )
         wire = "factored" if name == "factored" else "plain"
         dtype = {"factored": "fp32", "int8": "int8", "int4": "int4"}.get(name, "fp16")
         self.model = dlora.get_peft_model(
@@ -148,7 +166,8 @@ class Scene:
             self.model.set_active(names[:2], "cloud")
             self.model.probe_modules = list(names)
         self.honest = self.run()
-        # The cloud gets the longest stream; the edge goes through all, also those that had to begin again.
+        # The cloud gets the longest stream; the edge goes through all, also those that had to begin
+        # again.
         self.edge, self.cloud = max(self.recorder.streams, key=len), list(self.recorder.cloud or [])
         self.recorder.cloud = None
 
@@ -159,12 +178,17 @@ class Scene:
         mask[1, 5:] = 0
         if self.name == "generation":
             with torch.no_grad(), closing(dlora.CloudCache(expected_length=24)) as cache:
-                self.model(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+                self.model(
+                    ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True
+                )
                 found = self.model(ids[:, :2], past_key_values=cache, use_cache=True).logits
                 for length in (3, 2, 1):
                     cache.crop(-1)
                     found = (
-                        found.sum() + self.model(ids[:, :length], past_key_values=cache, use_cache=True).logits.sum()
+                        found.sum()
+                        + self.model(
+                            ids[:, :length], past_key_values=cache, use_cache=True
+                        ).logits.sum()
                     )
                 return found
         self.model.zero_grad()
@@ -196,7 +220,9 @@ def scenes() -> tuple[InProcessLink, list[Scene]]:
         limits=Limits(max_tokens=64, max_length=64, edge_first=1),
     )
     link = InProcessLink(cloud)
-    return link, [Scene(name, link) for name in ("plain", "factored", "held", "generation", "int8", "int4")]
+    return link, [
+        Scene(name, link) for name in ("plain", "factored", "held", "generation", "int8", "int4")
+    ]
 
 
 # ----------------------------------------------------------------- mutating
@@ -223,7 +249,9 @@ def mutate(frame: Any, others: list[Any], lots: random.Random) -> Any | None:
                 case 3:
                     data[start:start] = data[start : start + lots.randrange(1, 64)]
                 case _:
-                    data[start : start + 4] = bytes(lots.choice((0, 255)) for _ in data[start : start + 4])
+                    data[start : start + 4] = bytes(
+                        lots.choice((0, 255)) for _ in data[start : start + 4]
+                    )
         try:
             return type(frame).FromString(bytes(data))
         except DecodeError:
@@ -280,12 +308,24 @@ def scalar(field: Any, value: Any, lots: random.Random) -> Any:
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
-        return lots.choice((lots.choice(INTERESTING), value + 1, value - 1, value * 2, lots.getrandbits(16)))
+        return lots.choice(
+            (lots.choice(INTERESTING), value + 1, value - 1, value * 2, lots.getrandbits(16))
+        )
     if isinstance(value, float):
         return lots.choice((math.nan, math.inf, -math.inf, 0.0, -1.0, 1e30, lots.gauss(0, 1)))
     if isinstance(value, bytes):
         nan = b"\x00\x7e" * (len(value) // 2)
-        return lots.choice((b"", value[:-1], value + b"\0", value[::-1], nan, b"\xff" * len(value), lots.randbytes(32)))
+        return lots.choice(
+            (
+                b"",
+                value[:-1],
+                value + b"\0",
+                value[::-1],
+                nan,
+                b"\xff" * len(value),
+                lots.randbytes(32),
+            )
+        )
     return lots.choice(("", "../" + value, value[::-1], value + "\0", "x" * 10_000))
 
 
@@ -327,7 +367,9 @@ def fuzz(direction: str, frames: int, seed: int = 0) -> dict[str, Any]:
             error = error or f"took {seconds:.0f} s"
         counts["failed" if error else outcome] += 1
         if error:
-            failures.append({"seed": f"{seed}:{number}", "scene": scene.name, "frame": index, "error": error})
+            failures.append(
+                {"seed": f"{seed}:{number}", "scene": scene.name, "frame": index, "error": error}
+            )
         if number % HONEST_EVERY == 0:
             honest = lots.choice(all_scenes)
             right = (
@@ -337,7 +379,12 @@ def fuzz(direction: str, frames: int, seed: int = 0) -> dict[str, Any]:
             )
             counts["honest streams"] += 1
             if not right:
-                failures.append({"seed": f"{seed}:{number}", "error": f"an honest {honest.name} stream came out other"})
+                failures.append(
+                    {
+                        "seed": f"{seed}:{number}",
+                        "error": f"an honest {honest.name} stream came out other",
+                    }
+                )
             memory.append(resident_mib())
     link.close()
     warm = len(memory) // 10
@@ -355,7 +402,9 @@ def fuzz(direction: str, frames: int, seed: int = 0) -> dict[str, Any]:
 
 
 def replay_cloud(cloud: CloudModel, frames: list[pb.EdgeFrame]) -> Pipe:
-    """Play an edge's frames to the cloud. Raises what the cloud raises, but for an edge that leaves at the end."""
+    """Play an edge's frames to the cloud. Raises what the cloud raises, but for an edge that leaves
+    at the end.
+    """
     pipe = Pipe(frames)
     begin = pipe.receive()
     if begin.WhichOneof("kind") != "begin":
@@ -378,7 +427,8 @@ def resident_mib() -> float:
 def table(result: dict[str, Any]) -> str:
     """Markdown of both directions."""
     lines = [
-        "| frames sent to | mutated frames | refused | accepted | honest streams between, all equal | failures | "
+        "| frames sent to | mutated frames | refused | accepted | honest streams between, all "
+        "equal | failures | "
         "slowest, s | memory after a tenth, at the end, MiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -395,11 +445,15 @@ def table(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("run", "table"))
     parser.add_argument("--frames", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--direction", choices=("cloud", "edge"), help="only this one, printed and not kept")
+    parser.add_argument(
+        "--direction", choices=("cloud", "edge"), help="only this one, printed and not kept"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.direction:
@@ -409,7 +463,9 @@ if __name__ == "__main__":
         from provenance import provenance
 
         with ProcessPoolExecutor(2) as pool:
-            runs = list(pool.map(fuzz, ("cloud", "edge"), [arguments.frames] * 2, [arguments.seed] * 2))
+            runs = list(
+                pool.map(fuzz, ("cloud", "edge"), [arguments.frames] * 2, [arguments.seed] * 2)
+            )
         found = {
             "runs": runs,
             **provenance("grpcio", "protobuf"),

@@ -1,16 +1,19 @@
-"""Kill and Revive and its baselines at equal bytes: accuracy against traffic on SmolLM2-135M-Instruct.
+"""Kill and Revive and its baselines at equal bytes: accuracy against traffic on
+SmolLM2-135M-Instruct.
 
-    python benchmarks/kr.py run --data FOLDER --minutes 60   # go on for about so long; run again to continue
+    python benchmarks/kr.py run --data FOLDER --minutes 60  # for about this long; again to continue
     python benchmarks/kr.py table                            # what there is so far
     python benchmarks/kr.py figure                           # docs/images/kr-front.png
 
-FOLDER holds banking77/{train,eval}.jsonl with `prompt` and `completion`, and commonsense/TASK/{train,eval}.jsonl with
-`instruction`, `choices` and `answer`. One JSON line a finished run goes to benchmarks/results/kr.jsonl; runs that are
-there are not repeated. Several of these commands may run at once, one for each core. Both halves run in one process,
-which changes no byte that is counted; the base is bf16, adapters and loss fp32, the wire fp16. Stages: `tune` picks
-each arm's learning rate and sweeps variants on rows held back from training; `final` runs the arms that are
-compared, on the eval rows, with three seeds, at the learning rate that tuned best; `task` looks for commonsense
-tasks on which FT learns, and compares there. The margin of a PASS was fixed before any final run.
+FOLDER holds banking77/{train,eval}.jsonl with `prompt` and `completion`, and
+commonsense/TASK/{train,eval}.jsonl with `instruction`, `choices` and `answer`. One JSON line a
+finished run goes to benchmarks/results/kr.jsonl; runs that are there are not repeated. Several of
+these commands may run at once, one for each core. Both halves run in one process, which changes no
+byte that is counted; the base is bf16, adapters and loss fp32, the wire fp16. Stages: `tune` picks
+each arm's learning rate and sweeps variants on rows held back from training; `final` runs the arms
+that are compared, on the eval rows, with three seeds, at the learning rate that tuned best; `task`
+looks for commonsense tasks on which FT learns, and compares there. The margin of a PASS was fixed
+before any final run.
 """
 
 from __future__ import annotations
@@ -43,7 +46,11 @@ MANY = (1e-3, 2e-3, 4e-3, 8e-3)
 FEW_MLP = (2e-3, 4e-3, 8e-3, 1.6e-2)
 STAY = {"idle": "cloud", "revive": "none"}
 KR = {**STAY, "warmup": 0.03}
-START = {"idle": "cloud", "warmup": 0, "revive": "scored"}  # from a spread set on; probes say what may come in
+START = {
+    "idle": "cloud",
+    "warmup": 0,
+    "revive": "scored",
+}  # from a spread set on; probes say what may come in
 COVER = {**START, "cover": True}
 # An eighth of FT's bytes on q, k, v, whatever the modules and the wire; or another share of them.
 OURS = {"share_of_ft": 0.125}
@@ -71,7 +78,13 @@ ARMS: dict[str, tuple[list[str], int, str, dict[str, Any] | None, tuple[float, .
     "KR gate,up": (MLP, 8, "factored", {**KR, **OURS}, FEW_MLP),
     # variants of KR, and more baselines
     "KR start": (QKV, 14, "plain", START, FEW),
-    "KR modules start": (QKV, 14, "plain", {**START, "unit": "module", "prefer": "score_per_cost"}, FEW),
+    "KR modules start": (
+        QKV,
+        14,
+        "plain",
+        {**START, "unit": "module", "prefer": "score_per_cost"},
+        FEW,
+    ),
     "redraw": (QKV, 14, "plain", {"policy": "redraw", "warmup": 0, **STAY}, FEW),
     "last": (QKV, 14, "plain", {"policy": "last", "warmup": 0}, FEW),
     "KR v start random": (V, 20, "plain", {**START, **OURS, "revive": "random"}, FEW),
@@ -82,12 +95,30 @@ ARMS: dict[str, tuple[list[str], int, str, dict[str, Any] | None, tuple[float, .
     "KR gradient": (QKV, 12, "plain", {**KR, "signal": "gradient"}, FEW),
     "random gate,up": (MLP, 8, "factored", {"policy": "random", "warmup": 0, **OURS}, FEW_MLP),
     "sensitivity once": (QKV, 12, "plain", {**KR, "policy": "sensitivity"}, FEW),
-    "KR gate,up cover random": (MLP, 8, "factored", {**COVER, "share_of_ft": 0.123, "revive": "random"}, FEW_MLP),
+    "KR gate,up cover random": (
+        MLP,
+        8,
+        "factored",
+        {**COVER, "share_of_ft": 0.123, "revive": "random"},
+        FEW_MLP,
+    ),
     "KR gate,up cover drop": (
-        *(MLP, 8, "factored", {**COVER, "share_of_ft": 0.123, "revive": "random", "idle": "drop"}, FEW_MLP),
+        *(
+            MLP,
+            8,
+            "factored",
+            {**COVER, "share_of_ft": 0.123, "revive": "random", "idle": "drop"},
+            FEW_MLP,
+        ),
     ),
     "KR gate,up cover slow": (
-        *(MLP, 8, "factored", {**COVER, "share_of_ft": 0.123, "revive": "random", "interval": 40}, FEW_MLP),
+        *(
+            MLP,
+            8,
+            "factored",
+            {**COVER, "share_of_ft": 0.123, "revive": "random", "interval": 40},
+            FEW_MLP,
+        ),
     ),
     "KR v cover random": (V, 20, "plain", {**COVER, **OURS, "revive": "random"}, FEW),
     "KR v cover drop": (V, 20, "plain", {**COVER, **OURS, "revive": "random", "idle": "drop"}, FEW),
@@ -102,7 +133,8 @@ FINAL = (
     *("spread v", "KR gate,up", "spread gate,up", "KR gate,up cover", "FT rank 1"),
     *("spread gate,up at 1/5", "spread gate,up at 3/10"),
 )
-# Each of these is tried at learning rates around the best, until the best is not the largest or the smallest tried.
+# Each of these is tried at learning rates around the best, until the best is not the largest or the
+# smallest tried.
 SWEPT = {
     **{arm: ARMS[arm][4] for arm in (*FINAL, "FT v")},
     **dict.fromkeys(("FT", "FT gate,up"), (*MANY, 1.6e-2)),
@@ -112,30 +144,61 @@ SWEPT = {
     "KR paper": FEW[:3],
     "last": FEW[:3],
     **dict.fromkeys(("KR v cover", "spread v at 1/4"), FEW[1:]),
-    **dict.fromkeys(("spread gate,up at 1/5", "spread gate,up at 3/10", "KR gate,up cover"), FEW_MLP[1:]),
+    **dict.fromkeys(
+        ("spread gate,up at 1/5", "spread gate,up at 3/10", "KR gate,up cover"), FEW_MLP[1:]
+    ),
 }
 TRIED = (  # variants that got no sweep: (arm, learning rates)
     *(("KR gate,up cover", 8e-3), ("KR v cover", 1.2e-2), ("KR gate,up cover random", 8e-3)),
     *(("KR v cover random", 1.2e-2), ("KR gate,up cover drop", 8e-3), ("KR v cover drop", 1.2e-2)),
     *(("KR gate,up cover slow", 8e-3), ("KR gate,up start", 8e-3)),
-    *(("KR v start", 6e-3), ("KR start", 6e-3), ("KR modules start", 6e-3), ("KR v start random", 6e-3)),
-    *(("KR q,k,v,gate,up start", 4e-3), ("KR gate,up start", 4e-3), ("KR v", 6e-3), ("KR v redraw", 6e-3)),
-    *(("KR drop scored", 6e-3), ("KR gradient", 6e-3), ("random gate,up", 4e-3), ("sensitivity once", 6e-3)),
+    *(
+        ("KR v start", 6e-3),
+        ("KR start", 6e-3),
+        ("KR modules start", 6e-3),
+        ("KR v start random", 6e-3),
+    ),
+    *(
+        ("KR q,k,v,gate,up start", 4e-3),
+        ("KR gate,up start", 4e-3),
+        ("KR v", 6e-3),
+        ("KR v redraw", 6e-3),
+    ),
+    *(
+        ("KR drop scored", 6e-3),
+        ("KR gradient", 6e-3),
+        ("random gate,up", 4e-3),
+        ("sensitivity once", 6e-3),
+    ),
 )
 TASKS = ("arc_easy", "openbookqa", "social_iqa", "boolq")
 
 
 def specs(done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Runs in order: variants, every final arm at its learning rates, the final arms, other tasks."""
+    """Runs in order: variants, every final arm at its learning rates, the final arms, other
+    tasks.
+    """
     for arm, rate in TRIED:
         yield {"stage": "tune", "task": "banking77", "arm": arm, "learning_rate": rate, "seed": 0}
     for arm, rates in SWEPT.items():
         for rate in rates:
-            yield {"stage": "tune", "task": "banking77", "arm": arm, "learning_rate": rate, "seed": 0}
+            yield {
+                "stage": "tune",
+                "task": "banking77",
+                "arm": arm,
+                "learning_rate": rate,
+                "seed": 0,
+            }
     for seed in SEEDS:
         for arm in FINAL:
             rate = best_rate(done, arm)
-            yield {"stage": "final", "task": "banking77", "arm": arm, "learning_rate": rate, "seed": seed}
+            yield {
+                "stage": "final",
+                "task": "banking77",
+                "arm": arm,
+                "learning_rate": rate,
+                "seed": seed,
+            }
     for task, rate in (*((task, MANY[0]) for task in TASKS), (TASKS[0], MANY[2])):
         yield {"stage": "task", "task": task, "arm": "FT", "learning_rate": rate, "seed": 0}
 
@@ -173,7 +236,9 @@ def read(data: Path, task: str, part: str) -> list[dict[str, Any]]:
 def batches(
     rows: list[dict[str, Any]], tokenizer: Any, steps: int, size: int, seed: int | None
 ) -> list[dict[str, Any]]:
-    """Right-padded batches of rows of about equal length, in random order; without a seed all rows once."""
+    """Right-padded batches of rows of about equal length, in random order; without a seed all rows
+    once.
+    """
     import torch
 
     generator = random.Random(seed)
@@ -199,16 +264,23 @@ def batches(
         labels = ids.masked_fill(mask == 0, -100)
         for row, (_, prompt, _) in enumerate(group):
             labels[row, :prompt] = -100
-        found.append({"input_ids": ids, "attention_mask": mask, "labels": labels, "rows": [row for *_, row in group]})
+        found.append(
+            {
+                "input_ids": ids,
+                "attention_mask": mask,
+                "labels": labels,
+                "rows": [row for *_, row in group],
+            }
+        )
     return found
 
 
 def measure(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Loss on the completions, and the share of rows that are right.
 
-    Exact match: each token of the completion and the end is the likeliest behind those before it, which is the same
-    as that greedy decoding writes it. Choices: the right one has the highest log-likelihood; they differ in one token,
-    so that one position's logits tell.
+    Exact match: each token of the completion and the end is the likeliest behind those before it,
+    which is the same as that greedy decoding writes it. Choices: the right one has the highest
+    log-likelihood; they differ in one token, so that one position's logits tell.
     """
     import torch
 
@@ -218,7 +290,9 @@ def measure(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> dict[str,
         for batch in batches(rows, tokenizer, math.ceil(len(rows) / 20), 20, None):
             wanted = batch["labels"][:, 1:]
             owners, positions = (wanted != -100).nonzero(as_tuple=True)
-            output = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")})
+            output = model(
+                **{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+            )
             logits = output.logits[0, : len(owners)]
             total += output.loss.item() * len(owners)
             count += len(owners)
@@ -238,7 +312,9 @@ def measure(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> dict[str,
 def best_choice(logits: Any, row: dict[str, Any], tokenizer: Any) -> str:
     """The choice of the highest log-likelihood, from the logits [C, V] along the right one."""
     start = len(tokenizer(row["prompt"])["input_ids"])
-    tails = [tokenizer(row["prompt"] + " " + choice)["input_ids"][start:] for choice in row["choices"]]
+    tails = [
+        tokenizer(row["prompt"] + " " + choice)["input_ids"][start:] for choice in row["choices"]
+    ]
     places = [i for i, tokens in enumerate(zip(*tails, strict=True)) if len(set(tokens)) > 1]
     if len(places) != 1:
         raise ValueError(f"the choices {row['choices']} differ in more than one token")
@@ -271,7 +347,9 @@ def one(spec: dict[str, Any], link: Any, tokenizer: Any, data: Path) -> dict[str
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
     model = dlora.get_peft_model(link, config, wire=wire)
     model.head_positions = "supervised"
-    base = measure(model, tokenizer, held) if spec["stage"] == "task" and spec["arm"] == "FT" else {}
+    base = (
+        measure(model, tokenizer, held) if spec["stage"] == "task" and spec["arm"] == "FT" else {}
+    )
     model.train()
     reviver = None
     if options is not None:
@@ -281,7 +359,9 @@ def one(spec: dict[str, Any], link: Any, tokenizer: Any, data: Path) -> dict[str
             options["budget"] = budget(model, share)
         reviver = KillReviver(model, from_options(preset, options | {"seed": spec["seed"]}), STEPS)
     optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=spec["learning_rate"], weight_decay=0.0
+        [p for p in model.parameters() if p.requires_grad],
+        lr=spec["learning_rate"],
+        weight_decay=0.0,
     )
     rate = get_linear_schedule_with_warmup(optimizer, round(0.05 * STEPS), STEPS)
     before, start, losses = model.meter.copy(), time.monotonic(), []
@@ -313,8 +393,12 @@ def one(spec: dict[str, Any], link: Any, tokenizer: Any, data: Path) -> dict[str
     )
 
 
-def take_step(model: Any, batch: dict[str, Any], step: int, optimizer: Any, rate: Any, reviver: Any) -> float:
-    """One optimizer step on a batch of `batches`, around it Kill and Revive if there is one; its loss."""
+def take_step(
+    model: Any, batch: dict[str, Any], step: int, optimizer: Any, rate: Any, reviver: Any
+) -> float:
+    """One optimizer step on a batch of `batches`, around it Kill and Revive if there is one; its
+    loss.
+    """
     import torch
 
     if reviver:
@@ -343,7 +427,9 @@ def sets(reviver: Any) -> list[list[Any]]:
 
 
 def budget(model: Any, share: float) -> float:
-    """A share of the bytes of FT on q, k, v over the plain wire, as a share of those of all of this model's modules."""
+    """A share of the bytes of FT on q, k, v over the plain wire, as a share of those of all of this
+    model's modules.
+    """
     import torch
     from peft import LoraConfig
 
@@ -351,7 +437,9 @@ def budget(model: Any, share: float) -> float:
     from dlora.kill_revive.apply import costs_of
 
     torch.manual_seed(0)
-    full = dlora.get_peft_model(model.link, LoraConfig(r=8, target_modules=QKV, task_type="CAUSAL_LM"))
+    full = dlora.get_peft_model(
+        model.link, LoraConfig(r=8, target_modules=QKV, task_type="CAUSAL_LM")
+    )
     return min(1.0, share * elements(costs_of(full)) / elements(costs_of(model)))
 
 
@@ -361,7 +449,9 @@ def elements(costs: Any) -> int:
 
 
 def claim() -> tuple[dict[str, Any], FileLock] | None:
-    """The next run that nobody has done or is at, and the lock that says so; None if there is none now."""
+    """The next run that nobody has done or is at, and the lock that says so; None if there is none
+    now.
+    """
     done = load_results()
     finished = {key(one) for one in done}
     for spec in specs(done):
@@ -388,7 +478,9 @@ def run(data: Path, minutes: float) -> None:
     torch.set_num_threads(1)
     end = time.monotonic() + 60 * minutes
     loaded = load_model("smollm2", dtype="bf16")
-    loaded.model.set_attn_implementation("eager")  # on CPUs and short rows the fused backward in bf16 is slower
+    loaded.model.set_attn_implementation(
+        "eager"
+    )  # on CPUs and short rows the fused backward in bf16 is slower
     link = dlora.in_process(loaded.model, loaded.tokenizer, model_id=loaded.model_id)
     (RESULT.parent / ".locks").mkdir(parents=True, exist_ok=True)
     while time.monotonic() < end:
@@ -403,19 +495,23 @@ def run(data: Path, minutes: float) -> None:
             file.write(json.dumps(found) + "\n")
         lock.release()
         print(
-            f"  accuracy {found['accuracy']:.3f}, eval loss {found['eval_loss']:.3f}, {found['seconds']:.0f} s",
+            f"  accuracy {found['accuracy']:.3f}, eval loss {found['eval_loss']:.3f}, "
+            f"{found['seconds']:.0f} s",
             flush=True,
         )
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown of the final runs: accuracy with its interval, and what it cost beside FT on q, k, v."""
+    """Markdown of the final runs: accuracy with its interval, and what it cost beside FT on q, k,
+    v.
+    """
     finals = by_arm(runs)
     if "FT" not in finals:
         return "No final run of FT at its best learning rate yet."
     full = finals["FT"]
     lines = [
-        "| arm | on | wire | learning rate | accuracy (seeds) | against FT | | against FT on the same modules | | "
+        "| arm | on | wire | learning rate | accuracy (seeds) | against FT | | against FT on the "
+        "same modules | | "
         "bytes, % | adapter FLOPs, % |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -425,13 +521,18 @@ def table(runs: list[dict[str, Any]]) -> str:
         mine = finals[arm]
         targets, rank, wire, *_ = ARMS[arm]
         same = finals.get("FT gate,up", {}) if targets == MLP else {}
-        beside = [interval(mine, same), verdict(mine, same)] if same and same is not mine else ["", ""]
+        beside = (
+            [interval(mine, same), verdict(mine, same)] if same and same is not mine else ["", ""]
+        )
         shown = ", ".join(f"{mine[seed]['accuracy']:.3f}" for seed in sorted(mine))
         mean = statistics.fmean(run["accuracy"] for run in mine.values())
         lines.append(
-            f"| {arm} | {', '.join(name.removesuffix('_proj') for name in targets)} r={rank} | {wire} | "
-            f"{mine[min(mine)]['learning_rate']:g}{at_the_edge(runs, arm)} | **{mean:.3f}** ({shown}) | "
-            f"{interval(mine, full)} | {'' if arm == 'FT' else verdict(mine, full)} | {beside[0]} | {beside[1]} | "
+            f"| {arm} | {', '.join(name.removesuffix('_proj') for name in targets)} r={rank} | "
+            f"{wire} | "
+            f"{mine[min(mine)]['learning_rate']:g}{at_the_edge(runs, arm)} | **{mean:.3f}** "
+            f"({shown}) | "
+            f"{interval(mine, full)} | {'' if arm == 'FT' else verdict(mine, full)} | {beside[0]} "
+            f"| {beside[1]} | "
             f"{share(mine, full, 'bytes'):.1f} | {share(mine, full, 'adapter_flops'):.1f} |"
         )
     return "\n".join(lines)
@@ -439,12 +540,18 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 def trials(runs: list[dict[str, Any]]) -> str:
     """Markdown of every tuning run, best first: the variants that failed are here too."""
-    tuned = sorted((run for run in runs if run["stage"] == "tune"), key=lambda run: -run["accuracy"])
+    tuned = sorted(
+        (run for run in runs if run["stage"] == "tune"), key=lambda run: -run["accuracy"]
+    )
     full = next(run for run in tuned if run["arm"] == "FT")
-    lines = ["| arm | learning rate | accuracy | eval loss | bytes, % of FT |", "|---|---|---|---|---|"]
+    lines = [
+        "| arm | learning rate | accuracy | eval loss | bytes, % of FT |",
+        "|---|---|---|---|---|",
+    ]
     for run in tuned:
         lines.append(
-            f"| {run['arm']} | {run['learning_rate']:g} | {run['accuracy']:.3f} | {run['eval_loss']:.3f} | "
+            f"| {run['arm']} | {run['learning_rate']:g} | {run['accuracy']:.3f} | "
+            f"{run['eval_loss']:.3f} | "
             f"{100 * run['bytes'] / full['bytes']:.1f} |"
         )
     return "\n".join(lines)
@@ -452,14 +559,25 @@ def trials(runs: list[dict[str, Any]]) -> str:
 
 def tasks(runs: list[dict[str, Any]]) -> str:
     """Markdown of the choice tasks on which FT was tried."""
-    lines = ["| task | rows | majority | base | FT, learning rate 0.001 | 0.004 |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| task | rows | majority | base | FT, learning rate 0.001 | 0.004 |",
+        "|---|---|---|---|---|---|",
+    ]
     for task in TASKS:
-        mine = {run["learning_rate"]: run for run in runs if run["stage"] == "task" and run["task"] == task}
+        mine = {
+            run["learning_rate"]: run
+            for run in runs
+            if run["stage"] == "task" and run["task"] == task
+        }
         if mine:
             one = next(iter(mine.values()))
-            cells = [f"{mine[rate]['accuracy']:.3f}" if rate in mine else "" for rate in (MANY[0], MANY[2])]
+            cells = [
+                f"{mine[rate]['accuracy']:.3f}" if rate in mine else ""
+                for rate in (MANY[0], MANY[2])
+            ]
             lines.append(
-                f"| {task} | {one['rows']} | {one['majority']:.3f} | {one['base_accuracy']:.3f} | {' | '.join(cells)} |"
+                f"| {task} | {one['rows']} | {one['majority']:.3f} | {one['base_accuracy']:.3f} | "
+                f"{' | '.join(cells)} |"
             )
     return "\n".join(lines)
 
@@ -468,13 +586,19 @@ def by_arm(runs: list[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
     """Arm and seed to its final run at the learning rate that tuned best."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for run in runs:
-        if run["stage"] == "final" and run["arm"] in FINAL and run["learning_rate"] == best_rate(runs, run["arm"]):
+        if (
+            run["stage"] == "final"
+            and run["arm"] in FINAL
+            and run["learning_rate"] == best_rate(runs, run["arm"])
+        ):
             found.setdefault(run["arm"], {})[run["seed"]] = run
     return found
 
 
 def at_the_edge(runs: list[dict[str, Any]], arm: str) -> str:
-    """A mark where the best learning rate is the largest or smallest that was tried: it may not be the best."""
+    """A mark where the best learning rate is the largest or smallest that was tried: it may not be
+    the best.
+    """
     tried = {run["learning_rate"] for run in runs if run["stage"] == "tune" and run["arm"] == arm}
     return " (edge)" if best_rate(runs, arm) in (min(tried), max(tried)) else ""
 
@@ -487,7 +611,10 @@ def share(mine: dict[int, Any], full: dict[int, Any], name: str) -> float:
 
 def differences(mine: dict[int, Any], full: dict[int, Any]) -> list[float]:
     """Accuracy less FT's, seed by seed."""
-    return [mine[seed]["accuracy"] - full[seed]["accuracy"] for seed in sorted(mine.keys() & full.keys())]
+    return [
+        mine[seed]["accuracy"] - full[seed]["accuracy"]
+        for seed in sorted(mine.keys() & full.keys())
+    ]
 
 
 def interval(mine: dict[int, Any], full: dict[int, Any]) -> str:
@@ -521,7 +648,13 @@ def figure(runs: list[dict[str, Any]], file: Path) -> None:
         colour = colours.get(arm[:2], "#999999")
         panel.plot([x, x], [min(values), max(values)], color=colour, lw=2)
         panel.plot(x, statistics.fmean(values), "o", color=colour)
-        panel.annotate(arm, (x, statistics.fmean(values)), xytext=(6, -3), textcoords="offset points", fontsize=8)
+        panel.annotate(
+            arm,
+            (x, statistics.fmean(values)),
+            xytext=(6, -3),
+            textcoords="offset points",
+            fontsize=8,
+        )
     panel.axvline(12.5, color="#bbbbbb", ls="--", lw=1)
     panel.set_xscale("log")
     panel.set_xticks([10, 12.5, 20, 30, 50, 100], ["10", "12.5", "20", "30", "50", "100"])
@@ -536,7 +669,9 @@ def figure(runs: list[dict[str, Any]], file: Path) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("run", "table", "figure"))
     parser.add_argument("--data", type=Path, help="folder of the task data")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after so long")

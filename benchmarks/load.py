@@ -1,12 +1,13 @@
-"""Many edges on one server: throughput, fairness, equal results, memory; and a step through Ray beside one without.
+"""Many edges on one server: throughput, fairness, equal results, memory; and a step through Ray
+beside one without.
 
     python benchmarks/load.py run      # about a quarter of an hour on 2 cores
     python benchmarks/load.py table    # the table of docs/benchmarks.md
 
-Every edge trains its own adapter on its own random tokens, all on this machine beside the server, each a process
-with one thread (32 edges of the tiny model: 8 threads in each of 4). After a first step each waits for the others;
-then tokens are counted for a fixed time. An edge's adapter after three steps is compared, bit for bit, with that of
-the same edge alone.
+Every edge trains its own adapter on its own random tokens, all on this machine beside the server,
+each a process with one thread (32 edges of the tiny model: 8 threads in each of 4). After a first
+step each waits for the others; then tokens are counted for a fixed time. An edge's adapter after
+three steps is compared, bit for bit, with that of the same edge alone.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ LOADS: dict[str, tuple[int, int, float, tuple[int, ...], int]] = {
 }
 
 
-def edge(address: str, seed: int, rows: int, length: int, seconds: float, barrier: Any, found: list[Any]) -> None:
+def edge(
+    address: str, seed: int, rows: int, length: int, seconds: float, barrier: Any, found: list[Any]
+) -> None:
     """One edge: train until the time is up; append what it did."""
     import torch
     from peft import LoraConfig
@@ -68,10 +71,14 @@ def edge(address: str, seed: int, rows: int, length: int, seconds: float, barrie
         step(done)
         done += 1
         if done == COMPARED_STEPS:
-            digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in parameters)).hexdigest()
+            digest = hashlib.sha256(
+                b"".join(p.detach().numpy().tobytes() for p in parameters)
+            ).hexdigest()
     took = time.monotonic() - start
     rate = (done - 1) * rows * length / took
-    found.append({"seed": seed, "tokens_per_s": rate, "digest": digest, "retries": model.meter.retries})
+    found.append(
+        {"seed": seed, "tokens_per_s": rate, "digest": digest, "retries": model.meter.retries}
+    )
     link.close()
 
 
@@ -79,7 +86,9 @@ _BUILDING = threading.Lock()
 
 
 def edges(address: str, seeds: list[int], rows: int, length: int, seconds: float) -> None:
-    """Some edges as threads of this process; prints what they did. Begins when standard input says so."""
+    """Some edges as threads of this process; prints what they did. Begins when standard input says
+    so.
+    """
     import torch
 
     torch.set_num_threads(1)
@@ -91,7 +100,8 @@ def edges(address: str, seeds: list[int], rows: int, length: int, seconds: float
 
     barrier = threading.Barrier(len(seeds), action=ready)
     threads = [
-        threading.Thread(target=edge, args=(address, seed, rows, length, seconds, barrier, found)) for seed in seeds
+        threading.Thread(target=edge, args=(address, seed, rows, length, seconds, barrier, found))
+        for seed in seeds
     ]
     for thread in threads:
         thread.start()
@@ -103,7 +113,19 @@ def edges(address: str, seeds: list[int], rows: int, length: int, seconds: float
 @contextmanager
 def serving(model: str, *flags: str) -> Iterator[tuple[str, int]]:
     """A `dlora serve` process: its address and pid."""
-    command = [sys.executable, "-m", "dlora", "serve", "--model", model, "--port", "0", "--drain_s", "0", *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "dlora",
+        "serve",
+        "--model",
+        model,
+        "--port",
+        "0",
+        "--drain_s",
+        "0",
+        *flags,
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             for line in process.stdout:
@@ -121,7 +143,9 @@ def memory_mib(pid: int, what: str = "VmRSS") -> float:
     return round(int(text.split(f"{what}:")[1].split()[0]) / 1024, 1)
 
 
-def turn(address: str, pid: int, count: int, load: tuple[int, int, float, Any, int], seconds: float) -> dict[str, Any]:
+def turn(
+    address: str, pid: int, count: int, load: tuple[int, int, float, Any, int], seconds: float
+) -> dict[str, Any]:
     """So many edges at once."""
     rows, length, _, _, threads = load
     groups = [list(range(i, min(i + threads, count))) for i in range(0, count, threads)]
@@ -131,7 +155,11 @@ def turn(address: str, pid: int, count: int, load: tuple[int, int, float, Any, i
             words = ["edges", "--address", address, "--seeds", ",".join(map(str, seeds))]
             words += ["--rows", str(rows), "--length", str(length), "--seconds", str(seconds)]
             command = [sys.executable, __file__, *words]
-            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            pipes: dict[str, Any] = {
+                "stdin": subprocess.PIPE,
+                "stdout": subprocess.PIPE,
+                "text": True,
+            }
             processes.append(stack.enter_context(subprocess.Popen(command, **pipes)))
         for process in processes:
             if process.stdout.readline().strip() != "ready":
@@ -164,7 +192,11 @@ def tiny_folder(folder: Path) -> str:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return str(folder)
@@ -187,7 +219,9 @@ def run() -> dict[str, Any]:
                     one = turn_alone(address, pid, seed, load)
                     alone[seed] = one
             for one in turns:
-                one["equal"] = all(digest == alone[int(seed)] for seed, digest in one.pop("digests").items())
+                one["equal"] = all(
+                    digest == alone[int(seed)] for seed, digest in one.pop("digests").items()
+                )
             found["loads"][name] = {"server_start_mib": start_mib, "turns": turns}
         found["ray"] = beside_ray(tiny)
     return found
@@ -198,7 +232,9 @@ def turn_alone(address: str, pid: int, seed: int, load: tuple[int, int, float, A
     rows, length, *_ = load
     words = ["edges", "--address", address, "--seeds", str(seed)]
     words += ["--rows", str(rows), "--length", str(length), "--seconds", "0"]
-    done = subprocess.run([sys.executable, __file__, *words], input="go\n", stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, *words], input="go\n", stdout=subprocess.PIPE, text=True
+    )
     digest: str = json.loads(done.stdout.splitlines()[-1])[0]["digest"]
     return digest
 
@@ -229,8 +265,10 @@ def table(result: dict[str, Any]) -> str:
         first = load["turns"][0]["tokens_per_s"]
         for one in load["turns"]:
             lines.append(
-                f"| {name} | {one['edges']} | {one['tokens_per_s']:.0f} | {one['tokens_per_s'] / first:.2f} | "
-                f"{one['slowest_to_mean']:.2f} | {one['retries']} | {'yes' if one['equal'] else 'NO'} | "
+                f"| {name} | {one['edges']} | {one['tokens_per_s']:.0f} | "
+                f"{one['tokens_per_s'] / first:.2f} | "
+                f"{one['slowest_to_mean']:.2f} | {one['retries']} | "
+                f"{'yes' if one['equal'] else 'NO'} | "
                 f"{one['server_idle_mib']:.0f}, {one['server_peak_mib']:.0f} |"
             )
     lines.append("")
@@ -240,20 +278,34 @@ def table(result: dict[str, Any]) -> str:
         idle = (most["server_idle_mib"] - load["server_start_mib"]) / count
         active = (most["server_peak_mib"] - most["server_idle_mib"]) / count
         lines.append(
-            f"Memory of the server for each of {count} edges of {name}: {idle:.1f} MiB connected and idle, up to "
-            f"{active:.1f} MiB more with a micro-batch of {LOADS[name][0]} x {LOADS[name][1]} tokens in flight.  "
+            f"Memory of the server for each of {count} edges of {name}: {idle:.1f} MiB connected "
+            "and idle, up to "
+            f"{active:.1f} MiB more with a micro-batch of {LOADS[name][0]} x {LOADS[name][1]} "
+            "tokens in flight.  "
         )
     ray = result["ray"]
     shown = ", ".join(f"{ratio:.2f}" for ratio in ray["ratios"])
-    lines += ["", f"A step through one replica of Ray takes {ray['step_time_ratio']:.2f} of one without ({shown})."]
+    lines += [
+        "",
+        f"A step through one replica of Ray takes {ray['step_time_ratio']:.2f} of one without "
+        f"({shown}).",
+    ]
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("run", "table", "edges"))
-    for flag, kind in (("--address", str), ("--seeds", str), ("--rows", int), ("--length", int), ("--seconds", float)):
+    for flag, kind in (
+        ("--address", str),
+        ("--seeds", str),
+        ("--rows", int),
+        ("--length", int),
+        ("--seconds", float),
+    ):
         parser.add_argument(flag, type=kind, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.what == "edges":

@@ -1,4 +1,5 @@
-"""Split training against local peft: tokens per second and memory, same Trainer, same data, same head policy.
+"""Split training against local peft: tokens per second and memory, same Trainer, same data, same
+head policy.
 
     python benchmarks/local_vs_split.py run      # about 12 minutes on 2 slow cores
     python benchmarks/local_vs_split.py table    # the tables of docs/benchmarks.md
@@ -49,17 +50,23 @@ def arm(kind: str, head: str, address: str) -> dict[str, Any]:
     from dlora.cloud.load import load_model
 
     stack = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    config = LoraConfig(r=CONFIG["r"], lora_alpha=16, target_modules=CONFIG["target_modules"], task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=CONFIG["r"], lora_alpha=16, target_modules=CONFIG["target_modules"], task_type="CAUSAL_LM"
+    )
     torch.manual_seed(CONFIG["seed"])
     if kind == "local":
         model = get_peft_model(load_model(CONFIG["model"]).model, config)
     else:
         import dlora
 
-        model = dlora.get_peft_model(dlora.connect(address), config, wire_dtype=CONFIG["wire_dtype"])
+        model = dlora.get_peft_model(
+            dlora.connect(address), config, wire_dtype=CONFIG["wire_dtype"]
+        )
         model.head_positions = head
     generator = torch.Generator().manual_seed(CONFIG["seed"])
-    ids = torch.randint(100, 40_000, (CONFIG["batch_size"] * CONFIG["steps"], CONFIG["length"]), generator=generator)
+    ids = torch.randint(
+        100, 40_000, (CONFIG["batch_size"] * CONFIG["steps"], CONFIG["length"]), generator=generator
+    )
     labels = ids.clone()
     labels[:, : -CONFIG["supervised_tokens_per_row"]] = -100
     rows = [{"input_ids": one, "labels": other} for one, other in zip(ids, labels, strict=True)]
@@ -74,13 +81,17 @@ def arm(kind: str, head: str, address: str) -> dict[str, Any]:
             self.seconds.append(time.perf_counter() - self.start)
 
     class Same(Trainer):
-        """The local arm's head on supervised positions alone, as the split model has it by itself."""
+        """The local arm's head on supervised positions alone, as the split model has it by
+        itself.
+        """
 
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             if kind == "split" or head == "all":
                 return super().compute_loss(model, inputs, *args, **kwargs)
             base = model.get_base_model()
-            hidden = base.model(input_ids=inputs["input_ids"], use_cache=False).last_hidden_state[:, :-1]
+            hidden = base.model(input_ids=inputs["input_ids"], use_cache=False).last_hidden_state[
+                :, :-1
+            ]
             wanted = inputs["labels"][:, 1:]
             kept = wanted != -100
             return torch.nn.functional.cross_entropy(base.lm_head(hidden[kept]), wanted[kept])
@@ -126,8 +137,12 @@ def run() -> None:
             for head in HEADS:
                 for kind in ("local", "split"):
                     words = command(kind, head, address)
-                    environment = os.environ | SHARED_CORES  # for both, so that they differ in nothing else
-                    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+                    environment = (
+                        os.environ | SHARED_CORES
+                    )  # for both, so that they differ in nothing else
+                    done = subprocess.run(
+                        words, stdout=subprocess.PIPE, text=True, check=True, env=environment
+                    )
                     found = json.loads(done.stdout.splitlines()[-1])
                     turns.append({"round": number, "head": head, "kind": kind, **found})
                     print(number, head, kind, [round(s, 2) for s in found["seconds"]], flush=True)
@@ -155,22 +170,36 @@ def table(record: dict[str, Any]) -> str:
     def speed(turn: dict[str, Any]) -> float:
         return tokens / statistics.median(turn["seconds"][1:])
 
-    lines = ["| LM head on | local peft, tokens/s | split, tokens/s | ratio (each round) |", "|---|---|---|---|"]
+    lines = [
+        "| LM head on | local peft, tokens/s | split, tokens/s | ratio (each round) |",
+        "|---|---|---|---|",
+    ]
     for head in HEADS:
         local, split = ([speed(turn) for turn in chosen(head, kind)] for kind in ("local", "split"))
         ratios = [b / a for a, b in zip(local, split, strict=True)]
         lines.append(
-            f"| {head} positions | {statistics.median(local):.0f} | {statistics.median(split):.0f} | "
-            f"**{statistics.median(ratios):.2f}** ({', '.join(f'{ratio:.2f}' for ratio in ratios)}) |"
+            f"| {head} positions | {statistics.median(local):.0f} | {statistics.median(split):.0f} "
+            "| "
+            f"**{statistics.median(ratios):.2f}** "
+            f"({', '.join(f'{ratio:.2f}' for ratio in ratios)}) |"
         )
-    lines += ["", "| process | peak MiB | of it Python and libraries | of it model and step |", "|---|---|---|---|"]
+    lines += [
+        "",
+        "| process | peak MiB | of it Python and libraries | of it model and step |",
+        "|---|---|---|---|",
+    ]
     for head in HEADS:
         for kind, name in (("local", "local peft"), ("split", "edge")):
             peak = statistics.median(turn["peak_mib"] for turn in chosen(head, kind))
             stack = statistics.median(turn["stack_mib"] for turn in chosen(head, kind))
-            lines.append(f"| {name}, head on {head} positions | {peak:.0f} | {stack:.0f} | {peak - stack:.0f} |")
+            lines.append(
+                f"| {name}, head on {head} positions | {peak:.0f} | {stack:.0f} | "
+                f"{peak - stack:.0f} |"
+            )
     split = chosen("supervised", "split")[0]
-    sent, received = (split[name] / config["steps"] / tokens / 1024 for name in ("sent_bytes", "received_bytes"))
+    sent, received = (
+        split[name] / config["steps"] / tokens / 1024 for name in ("sent_bytes", "received_bytes")
+    )
     losses = max(
         abs(a - b)
         for head in HEADS
@@ -183,7 +212,9 @@ def table(record: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("run", "table", "arm"))
     parser.add_argument("--kind", choices=("local", "split"), help=argparse.SUPPRESS)
     parser.add_argument("--head", choices=HEADS, help=argparse.SUPPRESS)

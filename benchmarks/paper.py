@@ -1,17 +1,19 @@
-"""The tables and figures of arXiv:2404.05182, at the scale that a machine allows: docs/reproduction.md.
+"""The tables and figures of arXiv:2404.05182, at the scale that a machine allows:
+docs/reproduction.md.
 
-    python benchmarks/paper.py run --config benchmarks/paper/smollm2.yaml --data FOLDER [--minutes M]
+    python benchmarks/paper.py run --config FILE.yaml --data FOLDER [--minutes M]
     python benchmarks/paper.py table --config ...      # what there is so far, as Markdown
     python benchmarks/paper.py figures --config ...    # docs/images/paper-*.png
-    python benchmarks/paper.py fetch --config ... --data FOLDER    # the eight tasks from the Hugging Face hub
+    python benchmarks/paper.py fetch --config ... --data FOLDER    # the tasks, from the hub
 
-FOLDER holds commonsense/TASK/{train,eval}.jsonl with `instruction`, `choices` and `answer`. A finished run is one JSON
-line in benchmarks/results/paper-CONFIG.jsonl and is not repeated; a run that was stopped goes on at its last
-checkpoint, bit for bit. Several of these commands may work on the same config at once. Both halves run in one process,
-which changes no byte that is counted; the edge is on the CPU, the cloud on the config's device.
+FOLDER holds commonsense/TASK/{train,eval}.jsonl with `instruction`, `choices` and `answer`. A
+finished run is one JSON line in benchmarks/results/paper-CONFIG.jsonl and is not repeated; a run
+that was stopped goes on at its last checkpoint, bit for bit. Several of these commands may work on
+the same config at once. Both halves run in one process, which changes no byte that is counted; the
+edge is on the CPU, the cloud on the config's device.
 
-A task is a name, a user's share of one (`boolq[0/4]`), or several users joined by `+`: one adapter for all of them,
-trained for as many steps as theirs together, beside one adapter each.
+A task is a name, a user's share of one (`boolq[0/4]`), or several users joined by `+`: one adapter
+for all of them, trained for as many steps as theirs together, beside one adapter each.
 """
 
 from __future__ import annotations
@@ -47,12 +49,15 @@ class Config:
     """What a YAML file says. Runs are made in the order of `runs`, then those of `personal`."""
 
     models: dict[str, dict[str, Any]]
-    """Name -> `id` (hub id, folder or smollm2) and `targets`: names, or names by kind, {lora: [...], series: [...]}"""
+    """Name -> `id` (hub id, folder or smollm2) and `targets`: names, or names by kind, {lora:
+    [...], series: [...]}
+    """
     tasks: list[str]
     arms: dict[str, dict[str, Any]]
-    """Name -> kind (none, lora, series, parallel), r, learning_rate, `kr`: options of Kill and Revive or its preset
-    (`share_of_ft`: a budget in bytes of training all of q, k, v on the plain wire), `beside`: the arm to compare with,
-    and where they are not the config's: targets, wire, quantize"""
+    """Name -> kind (none, lora, series, parallel), r, learning_rate, `kr`: options of Kill and
+    Revive or its preset (`share_of_ft`: a budget in bytes of training all of q, k, v on the plain
+    wire), `beside`: the arm to compare with, and where they are not the config's: targets, wire,
+    quantize"""
     runs: list[dict[str, Any]]
     """Groups of arms, with tasks, models and seeds where not all are meant"""
     personal: list[dict[str, Any]] = field(default_factory=list)
@@ -70,7 +75,9 @@ class Config:
     """none, int8, int4, nf4: bits of the base's linear weights"""
     wire_dtype: str = "fp16"
     form: str = "label"
-    """label: the model picks an option by its number, as in LLM-Adapters; text: by the option's own words"""
+    """label: the model picks an option by its number, as in LLM-Adapters; text: by the option's own
+    words
+    """
     checkpoint_steps: int = 20
     hub: bool = False
     """Fetch tasks that FOLDER lacks from the hub first"""
@@ -85,7 +92,10 @@ class Config:
         for group in self.runs + self.personal:
             for kind, known in (("arms", self.arms), ("models", self.models)):
                 if unknown := set(group.get(kind, ())) - set(known):
-                    raise ValueError(f"config: {kind} {sorted(unknown)} are not defined; there are: {', '.join(known)}")
+                    raise ValueError(
+                        f"config: {kind} {sorted(unknown)} are not defined; there are: "
+                        f"{', '.join(known)}"
+                    )
 
     def result(self, file: Path) -> Path:
         """Where the runs of this config go, by default."""
@@ -116,12 +126,18 @@ def specs(config: Config) -> list[dict[str, Any]]:
                     for arm in group["arms"]:
                         options = {"kind": "lora"} | config.arms[arm]
                         options.pop("beside", None)  # for tables alone
-                        if options["kind"] == "none" and (seed != config.seeds[0] or "+" in task or "[" in task):
+                        if options["kind"] == "none" and (
+                            seed != config.seeds[0] or "+" in task or "[" in task
+                        ):
                             continue  # nothing is drawn by lot, and no user is told apart
                         spec = {"model": model, "task": task, "arm": arm, "seed": seed}
                         spec["settings"] = {name: getattr(config, name) for name in common}
                         quantize = options.pop("quantize", config.quantize)
-                        spec["settings"] |= {"model": config.models[model], "arm": options, "quantize": quantize}
+                        spec["settings"] |= {
+                            "model": config.models[model],
+                            "arm": options,
+                            "quantize": quantize,
+                        }
                         if config.form != "label":
                             spec["settings"]["form"] = config.form
                         found.setdefault(key(spec), spec)
@@ -130,7 +146,9 @@ def specs(config: Config) -> list[dict[str, Any]]:
 
 def key(spec: dict[str, Any]) -> str:
     """What makes two runs the same."""
-    return json.dumps({name: spec[name] for name in ("model", "task", "arm", "seed", "settings")}, sort_keys=True)
+    return json.dumps(
+        {name: spec[name] for name in ("model", "task", "arm", "seed", "settings")}, sort_keys=True
+    )
 
 
 def load_results(file: Path) -> list[dict[str, Any]]:
@@ -145,7 +163,9 @@ def finished(config: Config, file: Path) -> list[dict[str, Any]]:
 
 
 def claim(config: Config, result: Path, passed: set[str]) -> tuple[dict[str, Any], FileLock] | None:
-    """The next run that nobody has done or is at, and the lock that says so; None if there is none."""
+    """The next run that nobody has done or is at, and the lock that says so; None if there is
+    none.
+    """
     for spec in specs(config):
         name = key(spec)
         if name in passed or name in {key(one) for one in load_results(result)}:
@@ -206,15 +226,26 @@ def training_batches(spec: dict[str, Any], data: Path, tokenizer: Any) -> list[d
     if len(users) > 1:
         each = math.ceil(steps * size / len(users))
         lots = random.Random(spec["seed"])
-        shares = [[row for _ in range(-(-each // len(s))) for row in lots.sample(s, len(s))][:each] for s in shares]
-    return kr.batches([row for rows in shares for row in rows], tokenizer, steps, size, spec["seed"])
+        shares = [
+            [row for _ in range(-(-each // len(s))) for row in lots.sample(s, len(s))][:each]
+            for s in shares
+        ]
+    return kr.batches(
+        [row for rows in shares for row in rows], tokenizer, steps, size, spec["seed"]
+    )
 
 
-_OPEN: dict[tuple[str, ...], tuple[Any, Any]] = {}  # the model in use: a GPU may have no room for two
+_OPEN: dict[
+    tuple[str, ...], tuple[Any, Any]
+] = {}  # the model in use: a GPU may have no room for two
 
 
-def open_cloud(model: str, dtype: str, device: str, attention: str, quantize: str) -> tuple[Any, Any]:
-    """A link to the loaded model, and its tokenizer. Raises ValueError where low-bit bases are not known."""
+def open_cloud(
+    model: str, dtype: str, device: str, attention: str, quantize: str
+) -> tuple[Any, Any]:
+    """A link to the loaded model, and its tokenizer. Raises ValueError where low-bit bases are not
+    known.
+    """
     import dlora
     from dlora.cloud.load import load_model
 
@@ -223,10 +254,15 @@ def open_cloud(model: str, dtype: str, device: str, attention: str, quantize: st
         close_cloud()
         options = {"quantize": quantize} if quantize != "none" else {}
         if options.keys() - inspect.signature(load_model).parameters.keys():
-            raise ValueError(f"quantize: got {quantize!r}, and this version of dlora loads no low-bit base")
+            raise ValueError(
+                f"quantize: got {quantize!r}, and this version of dlora loads no low-bit base"
+            )
         loaded = load_model(model, dtype=dtype, device=device, **options)
         loaded.model.set_attn_implementation(attention)
-        _OPEN[name] = dlora.in_process(loaded.model, loaded.tokenizer, model_id=loaded.model_id), loaded.tokenizer
+        _OPEN[name] = (
+            dlora.in_process(loaded.model, loaded.tokenizer, model_id=loaded.model_id),
+            loaded.tokenizer,
+        )
     return _OPEN[name]
 
 
@@ -239,7 +275,9 @@ def close_cloud() -> None:
 
 
 def measure(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The share of rows whose right choice has the highest log-likelihood; where one token tells, the loss as well."""
+    """The share of rows whose right choice has the highest log-likelihood; where one token tells,
+    the loss as well.
+    """
     from dlora.inference.evaluate import choice_scores
 
     if one_token_tells(tokenizer, rows):
@@ -254,15 +292,28 @@ def measure(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> dict[str,
             right += row["choices"][scores.index(max(scores))] == row["answer"]
     answers = [row["choices"].index(row["answer"]) for row in rows]
     majority = max(answers.count(answer) for answer in set(answers)) / len(rows)
-    return {"accuracy": right / len(rows), "rows": len(rows), "eval_loss": None, "majority": majority}
+    return {
+        "accuracy": right / len(rows),
+        "rows": len(rows),
+        "eval_loss": None,
+        "majority": majority,
+    }
 
 
 def one_token_tells(tokenizer: Any, rows: list[dict[str, Any]]) -> bool:
-    """Whether the choices of every row differ in one token: then one position's logits are enough."""
+    """Whether the choices of every row differ in one token: then one position's logits are
+    enough.
+    """
     for row in {tuple(row["choices"]): row for row in rows}.values():
         start = len(tokenizer(row["prompt"])["input_ids"])
-        tails = [tokenizer(row["prompt"] + " " + choice)["input_ids"][start:] for choice in row["choices"]]
-        if len({len(tail) for tail in tails}) > 1 or sum(len(set(at)) > 1 for at in zip(*tails, strict=True)) != 1:
+        tails = [
+            tokenizer(row["prompt"] + " " + choice)["input_ids"][start:]
+            for choice in row["choices"]
+        ]
+        if (
+            len({len(tail) for tail in tails}) > 1
+            or sum(len(set(at)) > 1 for at in zip(*tails, strict=True)) != 1
+        ):
             return False
     return True
 
@@ -283,7 +334,11 @@ def one(
 
     settings, arm = spec["settings"], spec["settings"]["arm"]
     link, tokenizer = open_cloud(
-        settings["model"]["id"], settings["dtype"], config.device, settings["attention"], settings["quantize"]
+        settings["model"]["id"],
+        settings["dtype"],
+        config.device,
+        settings["attention"],
+        settings["quantize"],
     )
     targets, kind = settings["model"]["targets"], arm["kind"]
     if isinstance(targets, dict):
@@ -292,10 +347,16 @@ def one(
     torch.manual_seed(spec["seed"])
     rank = arm.get("r", 8)
     if kind in ("series", "parallel"):
-        adapter: Any = dlora.BottleneckConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM", kind=kind)
+        adapter: Any = dlora.BottleneckConfig(
+            r=rank, target_modules=targets, task_type="CAUSAL_LM", kind=kind
+        )
     else:
-        adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
-    model = dlora.get_peft_model(link, adapter, wire=arm.get("wire", "plain"), wire_dtype=settings["wire_dtype"])
+        adapter = LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM"
+        )
+    model = dlora.get_peft_model(
+        link, adapter, wire=arm.get("wire", "plain"), wire_dtype=settings["wire_dtype"]
+    )
     model.head_positions = "supervised"
     held = {
         task: read(data, task, "eval", settings)[: settings["eval_rows"]]
@@ -313,14 +374,21 @@ def one(
             preset = options.pop("preset", "on")
             if share := options.pop("share_of_ft", None):
                 options["budget"] = kr.budget(model, share)
-            reviver = KillReviver(model, from_options(preset, {"seed": spec["seed"]} | options), len(made))
-        trained = train(model, made, reviver, arm["learning_rate"], folder / f"{digest(spec)}.pt", config, stop)
+            reviver = KillReviver(
+                model, from_options(preset, {"seed": spec["seed"]} | options), len(made)
+            )
+        trained = train(
+            model, made, reviver, arm["learning_rate"], folder / f"{digest(spec)}.pt", config, stop
+        )
         if trained is None:
             return None
         cost = trained
         measured = {task: measure(model, tokenizer, rows) for task, rows in held.items()}
     first = next(iter(measured.values()))
-    together = {"accuracy": statistics.fmean(one["accuracy"] for one in measured.values()), "by_task": measured}
+    together = {
+        "accuracy": statistics.fmean(one["accuracy"] for one in measured.values()),
+        "by_task": measured,
+    }
     return (
         {name: spec[name] for name in ("model", "task", "arm", "seed")}
         | (first if len(measured) == 1 else together)
@@ -341,7 +409,9 @@ def train(
     config: Config,
     stop: Callable[[], bool],
 ) -> dict[str, Any] | None:
-    """Train over all batches, from the checkpoint on if there is one: what it cost; None if it was stopped."""
+    """Train over all batches, from the checkpoint on if there is one: what it cost; None if it was
+    stopped.
+    """
     import torch
     from transformers import get_linear_schedule_with_warmup
 
@@ -353,7 +423,12 @@ def train(
     spent, losses, seconds, start = Meter(), [], 0.0, 0
     if checkpoint.exists():
         state = torch.load(checkpoint)
-        start, losses, seconds, spent = state["step"], state["losses"], state["seconds"], Meter(**state["spent"])
+        start, losses, seconds, spent = (
+            state["step"],
+            state["losses"],
+            state["seconds"],
+            Meter(**state["spent"]),
+        )
         with torch.no_grad():
             for name, value in state["adapter"].items():
                 parameters[name].copy_(value)
@@ -405,7 +480,9 @@ def variation(reviver: Any) -> dict[str, Any]:
     """How much every unit changed in each interval, by the arm's signal; None where it was idle."""
     table: dict[int, dict[str, float | None]] = {}
     for record in reviver.records:
-        table.setdefault(record.step, {})[record.unit] = None if record.score is None else float(f"{record.score:.4g}")
+        table.setdefault(record.step, {})[record.unit] = (
+            None if record.score is None else float(f"{record.score:.4g}")
+        )
     names = [unit.name for unit in reviver.units]
     steps = [step for step in table if step > 0]
     return {
@@ -416,8 +493,12 @@ def variation(reviver: Any) -> dict[str, Any]:
     }
 
 
-def run(config: Config, data: Path, result: Path, stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
-    """Go on with the list of runs until told to stop; each result when it is there, written to the file."""
+def run(
+    config: Config, data: Path, result: Path, stop: Callable[[], bool]
+) -> Iterator[dict[str, Any]]:
+    """Go on with the list of runs until told to stop; each result when it is there, written to the
+    file.
+    """
     passed: set[str] = set()
     while not stop() and (claimed := claim(config, result, passed)):
         spec, lock = claimed
@@ -434,14 +515,20 @@ def run(config: Config, data: Path, result: Path, stop: Callable[[], bool]) -> I
 
 def main(words: list[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("run", "table", "figures", "fetch"))
     parser.add_argument("--config", type=Path, default=HERE / "paper/smollm2-text.yaml")
     parser.add_argument("--data", type=Path, help="folder of the task data")
     parser.add_argument(
-        "--results", type=Path, help="file of finished runs; default: benchmarks/results/paper-CONFIG.jsonl"
+        "--results",
+        type=Path,
+        help="file of finished runs; default: benchmarks/results/paper-CONFIG.jsonl",
     )
-    parser.add_argument("--images", type=Path, default=HERE.parent / "docs/images", help="folder for figures")
+    parser.add_argument(
+        "--images", type=Path, default=HERE.parent / "docs/images", help="folder for figures"
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long")
     given = parser.parse_args(words)
     config = load_config(given.config)
@@ -460,12 +547,18 @@ def main(words: list[str] | None = None) -> None:
         end = time.monotonic() + 60 * given.minutes
         for found in run(config, given.data, result, lambda: time.monotonic() > end):
             shown = {name: found[name] for name in ("model", "task", "arm", "seed")}
-            print(shown, f"accuracy {found['accuracy']:.3f}, {found.get('seconds', 0):.0f} s", flush=True)
+            print(
+                shown,
+                f"accuracy {found['accuracy']:.3f}, {found.get('seconds', 0):.0f} s",
+                flush=True,
+            )
         print(f"{len(finished(config, result))} of {len(specs(config))} runs are done")
     elif given.what == "table":
         print(paper_tables.tables(config, specs(config), finished(config, result)))
     elif given.what == "figures":
-        for file in paper_tables.figures(config, finished(config, result), given.images, given.config.stem):
+        for file in paper_tables.figures(
+            config, finished(config, result), given.images, given.config.stem
+        ):
             print(file)
 
 

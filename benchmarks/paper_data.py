@@ -1,7 +1,8 @@
-"""The eight commonsense tasks from the Hugging Face hub, in the instruction form of LLM-Adapters (arXiv:2304.01933).
+"""The eight commonsense tasks from the Hugging Face hub, in the instruction form of LLM-Adapters
+(arXiv:2304.01933).
 
-Where a data set keeps its test labels to itself its validation rows are the evaluation rows. BoolQ is asked without its
-passage, as LLM-Adapters does.
+Where a data set keeps its test labels to itself its validation rows are the evaluation rows. BoolQ
+is asked without its passage, as LLM-Adapters does.
 """
 
 from __future__ import annotations
@@ -43,8 +44,18 @@ TASKS: dict[str, tuple[str, str | None, str, str, str, Callable[[dict[str, Any]]
         ),
     ),
     "hellaswag": (
-        *("Rowan/hellaswag", None, "validation", f"{CORRECT} ending to complete the given sentence", "ending"),
-        lambda row: (f"{row['activity_label']}: {row['ctx']}", list(row["endings"]), int(row["label"])),
+        *(
+            "Rowan/hellaswag",
+            None,
+            "validation",
+            f"{CORRECT} ending to complete the given sentence",
+            "ending",
+        ),
+        lambda row: (
+            f"{row['activity_label']}: {row['ctx']}",
+            list(row["endings"]),
+            int(row["label"]),
+        ),
     ),
     "winogrande": (
         *("allenai/winogrande", "winogrande_xl", "validation"),
@@ -52,11 +63,32 @@ TASKS: dict[str, tuple[str, str | None, str, str, str, Callable[[dict[str, Any]]
         "option",
         lambda row: (row["sentence"], [row["option1"], row["option2"]], int(row["answer"]) - 1),
     ),
-    "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test", f"{CORRECT} answer to the question", "answer", with_letters),
-    "arc_challenge": (
-        *("allenai/ai2_arc", "ARC-Challenge", "test", f"{CORRECT} answer to the question", "answer", with_letters),
+    "arc_easy": (
+        "allenai/ai2_arc",
+        "ARC-Easy",
+        "test",
+        f"{CORRECT} answer to the question",
+        "answer",
+        with_letters,
     ),
-    "openbookqa": ("allenai/openbookqa", "main", "test", f"{CORRECT} answer to the question", "answer", with_letters),
+    "arc_challenge": (
+        *(
+            "allenai/ai2_arc",
+            "ARC-Challenge",
+            "test",
+            f"{CORRECT} answer to the question",
+            "answer",
+            with_letters,
+        ),
+    ),
+    "openbookqa": (
+        "allenai/openbookqa",
+        "main",
+        "test",
+        f"{CORRECT} answer to the question",
+        "answer",
+        with_letters,
+    ),
 }
 
 
@@ -65,17 +97,23 @@ def instruction_row(task: str, row: dict[str, Any]) -> dict[str, Any]:
     *_, lead, word, question = TASKS[task]
     asked, options, right = question(row)
     choices = [f"{word}{number}" for number in range(1, len(options) + 1)] if word else options
-    shown = " ".join(f"{choice.capitalize()}: {text}" for choice, text in zip(choices, options, strict=True))
-    text = f"{lead}: {asked}" + (f"\n\n{shown}" if word else "") + f"\n\nAnswer format: {'/'.join(choices)}"
+    shown = " ".join(
+        f"{choice.capitalize()}: {text}" for choice, text in zip(choices, options, strict=True)
+    )
+    text = (
+        f"{lead}: {asked}"
+        + (f"\n\n{shown}" if word else "")
+        + f"\n\nAnswer format: {'/'.join(choices)}"
+    )
     return {"instruction": text, "choices": choices, "answer": choices[right]}
 
 
 def as_text(row: dict[str, Any]) -> dict[str, Any]:
     """The same question with the options' own texts as continuations instead of their numbers.
 
-    ARC, OpenBookQA, PIQA and Social IQa become "Question: ... Answer:", a sentence to complete stands by itself, and
-    where there is a blank the continuation starts there. What has no numbered options (BoolQ) stays as it is. Raises
-    ValueError for an instruction of another form.
+    ARC, OpenBookQA, PIQA and Social IQa become "Question: ... Answer:", a sentence to complete
+    stands by itself, and where there is a blank the continuation starts there. What has no numbered
+    options (BoolQ) stays as it is. Raises ValueError for an instruction of another form.
     """
     word = row["choices"][0].rstrip("0123456789")
     if word == row["choices"][0]:
@@ -86,7 +124,9 @@ def as_text(row: dict[str, Any]) -> dict[str, Any]:
     if starts[0] < 0 or starts != sorted(starts):
         raise ValueError(f"no options {marks} in {row['instruction'][:200]!r}")
     ends = [*starts[1:], len(rest)]
-    texts = [rest[a + len(mark) : b].strip() for a, b, mark in zip(starts, ends, marks, strict=True)]
+    texts = [
+        rest[a + len(mark) : b].strip() for a, b, mark in zip(starts, ends, marks, strict=True)
+    ]
     prompt = rest[: starts[0]].strip()
     if "blank" in lead:
         prompt, _, behind = prompt.partition("_")

@@ -1,4 +1,6 @@
-"""Tables and figures of paper.py's result lines, and what the accounting says of 7 billion weights."""
+"""Tables and figures of paper.py's result lines, and what the accounting says of 7 billion
+weights.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,16 @@ _WIDE = {"hidden_size": 4096, "num_attention_heads": 32, "num_hidden_layers": 32
 # Public numbers of the three models: transformers' configuration class, its values, target modules
 PROJECTED: dict[str, tuple[str, dict[str, int], list[str]]] = {
     "LLaMA-7B": ("LlamaConfig", _WIDE | {"intermediate_size": 11008, "vocab_size": 32000}, QKV),
-    "OPT-6.7B": ("OPTConfig", _WIDE | {"ffn_dim": 16384, "word_embed_proj_dim": 4096, "vocab_size": 50272}, QKV),
-    "BLOOM-7B1": ("BloomConfig", _WIDE | {"num_hidden_layers": 30, "vocab_size": 250880}, ["query_key_value"]),
+    "OPT-6.7B": (
+        "OPTConfig",
+        _WIDE | {"ffn_dim": 16384, "word_embed_proj_dim": 4096, "vocab_size": 50272},
+        QKV,
+    ),
+    "BLOOM-7B1": (
+        "BloomConfig",
+        _WIDE | {"num_hidden_layers": 30, "vocab_size": 250880},
+        ["query_key_value"],
+    ),
 }
 
 
@@ -59,28 +69,41 @@ def accuracy_table(config: Any, runs: list[Run], model: str) -> str:
     mine = select(single(runs), model=model)
     tasks = [task for task in config.tasks if select(mine, task=task)]
     lines = [
-        f"| {model} | {' | '.join(tasks)} | tasks with base | gain over base | beside | difference |",
+        f"| {model} | {' | '.join(tasks)} | tasks with base | gain over base | beside | difference "
+        "|",
         "|---" * (len(tasks) + 5) + "|",
     ]
     cells = [f"{100 * select(mine, task=task)[0]['majority']:.1f}" for task in tasks]
     lines.append(f"| always the commonest answer | {' | '.join(cells)} | | | | |")
     for arm in config.arms:
-        if not (by_task := {task: found for task in tasks if (found := select(mine, task=task, arm=arm))}):
+        if not (
+            by_task := {
+                task: found for task in tasks if (found := select(mine, task=task, arm=arm))
+            }
+        ):
             continue
         cells = [
-            f"{100 * mean(by_task[task]):.1f} ± {100 * half_width(by_task[task]):.1f}" if task in by_task else ""
+            f"{100 * mean(by_task[task]):.1f} ± {100 * half_width(by_task[task]):.1f}"
+            if task in by_task
+            else ""
             for task in tasks
         ]
         trained = config.arms[arm].get("kind") != "none"
         columns = []
         for other in ("base", reference(config, arm)):
-            full = {task: found for task in by_task if (found := select(mine, task=task, arm=other))}
+            full = {
+                task: found for task in by_task if (found := select(mine, task=task, arm=other))
+            }
             if not (trained and full and other != arm):
                 columns += ["", ""]
                 continue
             gap = statistics.fmean(mean(by_task[task]) - mean(full[task]) for task in full)
             wide = [half_width(found) for task in full for found in (by_task[task], full[task])]
-            beside = f"{other}, {len(full)} task{'s' * (len(full) > 1)}" if other != "base" else str(len(full))
+            beside = (
+                f"{other}, {len(full)} task{'s' * (len(full) > 1)}"
+                if other != "base"
+                else str(len(full))
+            )
             columns += [beside, f"{100 * gap:+.1f} ± {100 * math.hypot(*wide) / len(full):.1f}"]
         lines.append(f"| {arm} | {' | '.join(cells)} | {' | '.join(columns)} |")
     places: dict[str, list[str]] = {"above": [], "at": [], "below": []}
@@ -102,7 +125,9 @@ def personal_table(config: Any, runs: list[Run]) -> str:
         for model in group.get("models", config.models):
             for arm in group["arms"]:
                 shared = select(runs, model=model, arm=arm, task="+".join(group["users"]))
-                own = {user: select(runs, model=model, arm=arm, task=user) for user in group["users"]}
+                own = {
+                    user: select(runs, model=model, arm=arm, task=user) for user in group["users"]
+                }
                 if not shared or not all(own.values()):
                     continue
                 pairs = []
@@ -111,7 +136,10 @@ def personal_table(config: Any, runs: list[Run]) -> str:
                     theirs = [run.get("by_task", {task: run})[task] for run in shared]
                     pairs.append((mean(found), mean(theirs)))
                     wide = [100 * half_width(found), 100 * half_width(theirs)]
-                    cells = [f"{100 * value:.1f} ± {w:.1f}" for value, w in zip(pairs[-1], wide, strict=True)]
+                    cells = [
+                        f"{100 * value:.1f} ± {w:.1f}"
+                        for value, w in zip(pairs[-1], wide, strict=True)
+                    ]
                     lines.append(f"| {model}, {arm} | {user} | {' | '.join(cells)} |")
                 sums = [f"{100 * statistics.fmean(side):.1f}" for side in zip(*pairs, strict=True)]
                 lines.append(f"| {model}, {arm} | mean | {' | '.join(sums)} |")
@@ -152,15 +180,27 @@ def costs_of(run: Run) -> dict[str, float]:
     return {name: value / run["steps"] for name, value in sums.items()}
 
 
-def shares(config: Any, runs: list[Run], model: str, arm: str) -> tuple[dict[str, float], dict[str, float]] | None:
+def shares(
+    config: Any, runs: list[Run], model: str, arm: str
+) -> tuple[dict[str, float], dict[str, float]] | None:
     """(costs of a step, their shares of the reference's), over the runs that both have."""
     trained = [run for run in single(runs) if "flops" in run]
     mine = select(trained, model=model, arm=arm)
-    full = {(run["task"], run["seed"]): run for run in select(trained, model=model, arm=reference(config, arm))}
-    both = [(costs_of(run), costs_of(full[at])) for run in mine if (at := (run["task"], run["seed"])) in full]
+    full = {
+        (run["task"], run["seed"]): run
+        for run in select(trained, model=model, arm=reference(config, arm))
+    }
+    both = [
+        (costs_of(run), costs_of(full[at]))
+        for run in mine
+        if (at := (run["task"], run["seed"])) in full
+    ]
     if not both:
         return None
-    sums = [{name: statistics.fmean(pair[side][name] for pair in both) for name in both[0][0]} for side in (0, 1)]
+    sums = [
+        {name: statistics.fmean(pair[side][name] for pair in both) for name in both[0][0]}
+        for side in (0, 1)
+    ]
     return sums[0], {name: sums[0][name] / sums[1][name] for name in sums[0]}
 
 
@@ -175,7 +215,10 @@ def costs_table(config: Any, runs: list[Run], model: str) -> str:
             continue
         per_step, share = found
         units = {"bytes": 1e6, "adapters": 1e9, "edge": 1e9, "cloud": 1e9, "round trips": 1}
-        cells = [f"{per_step[name] / unit:.3g} ({100 * share[name]:.1f} %)" for name, unit in units.items()]
+        cells = [
+            f"{per_step[name] / unit:.3g} ({100 * share[name]:.1f} %)"
+            for name, unit in units.items()
+        ]
         lines.append(f"| {arm} | {reference(config, arm)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -185,10 +228,14 @@ def variation_lines(config: Any, runs: list[Run], model: str) -> str:
     lines = []
     for run in select(single(runs), model=model, arm="FT"):
         if (log := run.get("variation") or {}).get("steps"):
-            sums = sorted((sum(filter(None, unit)) for unit in zip(*log["values"], strict=True)), reverse=True)
+            sums = sorted(
+                (sum(filter(None, unit)) for unit in zip(*log["values"], strict=True)), reverse=True
+            )
             count = max(1, round(len(sums) / 8))
             lines.append(f"{run['task']} {100 * sum(sums[:count]) / sum(sums):.1f} %")
-    told = f"Of all change of modules' norms in FT the {100 / 8} % of modules that change most make: "
+    told = (
+        f"Of all change of modules' norms in FT the {100 / 8} % of modules that change most make: "
+    )
     return told + ", ".join(lines) + "." if lines else ""
 
 
@@ -206,23 +253,35 @@ def projected_sites(name: str) -> tuple[Any, tuple[Any, ...]]:
     kind, values, _ = PROJECTED[name]
     config = getattr(transformers, kind)(**values)
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager"
+        ).eval()
         decoder = model.get_decoder()
-        # Llama would look for packed sequences in values that are not there; a ready mask keeps it from that.
+        # Llama would look for packed sequences in values that are not there; a ready mask keeps it
+        # from that.
         mask = {"attention_mask": torch.zeros(1, 1, 4, 4)} if kind == "LlamaConfig" else {}
         x = torch.zeros(1, 4, config.hidden_size)
-        found = trace(model, decoder, lambda: decoder(inputs_embeds=x, use_cache=False, **mask), 1, 4)
+        found = trace(
+            model, decoder, lambda: decoder(inputs_embeds=x, use_cache=False, **mask), 1, 4
+        )
     return config, found.sites
 
 
 def project(name: str, wire_dtype: str = "fp16", **step: int) -> dict[str, dict[str, float]]:
-    """A training step of FT, and of an eighth of its sites, evenly spread: bytes, FLOPs by part, round trips."""
+    """A training step of FT, and of an eighth of its sites, evenly spread: bytes, FLOPs by part,
+    round trips.
+    """
     from dlora.edge.meter import adapter_flops, step_traffic
     from dlora.protocol.sites import attention_flops, backward_flops, forward_flops
 
     step = STEP | step
     config, sites = projected_sites(name)
-    rows, kept, r, d = step["batch"] * step["length"], step["batch"] * step["supervised"], step["r"], config.hidden_size
+    rows, kept, r, d = (
+        step["batch"] * step["length"],
+        step["batch"] * step["supervised"],
+        step["r"],
+        config.hidden_size,
+    )
     adapted = [
         (site, chosen)
         for site in sites
@@ -233,7 +292,10 @@ def project(name: str, wire_dtype: str = "fp16", **step: int) -> dict[str, dict[
     attention = attention_flops(config, step["batch"], step["length"])
     found = {}
     for arm, active in (("FT", adapted), ("an eighth of the sites", spread)):
-        shapes = [(site.in_features, [(module.out_features, r) for module in chosen]) for site, chosen in active]
+        shapes = [
+            (site.in_features, [(module.out_features, r) for module in chosen])
+            for site, chosen in active
+        ]
         sent, received = step_traffic(rows, kept, d, d, shapes, wire_dtype)
         adapters = sum(
             adapter_flops(rows, width, r, o, training=True, input_grad=number > 0)
@@ -243,7 +305,12 @@ def project(name: str, wire_dtype: str = "fp16", **step: int) -> dict[str, dict[
         head = 2 * 2 * kept * config.vocab_size * d  # forward, and the gradient of its input
         cloud = forward_flops(sites, rows) + attention * config.num_hidden_layers
         cloud += backward_flops(sites, active[0][0].index, rows, attention)
-        found[arm] = {"sent": sent, "received": received, "bytes": sent + received, "adapters": adapters}
+        found[arm] = {
+            "sent": sent,
+            "received": received,
+            "bytes": sent + received,
+            "adapters": adapters,
+        }
         found[arm] |= {"edge": adapters + head, "cloud": cloud, "round trips": 2 * len(active) + 1}
     return found
 
@@ -251,23 +318,34 @@ def project(name: str, wire_dtype: str = "fp16", **step: int) -> dict[str, dict[
 def projection_table() -> str:
     """Of the three models of the paper: from the accounting's formulas, nothing of it measured."""
     lines = [
-        "| projected, not run | sites | MB a step | adapter GFLOP | all edge GFLOP | cloud TFLOP | round trips |",
+        "| projected, not run | sites | MB a step | adapter GFLOP | all edge GFLOP | cloud TFLOP | "
+        "round trips |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in PROJECTED:
         full = project(name)["FT"]
         for arm, cost in project(name).items():
             units = {"bytes": 1e6, "adapters": 1e9, "edge": 1e9, "cloud": 1e12, "round trips": 1}
-            cells = [f"{cost[key] / unit:,.4g} ({100 * cost[key] / full[key]:.1f} %)" for key, unit in units.items()]
-            lines.append(f"| {name}, {arm} | {(cost['round trips'] - 1) // 2:.0f} | {' | '.join(cells)} |")
-    step = f"{STEP['batch']} rows of {STEP['length']} tokens, {STEP['supervised']} of each supervised; rank {STEP['r']}"
+            cells = [
+                f"{cost[key] / unit:,.4g} ({100 * cost[key] / full[key]:.1f} %)"
+                for key, unit in units.items()
+            ]
+            lines.append(
+                f"| {name}, {arm} | {(cost['round trips'] - 1) // 2:.0f} | {' | '.join(cells)} |"
+            )
+    size = f"{STEP['batch']} rows of {STEP['length']} tokens"
+    step = f"{size}, {STEP['supervised']} of each supervised; rank {STEP['r']}"
     return "\n".join([*lines, "", f"A step has {step}."])
 
 
 def tables(config: Any, wanted: list[Run], runs: list[Run]) -> str:
     """All tables, as they stand in docs/reproduction.md."""
     models = [model for model in config.models if select(single(runs), model=model)]
-    parts = [part(config, runs, model) for model in models for part in (accuracy_table, costs_table, variation_lines)]
+    parts = [
+        part(config, runs, model)
+        for model in models
+        for part in (accuracy_table, costs_table, variation_lines)
+    ]
     parts += [personal_table(config, runs), missing(config, wanted, runs)]
     return "\n\n".join(part for part in parts if part)
 
@@ -276,7 +354,9 @@ def tables(config: Any, wanted: list[Run], runs: list[Run]) -> str:
 
 
 def figures(config: Any, runs: list[Run], folder: Path, stem: str) -> Iterable[Path]:
-    """Heat maps of how units vary, bars of cost, accuracy against bytes: a PNG each, for every model with runs."""
+    """Heat maps of how units vary, bars of cost, accuracy against bytes: a PNG each, for every
+    model with runs.
+    """
     import matplotlib
 
     matplotlib.use("agg")
@@ -287,7 +367,9 @@ def figures(config: Any, runs: list[Run], folder: Path, stem: str) -> Iterable[P
         mine = select(single(runs), model=model)
         for name, draw in (("variation", _variation), ("costs", _costs), ("front", _front)):
             if (canvas := draw(config, mine, model, pyplot)) is not None:
-                file = folder / "-".join(["paper", stem, *([model] if len(config.models) > 1 else []), f"{name}.png"])
+                file = folder / "-".join(
+                    ["paper", stem, *([model] if len(config.models) > 1 else []), f"{name}.png"]
+                )
                 canvas.savefig(file, dpi=90)
                 pyplot.close(canvas)
                 yield file
@@ -295,16 +377,25 @@ def figures(config: Any, runs: list[Run], folder: Path, stem: str) -> Iterable[P
 
 def _variation(config: Any, runs: list[Run], model: str, pyplot: Any) -> Any:
     """Unit by step: how much the l2 norm of each module changed in an interval of FT."""
-    found = [run for run in runs if run["arm"] == "FT" and (run.get("variation") or {}).get("steps")]
+    found = [
+        run for run in runs if run["arm"] == "FT" and (run.get("variation") or {}).get("steps")
+    ]
     chosen = [run for run in found if run["task"] in ("arc_challenge", "social_iqa")] or found[:2]
     if not chosen:
         return None
-    canvas, panels = pyplot.subplots(1, len(chosen), figsize=(5 * len(chosen), 6), squeeze=False, layout="constrained")
+    canvas, panels = pyplot.subplots(
+        1, len(chosen), figsize=(5 * len(chosen), 6), squeeze=False, layout="constrained"
+    )
     for panel, run in zip(panels[0], chosen, strict=True):
         log = run["variation"]
-        values = [[math.log10(max(value or 0.0, 1e-6)) for value in unit] for unit in zip(*log["values"], strict=True)]
+        values = [
+            [math.log10(max(value or 0.0, 1e-6)) for value in unit]
+            for unit in zip(*log["values"], strict=True)
+        ]
         first, last = log["steps"][0], log["steps"][-1]
-        drawn = panel.imshow(values, aspect="auto", origin="lower", extent=(first, last, 0, len(values)))
+        drawn = panel.imshow(
+            values, aspect="auto", origin="lower", extent=(first, last, 0, len(values))
+        )
         panel.set_title(f"{run['task']}, seed {run['seed']}")
         panel.set_xlabel("step")
         panel.set_ylabel(f"module, of {len(values)} in calling order")
@@ -314,10 +405,19 @@ def _variation(config: Any, runs: list[Run], model: str, pyplot: Any) -> Any:
 
 def _costs(config: Any, runs: list[Run], model: str, pyplot: Any) -> Any:
     """Shares of FT."""
-    found = {arm: pair[1] for arm in config.arms if (pair := shares(config, runs, model, arm)) and arm != "FT"}
+    found = {
+        arm: pair[1]
+        for arm in config.arms
+        if (pair := shares(config, runs, model, arm)) and arm != "FT"
+    }
     if not found:
         return None
-    names = {"bytes": "traffic", "adapters": "edge, adapters", "edge": "edge, all", "cloud": "cloud"}
+    names = {
+        "bytes": "traffic",
+        "adapters": "edge, adapters",
+        "edge": "edge, all",
+        "cloud": "cloud",
+    }
     canvas, panel = pyplot.subplots(figsize=(9, 4), layout="constrained")
     for place, (name, title) in enumerate(names.items()):
         at = [number + place * 0.2 for number in range(len(found))]
@@ -337,18 +437,33 @@ def _front(config: Any, runs: list[Run], model: str, pyplot: Any) -> Any:
         for arm, options in config.arms.items()
         if options.get("kind", "lora") == "lora" and "quantize" not in options
     ]
-    tasks = {arm: {run["task"] for run in select(runs, arm=arm)} for arm in lora if shares(config, runs, model, arm)}
+    tasks = {
+        arm: {run["task"] for run in select(runs, arm=arm)}
+        for arm in lora
+        if shares(config, runs, model, arm)
+    }
     if "FT" not in tasks or not (common := set.intersection(*tasks.values())):
         return None
     canvas, panel = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for number, arm in enumerate(tasks):
         groups = [select(runs, arm=arm, task=task) for task in sorted(common)]
         wide = math.hypot(*(half_width(group) for group in groups)) / len(groups)
-        x, y = 100 * shares(config, runs, model, arm)[1]["bytes"], statistics.fmean(map(mean, groups))
+        x, y = (
+            100 * shares(config, runs, model, arm)[1]["bytes"],
+            statistics.fmean(map(mean, groups)),
+        )
         panel.errorbar(x, 100 * y, 100 * wide, fmt="o", capsize=3)
-        panel.annotate(arm, (x, 100 * y), xytext=(6, 4 - 10 * (number % 3)), textcoords="offset points", fontsize=8)
+        panel.annotate(
+            arm,
+            (x, 100 * y),
+            xytext=(6, 4 - 10 * (number % 3)),
+            textcoords="offset points",
+            fontsize=8,
+        )
     commonest = statistics.fmean(select(runs, task=task)[0]["majority"] for task in common)
-    panel.axhline(100 * commonest, color="#999999", ls="--", lw=1, label="always the commonest answer")
+    panel.axhline(
+        100 * commonest, color="#999999", ls="--", lw=1, label="always the commonest answer"
+    )
     if common <= {run["task"] for run in select(runs, arm="base")}:
         untrained = statistics.fmean(mean(select(runs, arm="base", task=task)) for task in common)
         panel.axhline(100 * untrained, color="#999999", ls=":", lw=1, label="base")

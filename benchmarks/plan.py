@@ -1,11 +1,12 @@
-"""How far `dlora plan` is off: predictions beside steps that were run, over loopback and a distant link.
+"""How far `dlora plan` is off: predictions beside steps that were run, over loopback and a distant
+link.
 
     python benchmarks/plan.py run      # some minutes
     python benchmarks/plan.py table    # the table of docs/benchmarks.md
 
-SmolLM2-135M-Instruct behind a server process on this machine; the relay of decoding.py adds the round trip time.
-Every case is predicted first, then run three times; the fastest step is compared, as the prediction is
-made of fastest times.
+SmolLM2-135M-Instruct behind a server process on this machine; the relay of decoding.py adds the
+round trip time. Every case is predicted first, then run three times; the fastest step is compared,
+as the prediction is made of fastest times.
 """
 
 from __future__ import annotations
@@ -69,10 +70,15 @@ def run() -> dict[str, Any]:
                     "length": length,
                     "labels": labels,
                     "rtt_ms": rtt_ms,
-                    "bytes": [guess.sent_bytes + guess.received_bytes, cost.sent_bytes + cost.received_bytes],
+                    "bytes": [
+                        guess.sent_bytes + guess.received_bytes,
+                        cost.sent_bytes + cost.received_bytes,
+                    ],
                     "round_trips": [guess.round_trips, cost.round_trips],
                     "seconds": [guess.seconds, seconds],
-                    "parts": {n: getattr(guess, f"{n}_s") for n in ("cloud", "edge", "wire", "link")},
+                    "parts": {
+                        n: getattr(guess, f"{n}_s") for n in ("cloud", "edge", "wire", "link")
+                    },
                     "waited": cost.wait_s,
                 }
             )
@@ -89,16 +95,19 @@ def run() -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """Markdown: how far off bytes and seconds are."""
     lines = [
-        "| modules | wire | sites | rows x tokens (labels) | RTT, ms | bytes off by | round trips | "
+        "| modules | wire | sites | rows x tokens (labels) | RTT, ms | bytes off by | round trips "
+        "| "
         "seconds: predicted, run | off by |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for case in result["cases"]:
         guess, real = case["seconds"]
         lines.append(
-            f"| {case['targets'].replace('_proj', '').replace(',', ', ')} | {case['wire']} | {case['sites']} | "
+            f"| {case['targets'].replace('_proj', '').replace(',', ', ')} | {case['wire']} | "
+            f"{case['sites']} | "
             f"{case['rows']} x {case['length']} ({case['labels']}) | {case['rtt_ms']} | "
-            f"{case['bytes'][0] / case['bytes'][1] - 1:+.2%} | {case['round_trips'][1]} | {guess:.2f}, {real:.2f} | "
+            f"{case['bytes'][0] / case['bytes'][1] - 1:+.2%} | {case['round_trips'][1]} | "
+            f"{guess:.2f}, {real:.2f} | "
             f"{guess / real - 1:+.0%} |"
         )
     return "\n".join(lines)
@@ -109,7 +118,9 @@ if __name__ == "__main__":
 
     if "OMP_PROC_BIND" not in os.environ:  # read when torch is loaded
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | SHARED_CORES)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("run", "table"))
     if parser.parse_args().what == "run":
         RESULT.write_text(json.dumps(run(), indent=2) + "\n")

@@ -1,13 +1,14 @@
-"""How much a curious cloud recovers from a recorded run, in each setting: `dlora train --record`, then `dlora audit`.
+"""How much a curious cloud recovers from a recorded run, in each setting: `dlora train --record`,
+then `dlora audit`.
 
-    python benchmarks/privacy.py run --data FOLDER        # some minutes a setting; FOLDER holds TASK/{train,eval}.jsonl
-    python benchmarks/privacy.py accuracy --data FOLDER   # what noise and codecs cost, some minutes each
+    python benchmarks/privacy.py run --data FOLDER  # minutes a setting; of TASK/{train,eval}.jsonl
+    python benchmarks/privacy.py accuracy --data FOLDER   # what noise and codecs cost
     python benchmarks/privacy.py table                    # the tables of docs/privacy.md
 
-SmolLM2-135M-Instruct behind a server process on this machine; for accuracies both halves in one process, the base in
-bf16. The result holds figures alone, no text. What is there already is run again only if it is named:
---settings plain. Layers on the edge, and padding, give the plain setting's gradients (tests hold them to that), so
-that they have its accuracy.
+SmolLM2-135M-Instruct behind a server process on this machine; for accuracies both halves in one
+process, the base in bf16. The result holds figures alone, no text. What is there already is run
+again only if it is named: --settings plain. Layers on the edge, and padding, give the plain
+setting's gradients (tests hold them to that), so that they have its accuracy.
 """
 
 from __future__ import annotations
@@ -40,14 +41,29 @@ SETTINGS: dict[str, list[str]] = {
     "plain": [],
     **{f"first {k}": ["--edge_first", str(k)] for k in (1, 2, 4, 8)},
     **{f"last {m}": ["--edge_last", str(m)] for m in (1, 2)},
-    **{f"first {k}, last {m}": ["--edge_first", str(k), "--edge_last", str(m)] for k in (1, 2, 4, 8) for m in (1, 2)},
+    **{
+        f"first {k}, last {m}": ["--edge_first", str(k), "--edge_last", str(m)]
+        for k in (1, 2, 4, 8)
+        for m in (1, 2)
+    },
     "int8": ["--wire_dtype", "int8"],
     "int4": ["--wire_dtype", "int4"],
     **{f"entry noise {n}": ["--noise_entry", str(n)] for n in (1, 4)},
     "tail noise 1": ["--noise_tail", "1"],
     "pad to 64": ["--pad_to", "64"],
     "first 8, last 2, noise 1, pad": [
-        *("--edge_first", "8", "--edge_last", "2", "--noise_entry", "1", "--noise_tail", "1", "--pad_to", "64"),
+        *(
+            "--edge_first",
+            "8",
+            "--edge_last",
+            "2",
+            "--noise_entry",
+            "1",
+            "--noise_tail",
+            "1",
+            "--pad_to",
+            "64",
+        ),
     ],
 }
 # The second task gets fewer: its rows are longer.
@@ -72,17 +88,40 @@ def measure(flags: list[str], data: Path, task: str, address: str) -> dict[str, 
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for part, count in (("train", CONFIG["batch_size"] * CONFIG["micro_batches"]), ("eval", CONFIG["eval_rows"])):
-            rows = [{key: row[key] for key in ("prompt", "completion")} for row in kr.read(data, task, part)[:count]]
+        for part, count in (
+            ("train", CONFIG["batch_size"] * CONFIG["micro_batches"]),
+            ("eval", CONFIG["eval_rows"]),
+        ):
+            rows = [
+                {key: row[key] for key in ("prompt", "completion")}
+                for row in kr.read(data, task, part)[:count]
+            ]
             (folder / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
         steps = str(CONFIG["micro_batches"])
         train = ["train", "--server", address, "--output", str(folder / "run"), "--report_to", "[]"]
         train += ["--data", str(folder / "train.jsonl"), "--max_steps", steps, "--record", steps]
-        train += ["--give_up_after_s", "36000"]  # where this process is stopped for a while, so is its server
-        train += ["--eval_data", str(folder / "eval.jsonl"), "--eval_steps", steps, "--keep_best", "false"]
+        train += [
+            "--give_up_after_s",
+            "36000",
+        ]  # where this process is stopped for a while, so is its server
+        train += [
+            "--eval_data",
+            str(folder / "eval.jsonl"),
+            "--eval_steps",
+            steps,
+            "--keep_best",
+            "false",
+        ]
         for key in ("batch_size", "r", "target_modules", "wire_dtype", "seed"):
             train += [f"--{key}", str(CONFIG[key])]
-        audit = ["audit", str(folder / "run"), "--server", address, "--output", str(folder / "audit")]
+        audit = [
+            "audit",
+            str(folder / "run"),
+            "--server",
+            address,
+            "--output",
+            str(folder / "audit"),
+        ]
         audit += ["--seed", str(CONFIG["seed"]), "--give_up_after_s", "36000"]
         # In full once; else at the entry, and at the lowest, middle and highest site.
         audit += ["--sites", "3"] if flags else ["--match", str(CONFIG["matched_rows"])]
@@ -92,7 +131,9 @@ def measure(flags: list[str], data: Path, task: str, address: str) -> dict[str, 
         cost = json.loads((folder / "run/run.json").read_text())["cost"]
         edge = sum(cost[f"{part}_flops"] for part in ("adapter", "head", "embedding", "held"))
         costs = {"edge_flops": edge, "bytes": cost["sent_bytes"] + cost["received_bytes"]}
-        return {"flags": flags, "cost": costs} | json.loads((folder / "audit/audit.json").read_text())
+        return {"flags": flags, "cost": costs} | json.loads(
+            (folder / "audit/audit.json").read_text()
+        )
 
 
 def accuracy(setting: str, data: Path) -> dict[str, Any]:
@@ -118,7 +159,9 @@ def accuracy(setting: str, data: Path) -> dict[str, Any]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
     rows = kr.read(data, "banking77", "train")
-    for step, batch in enumerate(kr.batches(rows, loaded.tokenizer, STEPS, CONFIG["batch_size"], CONFIG["seed"])):
+    for step, batch in enumerate(
+        kr.batches(rows, loaded.tokenizer, STEPS, CONFIG["batch_size"], CONFIG["seed"])
+    ):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 8) * (1 - step / STEPS)
         batch.pop("rows")
@@ -129,11 +172,18 @@ def accuracy(setting: str, data: Path) -> dict[str, Any]:
     held = kr.read(data, "banking77", "eval")[:ACCURACY_ROWS]
     found: dict[str, Any] = kr.measure(model, loaded.tokenizer, held)
     link.close()
-    return found | {"steps": STEPS, "learning_rate": LEARNING_RATE, "base_dtype": "bf16", "wire_dtype": wire_dtype}
+    return found | {
+        "steps": STEPS,
+        "learning_rate": LEARNING_RATE,
+        "base_dtype": "bf16",
+        "wire_dtype": wire_dtype,
+    }
 
 
 def run(data: Path, names: list[str]) -> Iterator[dict[str, Any]]:
-    """Measure settings on both tasks; those that the result holds already and that were not named stay."""
+    """Measure settings on both tasks; those that the result holds already and that were not named
+    stay.
+    """
     from dlora.cli.demo import serving
 
     most = ["--edge_first", "8", "--edge_last", "2"]
@@ -172,15 +222,20 @@ def _best(found: dict[str, Any], key: str, **wanted: Any) -> float:
     return max(
         one[key]
         for one in found["attacks"]
-        if one.get(key) is not None and one["attack"] != "guess" and all(one[k] == v for k, v in wanted.items())
+        if one.get(key) is not None
+        and one["attack"] != "guess"
+        and all(one[k] == v for k, v in wanted.items())
     )
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: every setting in a line, then tokens, labels and adapters by place for the plain one."""
+    """Markdown: every setting in a line, then tokens, labels and adapters by place for the plain
+    one.
+    """
     return (
         "\n\n".join(
-            f"On {task}:\n\n{_settings(settings, result.get('accuracy', {}) if task == 'banking77' else {})}"
+            f"On {task}:\n\n"
+            + _settings(settings, result.get("accuracy", {}) if task == "banking77" else {})
             for task, settings in result["settings"].items()
         )
         + "\n\nThe plain setting on banking77, by place:\n\n"
@@ -190,7 +245,8 @@ def table(result: dict[str, Any]) -> str:
 
 def _settings(settings: dict[str, Any], accuracies: dict[str, Any]) -> str:
     lines = [
-        "| setting | tokens, public text only | tokens, attacker knows such text | whole rows | lengths | labels | "
+        "| setting | tokens, public text only | tokens, attacker knows such text | whole rows | "
+        "lengths | labels | "
         "modules with B A known | evaluation loss | accuracy | edge compute | traffic |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -198,14 +254,21 @@ def _settings(settings: dict[str, Any], accuracies: dict[str, Any]) -> str:
     for name in SETTINGS:
         if (found := settings.get(name)) is None:
             continue
-        modules = [error for one in found["attacks"] if one["attack"] == "adapter" for error in one["errors"]]
+        modules = [
+            error
+            for one in found["attacks"]
+            if one["attack"] == "adapter"
+            for error in one["errors"]
+        ]
         known = sum(error <= 1e-3 for error in modules)
         trained = accuracies.get(name if name in CHANGED else "plain")
         lengths = max(one["lengths"] for one in found["attacks"] if "lengths" in one)
         lines.append(
-            f"| {name} | {max(_best(found, 'tokens', attacker=who) for who in _blind(found)):.1%} | "
+            f"| {name} | {max(_best(found, 'tokens', attacker=who) for who in _blind(found)):.1%} "
+            "| "
             f"{_best(found, 'tokens'):.1%} | {_best(found, 'rows_exact'):.1%} | {lengths:.0%} | "
-            f"{_best(found, 'labels'):.1%} | {known} of {len(modules)} | {found['loss']['eval']:.3f} | "
+            f"{_best(found, 'labels'):.1%} | {known} of {len(modules)} | "
+            f"{found['loss']['eval']:.3f} | "
             f"{'' if trained is None else format(trained['accuracy'], '.3f')} | "
             f"{_times(found, base, 'edge_flops')} | {_times(found, base, 'bytes')} |"
         )
@@ -226,13 +289,18 @@ def _by_place(found: dict[str, Any]) -> list[str]:
         return "" if one is None or one.get(key) is None else f"{one[key]:.1%}"
 
     lines = [
-        "| place | tokens, in-domain | of types never seen | whole rows | tokens, public text | of types never seen | "
+        "| place | tokens, in-domain | of types never seen | whole rows | tokens, public text | of "
+        "types never seen | "
         "tokens, public text, by matching | relative error of B A |",
         "|---|---|---|---|---|---|---|---|",
     ]
     places = {one["place"]: one["where"] for one in found["attacks"] if one["attack"] == "inverter"}
     for place, where in places.items():
-        at = {(one["attack"], one["attacker"]): one for one in found["attacks"] if one["place"] == place}
+        at = {
+            (one["attack"], one["attacker"]): one
+            for one in found["attacks"]
+            if one["place"] == place
+        }
         own, public = at.get(("inverter", "in-domain")), at.get(("inverter", "out-of-domain"))
         adapter = at.get(("adapter", None))
         lines.append(
@@ -262,7 +330,9 @@ if __name__ == "__main__":
 
     if "OMP_PROC_BIND" not in os.environ:  # read when torch is loaded
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | SHARED_CORES)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="what", required=True)
     for what in ("run", "accuracy"):
         runs = commands.add_parser(what)
@@ -274,7 +344,9 @@ if __name__ == "__main__":
         for one in run(chosen.data, chosen.settings):
             save_result(one)
     elif chosen.what == "accuracy":
-        for name in chosen.settings or [n for n in ("plain", *CHANGED) if n not in load_result().get("accuracy", {})]:
+        for name in chosen.settings or [
+            n for n in ("plain", *CHANGED) if n not in load_result().get("accuracy", {})
+        ]:
             found = accuracy(name, chosen.data)
             print(name, found["accuracy"], file=sys.stderr, flush=True)
             save_result({"accuracy": load_result().get("accuracy", {}) | {name: found}})

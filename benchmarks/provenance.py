@@ -1,4 +1,6 @@
-"""Where a result comes from: commit, versions, machine. Every result file of a benchmark holds it."""
+"""Where a result comes from: commit, versions, machine. Every result file of a benchmark holds
+it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ HERE = Path(__file__).parent
 
 
 def provenance(*packages: str) -> dict[str, Any]:
-    """Commit and changed source files of this checkout, versions of packages, and what machine this is."""
+    """Commit and changed source files of this checkout, versions of packages, and what machine this
+    is.
+    """
     return {
         "commit": _git("rev-parse", "HEAD"),
         "changed_files": _git("status", "--short", "../src"),

@@ -1,13 +1,15 @@
-"""Low-bit bases: memory, loss and speed of LoRA training on SmolLM2-135M-Instruct in bf16, int8, int4 and nf4.
+"""Low-bit bases: memory, loss and speed of LoRA training on SmolLM2-135M-Instruct in bf16, int8,
+int4 and nf4.
 
-    python benchmarks/quantized.py run --data FOLDER   # about 20 minutes on one slow core; run again to continue
+    python benchmarks/quantized.py run --data FOLDER   # 20 minutes; run again to continue
     python benchmarks/quantized.py table               # the table of docs/benchmarks.md
 
-FOLDER holds banking77/{train,eval}.jsonl with `prompt` and `completion`. Runs that are in the result file are not
-repeated. Both halves train in one process, as in kr.py; compute is bf16 in all arms, adapters and loss are fp32, the
-wire fp16, one thread. Memory of the server is that of a `dlora serve` process of its own. Seconds a step are CPU
-seconds, since wall time on a shared machine says little, in one process where the arms take turns; the first turn of
-each is not counted. `seconds` of a training run is wall time, with whatever else the machine did.
+FOLDER holds banking77/{train,eval}.jsonl with `prompt` and `completion`. Runs that are in the
+result file are not repeated. Both halves train in one process, as in kr.py; compute is bf16 in all
+arms, adapters and loss are fp32, the wire fp16, one thread. Memory of the server is that of a
+`dlora serve` process of its own. Seconds a step are CPU seconds, since wall time on a shared
+machine says little, in one process where the arms take turns; the first turn of each is not
+counted. `seconds` of a training run is wall time, with whatever else the machine did.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ def cloud(kind: str) -> tuple[Any, Any]:
 
     loaded = load_model(CONFIG["model"], dtype=CONFIG["compute_dtype"], quantize=kind)
     loaded.model.set_attn_implementation(CONFIG["attention"])
-    return dlora.in_process(loaded.model, loaded.tokenizer, model_id=loaded.model_id), loaded.tokenizer
+    return dlora.in_process(
+        loaded.model, loaded.tokenizer, model_id=loaded.model_id
+    ), loaded.tokenizer
 
 
 def learner(link: Any) -> tuple[Any, Any]:
@@ -67,7 +71,10 @@ def learner(link: Any) -> tuple[Any, Any]:
 
     torch.manual_seed(CONFIG["seed"])
     config = LoraConfig(
-        r=CONFIG["r"], lora_alpha=2 * CONFIG["r"], target_modules=CONFIG["target_modules"], task_type="CAUSAL_LM"
+        r=CONFIG["r"],
+        lora_alpha=2 * CONFIG["r"],
+        target_modules=CONFIG["target_modules"],
+        task_type="CAUSAL_LM",
     )
     model = dlora.get_peft_model(link, config, wire_dtype=CONFIG["wire_dtype"])
     model.head_positions = "supervised"
@@ -100,7 +107,9 @@ def train(kind: str, data: Path) -> dict[str, Any]:
     model, optimizer = learner(link)
     rows, held = read(data, CONFIG["task"], "train"), read(data, CONFIG["task"], "eval")
     before = measure(model, tokenizer, held)  # B is zero: the base
-    rate = get_linear_schedule_with_warmup(optimizer, round(0.05 * CONFIG["steps"]), CONFIG["steps"])
+    rate = get_linear_schedule_with_warmup(
+        optimizer, round(0.05 * CONFIG["steps"]), CONFIG["steps"]
+    )
     model.train()
     losses, start = [], time.monotonic()
     for batch in batches(rows, tokenizer, CONFIG["steps"], CONFIG["batch_size"], CONFIG["seed"]):
@@ -113,14 +122,18 @@ def train(kind: str, data: Path) -> dict[str, Any]:
         "linear_bytes": sum(weight_bytes(module) for module in linears),
         "before": before,
         "after": after,
-        "losses": [round(statistics.fmean(losses[i : i + 10]), 4) for i in range(0, len(losses), 10)],
+        "losses": [
+            round(statistics.fmean(losses[i : i + 10]), 4) for i in range(0, len(losses), 10)
+        ],
         "seconds": round(seconds, 1),
         "fingerprint": link.description.fingerprint,
     }
 
 
 def server(kind: str) -> dict[str, Any]:
-    """Resident memory of a `dlora serve` process that is ready, and the most that it needed to get there."""
+    """Resident memory of a `dlora serve` process that is ready, and the most that it needed to get
+    there.
+    """
     command = [sys.executable, "-m", "dlora", "serve", "--model", CONFIG["model"], "--port", "0"]
     command += ["--dtype", CONFIG["compute_dtype"], "--quantize", kind, "--threads", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -130,11 +143,16 @@ def server(kind: str) -> dict[str, Any]:
         status = Path(f"/proc/{process.pid}/status").read_text()
         process.terminate()
         process.communicate(timeout=60)
-    found = {name: int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) * 1024 for name in ("VmRSS", "VmHWM")}
+    found = {
+        name: int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) * 1024
+        for name in ("VmRSS", "VmHWM")
+    }
     import dlora.cloud.load
     import dlora.server.server  # noqa: F401
 
-    stack = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of this process, which has loaded no model yet
+    stack = (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )  # of this process, which has loaded no model yet
     return {"rss_bytes": found["VmRSS"], "peak_rss_bytes": found["VmHWM"], "stack_bytes": stack}
 
 
@@ -161,7 +179,11 @@ def one(stage: str, kind: str, data: Path) -> dict[str, Any]:
     from provenance import provenance
 
     torch.set_num_threads(1)
-    found = {"server": lambda: server(kind), "train": lambda: train(kind, data), "speed": lambda: speed(data)}[stage]()
+    found = {
+        "server": lambda: server(kind),
+        "train": lambda: train(kind, data),
+        "speed": lambda: speed(data),
+    }[stage]()
     return (
         {"stage": stage, "kind": kind}
         | found
@@ -174,10 +196,23 @@ def one(stage: str, kind: str, data: Path) -> dict[str, Any]:
 
 def run(data: Path) -> None:
     """Every run that is not in the result file, each in a fresh process."""
-    for stage, kind in (*((stage, kind) for stage in ("server", "train") for kind in ARMS), ("speed", "all")):
+    for stage, kind in (
+        *((stage, kind) for stage in ("server", "train") for kind in ARMS),
+        ("speed", "all"),
+    ):
         if any((run["stage"], run["kind"]) == (stage, kind) for run in load_results()):
             continue
-        command = [sys.executable, __file__, "one", "--stage", stage, "--kind", kind, "--data", str(data)]
+        command = [
+            sys.executable,
+            __file__,
+            "one",
+            "--stage",
+            stage,
+            "--kind",
+            kind,
+            "--data",
+            str(data),
+        ]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         with RESULT.open("a") as file:
             file.write(done.stdout.splitlines()[-1] + "\n")
@@ -186,11 +221,14 @@ def run(data: Path) -> None:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown: memory, quality before and after training, and the price in seconds; a cell is empty before its run."""
+    """Markdown: memory, quality before and after training, and the price in seconds; a cell is
+    empty before its run.
+    """
     found = {(run["stage"], run["kind"]): run for run in runs}
     steps = found.get(("speed", "all"), {}).get("cpu_seconds_a_step")
     lines = [
-        "| weights | decoder's linears, MiB | all weights, MiB | server process, MiB | eval loss, base | trained | "
+        "| weights | decoder's linears, MiB | all weights, MiB | server process, MiB | eval loss, "
+        "base | trained | "
         "exact match, base | trained | CPU seconds a step, against bf16 |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -204,7 +242,9 @@ def table(runs: list[dict[str, Any]]) -> str:
         if run := found.get(("server", kind)):
             cells[3] = f"{run['rss_bytes'] / 2**20:.0f}"
         if steps:
-            ratios = [mine / base for mine, base in zip(steps[kind][1:], steps["none"][1:], strict=True)]
+            ratios = [
+                mine / base for mine, base in zip(steps[kind][1:], steps["none"][1:], strict=True)
+            ]
             cells[8] = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -212,7 +252,9 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("run", "table", "one"))
     parser.add_argument("--data", type=Path, help="folder of the task data")
     parser.add_argument("--stage", choices=("server", "train", "speed"), help=argparse.SUPPRESS)

@@ -76,10 +76,20 @@ FAMILIES: dict[str, tuple[PreTrainedConfig, list[str]]] = {
         ),
         [*_QKV, "out_proj", "fc2"],
     ),
-    "bloom": (BloomConfig(**_COMMON, hidden_size=64, n_layer=3, n_head=4), ["query_key_value", "dense"]),
+    "bloom": (
+        BloomConfig(**_COMMON, hidden_size=64, n_layer=3, n_head=4),
+        ["query_key_value", "dense"],
+    ),
     "gpt2": (
         GPT2Config(
-            **_COMMON, n_embd=64, n_layer=3, n_head=4, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+            **_COMMON,
+            n_embd=64,
+            n_layer=3,
+            n_head=4,
+            n_positions=256,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
         ),
         ["c_attn", "c_fc"],
     ),
@@ -99,7 +109,12 @@ def make_base(family: str, seed: int = 0) -> PreTrainedModel:
 
 def lora(family: str = "llama", **options: Any) -> LoraConfig:
     """A LoRA whose B is not zero, on the family's usual modules."""
-    defaults = {"r": 4, "lora_alpha": 8, "target_modules": FAMILIES[family][1], "init_lora_weights": False}
+    defaults = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": FAMILIES[family][1],
+        "init_lora_weights": False,
+    }
     return LoraConfig(**(defaults | {"task_type": "CAUSAL_LM"} | options))
 
 
@@ -111,7 +126,12 @@ def make_local(family: str, config: LoraConfig, seed: int = 1) -> PeftModel:
 
 
 def make_split(
-    link: Any, config: LoraConfig, seed: int = 1, wire_dtype: str = "fp32", wire: Any = "plain", **options: Any
+    link: Any,
+    config: LoraConfig,
+    seed: int = 1,
+    wire_dtype: str = "fp32",
+    wire: Any = "plain",
+    **options: Any,
 ) -> SplitModel:
     """The same adapter on the split model."""
     torch.manual_seed(seed)
@@ -120,10 +140,14 @@ def make_split(
 
 def adapter(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Trainable parameters by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
 
 
-def batches(count: int = 1, seed: int = 2, rows: int = 3, length: int = 11) -> list[dict[str, torch.Tensor]]:
+def batches(
+    count: int = 1, seed: int = 2, rows: int = 3, length: int = 11
+) -> list[dict[str, torch.Tensor]]:
     """Right-padded batches of unequal lengths, the first tokens of each row without a label."""
     generator = torch.Generator().manual_seed(seed)
     made = []
@@ -187,19 +211,27 @@ def tokenizer() -> PreTrainedTokenizerFast:
     core.train_from_iterator(
         ["the desk of the message"] * 3,
         trainers.BpeTrainer(
-            vocab_size=VOCAB - 10, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+            vocab_size=VOCAB - 10,
+            special_tokens=special,
+            initial_alphabet=alphabet,
+            show_progress=False,
         ),
     )
-    made = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
     made.chat_template = (
-        "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
+        "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] "
+        "}}\n{% endfor %}"
         "{% if add_generation_prompt %}[assistant] {% endif %}"
     )
     return made
 
 
 @pytest.fixture(scope="session")
-def model_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_folder(
+    tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A tiny Llama with tokenizer, as a transformers folder: what `dlora serve --model` takes."""
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     make_base("llama").save_pretrained(folder)

@@ -10,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # a fork must not inherit a pool of threads that do not exist in it
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # a fork must not inherit a pool of threads that do not exist in it
+)
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,4 +1,6 @@
-"""Bytes, round trips and FLOPs against independent counts: a TCP relay, the formulas, torch's own counter."""
+"""Bytes, round trips and FLOPs against independent counts: a TCP relay, the formulas, torch's own
+counter.
+"""
 
 from __future__ import annotations
 
@@ -81,9 +83,16 @@ def test_traffic_is_what_crosses_the_socket_and_what_the_formula_says(
         up, down = relay.up - before[0], relay.down - before[1]
     rows = int(batch["attention_mask"].sum())
     kept = int((batch["labels"][:, 1:] != -100).sum())
-    sites = [(site.in_features, [(layer.out_features, 16) for layer in site.layers]) for site in split.sites]
-    sent, received = step_traffic(rows, kept, 64, 64, sites, wire_dtype, factored=wire == "factored")
-    near = 0.02 if wire_dtype == "int4" else 0.01  # beside so few bytes of a tiny model its frames count
+    sites = [
+        (site.in_features, [(layer.out_features, 16) for layer in site.layers])
+        for site in split.sites
+    ]
+    sent, received = step_traffic(
+        rows, kept, 64, 64, sites, wire_dtype, factored=wire == "factored"
+    )
+    near = (
+        0.02 if wire_dtype == "int4" else 0.01
+    )  # beside so few bytes of a tiny model its frames count
     assert split.meter.sent_bytes == pytest.approx(3 * sent, rel=near)
     assert split.meter.received_bytes == pytest.approx(3 * received, rel=near)
     assert split.meter.sent_bytes == pytest.approx(up, rel=near)
@@ -91,7 +100,9 @@ def test_traffic_is_what_crosses_the_socket_and_what_the_formula_says(
 
 
 def test_round_trips_are_two_a_site_and_one(cloud_models: Callable[[str], CloudModel]) -> None:
-    """A training micro-batch waits once before each site's input, once for the hidden states, once a site backwards."""
+    """A training micro-batch waits once before each site's input, once for the hidden states, once
+    a site backwards.
+    """
     link = InProcessLink(cloud_models("llama"))
     split = make_split(link, lora(target_modules="all-linear"))
     split(**batches()[0]).loss.backward()
@@ -107,14 +118,18 @@ def test_padding_does_not_travel(cloud_models: Callable[[str], CloudModel]) -> N
         split = make_split(link, lora())
         ids = torch.arange(5, 25)[None]
         ids, mask = (torch.nn.functional.pad(x, (0, padding)) for x in (ids, torch.ones_like(ids)))
-        split(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
+        split(
+            input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)
+        ).loss.backward()
         sent.append(split.meter.sent_bytes)
     assert sent[1] - sent[0] == 40
     link.close()
 
 
 class FlopCount(TorchDispatchMode):
-    """torch's flop formulas, without the module tracking that cannot be used around autograd.grad."""
+    """torch's flop formulas, without the module tracking that cannot be used around
+    autograd.grad.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +161,9 @@ def test_edge_flops_equal_torchs_count(
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("first_site", [0, 1, 5])
 def test_cloud_flops_equal_torchs_count(family: str, first_site: int) -> None:
-    """Forward and backward FLOPs, down to the lowest active site, are exactly those that torch counts."""
+    """Forward and backward FLOPs, down to the lowest active site, are exactly those that torch
+    counts.
+    """
     base = make_base(family)
     base.set_attn_implementation("eager")  # torch does not count its fused CPU attention
     cloud = CloudModel(base, model_id="x/y")
@@ -163,7 +180,9 @@ def test_cloud_flops_equal_torchs_count(family: str, first_site: int) -> None:
 
 
 def test_cloud_counts_the_product_of_factors() -> None:
-    """On the factored wire the cloud's FLOPs include Z B^T and both its gradients, exactly as torch counts them."""
+    """On the factored wire the cloud's FLOPs include Z B^T and both its gradients, exactly as torch
+    counts them.
+    """
     base = make_base("llama")
     base.set_attn_implementation("eager")
     link = dlora.in_process(base, model_id="x/y")
@@ -178,7 +197,9 @@ def test_cloud_counts_the_product_of_factors() -> None:
     link.cloud.run = count
     split(**batches()[0]).loss.backward()
     deadline = time.monotonic() + 20
-    while not counted and time.monotonic() < deadline:  # `Done` is sent before the count is complete
+    while (
+        not counted and time.monotonic() < deadline
+    ):  # `Done` is sent before the count is complete
         time.sleep(0.01)
     assert split.meter.cloud_forward_flops + split.meter.cloud_backward_flops == counted[0]
     link.close()

@@ -1,4 +1,6 @@
-"""A changing set of active modules, idle ones in three ways, and probes, against local peft with the same set."""
+"""A changing set of active modules, idle ones in three ways, and probes, against local peft with
+the same set.
+"""
 
 from __future__ import annotations
 
@@ -47,11 +49,14 @@ def random_sets(names: list[str], count: int, seed: int = 0) -> Iterator[set[str
 @pytest.mark.parametrize("idle", ["drop", "cloud", "edge"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_any_set_gives_local_gradients(links: Links, family: str, idle: Any, wire: str) -> None:
-    """Loss and gradients equal local peft's with the same set, which changes at every step of a training run."""
+    """Loss and gradients equal local peft's with the same set, which changes at every step of a
+    training run.
+    """
     config = lora(family, target_modules="all-linear")
     local, split = make_local(family, config), make_split(links(family), config, wire=wire)
     optimizers = [
-        torch.optim.AdamW(list(adapter(model).values()), lr=1e-3, weight_decay=0.0) for model in (local, split)
+        torch.optim.AdamW(list(adapter(model).values()), lr=1e-3, weight_decay=0.0)
+        for model in (local, split)
     ]
     parameters = [dict(model.named_parameters()) for model in (local, split)]
     names = [name for name in parameters[0] if "lora_" in name]
@@ -75,19 +80,25 @@ def test_any_set_gives_local_gradients(links: Links, family: str, idle: Any, wir
 
 @pytest.mark.parametrize("wire", ["plain", "factored"])
 def test_idle_modules_cost_nothing(cloud_models: Callable[[str], CloudModel], wire: str) -> None:
-    """Bytes and round trips are those of the active modules alone, down to the lowest active site."""
+    """Bytes and round trips are those of the active modules alone, down to the lowest active
+    site.
+    """
     link = InProcessLink(cloud_models("llama"))
     split = make_split(link, lora(r=8), wire_dtype="fp32", wire=wire)
     batch = batches(rows=16, length=48)[0]
     rows = int(batch["attention_mask"].sum())
     kept = int((batch["labels"][:, 1:] != -100).sum())
     for idle in ("drop", "cloud"):
-        split.set_active([name for name in split.adapted_modules if "layers.1.self_attn.v" in name], idle)
+        split.set_active(
+            [name for name in split.adapted_modules if "layers.1.self_attn.v" in name], idle
+        )
         split(**batch).loss.backward()  # with "cloud": uploads
         before = split.meter.copy()
         split(**batch).loss.backward()
         cost = split.meter - before
-        sent, received = step_traffic(rows, kept, 64, 64, [(64, [(32, 8)])], "fp32", factored=wire == "factored")
+        sent, received = step_traffic(
+            rows, kept, 64, 64, [(64, [(32, 8)])], "fp32", factored=wire == "factored"
+        )
         assert cost.sent_bytes == pytest.approx(sent, rel=0.01)
         assert cost.received_bytes == pytest.approx(received, rel=0.01)
         assert cost.round_trips == 3
@@ -95,7 +106,9 @@ def test_idle_modules_cost_nothing(cloud_models: Callable[[str], CloudModel], wi
 
 
 def test_dropped_modules_are_gone_from_the_adapter(links: Links, tmp_path: Path) -> None:
-    """What is saved is the function that was trained: dropped modules add nothing, in peft as well."""
+    """What is saved is the function that was trained: dropped modules add nothing, in peft as
+    well.
+    """
     split = make_split(links("llama"), lora()).eval()
     kept = split.adapted_modules[3:5]
     split.set_active(kept, "drop")
@@ -107,7 +120,9 @@ def test_dropped_modules_are_gone_from_the_adapter(links: Links, tmp_path: Path)
 
 
 def test_disable_adapter_leaves_idle_modules_idle(links: Links) -> None:
-    """Inside `disable_adapter()` the base model answers; afterwards the same modules train as before."""
+    """Inside `disable_adapter()` the base model answers; afterwards the same modules train as
+    before.
+    """
     split = make_split(links("llama"), lora())
     active = split.adapted_modules[4:6]
     split.set_active(active, "cloud")
@@ -128,7 +143,10 @@ def test_generation_applies_idle_modules(links: Links) -> None:
     ids = torch.tensor([[5, 6, 7, 8]])
     options = {"max_new_tokens": 8, "do_sample": False}
     assert torch.equal(split.generate(ids, **options), local.generate(ids, **options))
-    assert split.meter.round_trips - 8 * 2 in (0, 1)  # one to put the modules, if they were not there before
+    assert split.meter.round_trips - 8 * 2 in (
+        0,
+        1,
+    )  # one to put the modules, if they were not there before
 
 
 def test_unknown_names_are_refused(links: Links) -> None:
@@ -142,8 +160,12 @@ def test_unknown_names_are_refused(links: Links) -> None:
 # ----------------------------------------------------------------- modules that the cloud holds
 
 
-def test_forgotten_modules_are_put_again(cloud_models: Callable[[str], CloudModel], tmp_path: Path) -> None:
-    """A server that does not know a module says so and gets it; losses stay the same, over gRPC as well."""
+def test_forgotten_modules_are_put_again(
+    cloud_models: Callable[[str], CloudModel], tmp_path: Path
+) -> None:
+    """A server that does not know a module says so and gets it; losses stay the same, over gRPC as
+    well.
+    """
     batch = batches()[0]
     cloud = cloud_models("llama")
     with Server(cloud) as server:
@@ -174,13 +196,19 @@ def test_too_small_a_store_is_said(tmp_path: Path) -> None:
     assert cloud.adapters.held_bytes <= 2 * one
     tiny = CloudModel(make_base("llama"), model_id="x/y", limits=Limits(max_adapter_bytes=one - 1))
     with pytest.raises(UsageError, match="over this server's limit"):
-        tiny.adapters.put(pb.FrozenModule(a=encode(torch.ones(4, 64), pb.FP32), b=encode(torch.ones(64, 4), pb.FP32)))
+        tiny.adapters.put(
+            pb.FrozenModule(
+                a=encode(torch.ones(4, 64), pb.FP32), b=encode(torch.ones(64, 4), pb.FP32)
+            )
+        )
     link.close()
 
 
 def frozen(a: tuple[int, ...], b: tuple[int, ...], value: float = 1.0) -> pb.FrozenModule:
     """A frozen module of the given shapes."""
-    return pb.FrozenModule(a=encode(torch.full(a, value), pb.FP32), b=encode(torch.full(b, value), pb.FP32))
+    return pb.FrozenModule(
+        a=encode(torch.full(a, value), pb.FP32), b=encode(torch.full(b, value), pb.FP32)
+    )
 
 
 @pytest.mark.parametrize(
@@ -190,10 +218,16 @@ def frozen(a: tuple[int, ...], b: tuple[int, ...], value: float = 1.0) -> pb.Fro
         (frozen((4,), (64, 4)), "got shapes"),
         (frozen((4, 64), (64, 4), float("nan")), "not finite"),
         (
-            pb.FrozenModule(a=pb.Tensor(dtype=pb.FP32, shape=[1 << 30, 1 << 30]), b=pb.Tensor(shape=[1, 1 << 30])),
+            pb.FrozenModule(
+                a=pb.Tensor(dtype=pb.FP32, shape=[1 << 30, 1 << 30]),
+                b=pb.Tensor(shape=[1, 1 << 30]),
+            ),
             "limit",
         ),
-        (pb.FrozenModule(a=pb.Tensor(dtype=pb.FP32, shape=[4, 4]), b=pb.Tensor(shape=[4, 4])), "bytes"),
+        (
+            pb.FrozenModule(a=pb.Tensor(dtype=pb.FP32, shape=[4, 4]), b=pb.Tensor(shape=[4, 4])),
+            "bytes",
+        ),
     ],
 )
 def test_hostile_modules_are_refused(links: Links, module: pb.FrozenModule, message: str) -> None:
@@ -212,7 +246,9 @@ def test_hostile_modules_are_refused(links: Links, module: pb.FrozenModule, mess
         ([(1, 0, 0), (2, 0, 0)], "has other widths"),
     ],
 )
-def test_hostile_references_are_refused(links: Links, idle: list[tuple[int, int, int]], message: str) -> None:
+def test_hostile_references_are_refused(
+    links: Links, idle: list[tuple[int, int, int]], message: str
+) -> None:
     """A step may refer only to modules that fit where it puts them."""
     link = links("llama")
     module = frozen((4, 64), (64, 4))
@@ -244,7 +280,9 @@ def test_hostile_references_are_refused(links: Links, idle: list[tuple[int, int,
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("length", [5, 120])
 def test_probe_norms_equal_local(links: Links, family: str, length: int) -> None:
-    """The norm of g^T x at every probed module is local peft's, below the lowest active site too."""
+    """The norm of g^T x at every probed module is local peft's, below the lowest active site
+    too.
+    """
     config = lora(family)
     local, split = make_local(family, config), make_split(links(family), config)
     active = split.adapted_modules[-1:]
@@ -258,7 +296,9 @@ def test_probe_norms_equal_local(links: Links, family: str, length: int) -> None
             def note(module: Any, args: Any, output: torch.Tensor, name: str = name) -> None:
                 x = args[0].detach().reshape(-1, args[0].shape[-1])
                 output.register_hook(
-                    lambda grad: want.__setitem__(name, (grad.reshape(-1, grad.shape[-1]).T @ x).norm())
+                    lambda grad: want.__setitem__(
+                        name, (grad.reshape(-1, grad.shape[-1]).T @ x).norm()
+                    )
                 )
 
             layer.register_forward_hook(note)
@@ -270,7 +310,9 @@ def test_probe_norms_equal_local(links: Links, family: str, length: int) -> None
         assert got[name] == pytest.approx(norm.item(), rel=1e-3), name
 
 
-def test_cost_of_probes_and_idle_modules_is_counted(cloud_models: Callable[[str], CloudModel]) -> None:
+def test_cost_of_probes_and_idle_modules_is_counted(
+    cloud_models: Callable[[str], CloudModel],
+) -> None:
     """The cloud's FLOPs with probes and frozen modules are exactly those that torch counts."""
     from conftest import make_base
 
@@ -293,7 +335,9 @@ def test_cost_of_probes_and_idle_modules_is_counted(cloud_models: Callable[[str]
     link.cloud.run = count
     split(**batches()[0]).loss.backward()
     deadline = time.monotonic() + 20
-    while not counted and time.monotonic() < deadline:  # `Done` is sent before the count is complete
+    while (
+        not counted and time.monotonic() < deadline
+    ):  # `Done` is sent before the count is complete
         time.sleep(0.01)
     assert split.meter.cloud_forward_flops + split.meter.cloud_backward_flops == counted[-1]
     link.close()

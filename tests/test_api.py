@@ -44,7 +44,9 @@ def split(
 
 
 def unreadable(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Tokens that a random model should not say: pieces of UTF-8 characters show differently in pieces."""
+    """Tokens that a random model should not say: pieces of UTF-8 characters show differently in
+    pieces.
+    """
     return [number for number in range(300) if not tokenizer.decode([number]).strip().isalnum()]
 
 
@@ -72,19 +74,27 @@ def local_answer(tokenizer: PreTrainedTokenizerFast, prompt: Any, **options: Any
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     local = make_local("llama", lora()).eval()
     torch.manual_seed(5)
-    ids = local.generate(**inputs, **({"do_sample": False, "suppress_tokens": unreadable(tokenizer)} | options))
+    ids = local.generate(
+        **inputs, **({"do_sample": False, "suppress_tokens": unreadable(tokenizer)} | options)
+    )
     return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def test_chat_is_local_pefts(client: openai.OpenAI, tokenizer: PreTrainedTokenizerFast) -> None:
-    """A chat completion at temperature 0 is local peft's greedy answer, with usage and reason of its end."""
-    answer = client.chat.completions.create(model="mine", messages=QUESTION, temperature=0, max_tokens=6)
+    """A chat completion at temperature 0 is local peft's greedy answer, with usage and reason of
+    its end.
+    """
+    answer = client.chat.completions.create(
+        model="mine", messages=QUESTION, temperature=0, max_tokens=6
+    )
     assert answer.choices[0].message.content == local_answer(tokenizer, QUESTION, max_new_tokens=6)
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage.completion_tokens == 6
 
 
-def test_streamed_chat_is_the_same(client: openai.OpenAI, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_streamed_chat_is_the_same(
+    client: openai.OpenAI, tokenizer: PreTrainedTokenizerFast
+) -> None:
     """A streamed chat comes in several pieces which together are the whole answer."""
     stream = client.chat.completions.create(
         model="mine",
@@ -100,24 +110,36 @@ def test_streamed_chat_is_the_same(client: openai.OpenAI, tokenizer: PreTrainedT
 
 
 def test_completions_and_models(client: openai.OpenAI, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Plain completions answer without template, streamed or not; the list of models has the one model."""
+    """Plain completions answer without template, streamed or not; the list of models has the one
+    model.
+    """
     want = local_answer(tokenizer, "the desk", max_new_tokens=6)
     answer = client.completions.create(model="mine", prompt="the desk", temperature=0, max_tokens=6)
     assert answer.choices[0].text == want
-    stream = client.completions.create(model="mine", prompt="the desk", temperature=0, max_tokens=6, stream=True)
+    stream = client.completions.create(
+        model="mine", prompt="the desk", temperature=0, max_tokens=6, stream=True
+    )
     assert "".join(chunk.choices[0].text for chunk in stream) == want
     assert [model.id for model in client.models.list()] == ["mine"]
 
 
-def test_sampling_follows_the_request(client: openai.OpenAI, tokenizer: PreTrainedTokenizerFast) -> None:
-    """A seed makes samples repeat as local peft's would; without temperature the API samples at 1."""
-    want = local_answer(tokenizer, QUESTION, max_new_tokens=8, do_sample=True, temperature=0.9, top_p=0.8)
+def test_sampling_follows_the_request(
+    client: openai.OpenAI, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """A seed makes samples repeat as local peft's would; without temperature the API samples at
+    1.
+    """
+    want = local_answer(
+        tokenizer, QUESTION, max_new_tokens=8, do_sample=True, temperature=0.9, top_p=0.8
+    )
     got = client.chat.completions.create(
         model="mine", messages=QUESTION, temperature=0.9, top_p=0.8, seed=5, max_completion_tokens=8
     )
     assert got.choices[0].message.content == want
     answers = {
-        client.chat.completions.create(model="mine", messages=QUESTION, seed=seed).choices[0].message.content
+        client.chat.completions.create(model="mine", messages=QUESTION, seed=seed)
+        .choices[0]
+        .message.content
         for seed in range(3)
     }
     assert len(answers) > 1
@@ -128,7 +150,9 @@ def test_next_turn_reads_only_what_is_new(client: openai.OpenAI, split: Any) -> 
     client.chat.completions.create(model="mine", messages=QUESTION, temperature=0, max_tokens=2)
     tokens = split.meter.tokens
     client.chat.completions.create(model="mine", messages=QUESTION, temperature=0, max_tokens=2)
-    assert split.meter.tokens - tokens == 2  # the last token of the prompt and the first of the answer
+    assert (
+        split.meter.tokens - tokens == 2
+    )  # the last token of the prompt and the first of the answer
 
 
 def test_drafts_stream_the_same(split: Any, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -153,7 +177,14 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools are not supported"),
     ({"messages": []}, "messages: want a list"),
     ({"messages": [{"role": "user", "content": "word " * 400}]}, "sequences of up to 256"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "only text"),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+            ]
+        },
+        "only text",
+    ),
     ({"messages": [{"content": "no role"}]}, "want a list of"),
     ({"extra_body": {"surprise": 1}}, "Unexpected fields"),
     ({"extra_body": {"generation_config": "{}"}}, "generation_config='{}' is not supported"),
@@ -164,10 +195,16 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSALS)
-def test_what_is_not_supported_is_refused(client: openai.OpenAI, change: dict[str, Any], message: str) -> None:
-    """Fields that would be ignored, and prompts that cannot be answered, are refused with a reason."""
+def test_what_is_not_supported_is_refused(
+    client: openai.OpenAI, change: dict[str, Any], message: str
+) -> None:
+    """Fields that would be ignored, and prompts that cannot be answered, are refused with a
+    reason.
+    """
     with pytest.raises(openai.APIStatusError, match=message) as refused:
-        client.chat.completions.create(**({"model": "mine", "messages": QUESTION, "max_tokens": 4} | change))
+        client.chat.completions.create(
+            **({"model": "mine", "messages": QUESTION, "max_tokens": 4} | change)
+        )
     assert 400 <= refused.value.status_code < 500
 
 
@@ -181,7 +218,9 @@ def test_streamed_refusal_has_a_status(client: openai.OpenAI) -> None:
 def test_streamed_failure_says_why(
     split: Any, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A cloud that is lost for good in the middle of a stream ends it with the reason, quotes and all."""
+    """A cloud that is lost for good in the middle of a stream ends it with the reason, quotes and
+    all.
+    """
 
     def nobody() -> Any:
         raise PeerLost('"nobody" there')
@@ -202,11 +241,15 @@ def test_streamed_failure_says_why(
 
 def test_a_lost_client_stops_the_answer(client: openai.OpenAI, split: Any) -> None:
     """When an app goes away in the middle of a stream, the next request is answered at once."""
-    stream = client.chat.completions.create(model="mine", messages=QUESTION, max_tokens=200, stream=True)
+    stream = client.chat.completions.create(
+        model="mine", messages=QUESTION, max_tokens=200, stream=True
+    )
     next(iter(stream))
     stream.close()
     before = split.meter.passes
-    answer = client.chat.completions.create(model="mine", messages=QUESTION, temperature=0, max_tokens=2)
+    answer = client.chat.completions.create(
+        model="mine", messages=QUESTION, temperature=0, max_tokens=2
+    )
     assert answer.usage.completion_tokens == 2
     assert split.meter.passes - before < 150, "the first answer was not made to its end"
 
@@ -223,26 +266,39 @@ def test_strangers_are_kept_out(url: str) -> None:
         with pytest.raises(openai.AuthenticationError, match="missing or wrong"):
             client.models.list()
         with pytest.raises(openai.BadRequestError):
-            client.with_options(**key("open sesame")).models.list(extra_headers={"Host": "evil.example"})
+            client.with_options(**key("open sesame")).models.list(
+                extra_headers={"Host": "evil.example"}
+            )
 
 
 def test_command_serves_until_it_is_told_to_stop(
     cloud_models: Callable[[str], Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """`dlora api` prints its URL, answers OpenAI's client with a private adapter, and SIGTERM ends it with code 0."""
+    """`dlora api` prints its URL, answers OpenAI's client with a private adapter, and SIGTERM ends
+    it with code 0.
+    """
     with Server(cloud_models("llama"), tokenizer) as server:
         link = dlora.connect(server.address, cache=tmp_path)
         make_split(link, lora()).save_pretrained(tmp_path / "mine")
         link.close()
         command = [sys.executable, "-m", "dlora", "api", "--server", server.address, "--port", "0"]
         command += ["--adapter", str(tmp_path / "mine"), "--wire_dtype", "fp32"]
-        environment = os.environ | {"DLORA_API_KEY": "from the environment", "DLORA_CACHE": str(tmp_path)}
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        environment = os.environ | {
+            "DLORA_API_KEY": "from the environment",
+            "DLORA_CACHE": str(tmp_path),
+        }
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env=environment
+        ) as process:
             timer = threading.Timer(90, process.kill)
             timer.start()
             url = next(line.split()[1] for line in process.stdout if line.startswith("ready"))
-            with openai.OpenAI(base_url=url, max_retries=0, **key("from the environment")) as client:
-                answer = client.chat.completions.create(model="mine", messages=QUESTION, temperature=0, max_tokens=4)
+            with openai.OpenAI(
+                base_url=url, max_retries=0, **key("from the environment")
+            ) as client:
+                answer = client.chat.completions.create(
+                    model="mine", messages=QUESTION, temperature=0, max_tokens=4
+                )
             process.send_signal(signal.SIGTERM)
             assert process.wait() == 0
             timer.cancel()

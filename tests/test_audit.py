@@ -1,4 +1,6 @@
-"""Recordings of real micro-batches, and every attack on them: where it must succeed, and where it must fail."""
+"""Recordings of real micro-batches, and every attack on them: where it must succeed, and where it
+must fail.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ WORDS = "gate lift ward bed door lamp pump tray cart desk line seal vent rack".s
 
 
 @pytest.fixture(scope="module")
-def link(cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedTokenizerFast) -> Iterator[InProcessLink]:
+def link(
+    cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedTokenizerFast
+) -> Iterator[InProcessLink]:
     """A tiny Llama with a tokenizer, in this process."""
     made = InProcessLink(cloud_models("llama"), tokenizer)
     yield made
@@ -60,7 +64,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 rows of prompt and completion, all different."""
     file = tmp_path_factory.mktemp("data") / "rows.jsonl"
     rows = [
-        {"prompt": f"the {WORDS[n % 14]} of {WORDS[n * 5 % 13]} {n * 37 % 91}:", "completion": f" {WORDS[n % 5]}"}
+        {
+            "prompt": f"the {WORDS[n % 14]} of {WORDS[n * 5 % 13]} {n * 37 % 91}:",
+            "completion": f" {WORDS[n % 5]}",
+        }
         for n in range(48)
     ]
     file.write_text("\n".join(map(json.dumps, rows)))
@@ -69,8 +76,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(data: Path, output: Path, **changes: Any) -> TrainSettings:
     """A run of 6 steps of 2 micro-batches of 4 rows."""
-    values: dict[str, Any] = {"server": "in-process", "data": str(data), "output": output, "report_to": []}
-    values |= {"batch_size": 4, "gradient_accumulation_steps": 2, "epochs": 1.0, "learning_rate": 1e-2, "save_steps": 1}
+    values: dict[str, Any] = {
+        "server": "in-process",
+        "data": str(data),
+        "output": output,
+        "report_to": [],
+    }
+    values |= {
+        "batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "epochs": 1.0,
+        "learning_rate": 1e-2,
+        "save_steps": 1,
+    }
     return TrainSettings(**(values | changes))
 
 
@@ -82,7 +100,9 @@ def run(link: InProcessLink, data: Path, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
-def watched(link: Any, model_for: Callable[[Any], SplitModel], rows: list[dict[str, torch.Tensor]]) -> Any:
+def watched(
+    link: Any, model_for: Callable[[Any], SplitModel], rows: list[dict[str, torch.Tensor]]
+) -> Any:
     """Run micro-batches and look at the wire: pairs of what the cloud sees and the truth."""
     seen: list[CloudView] = []
     model = model_for(RecordingLink(link, lambda edge, cloud: seen.append(CloudView(edge, cloud))))
@@ -91,7 +111,13 @@ def watched(link: Any, model_for: Callable[[Any], SplitModel], rows: list[dict[s
     for batch in rows:
         model(**batch).loss.backward()
         modules = [
-            Module(name=name, site=site.index, module=index, A=a.detach().clone(), B=b.detach() * layer.scaling[one])
+            Module(
+                name=name,
+                site=site.index,
+                module=index,
+                A=a.detach().clone(),
+                B=b.detach() * layer.scaling[one],
+            )
             for site in model.sites
             for name, index, layer in zip(site.names, site.modules, site.layers, strict=True)
             for one in layer.active_adapters
@@ -138,30 +164,40 @@ def test_recording_changes_nothing(link: InProcessLink, data: Path, tmp_path: Pa
 
 
 def test_recording_holds_frames_and_truth(run: Path, link: InProcessLink) -> None:
-    """The truth of a micro-batch is that of its frames: the edge's own embeddings, deltas, loss and labels."""
+    """The truth of a micro-batch is that of its frames: the edge's own embeddings, deltas, loss and
+    labels.
+    """
     recording = Recording(run / "recording")
     model = make_split(link, lora())
     assert len(recording) == 12
     for number in (0, 7, 11):
         view, truth, fingerprint = recording.read(number)
-        assert fingerprint == link.description.fingerprint and list(recording.sites(number)) == list(view.sites)
+        assert fingerprint == link.description.fingerprint and list(
+            recording.sites(number)
+        ) == list(view.sites)
         ids = truth.input_ids.reshape(-1)[view.positions]
         embeddings = model.get_input_embeddings()(ids)
         assert torch.allclose(view.entry, embeddings, rtol=1e-3, atol=1e-4)
         one = truth.modules[-1]
         seen = view.sites[one.site]
         want = seen.x @ one.A.T @ one.B.T
-        assert torch.allclose(seen.deltas[seen.modules.index(one.module)], want, rtol=2e-3, atol=1e-5)
+        assert torch.allclose(
+            seen.deltas[seen.modules.index(one.module)], want, rtol=2e-3, atol=1e-5
+        )
         assert bool(want.any()) == (number > 1)  # B is zero up to the first step
         labels = truth.next_labels.reshape(-1)[view.keep]
         logits = model.get_output_embeddings()(view.exit)
-        assert truth.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-3)
+        assert truth.loss == pytest.approx(
+            torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-3
+        )
 
 
 def test_resumed_run_records_the_same(
     link: InProcessLink, data: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that is killed and resumed leaves the recording of one that was not, without micro-batches twice."""
+    """A run that is killed and resumed leaves the recording of one that was not, without
+    micro-batches twice.
+    """
     with monkeypatch.context() as patch:
         build = training._build_trainer
 
@@ -171,7 +207,9 @@ def test_resumed_run_records_the_same(
             calls = iter(range(100))
 
             def training_step(*args: Any, **kwargs: Any) -> Any:
-                if next(calls) == 5:  # the first micro-batch of step 3 is recorded, but no checkpoint has it
+                if (
+                    next(calls) == 5
+                ):  # the first micro-batch of step 3 is recorded, but no checkpoint has it
                     raise KeyboardInterrupt
                 return step(*args, **kwargs)
 
@@ -215,7 +253,9 @@ class _Dropping:
 
 
 def test_a_micro_batch_that_ran_twice_is_recorded_once(link: InProcessLink, tmp_path: Path) -> None:
-    """Frames of a stream that was lost are left out: the recording has the whole micro-batch alone."""
+    """Frames of a stream that was lost are left out: the recording has the whole micro-batch
+    alone.
+    """
     recorder = Recorder(tmp_path / "recording", 3)
     model = make_split(recorder.link(_Dropping(link)), lora())
     model.retry = RetryPolicy(sleep=lambda _: None)
@@ -230,7 +270,9 @@ def test_a_micro_batch_that_ran_twice_is_recorded_once(link: InProcessLink, tmp_
 @pytest.mark.parametrize("suffix", ["edge", "cloud", "safetensors", "json"])
 @pytest.mark.parametrize("harm", ["missing", "cut", "noise"])
 def test_a_broken_recording_is_refused(run: Path, tmp_path: Path, suffix: str, harm: str) -> None:
-    """Each file of a recording that is missing, cut or changed is an error for the user that names it."""
+    """Each file of a recording that is missing, cut or changed is an error for the user that names
+    it.
+    """
     folder = tmp_path / "recording"
     shutil.copytree(run / "recording", folder)
     file = folder / f"0003.{suffix}"
@@ -250,17 +292,25 @@ def test_a_broken_recording_is_refused(run: Path, tmp_path: Path, suffix: str, h
 
 
 def test_look_up_finds_all_tokens_of_embeddings_and_none_of_noise(samples: Any) -> None:
-    """A look-up names every token of raw embeddings, at chance it names those of vectors without any."""
+    """A look-up names every token of raw embeddings, at chance it names those of vectors without
+    any.
+    """
     model, seen, _ = samples
     table = model.get_input_embeddings().weight.detach()
     assert torch.equal(nearest_tokens(seen.entry_ND, table), seen.ids_N)
-    noise = torch.randn(seen.entry_ND.shape, generator=torch.Generator().manual_seed(0)) * table.std()
+    noise = (
+        torch.randn(seen.entry_ND.shape, generator=torch.Generator().manual_seed(0)) * table.std()
+    )
     assert (nearest_tokens(noise, table) == seen.ids_N).float().mean() < 5 / VOCAB
 
 
 @pytest.mark.parametrize(("place", "least"), [("entry", 0.99), (0, 0.99), (1, 0.5)])
-def test_inverter_recovers_tokens_and_learns_nothing_from_shuffled_ones(samples: Any, place: Any, least: float) -> None:
-    """A linear map from known text recovers most tokens of unknown text, and not if its text was shuffled."""
+def test_inverter_recovers_tokens_and_learns_nothing_from_shuffled_ones(
+    samples: Any, place: Any, least: float
+) -> None:
+    """A linear map from known text recovers most tokens of unknown text, and not if its text was
+    shuffled.
+    """
     model, seen, sites = samples
     x = seen.entry_ND if place == "entry" else seen.sites[sites[place]]
     table = model.get_input_embeddings().weight.detach()
@@ -284,7 +334,9 @@ def test_inverter_finds_tokens_that_its_text_lacks(samples: Any) -> None:
 
 
 def test_matching_spells_rows_out_and_nothing_from_strange_inputs(link: InProcessLink) -> None:
-    """Tokens tried in the model itself give more than the linear map alone; inputs of other rows give nothing."""
+    """Tokens tried in the model itself give more than the linear map alone; inputs of other rows
+    give nothing.
+    """
     fresh = lora(init_lora_weights=True)
     model, views = watched(link, lambda to: make_split(to, fresh), batches(30, rows=8, length=14))
     site = sorted(views[0][0].sites)[2]
@@ -320,25 +372,37 @@ def test_labels_come_from_the_gradient_of_the_head(samples: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma3"])
 def test_labels_come_from_the_gradient_below_the_last_norm(family: str, dtype: torch.dtype) -> None:
-    """With the first layer and the final norm on the edge every label still follows; none does from noise."""
+    """With the first layer and the final norm on the edge every label still follows; none does from
+    noise.
+    """
     cloud = CloudModel(make_base(family).to(dtype), model_id=family, limits=Limits(edge_first=1))
     with closing(InProcessLink(cloud)) as link:
         rows = batches(3, rows=8, length=14)
-        model, seen = watched(link, lambda to: make_split(to, lora(family), edge_layers=(1, 0)), rows)
+        model, seen = watched(
+            link, lambda to: make_split(to, lora(family), edge_layers=(1, 0)), rows
+        )
         own = collect(seen, sorted(seen[0][0].sites))
         head = model.get_output_embeddings().weight.detach().float()
-        assert {p.dtype for p in model.get_base_model().parameters() if not p.requires_grad} == {dtype}
+        assert {p.dtype for p in model.get_base_model().parameters() if not p.requires_grad} == {
+            dtype
+        }
         for number in range(3):
             one = own.batch_K == number
-            hidden, grad, blind = before_norm(model.last_hidden, own.exit_KD[one].float(), own.exit_grad_KD[one])
-            assert torch.equal(labels_from_exit(hidden, grad * 37.0, head, None, blind), own.labels_K[one])
+            hidden, grad, blind = before_norm(
+                model.last_hidden, own.exit_KD[one].float(), own.exit_grad_KD[one]
+            )
+            assert torch.equal(
+                labels_from_exit(hidden, grad * 37.0, head, None, blind), own.labels_K[one]
+            )
             noise = torch.randn(grad.shape, generator=torch.Generator().manual_seed(0)) * grad.std()
             guess = labels_from_exit(hidden, noise, head, None, blind)
             assert (guess == own.labels_K[one]).float().mean() < 6 / VOCAB
 
 
 def test_labels_come_from_gradients_by_a_linear_map(samples: Any) -> None:
-    """Gradients of known micro-batches teach to read labels off those of unknown ones; shuffled ones do not."""
+    """Gradients of known micro-batches teach to read labels off those of unknown ones; shuffled
+    ones do not.
+    """
     model, seen, _ = samples
     head = model.get_output_embeddings().weight.detach()
     rows, labels = seen.exit_grad_KD, seen.labels_K
@@ -352,7 +416,9 @@ def test_labels_come_from_gradients_by_a_linear_map(samples: Any) -> None:
 
 
 def test_a_projection_behind_the_norm_is_no_norm() -> None:
-    """Where the last norm's output is projected (OPT), or mixed, there is no closed form, and none is pretended."""
+    """Where the last norm's output is projected (OPT), or mixed, there is no closed form, and none
+    is pretended.
+    """
     cloud = CloudModel(make_base("opt"), model_id="opt", limits=Limits(edge_first=1))
     with closing(InProcessLink(cloud)) as link:
         model = make_split(link, lora("opt"), edge_layers=(1, 0))
@@ -360,18 +426,29 @@ def test_a_projection_behind_the_norm_is_no_norm() -> None:
         rows = torch.randn(4, width)
         assert before_norm(model.last_hidden, rows, rows) is None
     mixing = torch.randn(width, width)
-    assert before_norm(lambda x: torch.nn.functional.layer_norm(x, (width,)) @ mixing, rows, rows) is None
-    assert before_norm(lambda x: torch.nn.functional.layer_norm(x, (width,)), rows, rows) is not None
+    assert (
+        before_norm(lambda x: torch.nn.functional.layer_norm(x, (width,)) @ mixing, rows, rows)
+        is None
+    )
+    assert (
+        before_norm(lambda x: torch.nn.functional.layer_norm(x, (width,)), rows, rows) is not None
+    )
 
 
 @pytest.mark.parametrize(("noise", "told"), [(0.0, 1.0), (1.0, 0.0)])
 def test_zero_gradients_tell_lengths_behind_padding(
     link: InProcessLink, data: Path, tmp_path: Path, noise: float, told: float
 ) -> None:
-    """Padding hides lengths and labels from masks, and gradients that are zero tell both, unless noise covers them."""
-    train(settings(data, tmp_path / "run", record=4, max_steps=2, pad_to=64, noise_tail=noise), link)
+    """Padding hides lengths and labels from masks, and gradients that are zero tell both, unless
+    noise covers them.
+    """
+    train(
+        settings(data, tmp_path / "run", record=4, max_steps=2, pad_to=64, noise_tail=noise), link
+    )
     notes: list[dict[str, Any]] = []
-    assert len(list(dlora.privacy.audit._recorded(Recording(tmp_path / "run/recording"), notes))) == 4
+    assert (
+        len(list(dlora.privacy.audit._recorded(Recording(tmp_path / "run/recording"), notes))) == 4
+    )
     masks, zeros = dlora.privacy.audit._shapes(notes)
     assert masks["lengths"] == masks["supervised"] == 0
     assert zeros["lengths"] == zeros["supervised"] == told
@@ -380,7 +457,9 @@ def test_zero_gradients_tell_lengths_behind_padding(
 # ----------------------------------------------------------------- attacks on the adapter
 
 
-def solved(view: CloudView, truth: Truth, site: int, rows: slice = slice(None), noise: float = 0.0) -> Any:
+def solved(
+    view: CloudView, truth: Truth, site: int, rows: slice = slice(None), noise: float = 0.0
+) -> Any:
     """Solutions of a site from some rows of a micro-batch, and what is right."""
     one = view.sites[site]
     generator = torch.Generator().manual_seed(0)
@@ -392,27 +471,40 @@ def solved(view: CloudView, truth: Truth, site: int, rows: slice = slice(None), 
         delta_grads=[grad[rows] for grad in one.delta_grads],
         input_grad_ND=None if one.input_grad is None else one.input_grad[rows],
     )
-    modules = [next(m for m in truth.modules if (m.site, m.module) == (site, index)) for index in one.modules]
+    modules = [
+        next(m for m in truth.modules if (m.site, m.module) == (site, index))
+        for index in one.modules
+    ]
     return solutions, [module.B @ module.A for module in modules]
 
 
 @pytest.mark.parametrize("wire", ["plain", "factored"])
 @pytest.mark.parametrize("wire_dtype", ["fp32", "fp16"])
-def test_adapter_is_solved_from_one_micro_batch(link: InProcessLink, wire: str, wire_dtype: str) -> None:
+def test_adapter_is_solved_from_one_micro_batch(
+    link: InProcessLink, wire: str, wire_dtype: str
+) -> None:
     """B A of every module follows from one micro-batch with enough rows, to 1e-3, at every site."""
     ids = torch.randint(5, VOCAB, (16, 24), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    _, [(view, truth)] = watched(link, lambda to: make_split(to, lora(), wire=wire, wire_dtype=wire_dtype), [batch])
+    _, [(view, truth)] = watched(
+        link, lambda to: make_split(to, lora(), wire=wire, wire_dtype=wire_dtype), [batch]
+    )
     assert len(view.sites) == 3 and len(view.entry) == 384
     for site in view.sites:
         for solution, want in zip(*solved(view, truth, site), strict=True):
             assert solution.determined and solution.rank == 4
-            assert relative_error(solution.product_OD, want) < (1e-3 if wire_dtype == "fp16" else 1e-4)
+            assert relative_error(solution.product_OD, want) < (
+                1e-3 if wire_dtype == "fp16" else 1e-4
+            )
 
 
 def test_adapter_is_not_solved_from_noise_or_too_few_rows(link: InProcessLink) -> None:
-    """With noise on the deltas B A comes out wrong and the residual tells; with few rows it holds for those alone."""
-    _, [(view, truth)] = watched(link, lambda to: make_split(to, lora()), batches(1, rows=16, length=24))
+    """With noise on the deltas B A comes out wrong and the residual tells; with few rows it holds
+    for those alone.
+    """
+    _, [(view, truth)] = watched(
+        link, lambda to: make_split(to, lora()), batches(1, rows=16, length=24)
+    )
     low, *_, high = sorted(view.sites)
     for solution, want in zip(*solved(view, truth, high, noise=1.0), strict=True):
         assert relative_error(solution.product_OD, want) > 0.3 and solution.residual > 0.3
@@ -431,7 +523,9 @@ def test_adapter_is_not_solved_from_noise_or_too_few_rows(link: InProcessLink) -
 
 
 def test_rouge_l_equals_the_textbook_recursion() -> None:
-    """ROUGE-L is twice the longest common subsequence over both lengths, also for unequal lengths."""
+    """ROUGE-L is twice the longest common subsequence over both lengths, also for unequal
+    lengths.
+    """
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
         lengths = torch.randint(1, 20, (2,), generator=generator).tolist()
@@ -439,13 +533,17 @@ def test_rouge_l_equals_the_textbook_recursion() -> None:
         best = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
         for i, one in enumerate(a):
             for j, other in enumerate(b):
-                best[i + 1][j + 1] = best[i][j] + 1 if one == other else max(best[i][j + 1], best[i + 1][j])
+                best[i + 1][j + 1] = (
+                    best[i][j] + 1 if one == other else max(best[i][j + 1], best[i + 1][j])
+                )
         assert rouge_l(a, b) == pytest.approx(2 * best[-1][-1] / (len(a) + len(b)))
     assert rouge_l([], []) == 1 and rouge_l([1], []) == 0
 
 
 def test_token_scores_count_what_they_say() -> None:
-    """Shares of seen, unseen and own tokens, whole rows, and chance are those of an example counted by hand."""
+    """Shares of seen, unseen and own tokens, whole rows, and chance are those of an example counted
+    by hand.
+    """
     want = torch.tensor([1, 7, 8, 1, 7, 9, 1, 5, 6])
     found = torch.tensor([1, 7, 8, 1, 0, 9, 1, 5, 5])
     row = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
@@ -460,16 +558,24 @@ def test_token_scores_count_what_they_say() -> None:
 
 
 @pytest.fixture(scope="module")
-def server(cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedTokenizerFast) -> Iterator[Server]:
+def server(
+    cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedTokenizerFast
+) -> Iterator[Server]:
     """The model of the run behind gRPC."""
     with Server(cloud_models("llama"), tokenizer) as running:
         yield running
 
 
-def test_audit_of_a_run(run: Path, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command finds what the plain wire gives away, and writes figures alone, on one page that needs nothing."""
+def test_audit_of_a_run(
+    run: Path, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command finds what the plain wire gives away, and writes figures alone, on one page that
+    needs nothing.
+    """
     output, flags = tmp_path / "audit", ["--sites", "2", "--match", "2"]
-    assert main(["audit", str(run), "--server", server.address, "--output", str(output), *flags]) == 0
+    assert (
+        main(["audit", str(run), "--server", server.address, "--output", str(output), *flags]) == 0
+    )
     found = json.loads((output / "audit.json").read_text())
     assert str(output / "audit.html") in capsys.readouterr().out
     by = {(one["attack"], one["place"], one["attacker"]): one for one in found["attacks"]}
@@ -487,12 +593,16 @@ def test_audit_of_a_run(run: Path, server: Server, tmp_path: Path, capsys: pytes
     }
     assert found["loss"]["recorded_last"] < found["loss"]["recorded_first"]
     page = (output / "audit.html").read_text()
-    assert page.count("data:image/png;base64,") == 1 and not re.search(r'(src|href)="(?!data:)', page)
+    assert page.count("data:image/png;base64,") == 1 and not re.search(
+        r'(src|href)="(?!data:)', page
+    )
     for text in (page, (output / "audit.json").read_text()):
         assert not any(f" {word} of" in text for word in WORDS)
 
 
-def test_audit_where_the_active_set_changes(link: InProcessLink, data: Path, tmp_path: Path) -> None:
+def test_audit_where_the_active_set_changes(
+    link: InProcessLink, data: Path, tmp_path: Path
+) -> None:
     """With Kill and Revive on the factored wire the audit still runs, at the places that stay."""
     options = {
         "budget": 0.5,
@@ -503,15 +613,24 @@ def test_audit_where_the_active_set_changes(link: InProcessLink, data: Path, tmp
         "revive": "random",
         "drop_steps": 0,
     }
-    train(settings(data, tmp_path / "run", record=12, kr="on", kr_options=options, wire="factored"), link)
+    train(
+        settings(data, tmp_path / "run", record=12, kr="on", kr_options=options, wire="factored"),
+        link,
+    )
     found = audit(AuditSettings(run=tmp_path / "run", server="in-process"), link)
     places = {one["place"] for one in found["attacks"]}
-    assert {"entry", "exit"} <= places <= {"begin", "entry", "exit", *(f"site {site}" for site in found["sites"])}
+    assert (
+        {"entry", "exit"}
+        <= places
+        <= {"begin", "entry", "exit", *(f"site {site}" for site in found["sites"])}
+    )
     assert found["setting"]["wire"] == "factored" and len(found["sites"]) < 3
 
 
 def test_attacker_and_victim_share_no_text(link: InProcessLink, data: Path, tmp_path: Path) -> None:
-    """Rows with the same text, here from a second epoch, are never in both halves, nor counted twice."""
+    """Rows with the same text, here from a second epoch, are never in both halves, nor counted
+    twice.
+    """
     train(settings(data, tmp_path / "run", record=24, epochs=2.0), link)
     recording = Recording(tmp_path / "run/recording")
     seen = collect((recording.read(number)[:2] for number in range(24)), [])
@@ -525,9 +644,18 @@ def test_attacker_and_victim_share_no_text(link: InProcessLink, data: Path, tmp_
 
 
 @pytest.mark.parametrize(("kind", "targets"), [("series", "o_proj"), ("parallel", "q_proj")])
-def test_audit_of_bottlenecks(link: InProcessLink, data: Path, tmp_path: Path, kind: Any, targets: str) -> None:
-    """What comes to bottleneck adapters is attacked as what comes to LoRA is; there is no product to solve for."""
-    options: dict[str, Any] = {"record": 12, "kind": kind, "target_modules": targets, "max_steps": 6}
+def test_audit_of_bottlenecks(
+    link: InProcessLink, data: Path, tmp_path: Path, kind: Any, targets: str
+) -> None:
+    """What comes to bottleneck adapters is attacked as what comes to LoRA is; there is no product
+    to solve for.
+    """
+    options: dict[str, Any] = {
+        "record": 12,
+        "kind": kind,
+        "target_modules": targets,
+        "max_steps": 6,
+    }
     train(settings(data, tmp_path / "run", **options), link)
     found = audit(AuditSettings(run=tmp_path / "run", server="in-process", match=2), link)
     by = {(one["attack"], one["place"], one["attacker"]): one for one in found["attacks"]}
@@ -544,7 +672,9 @@ def test_audit_of_bottlenecks(link: InProcessLink, data: Path, tmp_path: Path, k
 def test_audit_refuses_what_it_cannot_use(
     run: Path, link: InProcessLink, cloud_models: Callable[[str], CloudModel], tmp_path: Path
 ) -> None:
-    """No run, no recording, another model, or settings that make no sense are errors that say what to do."""
+    """No run, no recording, another model, or settings that make no sense are errors that say what
+    to do.
+    """
     with pytest.raises(UsageError, match=r"run\.json"):
         audit(AuditSettings(run=tmp_path, server="in-process"), link)
     (tmp_path / "run.json").write_text("{}")
@@ -562,17 +692,49 @@ def test_audit_refuses_what_it_cannot_use(
 
 @pytest.mark.slow
 def test_plain_setting_of_a_real_model(tmp_path: Path) -> None:
-    """SmolLM2 without protection: all tokens at the entry, nine in ten at layer 4, all labels, B A to 1e-3."""
+    """SmolLM2 without protection: all tokens at the entry, nine in ten at layer 4, all labels, B A
+    to 1e-3.
+    """
     run, output = tmp_path / "run", tmp_path / "audit"
     layers = r".*layers\.(0|4|16|29)\.self_attn\.(q|k|v)_proj"
-    flags = ["--batch_size", "16", "--epochs", "1", "--record", "21", "--target_modules", layers, "--report_to", "[]"]
+    flags = [
+        "--batch_size",
+        "16",
+        "--epochs",
+        "1",
+        "--record",
+        "21",
+        "--target_modules",
+        layers,
+        "--report_to",
+        "[]",
+    ]
     with serving(DEMO_MODEL) as address:
         common = ["--server", address]
-        assert main(["train", *common, "--data", str(data_file("train.jsonl")), "--output", str(run), *flags]) == 0
+        assert (
+            main(
+                [
+                    "train",
+                    *common,
+                    "--data",
+                    str(data_file("train.jsonl")),
+                    "--output",
+                    str(run),
+                    *flags,
+                ]
+            )
+            == 0
+        )
         public = ["--public", str(data_file("heldout.jsonl"))]
-        assert main(["audit", str(run), *common, *public, "--rows", "256", "--output", str(output)]) == 0
+        assert (
+            main(["audit", str(run), *common, *public, "--rows", "256", "--output", str(output)])
+            == 0
+        )
     found = json.loads((output / "audit.json").read_text())
-    by = {(one["attack"], one["where"].partition(":")[0], one["attacker"]): one for one in found["attacks"]}
+    by = {
+        (one["attack"], one["where"].partition(":")[0], one["attacker"]): one
+        for one in found["attacks"]
+    }
     assert by["look-up", "entry", None]["tokens"] == 1
     assert by["inverter", "layer 4", "in-domain"]["tokens"] > 0.9
     assert by["labels", "exit", None]["labels"] == 1

@@ -48,8 +48,12 @@ def random_biases(model: Any) -> None:
 
 
 @contextmanager
-def by_hooks(base: Any, model: Any, kind: str, activation: Any = torch.relu) -> Iterator[dict[str, torch.Tensor]]:
-    """The reference: plain hooks on a plain model add s W_up f(W_down h + b) + s b'. Yields its own leaf weights."""
+def by_hooks(
+    base: Any, model: Any, kind: str, activation: Any = torch.relu
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The reference: plain hooks on a plain model add s W_up f(W_down h + b) + s b'. Yields its own
+    leaf weights.
+    """
     weights = {
         name.removeprefix("base_model.model."): p.detach().clone().requires_grad_(True)
         for name, p in model.named_parameters()
@@ -73,8 +77,12 @@ def by_hooks(base: Any, model: Any, kind: str, activation: Any = torch.relu) -> 
 @pytest.mark.parametrize("wire", ["plain", "factored"])
 @pytest.mark.parametrize("kind", ["series", "parallel"])
 @pytest.mark.parametrize("family", TARGETS)
-def test_gradients_equal_a_plain_reference(cloud_models: Any, family: str, kind: str, wire: str) -> None:
-    """Were the activation, a bias or the place of an adapter wrong, loss or gradients would differ."""
+def test_gradients_equal_a_plain_reference(
+    cloud_models: Any, family: str, kind: str, wire: str
+) -> None:
+    """Were the activation, a bias or the place of an adapter wrong, loss or gradients would
+    differ.
+    """
     link = InProcessLink(cloud_models(family))
     model = make_split(link, config(family, kind), wire=wire).train()
     random_biases(model)
@@ -95,7 +103,9 @@ def test_gradients_equal_a_plain_reference(cloud_models: Any, family: str, kind:
 
 @pytest.mark.parametrize("kind", ["series", "parallel"])
 @pytest.mark.parametrize("family", ["llama", "opt", "bloom"])
-def test_round_trip_through_a_folder(cloud_models: Any, tmp_path: Path, family: str, kind: str) -> None:
+def test_round_trip_through_a_folder(
+    cloud_models: Any, tmp_path: Path, family: str, kind: str
+) -> None:
     """A saved adapter gives the same logits on a full local model, and on a split one again."""
     link = InProcessLink(cloud_models(family))
     model = make_split(link, config(family, kind, activation="gelu")).eval()
@@ -111,7 +121,9 @@ def test_round_trip_through_a_folder(cloud_models: Any, tmp_path: Path, family: 
         torch.testing.assert_close(again(**batch).logits[seen], want, rtol=1e-6, atol=1e-6)
     assert not adapter(again)
     with pytest.raises((ValueError, OSError)):
-        PeftModel.from_pretrained(make_base(family), str(tmp_path))  # it would leave the activation out
+        PeftModel.from_pretrained(
+            make_base(family), str(tmp_path)
+        )  # it would leave the activation out
     link.close()
 
 
@@ -120,7 +132,9 @@ def test_greedy_tokens_equal_local(cloud_models: Any) -> None:
     link = InProcessLink(cloud_models("llama"))
     model = make_split(link, config()).eval()
     local = apply_bottleneck(make_base("llama"), config()).eval()
-    local.load_state_dict({k: v for k, v in model.state_dict().items() if "lora_" in k}, strict=False)
+    local.load_state_dict(
+        {k: v for k, v in model.state_dict().items() if "lora_" in k}, strict=False
+    )
     ids = torch.randint(5, 300, (2, 6), generator=torch.Generator().manual_seed(3))
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     assert model.generate(ids, **options).tolist() == local.generate(ids, **options).tolist()
@@ -144,7 +158,9 @@ def test_layers_held_on_the_edge(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["series", "parallel"])
 def test_any_active_set_trains_as_alone(cloud_models: Any, kind: str) -> None:
-    """Killed adapters are gone from function and wire; the others get the gradients of a model without them."""
+    """Killed adapters are gone from function and wire; the others get the gradients of a model
+    without them.
+    """
     link = InProcessLink(cloud_models("llama"))
     model = make_split(link, config(kind=kind)).train()
     random_biases(model)
@@ -159,10 +175,16 @@ def test_any_active_set_trains_as_alone(cloud_models: Any, kind: str) -> None:
     loss.backward()
     assert loss.item() == pytest.approx(want.item(), rel=1e-5)
     trained = adapter(model)
-    assert {name.split(".lora_")[0].removeprefix("base_model.model.") for name in trained} == set(names[1::2])
+    assert {name.split(".lora_")[0].removeprefix("base_model.model.") for name in trained} == set(
+        names[1::2]
+    )
     for name, parameter in trained.items():
         torch.testing.assert_close(
-            parameter.grad, weights[name.removeprefix("base_model.model.")].grad, rtol=1e-3, atol=1e-6, msg=name
+            parameter.grad,
+            weights[name.removeprefix("base_model.model.")].grad,
+            rtol=1e-3,
+            atol=1e-6,
+            msg=name,
         )
     with pytest.raises(UsageError, match="no bottleneck"):
         model.set_active(names[:1], "cloud")
@@ -174,7 +196,9 @@ def test_kill_and_revive_runs_on_them(cloud_models: Any, policy: str) -> None:
     """Kill and Revive scores, kills and revives bottlenecks; bytes fall to the budget."""
     link = InProcessLink(cloud_models("llama"))
     model = make_split(link, config()).train()
-    options = KillReviveConfig(policy=policy, budget=0.5, warmup=1, interval=2, revive="random", average=False)
+    options = KillReviveConfig(
+        policy=policy, budget=0.5, warmup=1, interval=2, revive="random", average=False
+    )
     reviver = KillReviver(model, options, 8)
     optimizer = torch.optim.AdamW(adapter(model).values(), lr=1e-3)
     sent = []
@@ -202,7 +226,10 @@ def test_accounting(cloud_models: Any, kind: str) -> None:
     with FlopCount() as count:
         model(**batch).loss.backward()
     rows, kept = int(batch["attention_mask"].sum()), int((batch["labels"][:, 1:] != -100).sum())
-    shapes = [(site.in_features, [(layer.out_features, 6) for layer in site.layers]) for site in model.sites]
+    shapes = [
+        (site.in_features, [(layer.out_features, 6) for layer in site.layers])
+        for site in model.sites
+    ]
     sent, received = step_traffic(rows, kept, 64, 64, shapes, "fp32")
     assert model.meter.sent_bytes == pytest.approx(sent, rel=0.01)
     assert model.meter.received_bytes == pytest.approx(received, rel=0.01)
@@ -210,14 +237,30 @@ def test_accounting(cloud_models: Any, kind: str) -> None:
     link.close()
 
 
-def test_command_line(cloud_models: Any, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`dlora train --kind series` trains, resumes and saves; `dlora info` says what it is; merging is refused."""
+def test_command_line(
+    cloud_models: Any, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`dlora train --kind series` trains, resumes and saves; `dlora info` says what it is; merging
+    is refused.
+    """
     from dlora.cli.main import main
 
     data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps({"prompt": "the desk " * n, "completion": "of"}) + "\n" for n in (1, 2, 3, 4)))
+    data.write_text(
+        "".join(
+            json.dumps({"prompt": "the desk " * n, "completion": "of"}) + "\n" for n in (1, 2, 3, 4)
+        )
+    )
     with Server(cloud_models("llama"), tokenizer) as server:
-        words = ["train", "--server", server.address, "--data", str(data), "--output", str(tmp_path / "run")]
+        words = [
+            "train",
+            "--server",
+            server.address,
+            "--data",
+            str(data),
+            "--output",
+            str(tmp_path / "run"),
+        ]
         words += ["--kind", "series", "--r", "4", "--batch_size", "2", "--save_steps", "1"]
         assert main([*words, "--max_steps", "2"]) == 2
         assert "target_modules" in capsys.readouterr().err
@@ -233,7 +276,20 @@ def test_command_line(cloud_models: Any, tokenizer: Any, tmp_path: Path, capsys:
         assert main(["info", "--adapter", str(tmp_path / "run"), "--server", server.address]) == 0
     out = capsys.readouterr().out
     assert "bottleneck in series, size 4, relu" in out and "fit" in out and "yes" in out
-    assert main(["merge", "--model", "x", "--adapter", str(tmp_path / "run"), "--output", str(tmp_path / "m")]) == 2
+    assert (
+        main(
+            [
+                "merge",
+                "--model",
+                "x",
+                "--adapter",
+                str(tmp_path / "run"),
+                "--output",
+                str(tmp_path / "m"),
+            ]
+        )
+        == 2
+    )
     assert "not linear" in capsys.readouterr().err
 
 

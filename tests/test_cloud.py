@@ -20,14 +20,19 @@ from dlora.errors import ModelError, UsageError
 
 def names(cloud: CloudModel, layer: int) -> list[list[str]]:
     """The last parts of the module names at each site of a layer."""
-    sites = [[module.name for module in site.modules if module.layer == layer] for site in cloud.sites]
+    sites = [
+        [module.name for module in site.modules if module.layer == layer] for site in cloud.sites
+    ]
     return [[name.rpartition(".")[2] for name in site] for site in sites if site]
 
 
 @pytest.mark.parametrize(
     ("family", "want"),
     [
-        ("llama", [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]),
+        (
+            "llama",
+            [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
+        ),
         ("opt", [["q_proj", "k_proj", "v_proj"], ["out_proj"], ["fc1"], ["fc2"]]),
         ("bloom", [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]]),
         ("gpt2", [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]]),
@@ -50,18 +55,24 @@ class _ReadsIds(LlamaForCausalLM):
 
 
 def test_class_that_edges_cannot_build_is_refused() -> None:
-    """Edges build the class that transformers has for the configuration: any other class is refused by name."""
+    """Edges build the class that transformers has for the configuration: any other class is refused
+    by name.
+    """
     with pytest.raises(ModelError, match="_ReadsIds cannot be split: edges build LlamaForCausalLM"):
         CloudModel(_ReadsIds(make_base("llama").config), model_id="x/y")
 
 
 def test_model_whose_split_is_wrong_is_refused() -> None:
-    """Traceable is not correct: a decoder that treats ids and embeddings differently is refused with the difference."""
+    """Traceable is not correct: a decoder that treats ids and embeddings differently is refused
+    with the difference.
+    """
     odd = make_base("llama")
     inner = odd.model.forward
 
     def forward(input_ids: Any = None, inputs_embeds: Any = None, **kwargs: Any) -> Any:
-        embeddings = 2 * odd.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        embeddings = (
+            2 * odd.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        )
         return inner(inputs_embeds=embeddings + 0.1, **kwargs)
 
     odd.model.forward = forward
@@ -71,13 +82,19 @@ def test_model_whose_split_is_wrong_is_refused() -> None:
 
 def test_encoder_decoder_is_refused() -> None:
     """A model that is no decoder-only causal LM is refused by class name."""
-    model = AutoModelForSeq2SeqLM.from_config(T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, vocab_size=50))
-    with pytest.raises(ModelError, match="T5ForConditionalGeneration cannot be split: edges build nothing"):
+    model = AutoModelForSeq2SeqLM.from_config(
+        T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, vocab_size=50)
+    )
+    with pytest.raises(
+        ModelError, match="T5ForConditionalGeneration cannot be split: edges build nothing"
+    ):
         CloudModel(model, model_id="x/y")
 
 
 def test_module_that_runs_twice_is_not_offered() -> None:
-    """Layers that share their weights run twice; adapting them is refused with the reason, the rest still works."""
+    """Layers that share their weights run twice; adapting them is refused with the reason, the rest
+    still works.
+    """
     base = make_base("llama")
     base.model.layers[1].mlp = base.model.layers[0].mlp
     cloud = CloudModel(base, model_id="x/y")
@@ -94,7 +111,9 @@ def test_gradient_checkpointing_is_refused() -> None:
 
 
 def test_fingerprint_is_that_of_the_weights() -> None:
-    """Equal models have equal fingerprints; one changed weight changes it, and no path is part of it."""
+    """Equal models have equal fingerprints; one changed weight changes it, and no path is part of
+    it.
+    """
     one, same, other = (make_base("llama") for _ in range(3))
     same.config._name_or_path = "/somewhere/else"
     with torch.no_grad():
@@ -104,7 +123,9 @@ def test_fingerprint_is_that_of_the_weights() -> None:
 
 
 def test_half_precision_cloud_trains() -> None:
-    """A bf16 cloud serves an fp32 adapter: the loss is near the fp32 cloud's, and gradients arrive."""
+    """A bf16 cloud serves an fp32 adapter: the loss is near the fp32 cloud's, and gradients
+    arrive.
+    """
     losses = []
     for dtype in (torch.float32, torch.bfloat16):
         link = dlora.in_process(make_base("llama").to(dtype), model_id="x/y")
@@ -112,7 +133,10 @@ def test_half_precision_cloud_trains() -> None:
         loss = split(**batches()[0]).loss
         loss.backward()
         losses.append(loss.item())
-        assert all(parameter.grad.any() and parameter.dtype == torch.float32 for parameter in adapter(split).values())
+        assert all(
+            parameter.grad.any() and parameter.dtype == torch.float32
+            for parameter in adapter(split).values()
+        )
         link.close()
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
@@ -138,9 +162,13 @@ import dlora, peft, torch
 from transformers import AutoModelForCausalLM
 link = dlora.in_process(AutoModelForCausalLM.from_pretrained({str(model_folder)!r}))
 model = dlora.get_peft_model(link, peft.LoraConfig(r=2, target_modules=["q_proj"]))
-loss = model(input_ids=torch.ones(1, 4, dtype=torch.long), labels=torch.ones(1, 4, dtype=torch.long)).loss
+ids = torch.ones(1, 4, dtype=torch.long)
+loss = model(input_ids=ids, labels=ids).loss
 """
-    assert subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True).returncode
+        == 0
+    )
 
 
 def test_folder_is_loaded_with_its_tokenizer(model_folder: Path) -> None:
@@ -162,7 +190,9 @@ def test_folder_is_loaded_with_its_tokenizer(model_folder: Path) -> None:
         ("FOLDER", {"device": "auto"}, "not spread over several GPUs"),
     ],
 )
-def test_models_that_cannot_be_loaded(model_folder: Path, name: str, options: dict[str, Any], message: str) -> None:
+def test_models_that_cannot_be_loaded(
+    model_folder: Path, name: str, options: dict[str, Any], message: str
+) -> None:
     """A wrong name, file, dtype or device is one clear line."""
     with pytest.raises((UsageError, ModelError), match=message):
         load_model(name.replace("FOLDER", str(model_folder)), **options)

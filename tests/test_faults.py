@@ -1,4 +1,6 @@
-"""SIGKILL of the server in every phase of a step: the run's adapter is that of the run without faults."""
+"""SIGKILL of the server in every phase of a step: the run's adapter is that of the run without
+faults.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,15 @@ class Mortal:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        command = [sys.executable, str(Path(__file__).with_name("mortal_server.py")), str(folder), str(self.port)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        command = [
+            sys.executable,
+            str(Path(__file__).with_name("mortal_server.py")),
+            str(folder),
+            str(self.port),
+        ]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
         self.pid = self.next_life()
 
     def next_life(self) -> int:
@@ -62,7 +71,9 @@ class FaultyLink:
     and how many of those come first. `number` is set by who trains.
     """
 
-    def __init__(self, link: Any, plan: dict[int, tuple[str, int]], fault: Callable[[], None]) -> None:
+    def __init__(
+        self, link: Any, plan: dict[int, tuple[str, int]], fault: Callable[[], None]
+    ) -> None:
         self.link, self.plan, self.fault = link, dict(plan), fault
         self.description, self.address = link.description, link.address
         self.number = 0
@@ -131,7 +142,9 @@ PHASES = {
 
 
 def test_server_killed_in_every_phase(mortal: Mortal, tmp_path: Path) -> None:
-    """Six kills, one in each phase, cost no step and change no bit, dropout and accumulation included."""
+    """Six kills, one in each phase, cost no step and change no bit, dropout and accumulation
+    included.
+    """
     link = dlora.connect(f"127.0.0.1:{mortal.port}", cache=tmp_path)
     want, calm = run(link, tmp_path)
     faulty = FaultyLink(link, PHASES, mortal.kill)
@@ -145,8 +158,12 @@ def test_server_killed_in_every_phase(mortal: Mortal, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": True, "top_k": 50}])
-def test_server_killed_in_an_answer(mortal: Mortal, tmp_path: Path, options: dict[str, Any]) -> None:
-    """Kills in prefill, between two tokens and within one leave the tokens of an unbroken run, sampled ones too."""
+def test_server_killed_in_an_answer(
+    mortal: Mortal, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """Kills in prefill, between two tokens and within one leave the tokens of an unbroken run,
+    sampled ones too.
+    """
     link = dlora.connect(f"127.0.0.1:{mortal.port}", cache=tmp_path)
     retry = RetryPolicy(give_up_after_s=60.0, first_delay_s=0.02, longest_delay_s=0.2)
     ids = torch.randint(5, 300, (2, 9), generator=torch.Generator().manual_seed(3))
@@ -157,7 +174,9 @@ def test_server_killed_in_an_answer(mortal: Mortal, tmp_path: Path, options: dic
         torch.manual_seed(1)
         split = dlora.get_peft_model(link, lora(), wire_dtype="fp32", retry=retry).eval()
         torch.manual_seed(2)
-        return split.generate(input_ids=ids, attention_mask=mask, max_new_tokens=12, **options), split
+        return split.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=12, **options
+        ), split
 
     want, _ = answer(link)
     # A pass sends 1 + 3 frames and receives 3 + 1. Each new stream is the next "micro-batch".
@@ -181,7 +200,9 @@ def test_server_that_stays_away_is_given_up(mortal: Mortal, tmp_path: Path) -> N
     """After the patience is used up the edge says so, and how long it tried."""
     link = dlora.connect(f"127.0.0.1:{mortal.port}", cache=tmp_path)
     clock = iter(range(0, 1000, 7))
-    retry = RetryPolicy(give_up_after_s=20.0, sleep=lambda _: None, clock=lambda: float(next(clock)))
+    retry = RetryPolicy(
+        give_up_after_s=20.0, sleep=lambda _: None, clock=lambda: float(next(clock))
+    )
     split = dlora.get_peft_model(link, lora(), wire_dtype="fp32", retry=retry)
     link.close()  # the channel is closed for good: every attempt fails
 
@@ -192,14 +213,18 @@ def test_server_that_stays_away_is_given_up(mortal: Mortal, tmp_path: Path) -> N
             raise PeerLost("nobody there")
 
     split.link = Gone()
-    with pytest.raises(PeerLost, match=r"nobody there \(gave up after \d+ s; nothing saved so far is lost\)"):
+    with pytest.raises(
+        PeerLost, match=r"nobody there \(gave up after \d+ s; nothing saved so far is lost\)"
+    ):
         split(**batches()[0])
 
 
 def test_retry_delays_double_and_keep_to_the_hint() -> None:
     """Pauses grow with jitter up to the longest, and never undercut the cloud's own hint."""
     pauses: list[float] = []
-    policy = RetryPolicy(first_delay_s=1.0, longest_delay_s=4.0, sleep=pauses.append, clock=lambda: 0.0)
+    policy = RetryPolicy(
+        first_delay_s=1.0, longest_delay_s=4.0, sleep=pauses.append, clock=lambda: 0.0
+    )
     for number, wait in enumerate(policy.attempts()):
         if number == 5:
             break
@@ -231,7 +256,9 @@ def _relayed() -> Any:
     ],
 )
 def test_faults_on_the_way_cost_no_step(fault: str) -> None:
-    """Through a relay that injects faults the run ends with the adapter of a run without, bit for bit."""
+    """Through a relay that injects faults the run ends with the adapter of a run without, bit for
+    bit.
+    """
     (found,) = _relayed().run([fault])
     assert found["equal"] and found["injected"] >= 5
     assert found["retries"] > 0 or fault.startswith(("delay", "bandwidth"))
@@ -243,4 +270,6 @@ def test_table_of_faults_is_that_of_the_result_file() -> None:
     result = json.loads(module.RESULT.read_text())
     assert module.table(result) in (Path(__file__).parents[1] / "docs/security.md").read_text()
     assert len(result["faults"]) == len(module.FAULTS) + 1
-    assert all(one["equal"] and one["injected"] > 0 and one["steps_lost"] == 0 for one in result["faults"])
+    assert all(
+        one["equal"] and one["injected"] > 0 and one["steps_lost"] == 0 for one in result["faults"]
+    )

@@ -1,4 +1,6 @@
-"""The mutation fuzzer of `benchmarks/fuzz.py`, for a short while; its long run's result is committed."""
+"""The mutation fuzzer of `benchmarks/fuzz.py`, for a short while; its long run's result is
+committed.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def fuzzer() -> Any:
 
 @pytest.mark.parametrize("direction", ["cloud", "edge"])
 def test_mutated_frames_are_refused_or_harmless(fuzzer: Any, direction: str) -> None:
-    """Changed frames end in an error of ours or are accepted; nothing crashes, hangs, or changes an honest stream."""
+    """Changed frames end in an error of ours or are accepted; nothing crashes, hangs, or changes an
+    honest stream.
+    """
     found = fuzzer.fuzz(direction, 1500, seed=1)
     assert found["failures"] == []
     assert found["outcomes"]["honest streams"] == 3
@@ -32,12 +36,16 @@ def test_mutated_frames_are_refused_or_harmless(fuzzer: Any, direction: str) -> 
 
 def test_the_fuzzer_notices_a_hole(fuzzer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a check is missing the fuzzer reports failures: a green run means something."""
-    monkeypatch.setattr("dlora.cloud.step.Step._check_site", lambda self, message, site: self.modules[message.site])
+    monkeypatch.setattr(
+        "dlora.cloud.step.Step._check_site", lambda self, message, site: self.modules[message.site]
+    )
     assert fuzzer.fuzz("cloud", 1500, seed=1)["num_failures"] > 0
 
 
 def test_long_run_found_nothing(fuzzer: Any) -> None:
-    """The committed long run had 200,000 frames in each direction and no failure, and the document shows it."""
+    """The committed long run had 200,000 frames in each direction and no failure, and the document
+    shows it.
+    """
     result = json.loads(fuzzer.RESULT.read_text())
     assert {run["direction"] for run in result["runs"]} == {"cloud", "edge"}
     assert all(run["frames"] >= 200_000 and run["num_failures"] == 0 for run in result["runs"])

@@ -38,7 +38,10 @@ def prompts(rows: int = 3, seed: int = 2) -> dict[str, torch.Tensor]:
 
 def one_prompt(ids: list[int]) -> dict[str, torch.Tensor]:
     """A batch of one prompt."""
-    return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.int64)}
+    return {
+        "input_ids": torch.tensor([ids]),
+        "attention_mask": torch.ones(1, len(ids), dtype=torch.int64),
+    }
 
 
 ECHO = one_prompt([5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6])
@@ -49,7 +52,9 @@ def both(links: Links, family: str) -> tuple[Any, Any]:
     return make_local(family, lora(family)).eval(), make_split(links(family), lora(family)).eval()
 
 
-def generated(model: Any, batch: dict[str, torch.Tensor], seed: int = 3, **options: Any) -> torch.Tensor:
+def generated(
+    model: Any, batch: dict[str, torch.Tensor], seed: int = 3, **options: Any
+) -> torch.Tensor:
     """Tokens of `generate` at a fixed seed."""
     torch.manual_seed(seed)
     return model.generate(**batch, **options)
@@ -79,7 +84,9 @@ def test_sampled_tokens_equal_local(links: Links, family: str) -> None:
         "repetition_penalty": 1.2,
         "no_repeat_ngram_size": 2,
     }
-    assert torch.equal(generated(split, prompts(), **options), generated(local, prompts(), **options))
+    assert torch.equal(
+        generated(split, prompts(), **options), generated(local, prompts(), **options)
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "bloom"])
@@ -87,7 +94,9 @@ def test_beam_search_equals_local(links: Links, family: str) -> None:
     """Beam search reorders the rows of the cloud's cache as it would the local one's."""
     local, split = both(links, family)
     options = GREEDY | {"num_beams": 3, "num_return_sequences": 2}
-    assert torch.equal(generated(split, prompts(), **options), generated(local, prompts(), **options))
+    assert torch.equal(
+        generated(split, prompts(), **options), generated(local, prompts(), **options)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +120,9 @@ def test_drafts_change_nothing_but_the_number_of_passes(links: Links) -> None:
     local, split = both(links, "llama")
     want = generated(local, ECHO, max_new_tokens=40, do_sample=False)
     before = split.meter.passes
-    assert torch.equal(generated(split, ECHO, max_new_tokens=40, do_sample=False, prompt_lookup_num_tokens=5), want)
+    assert torch.equal(
+        generated(split, ECHO, max_new_tokens=40, do_sample=False, prompt_lookup_num_tokens=5), want
+    )
     assert split.meter.passes - before < want.shape[1] - ECHO["input_ids"].shape[1]
     assert split.meter.retries == 0
 
@@ -129,7 +140,9 @@ def test_drafts_roll_back_a_sliding_window(sliding: tuple[Any, InProcessLink]) -
 
 
 def test_turns_go_back_behind_a_sliding_window(sliding: tuple[Any, InProcessLink]) -> None:
-    """A kept cache is taken back by any number of tokens, also where its window is full: a fresh one's answers."""
+    """A kept cache is taken back by any number of tokens, also where its window is full: a fresh
+    one's answers.
+    """
     import peft
 
     from dlora.inference.answer import Continuing
@@ -137,10 +150,21 @@ def test_turns_go_back_behind_a_sliding_window(sliding: tuple[Any, InProcessLink
     torch.manual_seed(1)
     local = peft.get_peft_model(copy.deepcopy(sliding[0]), lora("gemma3")).eval()
     split = make_split(sliding[1], lora("gemma3")).eval()
-    turns, options = Continuing(split), {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    turns, options = (
+        Continuing(split),
+        {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0},
+    )
     start = [*ECHO["input_ids"][0].tolist(), 11, 12, 13]
     first = local.generate(input_ids=torch.tensor([start]), **options)[0].tolist()
-    for ids in (start, start, [*first[:-5], 20], [*first[:-9], 21, 22], start[:5], [*first, 9], start):
+    for ids in (
+        start,
+        start,
+        [*first[:-5], 20],
+        [*first[:-9], 21, 22],
+        start[:5],
+        [*first, 9],
+        start,
+    ):
         want = local.generate(input_ids=torch.tensor([ids]), **options)
         assert torch.equal(turns.generate(torch.tensor([ids]), **options), want)
     assert split.meter.retries == 0
@@ -156,7 +180,9 @@ def test_assistant_model_drafts(links: Links) -> None:
 
 
 def test_stop_strings_and_streaming(links: Links, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Stop strings end the answer where local peft's would end, and a streamer sees every token of it."""
+    """Stop strings end the answer where local peft's would end, and a streamer sees every token of
+    it.
+    """
 
     class Pieces(TextStreamer):
         text = ""
@@ -165,7 +191,9 @@ def test_stop_strings_and_streaming(links: Links, tokenizer: PreTrainedTokenizer
             self.text += text
 
     local, split = both(links, "llama")
-    unreadable = [number for number in range(300) if not tokenizer.decode([number]).strip().isalnum()]
+    unreadable = [
+        number for number in range(300) if not tokenizer.decode([number]).strip().isalnum()
+    ]
     options = {"max_new_tokens": 12, "do_sample": False, "suppress_tokens": unreadable}
     want = generated(local, ECHO, **options)
     words = tokenizer.decode(want[0, ECHO["input_ids"].shape[1] :])
@@ -178,7 +206,9 @@ def test_stop_strings_and_streaming(links: Links, tokenizer: PreTrainedTokenizer
 
 
 def test_cache_is_kept_for_the_next_turn(links: Links) -> None:
-    """With a cache of one's own the next turn sends only new tokens, and says what a fresh one says."""
+    """With a cache of one's own the next turn sends only new tokens, and says what a fresh one
+    says.
+    """
     local, split = both(links, "llama")
     cache = dlora.CloudCache()
     first = generated(split, ECHO, past_key_values=cache, **GREEDY)
@@ -187,12 +217,16 @@ def test_cache_is_kept_for_the_next_turn(links: Links) -> None:
     second = generated(split, longer, past_key_values=cache, **GREEDY)
     assert torch.equal(second, generated(local, longer, **GREEDY))
     new = second.shape[1] - longer["input_ids"].shape[1]
-    assert split.meter.tokens - tokens == 1 + 3 + new - 1  # the last token of the answer had not been read yet
+    assert (
+        split.meter.tokens - tokens == 1 + 3 + new - 1
+    )  # the last token of the answer had not been read yet
     # The next turn goes another way from the middle: the newest tokens are taken back.
     kept = first.shape[1] - 3
     cache.crop(-(cache.get_seq_length() - kept))
     other = one_prompt([*first[0, :kept].tolist(), 23, 24])
-    assert torch.equal(generated(split, other, past_key_values=cache, **GREEDY), generated(local, other, **GREEDY))
+    assert torch.equal(
+        generated(split, other, past_key_values=cache, **GREEDY), generated(local, other, **GREEDY)
+    )
     assert split.meter.retries == 0
     cache.close()
 
@@ -223,8 +257,12 @@ def test_a_cache_that_outgrows_its_room_is_made_again(links: Links) -> None:
 
 
 def test_long_sequences_are_read_in_slices(tmp_path: Path) -> None:
-    """Prompts, and sequences that are read again after a loss, may be longer than one micro-batch may be."""
-    cloud = CloudModel(make_base("llama"), model_id="example-org/llama", limits=Limits(max_tokens=10))
+    """Prompts, and sequences that are read again after a loss, may be longer than one micro-batch
+    may be.
+    """
+    cloud = CloudModel(
+        make_base("llama"), model_id="example-org/llama", limits=Limits(max_tokens=10)
+    )
     with Server(cloud) as server:
         link = dlora.connect(server.address, cache=tmp_path)
         local, split = make_local("llama", lora()).eval(), make_split(link, lora()).eval()
@@ -236,20 +274,26 @@ def test_long_sequences_are_read_in_slices(tmp_path: Path) -> None:
         mask = torch.cat([batch["attention_mask"], torch.ones(3, 8, dtype=torch.int64)], dim=1)
         longer = {"input_ids": first, "attention_mask": mask[:, : first.shape[1]]}
         assert torch.equal(
-            generated(split, longer, past_key_values=cache, **GREEDY), generated(local, longer, **GREEDY)
+            generated(split, longer, past_key_values=cache, **GREEDY),
+            generated(local, longer, **GREEDY),
         )
         assert split.meter.retries == 1
         cache.close()
         whole = dlora.CloudCache()  # hidden states of several slices come back in order
         ids = torch.arange(5, 41).view(3, 12)
         with torch.no_grad():
-            got, want = split(input_ids=ids, past_key_values=whole, use_cache=True).logits, local(input_ids=ids).logits
+            got, want = (
+                split(input_ids=ids, past_key_values=whole, use_cache=True).logits,
+                local(input_ids=ids).logits,
+            )
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
         whole.close()
         link.close()
 
 
-def test_idle_cache_is_made_again(cloud_models: Callable[[str], CloudModel], tmp_path: Path) -> None:
+def test_idle_cache_is_made_again(
+    cloud_models: Callable[[str], CloudModel], tmp_path: Path
+) -> None:
     """A cloud that gave up on a silent edge gets the sequence again at the edge's next word."""
     with Server(cloud_models("llama"), options=ServerOptions(edge_timeout_s=0.3)) as server:
         link = dlora.connect(server.address, cache=tmp_path)
@@ -257,7 +301,9 @@ def test_idle_cache_is_made_again(cloud_models: Callable[[str], CloudModel], tmp
         cache = dlora.CloudCache()
         first = generated(split, ECHO, past_key_values=cache, **GREEDY)
         deadline = time.monotonic() + 20
-        while (server._servicer.pipes or server._servicer.tenancy.inflight_bytes) and time.monotonic() < deadline:
+        while (
+            server._servicer.pipes or server._servicer.tenancy.inflight_bytes
+        ) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not server._servicer.pipes
         assert server._servicer.tenancy.inflight_bytes == 0
@@ -269,8 +315,12 @@ def test_idle_cache_is_made_again(cloud_models: Callable[[str], CloudModel], tmp
         link.close()
 
 
-def test_answer_frees_the_cloud(links: Links, cloud_models: Callable[[str], CloudModel], tmp_path: Path) -> None:
-    """After `generate` the cloud holds no stream and no bytes, whether it ended or was interrupted."""
+def test_answer_frees_the_cloud(
+    links: Links, cloud_models: Callable[[str], CloudModel], tmp_path: Path
+) -> None:
+    """After `generate` the cloud holds no stream and no bytes, whether it ended or was
+    interrupted.
+    """
 
     class Stop(TextStreamer):
         def __init__(self) -> None:
@@ -290,16 +340,24 @@ def test_answer_frees_the_cloud(links: Links, cloud_models: Callable[[str], Clou
         with pytest.raises(KeyboardInterrupt):
             generated(split, ECHO, streamer=Stop(), **GREEDY)
         deadline = time.monotonic() + 20
-        while (server._servicer.pipes or server._servicer.tenancy.inflight_bytes) and time.monotonic() < deadline:
+        while (
+            server._servicer.pipes or server._servicer.tenancy.inflight_bytes
+        ) and time.monotonic() < deadline:
             time.sleep(0.02)
         assert not server._servicer.pipes and server._servicer.tenancy.inflight_bytes == 0
         link.close()
 
 
 def test_cache_is_charged_before_it_is_made(tmp_path: Path) -> None:
-    """The whole room of a KV cache is reserved at the start, and what cannot fit is refused or put off."""
-    cloud = CloudModel(make_base("llama"), model_id="example-org/llama", limits=Limits(max_inflight_bytes=400_000))
-    assert cloud.cache_bytes_per_token == 2 * 2 * 16 * 4 * 3  # keys and values, heads, width, fp32, layers
+    """The whole room of a KV cache is reserved at the start, and what cannot fit is refused or put
+    off.
+    """
+    cloud = CloudModel(
+        make_base("llama"), model_id="example-org/llama", limits=Limits(max_inflight_bytes=400_000)
+    )
+    assert (
+        cloud.cache_bytes_per_token == 2 * 2 * 16 * 4 * 3
+    )  # keys and values, heads, width, fp32, layers
     with Server(cloud) as server:
         link = dlora.connect(server.address, cache=tmp_path)
         split = make_split(link, lora()).eval()
@@ -310,7 +368,8 @@ def test_cache_is_charged_before_it_is_made(tmp_path: Path) -> None:
             split(**ECHO, past_key_values=cache, use_cache=True)
         deadline = time.monotonic() + 20  # while the edge thinks, the cache alone is reserved
         while (
-            server._servicer.tenancy.inflight_bytes != 250 * cloud.cache_bytes_per_token and time.monotonic() < deadline
+            server._servicer.tenancy.inflight_bytes != 250 * cloud.cache_bytes_per_token
+            and time.monotonic() < deadline
         ):
             time.sleep(0.02)
         assert server._servicer.tenancy.inflight_bytes == 250 * cloud.cache_bytes_per_token
@@ -364,7 +423,9 @@ def test_flops_of_cached_passes_equal_torchs_count(tmp_path: Path) -> None:
         cache = DynamicCache(config=base.config)
         for plan in plans:
             embeddings = torch.zeros(plan.batch, plan.length, 64)
-            link.cloud.decoder(inputs_embeds=embeddings, attention_mask=plan.mask_BT, past_key_values=cache)
+            link.cloud.decoder(
+                inputs_embeds=embeddings, attention_mask=plan.mask_BT, past_key_values=cache
+            )
     assert len(plans) == split.meter.passes
     assert split.meter.cloud_forward_flops == counter.get_total_flops()
     link.close()
@@ -374,7 +435,9 @@ def test_flops_of_cached_passes_equal_torchs_count(tmp_path: Path) -> None:
 
 
 def test_foreign_caches_are_refused_by_name(links: Links) -> None:
-    """Caches whose keys and values would have to be on the edge are refused, and so are gradients."""
+    """Caches whose keys and values would have to be on the edge are refused, and so are
+    gradients.
+    """
     split = make_split(links("llama"), lora()).eval()
     with pytest.raises(UsageError, match="got a DynamicCache, want a dlora.CloudCache"):
         split.generate(**ECHO, past_key_values=DynamicCache(), **GREEDY)
@@ -432,7 +495,9 @@ def begin(link: Any, **fields: Any) -> pb.Begin:
 
 def extend(**fields: Any) -> pb.Extend:
     """Two more tokens."""
-    return pb.Extend(**({"length": 2, "keep": [1], "embeddings": encode(torch.zeros(2, 64), pb.FP32)} | fields))
+    return pb.Extend(
+        **({"length": 2, "keep": [1], "embeddings": encode(torch.zeros(2, 64), pb.FP32)} | fields)
+    )
 
 
 @pytest.mark.parametrize(
@@ -493,7 +558,9 @@ def test_rolled_back_and_repeated_cache_answers_as_a_fresh_one(links: Links) -> 
     stream.send(pb.EdgeFrame(begin=begin(link, embeddings=encode(x[:4], pb.FP32))))
     stream.receive()
     both_rows = encode(torch.cat([x[4:], x[4:]]), pb.FP32)
-    stream.send(pb.EdgeFrame(extend=extend(drop=2, order=[0, 0], keep=[1, 3], embeddings=both_rows)))
+    stream.send(
+        pb.EdgeFrame(extend=extend(drop=2, order=[0, 0], keep=[1, 3], embeddings=both_rows))
+    )
     got = stream.receive().hidden.hidden
     stream.close()
     stream = link.open()

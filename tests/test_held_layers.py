@@ -1,4 +1,6 @@
-"""Decoder layers on the edge: the same losses, gradients and tokens as with all of them in the cloud."""
+"""Decoder layers on the edge: the same losses, gradients and tokens as with all of them in the
+cloud.
+"""
 
 import copy
 import shutil
@@ -36,7 +38,9 @@ def held() -> Iterator[Callable[..., Any]]:
     def get(family: str, split: tuple[int, int], config: LoraConfig | None = None) -> Any:
         if (family, split) not in made:
             limits = Limits(edge_first=split[0], edge_last=split[1])
-            made[family, split] = InProcessLink(CloudModel(make_base(family), model_id=family, limits=limits))
+            made[family, split] = InProcessLink(
+                CloudModel(make_base(family), model_id=family, limits=limits)
+            )
         return make_split(made[family, split], config or lora(family), edge_layers=split)
 
     yield get
@@ -56,7 +60,9 @@ def grads_of(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, dict[st
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_gradients_equal_local_peft(held: Any, family: str, split: tuple[int, int]) -> None:
-    """Were a held layer run with other masks, positions or weights, loss or gradients would not be local peft's."""
+    """Were a held layer run with other masks, positions or weights, loss or gradients would not be
+    local peft's.
+    """
     model = held(family, split)
     local = make_local(family, lora(family))
     for batch in batches(2):
@@ -68,10 +74,16 @@ def test_gradients_equal_local_peft(held: Any, family: str, split: tuple[int, in
             torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("targets", ["only the first layer", "only the last layer", "none in the cloud"])
+@pytest.mark.parametrize(
+    "targets", ["only the first layer", "only the last layer", "none in the cloud"]
+)
 def test_adapters_on_held_layers_alone(held: Any, targets: str) -> None:
-    """With nothing to exchange in the cloud, gradients still pass through it, and only where something below asks."""
-    layers = {"only the first layer": [0], "only the last layer": [2], "none in the cloud": [0, 2]}[targets]
+    """With nothing to exchange in the cloud, gradients still pass through it, and only where
+    something below asks.
+    """
+    layers = {"only the first layer": [0], "only the last layer": [2], "none in the cloud": [0, 2]}[
+        targets
+    ]
     config = lora(layers_to_transform=layers)
     model, local = held("llama", (1, 1), config), make_local("llama", config)
     (batch,) = batches()
@@ -86,13 +98,20 @@ def test_adapters_on_held_layers_alone(held: Any, targets: str) -> None:
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_greedy_tokens_equal_local_peft(held: Any, family: str, split: tuple[int, int]) -> None:
-    """Were the two halves' KV caches of different lengths, or left padding lost, other tokens would come out."""
+    """Were the two halves' KV caches of different lengths, or left padding lost, other tokens would
+    come out.
+    """
     model = held(family, split).eval()
     local = make_local(family, lora(family)).eval()
     ids = torch.randint(5, 300, (2, 7), generator=torch.Generator().manual_seed(3))
     mask = torch.ones_like(ids)
     mask[1, :3] = 0
-    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "attention_mask": mask, "pad_token_id": 0}
+    options: dict[str, Any] = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "attention_mask": mask,
+        "pad_token_id": 0,
+    }
     got, want = model.generate(ids, **options), local.generate(ids, **options)
     assert got.tolist() == want.tolist()
     assert model.meter.passes == got.shape[1] - ids.shape[1]
@@ -100,7 +119,9 @@ def test_greedy_tokens_equal_local_peft(held: Any, family: str, split: tuple[int
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}])
 def test_beams_and_drafts_move_both_caches(held: Any, options: dict[str, Any]) -> None:
-    """Were only the cloud's cache reordered or rolled back, beams and drafts would change the tokens."""
+    """Were only the cloud's cache reordered or rolled back, beams and drafts would change the
+    tokens.
+    """
     model = held("llama", (1, 1)).eval()
     local = make_local("llama", lora()).eval()
     ids = torch.randint(5, 30, (1, 9), generator=torch.Generator().manual_seed(4))
@@ -122,10 +143,14 @@ def test_a_lost_stream_changes_no_answer(held: Any) -> None:
 
 
 def test_base_dropout_is_off_on_the_edge_as_in_the_cloud() -> None:
-    """OPT's own dropout in a held layer would make training there noisier than in the cloud's layers."""
+    """OPT's own dropout in a held layer would make training there noisier than in the cloud's
+    layers.
+    """
     base = make_base("opt")
     base.config.dropout = 0.5
-    with closing(InProcessLink(CloudModel(base, model_id="opt", limits=Limits(edge_first=1)))) as link:
+    with closing(
+        InProcessLink(CloudModel(base, model_id="opt", limits=Limits(edge_first=1)))
+    ) as link:
         model = make_split(link, lora("opt"), edge_layers=(1, 0))
         (batch,) = batches()
         model.train()
@@ -149,12 +174,20 @@ def test_accounting_counts_held_layers(held: Any) -> None:
 
 
 def test_over_the_network_and_into_a_folder(tmp_path: Path) -> None:
-    """A real server gives layer files once; the adapter trained beside them is a usual one that peft loads."""
+    """A real server gives layer files once; the adapter trained beside them is a usual one that
+    peft loads.
+    """
     limits = Limits(edge_first=1, edge_last=1)
-    with Server(CloudModel(make_base("llama"), model_id="example-org/llama", limits=limits)) as server:
+    with Server(
+        CloudModel(make_base("llama"), model_id="example-org/llama", limits=limits)
+    ) as server:
         link = dlora.connect(server.address, cache=tmp_path / "cache")
         model = make_split(link, lora(), edge_layers=(1, 1))
-        assert (link.layer_files(["decoder.safetensors", "layer-0000.safetensors", "layer-0002.safetensors"])).is_dir()
+        assert (
+            link.layer_files(
+                ["decoder.safetensors", "layer-0000.safetensors", "layer-0002.safetensors"]
+            )
+        ).is_dir()
         optimizer = torch.optim.AdamW(adapter(model).values(), lr=1e-2)
         for batch in batches(3):
             grads_of(model, batch)
@@ -194,7 +227,9 @@ def _entry(model: Any) -> Any:
 
 
 def test_layers_that_share_more_are_refused() -> None:
-    """A decoder whose layers see more than hidden states would give other results, so it is refused at load."""
+    """A decoder whose layers see more than hidden states would give other results, so it is refused
+    at load.
+    """
     base = make_base("llama")
     layers = base.model.layers
     seen: list[torch.Tensor] = []
@@ -204,9 +239,13 @@ def test_layers_that_share_more_are_refused() -> None:
         CloudModel(copy.deepcopy(base), model_id="x", limits=Limits(edge_first=1))
 
 
-@pytest.mark.parametrize(("limits", "half"), [((2, 0), "the first 1 and the last 0 .* cloud's"), ((0, 1), "edge's")])
+@pytest.mark.parametrize(
+    ("limits", "half"), [((2, 0), "the first 1 and the last 0 .* cloud's"), ((0, 1), "edge's")]
+)
 def test_every_border_is_checked_on_both_halves(limits: tuple[int, int], half: str) -> None:
-    """Where layer 2 needs layer 0's output, they may not be in different halves, at no border that is allowed."""
+    """Where layer 2 needs layer 0's output, they may not be in different halves, at no border that
+    is allowed.
+    """
     base = make_base("llama")
     seen: list[torch.Tensor] = []
     base.model.layers[0].register_forward_hook(lambda module, args, output: seen.append(output))
@@ -216,7 +255,9 @@ def test_every_border_is_checked_on_both_halves(limits: tuple[int, int], half: s
 
 
 def test_a_cache_belongs_to_the_adapters_of_held_layers_too(held: Any) -> None:
-    """Keys and values made with an adapter in a held layer are not continued without it, nor with another."""
+    """Keys and values made with an adapter in a held layer are not continued without it, nor with
+    another.
+    """
     model = held("llama", (1, 0), lora(layers_to_transform=[0])).eval()
     ids = torch.randint(5, 300, (1, 6), generator=torch.Generator().manual_seed(5))
     cache = dlora.CloudCache()
@@ -225,7 +266,9 @@ def test_a_cache_belongs_to_the_adapters_of_held_layers_too(held: Any) -> None:
         with pytest.raises(UsageError, match="filled with other adapters"), model.disable_adapter():
             model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
         assert cache.get_seq_length() == 6
-        model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)  # nothing was lost by what was refused
+        model(
+            input_ids=ids[:, :1], past_key_values=cache, use_cache=True
+        )  # nothing was lost by what was refused
 
 
 class _Lying:
@@ -248,7 +291,9 @@ class _Lying:
 @pytest.fixture
 def honest() -> Iterator[InProcessLink]:
     limits = Limits(edge_first=1, edge_last=1)
-    with closing(InProcessLink(CloudModel(make_base("llama"), model_id="llama", limits=limits))) as link:
+    with closing(
+        InProcessLink(CloudModel(make_base("llama"), model_id="llama", limits=limits))
+    ) as link:
         yield link
 
 
@@ -256,8 +301,12 @@ def honest() -> Iterator[InProcessLink]:
 @pytest.mark.parametrize(
     "harm", ["lacks one", "other layer", "int64", "float16", "float64", "shape", "noise", "nothing"]
 )
-def test_layer_files_that_do_not_fit_are_refused(honest: InProcessLink, tmp_path: Path, file: str, harm: str) -> None:
-    """A cloud's word about its files is not trusted: one that is not whole is an error that names the file."""
+def test_layer_files_that_do_not_fit_are_refused(
+    honest: InProcessLink, tmp_path: Path, file: str, harm: str
+) -> None:
+    """A cloud's word about its files is not trusted: one that is not whole is an error that names
+    the file.
+    """
     folder = tmp_path / "files"
     shutil.copytree(honest.layer_files([]), folder)
     weights = load_file(folder / file)
@@ -280,17 +329,25 @@ def test_layer_files_that_do_not_fit_are_refused(honest: InProcessLink, tmp_path
 @pytest.mark.parametrize("split", [(1, 0), (0, 1), (2, 0), (0, 2)])
 @pytest.mark.parametrize("family", ["llama", "bloom", "gpt2"])
 def test_a_cloud_that_misnames_outputs_is_found_out(family: str, split: tuple[int, int]) -> None:
-    """A layer's output taken for a tuple, or the reverse, is DLoRA's own error and no wrong result."""
+    """A layer's output taken for a tuple, or the reverse, is DLoRA's own error and no wrong
+    result.
+    """
     limits = Limits(edge_first=split[0], edge_last=split[1])
-    with closing(InProcessLink(CloudModel(make_base(family), model_id=family, limits=limits))) as link:
+    with closing(
+        InProcessLink(CloudModel(make_base(family), model_id=family, limits=limits))
+    ) as link:
         wrong = not link.description.layers.in_tuple
         model = make_split(_Lying(link, in_tuple=wrong), lora(family), edge_layers=split)
         with pytest.raises(ModelError, match="does not fit this architecture"):
             model(**batches()[0])
 
 
-def test_gradients_of_held_layers_are_checked(honest: InProcessLink, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Finite but senseless values of a cloud must not become an update of an adapter that autograd reaches."""
+def test_gradients_of_held_layers_are_checked(
+    honest: InProcessLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finite but senseless values of a cloud must not become an update of an adapter that autograd
+    reaches.
+    """
     config = lora(layers_to_transform=[0])
     model = make_split(honest, config, edge_layers=(1, 0))
     model.add_adapter("second", config)
@@ -324,7 +381,9 @@ def sliding() -> Iterator[tuple[Any, InProcessLink]]:
     config.layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(config).eval()
-    cloud = CloudModel(copy.deepcopy(base), model_id="sliding", limits=Limits(edge_first=1, edge_last=1))
+    cloud = CloudModel(
+        copy.deepcopy(base), model_id="sliding", limits=Limits(edge_first=1, edge_last=1)
+    )
     with closing(InProcessLink(cloud)) as link:
         yield base, link
 
@@ -338,7 +397,9 @@ def pair(sliding: tuple[Any, InProcessLink]) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}])
 def test_held_windows_give_local_tokens(sliding: Any, options: dict[str, Any]) -> None:
-    """A held layer with a sliding window, full by then, keeps, reorders and takes back what local peft's does."""
+    """A held layer with a sliding window, full by then, keeps, reorders and takes back what local
+    peft's does.
+    """
     split, local = pair(sliding)
     ids = torch.randint(5, 30, (1, 13), generator=torch.Generator().manual_seed(4))
     options = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0} | options
@@ -346,9 +407,14 @@ def test_held_windows_give_local_tokens(sliding: Any, options: dict[str, Any]) -
 
 
 def test_turns_go_back_behind_a_held_window(sliding: Any) -> None:
-    """A kept cache is taken back farther than the window of a held layer, and answers as a fresh one does."""
+    """A kept cache is taken back farther than the window of a held layer, and answers as a fresh
+    one does.
+    """
     split, local = pair(sliding)
-    talk, base = Continuing(split), torch.randint(5, 300, (1, 20), generator=torch.Generator().manual_seed(6))
+    talk, base = (
+        Continuing(split),
+        torch.randint(5, 300, (1, 20), generator=torch.Generator().manual_seed(6)),
+    )
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     for same in (20, 16, 9, 3, 20):
         ids = torch.cat([base[:, :same], torch.full((1, 2), 7 + same)], dim=1)
@@ -358,7 +424,9 @@ def test_turns_go_back_behind_a_held_window(sliding: Any) -> None:
     talk.close()
 
 
-def test_a_pass_that_fails_above_the_cloud_leaves_both_caches(sliding: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_that_fails_above_the_cloud_leaves_both_caches(
+    sliding: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """When a held layer fails after the cloud was through, the same tokens can be given again."""
     split, _ = pair(sliding)
     ids = torch.randint(5, 300, (1, 12), generator=torch.Generator().manual_seed(7))

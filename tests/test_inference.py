@@ -1,4 +1,6 @@
-"""generate, chat, eval, info and lm-eval with a private adapter, against local peft where there is a reference."""
+"""generate, chat, eval, info and lm-eval with a private adapter, against local peft where there is
+a reference.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ Links = Callable[[str], Any]
 
 
 @pytest.fixture(scope="module")
-def server(cloud_models: Callable[[str], Any], tokenizer: PreTrainedTokenizerFast) -> Iterator[Server]:
+def server(
+    cloud_models: Callable[[str], Any], tokenizer: PreTrainedTokenizerFast
+) -> Iterator[Server]:
     """A server with a tokenizer."""
     with Server(cloud_models("llama"), tokenizer) as running:
         yield running
@@ -65,7 +69,9 @@ def words(server: Server, folder: Path) -> list[str]:
     return ["--server", server.address, "--adapter", str(folder), "--wire_dtype", "fp32"]
 
 
-def local_answer(tokenizer: PreTrainedTokenizerFast, text: str, num_tokens: int = 6, special: bool = True) -> str:
+def local_answer(
+    tokenizer: PreTrainedTokenizerFast, text: str, num_tokens: int = 6, special: bool = True
+) -> str:
     """Local peft's greedy answer."""
     batch = tokenizer(text, return_tensors="pt", add_special_tokens=special)
     ids = (
@@ -102,18 +108,36 @@ def test_generate_answers_a_prompt_and_standard_input(
 
 
 def test_generate_continues_a_file(
-    words: list[str], tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A file of prompts is answered in batches; answers that are there, even if cut off, are kept and continued."""
+    """A file of prompts is answered in batches; answers that are there, even if cut off, are kept
+    and continued.
+    """
     prompts = [f"the desk of {'the message ' * number}" for number in range(5)]
     file, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-    command = ["generate", *words, "--prompts", str(file), "--output", str(output), "--max_new_tokens", "6"]
+    command = [
+        "generate",
+        *words,
+        "--prompts",
+        str(file),
+        "--output",
+        str(output),
+        "--max_new_tokens",
+        "6",
+    ]
     assert main([*command, "--batch-size", "2"]) == 0
     whole = output.read_text()
     rows = [json.loads(line) for line in whole.splitlines()]
-    assert rows == [{"prompt": prompt, "completion": local_answer(tokenizer, prompt)} for prompt in prompts]
-    output.write_text(whole[: whole.index("\n", whole.index("\n") + 1) + 20])  # two rows and a piece of the third
+    assert rows == [
+        {"prompt": prompt, "completion": local_answer(tokenizer, prompt)} for prompt in prompts
+    ]
+    output.write_text(
+        whole[: whole.index("\n", whole.index("\n") + 1) + 20]
+    )  # two rows and a piece of the third
     assert main([*command, "--batch-size", "2"]) == 0
     assert output.read_text() == whole
     for damage in ("no answers at all", whole.replace("completion", "answer"), "x" + whole):
@@ -137,11 +161,20 @@ def test_generate_puts_messages_into_the_chat_template(
     capsys: pytest.CaptureFixture[str],
     drafts: list[str],
 ) -> None:
-    """Messages, and with --chat plain prompts, are read through the template; drafts do not change the answers."""
+    """Messages, and with --chat plain prompts, are read through the template; drafts do not change
+    the answers.
+    """
     file = tmp_path / "prompts.jsonl"
     messages = [{"role": "user", "content": "the desk"}]
-    file.write_text(json.dumps({"messages": messages}) + "\n" + json.dumps({"prompt": "the desk"}) + "\n")
-    assert main(["generate", *words, "--prompts", str(file), "--chat", "--max_new_tokens", "6", *drafts]) == 0
+    file.write_text(
+        json.dumps({"messages": messages}) + "\n" + json.dumps({"prompt": "the desk"}) + "\n"
+    )
+    assert (
+        main(
+            ["generate", *words, "--prompts", str(file), "--chat", "--max_new_tokens", "6", *drafts]
+        )
+        == 0
+    )
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     want = local_answer(tokenizer, "[user] the desk\n[assistant] ", special=False)
     assert [row["completion"] for row in rows] == [want, want]
@@ -151,7 +184,10 @@ def test_generate_answers_with_beams_and_up_to_the_limit(
     words: list[str], tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Beams are shown at their end; an answer ends where the server's longest sequence does."""
-    assert main(["generate", *words, "--prompt", "the desk", "--max_new_tokens", "6", "--stop", "zzz"]) == 0
+    assert (
+        main(["generate", *words, "--prompt", "the desk", "--max_new_tokens", "6", "--stop", "zzz"])
+        == 0
+    )
     assert capsys.readouterr().out == local_answer(tokenizer, "the desk") + "\n"
     beams = ["--generation", '{"num_beams": 3}', "--max_new_tokens", "6"]
     assert main(["generate", *words, "--prompt", "the desk", *beams]) == 0
@@ -170,10 +206,30 @@ def test_generate_without_adapter_is_the_served_model(
     from conftest import make_base
 
     batch = tokenizer("the desk", return_tensors="pt")
-    ids = make_base("llama").eval().generate(**{k: batch[k] for k in ("input_ids", "attention_mask")}, max_new_tokens=6)
-    assert main(["generate", "--server", server.address, "--prompt", "the desk", "--max_new_tokens", "6"]) == 0
+    ids = (
+        make_base("llama")
+        .eval()
+        .generate(**{k: batch[k] for k in ("input_ids", "attention_mask")}, max_new_tokens=6)
+    )
+    assert (
+        main(
+            [
+                "generate",
+                "--server",
+                server.address,
+                "--prompt",
+                "the desk",
+                "--max_new_tokens",
+                "6",
+            ]
+        )
+        == 0
+    )
     captured = capsys.readouterr()
-    assert captured.out == tokenizer.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True) + "\n"
+    assert (
+        captured.out
+        == tokenizer.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True) + "\n"
+    )
     assert "1.0 round trips" in captured.err
 
 
@@ -188,10 +244,22 @@ def test_generate_without_adapter_is_the_served_model(
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--prompts", "nowhere.txt"], "No such file"),
         (["--prompt", "a", "--adapter", "nowhere"], "nowhere holds no adapter"),
-        (["--prompt", "a", "--generation", '{"cache_implementation": "static"}'], "'static' is not supported"),
-        (["--prompt", "a", "--generation", '{"foo": 1}'], "foo is not an option of transformers.GenerationConfig"),
-        (["--prompt", "a", "--generation", '{"num_return_sequences": 2}'], "several answers to a prompt"),
-        (["--prompt", "a", "--generation", '{"num_beams": 2, "num_beam_groups": 7}'], "transformers refused"),
+        (
+            ["--prompt", "a", "--generation", '{"cache_implementation": "static"}'],
+            "'static' is not supported",
+        ),
+        (
+            ["--prompt", "a", "--generation", '{"foo": 1}'],
+            "foo is not an option of transformers.GenerationConfig",
+        ),
+        (
+            ["--prompt", "a", "--generation", '{"num_return_sequences": 2}'],
+            "several answers to a prompt",
+        ),
+        (
+            ["--prompt", "a", "--generation", '{"num_beams": 2, "num_beam_groups": 7}'],
+            "transformers refused",
+        ),
     ],
 )
 def test_generate_refuses_with_one_line(
@@ -207,13 +275,17 @@ def test_generate_refuses_with_one_line(
 
 
 def test_chat_reads_only_what_is_new(split: Any, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Each turn answers as local peft does on the whole history, and sends only the tokens since the last one."""
+    """Each turn answers as local peft does on the whole history, and sends only the tokens since
+    the last one.
+    """
     chat = Chat(split, tokenizer, system="the message", max_new_tokens=6, do_sample=False)
     for turn, text in enumerate(("the desk", "of the desk", "the message of the desk")):
         said: list[str] = []
         tokens = split.meter.tokens
         whole = tokenizer.apply_chat_template(
-            [*chat.messages, {"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+            [*chat.messages, {"role": "user", "content": text}],
+            add_generation_prompt=True,
+            tokenize=False,
         )
         got = chat.say(text, said.append)
         assert got == "".join(said) == local_answer(tokenizer, whole, special=False)
@@ -226,8 +298,12 @@ def test_chat_reads_only_what_is_new(split: Any, tokenizer: PreTrainedTokenizerF
     chat.close()
 
 
-def test_stopped_answer_stays_in_the_history(split: Any, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Ctrl-C ends the answer and keeps the chat: what was said is history, and the next turn reads it."""
+def test_stopped_answer_stays_in_the_history(
+    split: Any, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Ctrl-C ends the answer and keeps the chat: what was said is history, and the next turn reads
+    it.
+    """
     chat = Chat(split, tokenizer, max_new_tokens=30, do_sample=False)
     put = []
 
@@ -240,7 +316,9 @@ def test_stopped_answer_stays_in_the_history(split: Any, tokenizer: PreTrainedTo
     assert [one["role"] for one in chat.messages] == ["user", "assistant"]
     assert chat.messages[-1]["content"].startswith("".join(put[:1]))
     whole = tokenizer.apply_chat_template(
-        [*chat.messages, {"role": "user", "content": "of"}], add_generation_prompt=True, tokenize=False
+        [*chat.messages, {"role": "user", "content": "of"}],
+        add_generation_prompt=True,
+        tokenize=False,
     )
     assert chat.say("of", lambda _: None) == local_answer(tokenizer, whole, 30, special=False)
     chat.close()
@@ -256,7 +334,17 @@ def test_failed_answer_can_be_asked_again(split: Any, tokenizer: PreTrainedToken
 
 def test_chat_command(words: list[str]) -> None:
     """`dlora chat` answers line by line, begins anew on /new, and leaves at the end of input."""
-    command = [sys.executable, "-m", "dlora", "chat", *words, "--max-new-tokens", "4", "--temperature", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "dlora",
+        "chat",
+        *words,
+        "--max-new-tokens",
+        "4",
+        "--temperature",
+        "0",
+    ]
     lines = "the desk\n" + "word " * 400 + "\n/new\nthe desk\n"
     done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -269,10 +357,27 @@ def test_chat_command(words: list[str]) -> None:
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_chat(words: list[str]) -> None:
-    """SIGINT during an answer of `dlora chat` ends that answer; the next line is answered, with its history."""
-    command = [sys.executable, "-m", "dlora", "chat", *words, "--max-new-tokens", "150", "--temperature", "0"]
+    """SIGINT during an answer of `dlora chat` ends that answer; the next line is answered, with its
+    history.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "dlora",
+        "chat",
+        *words,
+        "--max-new-tokens",
+        "150",
+        "--temperature",
+        "0",
+    ]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=0
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        bufsize=0,
     ) as process:
         timer = threading.Timer(90, process.kill)
         timer.start()
@@ -286,11 +391,15 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(words: list[str]) -> None:
         timer.cancel()
     assert process.returncode == 0
     assert text.count("[stopped]") == 1
-    assert len(text.partition("[stopped]")[2].partition("\n> ")[2]) > 0, "the next message is answered"
+    assert len(text.partition("[stopped]")[2].partition("\n> ")[2]) > 0, (
+        "the next message is answered"
+    )
 
 
 def test_continuing_takes_up_any_other_sequence(split: Any) -> None:
-    """The kept cache never shows: sequences that share all, some or nothing with it get a fresh one's answers."""
+    """The kept cache never shows: sequences that share all, some or nothing with it get a fresh
+    one's answers.
+    """
     turns, local = Continuing(split), make_local("llama", lora()).eval()
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     start = [7, 8, 9, 10, 11]
@@ -314,9 +423,14 @@ QUESTIONS = [
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_choice_scores_equal_whole_sequences(links: Links, tokenizer: PreTrainedTokenizerFast, family: str) -> None:
+def test_choice_scores_equal_whole_sequences(
+    links: Links, tokenizer: PreTrainedTokenizerFast, family: str
+) -> None:
     """Log-likelihoods over a shared prompt are those of local peft on every sequence by itself."""
-    split, local = make_split(links(family), lora(family)).eval(), make_local(family, lora(family)).eval()
+    split, local = (
+        make_split(links(family), lora(family)).eval(),
+        make_local(family, lora(family)).eval(),
+    )
     got = choice_scores(split, tokenizer, QUESTIONS)
     assert split.meter.passes == 2
     for (prompt, choices), scores in zip(QUESTIONS, got, strict=True):
@@ -337,7 +451,11 @@ def test_one_token_choices_take_one_pass(split: Any, tokenizer: PreTrainedTokeni
 
 
 def test_eval_command_scores_choices(
-    words: list[str], tmp_path: Path, split: Any, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    tmp_path: Path,
+    split: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Accuracy is the share of rows whose right choice scores highest, whatever the batches."""
     scores = choice_scores(split, tokenizer, QUESTIONS)
@@ -351,7 +469,16 @@ def test_eval_command_scores_choices(
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for batch_size in ("1", "8"):
         output = tmp_path / f"result-{batch_size}.json"
-        command = ["eval", *words, "--data", str(file), "--output", str(output), "--batch-size", batch_size]
+        command = [
+            "eval",
+            *words,
+            "--data",
+            str(file),
+            "--output",
+            str(output),
+            "--batch-size",
+            batch_size,
+        ]
         assert main(command) == 0
         found = json.loads(output.read_text())
         assert found["accuracy"] == pytest.approx(2 / 3)
@@ -362,7 +489,9 @@ def test_eval_command_scores_choices(
 def test_eval_measures_loss_and_exact_match(
     words: list[str], tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Loss is the mean over all supervised tokens, as local peft has it; exact match compares greedy answers."""
+    """Loss is the mean over all supervised tokens, as local peft has it; exact match compares
+    greedy answers.
+    """
     prompts = ["the desk", "the message of the desk", "of"]
     rows = [{"prompt": prompt, "completion": local_answer(tokenizer, prompt)} for prompt in prompts]
     rows[1]["completion"] = " no"
@@ -375,7 +504,9 @@ def test_eval_measures_loss_and_exact_match(
     total, count = 0.0, 0
     for row in rows:
         start = len(tokenizer(row["prompt"])["input_ids"])
-        ids = torch.tensor([[*tokenizer(row["prompt"] + row["completion"])["input_ids"], tokenizer.eos_token_id]])
+        ids = torch.tensor(
+            [[*tokenizer(row["prompt"] + row["completion"])["input_ids"], tokenizer.eos_token_id]]
+        )
         with torch.no_grad():
             logprobs = local(input_ids=ids).logits.log_softmax(-1)
         total -= sum(logprobs[0, i - 1, ids[0, i]].item() for i in range(start, ids.shape[1]))
@@ -414,9 +545,16 @@ def test_bad_choices_name_their_line(row: dict[str, Any], message: str) -> None:
     ]
 
 
-def test_exact_match_needs_completions(split: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """Rows of plain text have no answer to compare with, and rows with choices are scored otherwise."""
-    for row, message in (({"text": "the desk"}, "needs rows with prompt"), ({"choices": ["a"]}, "leave it out")):
+def test_exact_match_needs_completions(
+    split: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Rows of plain text have no answer to compare with, and rows with choices are scored
+    otherwise.
+    """
+    for row, message in (
+        ({"text": "the desk"}, "needs rows with prompt"),
+        ({"choices": ["a"]}, "leave it out"),
+    ):
         file = tmp_path / "rows.jsonl"
         file.write_text(json.dumps(row) + "\n")
         with pytest.raises(UsageError, match=message):
@@ -426,7 +564,9 @@ def test_exact_match_needs_completions(split: Any, tokenizer: PreTrainedTokenize
 def test_lm_eval_gives_local_numbers(
     split: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """lm-eval-harness on the split model and on local peft gives the same numbers, for choices and for answers."""
+    """lm-eval-harness on the split model and on local peft gives the same numbers, for choices and
+    for answers.
+    """
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -456,14 +596,20 @@ doc_to_text: "{{{{q}}}}"
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2, max_length=200, device="cpu")
         manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
         result = simple_evaluate(
-            lm, tasks=["choose", "answer"], task_manager=manager, log_samples=True, bootstrap_iters=0
+            lm,
+            tasks=["choose", "answer"],
+            task_manager=manager,
+            log_samples=True,
+            bootstrap_iters=0,
         )
         found.append(result)
     local, ours = found
     assert ours["results"]["choose"]["acc,none"] == local["results"]["choose"]["acc,none"]
     assert ours["results"]["choose"]["acc_norm,none"] == local["results"]["choose"]["acc_norm,none"]
     for one, other in zip(ours["samples"]["choose"], local["samples"]["choose"], strict=True):
-        scores = [[float(score) for score, _ in sample["filtered_resps"]] for sample in (one, other)]
+        scores = [
+            [float(score) for score, _ in sample["filtered_resps"]] for sample in (one, other)
+        ]
         assert scores[0] == pytest.approx(scores[1], rel=1e-4)
     for one, other in zip(ours["samples"]["answer"], local["samples"]["answer"], strict=True):
         assert one["resps"] == other["resps"]
@@ -476,16 +622,26 @@ doc_to_text: "{{{{q}}}}"
 def test_info_tells_server_adapter_and_fit(
     server: Server, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`dlora info` names model, limits, size and sites, and says whether an adapter fits a server."""
+    """`dlora info` names model, limits, size and sites, and says whether an adapter fits a
+    server.
+    """
     assert main(["info", "--server", server.address, "--adapter", str(folder)]) == 0
     text = capsys.readouterr().out
-    for part in ("example-org/llama", "21 of 21 modules at 12 sites", "3 active: 4 round trips", "rank 4", "fit"):
+    for part in (
+        "example-org/llama",
+        "21 of 21 modules at 12 sites",
+        "3 active: 4 round trips",
+        "rank 4",
+        "fit",
+    ):
         assert part in text, part
     assert text.split("fit")[-1].split("\n")[0].strip() == "yes"
     config = json.loads((folder / "adapter_config.json").read_text())
     other = tmp_path / "other"
     other.mkdir()
-    (other / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "x/y"}))
+    (other / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": "x/y"})
+    )
     import safetensors.torch
 
     tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
@@ -494,7 +650,10 @@ def test_info_tells_server_adapter_and_fit(
     assert main(["info", "--server", server.address, "--adapter", str(other)]) == 0
     text = capsys.readouterr().out
     assert "made for x/y" in text and "no: this server has no" in text and "r_proj" in text
-    wide = {name: tensor.repeat(1, 2) if "lora_A" in name else tensor for name, tensor in tensors.items()}
+    wide = {
+        name: tensor.repeat(1, 2) if "lora_A" in name else tensor
+        for name, tensor in tensors.items()
+    }
     safetensors.torch.save_file(wide, other / "adapter_model.safetensors")
     assert main(["info", "--server", server.address, "--adapter", str(other)]) == 0
     assert "has widths (128, 32), here (64, 32)" in capsys.readouterr().out
@@ -507,5 +666,7 @@ def test_info_tells_server_adapter_and_fit(
 
 def test_complete_counts_tokens(split: Any, tokenizer: PreTrainedTokenizerFast) -> None:
     """Padding behind a finished answer is not counted as new tokens."""
-    texts, num_tokens = complete(split, tokenizer, ["the desk", "of"], max_new_tokens=6, do_sample=False)
+    texts, num_tokens = complete(
+        split, tokenizer, ["the desk", "of"], max_new_tokens=6, do_sample=False
+    )
     assert len(texts) == 2 and num_tokens == 12

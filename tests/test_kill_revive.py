@@ -54,14 +54,18 @@ def choose(config: KillReviveConfig, **changes: Any) -> Any:
 
 def config(**options: Any) -> KillReviveConfig:
     """Half of the cost, no averaging."""
-    return KillReviveConfig(**({"budget": 0.5, "average": False, "revive": "none", "hysteresis": 0.0} | options))
+    return KillReviveConfig(
+        **({"budget": 0.5, "average": False, "revive": "none", "hysteresis": 0.0} | options)
+    )
 
 
 # ----------------------------------------------------------------- decisions
 
 
 def test_share_counts_sites_and_the_lowest() -> None:
-    """A set costs what it exchanges: x once a site, no gradient at the lowest; all of it costs 1."""
+    """A set costs what it exchanges: x once a site, no gradient at the lowest; all of it costs
+    1.
+    """
     assert COSTS.share([m for unit in UNITS for m in unit.modules]) == 1.0
     whole = 8 * (20 + 20) - 10
     assert COSTS.share(["u3.q"]) == pytest.approx((10 + 10) / whole)
@@ -74,12 +78,16 @@ def test_share_counts_sites_and_the_lowest() -> None:
 
 
 def test_the_best_are_kept_within_the_budget() -> None:
-    """Units with the highest scores stay, as many as the budget pays for; each gets a record with rank and reason."""
+    """Units with the highest scores stay, as many as the budget pays for; each gets a record with
+    rank and reason.
+    """
     found = choose(config())
     assert found.active == {"u7", "u6", "u5", "u4"}
     by_name = {record.unit: record for record in found.records}
     assert by_name["u7"].rank == 0 and by_name["u7"].reason == "kept" and by_name["u7"].score == 7.0
-    assert by_name["u0"].reason == "killed" and not by_name["u0"].active and by_name["u0"].step == 40
+    assert (
+        by_name["u0"].reason == "killed" and not by_name["u0"].active and by_name["u0"].step == 40
+    )
 
 
 def test_at_least_one_unit_is_active() -> None:
@@ -92,17 +100,26 @@ def test_hysteresis_favours_the_standing() -> None:
     since = dict.fromkeys(ALL, 0) | {"u4": 30}
     scores = dict.fromkeys(ALL, 1.0) | {"u4": 1.05}
     assert "u4" in choose(config(budget=0.15), scores=scores, since=since).active
-    assert "u4" not in choose(config(budget=0.15, hysteresis=0.1), scores=scores, since=since).active
+    assert (
+        "u4" not in choose(config(budget=0.15, hysteresis=0.1), scores=scores, since=since).active
+    )
 
 
 def test_score_per_cost_prefers_what_costs_little() -> None:
-    """By score per cost a module of an open site, or a small one, goes before a slightly better one that costs more."""
+    """By score per cost a module of an open site, or a small one, goes before a slightly better one
+    that costs more.
+    """
     modules = [Unit(name, (name,), i) for i in range(8) for name in (f"u{i}.q", f"u{i}.v")]
     scores = {unit.name: 1.0 for unit in modules} | {"u3.q": 3.0, "u5.q": 1.2}
     state = {"scores": scores, "active": set(scores), "since": dict.fromkeys(scores, 0)}
 
     def chosen(prefer: Any) -> frozenset[str]:
-        values: dict[str, Any] = {"step": 40, "total_steps": 100, "probes": {}, "spent": 0.0} | state
+        values: dict[str, Any] = {
+            "step": 40,
+            "total_steps": 100,
+            "probes": {},
+            "spent": 0.0,
+        } | state
         return decide(config(budget=0.17, prefer=prefer), modules, COSTS, **values).active
 
     assert chosen("score") == {"u3.q", "u5.q"}
@@ -110,26 +127,44 @@ def test_score_per_cost_prefers_what_costs_little() -> None:
 
 
 def test_cover_keeps_one_unit_for_each_band() -> None:
-    """With `cover` every band has one unit, the weakest is replaced by the best of its band, and the budget holds."""
+    """With `cover` every band has one unit, the weakest is replaced by the best of its band, and
+    the budget holds.
+    """
     cover = config(cover=True, revive="scored", revive_share=0.25)
     active, probes = {"u0", "u2", "u4", "u6"}, {"u1": 9.0, "u3": 1.0, "u5": 1.0, "u7": 8.0}
-    found = choose(cover, active=active, scores={"u0": 5.0, "u2": 4.0, "u4": 1.0, "u6": 3.0}, probes=probes)
+    found = choose(
+        cover, active=active, scores={"u0": 5.0, "u2": 4.0, "u4": 1.0, "u6": 3.0}, probes=probes
+    )
     assert found.active == {"u0", "u2", "u5", "u6"}
     reasons = {record.unit: record.reason for record in found.records}
-    assert reasons["u4"] == "killed" and reasons["u5"] == "revived, scored" and reasons["u0"] == "kept"
-    assert COSTS.share({m for unit in UNITS if unit.name in found.active for m in unit.modules}) <= 0.5
-    assert choose(config(cover=True)).active == {"u1", "u3", "u5", "u7"}  # after a warm-up: the best of each band
+    assert (
+        reasons["u4"] == "killed" and reasons["u5"] == "revived, scored" and reasons["u0"] == "kept"
+    )
+    assert (
+        COSTS.share({m for unit in UNITS if unit.name in found.active for m in unit.modules}) <= 0.5
+    )
+    assert choose(config(cover=True)).active == {
+        "u1",
+        "u3",
+        "u5",
+        "u7",
+    }  # after a warm-up: the best of each band
 
 
 def test_revival_uses_its_share() -> None:
     """A part of the budget goes to idle units: by lot, repeatably, or to the largest gradients."""
     active = ["u4", "u5", "u6", "u7"]
     state = {"active": active, "since": dict.fromkeys(active, 0)}
-    scored = choose(config(revive="scored", revive_share=0.5), probes={"u0": 1.0, "u2": 3.0, "u1": 2.0}, **state)
+    scored = choose(
+        config(revive="scored", revive_share=0.5), probes={"u0": 1.0, "u2": 3.0, "u1": 2.0}, **state
+    )
     assert scored.active == {"u7", "u6", "u2", "u1"}
     assert {r.unit: r.reason for r in scored.records}["u2"] == "revived, scored"
     assert {r.unit: r.reason for r in scored.records}["u5"] == "killed"
-    lots = {choose(config(revive="random", revive_share=0.5, seed=seed), **state).active for seed in range(8)}
+    lots = {
+        choose(config(revive="random", revive_share=0.5, seed=seed), **state).active
+        for seed in range(8)
+    }
     assert len(lots) > 1
     assert choose(config(revive="random", revive_share=0.5), **state) == choose(
         config(revive="random", revive_share=0.5), **state
@@ -145,7 +180,9 @@ def test_average_budget_pays_for_the_warmup() -> None:
 
 
 def test_cubic_budget_falls_from_one() -> None:
-    """The cubic budget falls by the cube to its end, and with `average` the run still costs the budget."""
+    """The cubic budget falls by the cube to its end, and with `average` the run still costs the
+    budget.
+    """
     cubic = config(budget=0.4, average=True, schedule="cubic", warmup=10, settle=0.5)
     spent, levels = 10.0, []
     for step in range(10, 100):
@@ -164,7 +201,9 @@ def test_decisions_are_due_after_warmup_and_until_the_final_phase() -> None:
     once = KillReviveConfig(policy="gradient", warmup=0.1, interval=20)
     assert [step for step in range(100) if is_due(once, step, 100)] == [10]
     assert is_due(KillReviveConfig(policy="random", warmup=0), 0, 100)
-    assert not is_due(KillReviveConfig(policy="gradient", warmup=0), 0, 100), "there is nothing to choose by yet"
+    assert not is_due(KillReviveConfig(policy="gradient", warmup=0), 0, 100), (
+        "there is nothing to choose by yet"
+    )
 
 
 @pytest.mark.parametrize("policy", get_args(Policy))
@@ -174,7 +213,9 @@ def test_baselines_keep_to_the_same_budget(policy: Any) -> None:
     if policy == "all":
         assert found.active == ALL
         return
-    assert COSTS.share([m for unit in UNITS if unit.name in found.active for m in unit.modules]) <= 0.5
+    assert (
+        COSTS.share([m for unit in UNITS if unit.name in found.active for m in unit.modules]) <= 0.5
+    )
     expected = {
         "last": {"u4", "u5", "u6", "u7"},
         "spread": {"u1", "u3", "u5", "u7"},
@@ -205,7 +246,9 @@ def test_options_are_checked() -> None:
 
 
 @pytest.fixture(scope="module")
-def link(cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedTokenizerFast) -> Iterator[InProcessLink]:
+def link(
+    cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedTokenizerFast
+) -> Iterator[InProcessLink]:
     """A tiny Llama with a tokenizer, in this process."""
     made = InProcessLink(cloud_models("llama"), tokenizer)
     yield made
@@ -226,20 +269,35 @@ def loop(split: Any, config: KillReviveConfig, steps: int = 16) -> KillReviver:
     return reviver
 
 
-FAST: dict[str, Any] = {"warmup": 2, "interval": 3, "final": 0.0, "budget": 0.5, "drop_steps": 2, "rewarm_steps": 2}
+FAST: dict[str, Any] = {
+    "warmup": 2,
+    "interval": 3,
+    "final": 0.0,
+    "budget": 0.5,
+    "drop_steps": 2,
+    "rewarm_steps": 2,
+}
 FAST |= {"revive": "scored"}
 
 
 @pytest.mark.parametrize("policy", get_args(Policy))
 @pytest.mark.parametrize("unit", ["site", "module"])
 def test_every_policy_trains_and_measures(link: InProcessLink, policy: Any, unit: Any) -> None:
-    """A plain loop runs with every policy and unit; only active modules have moved in the last step."""
+    """A plain loop runs with every policy and unit; only active modules have moved in the last
+    step.
+    """
     split = make_split(link, lora(target_modules="all-linear"))
     reviver = loop(split, KillReviveConfig(policy=policy, unit=unit, idle="cloud", **FAST))
     active = {module for u in reviver.units if u.name in reviver.active for module in u.modules}
     assert set(split.active_modules) == active
-    assert len(active) == len(split.adapted_modules) if policy == "all" else len(active) < len(split.adapted_modules)
-    assert all(torch.isfinite(parameter).all() for parameter in split.parameters() if parameter.numel())
+    assert (
+        len(active) == len(split.adapted_modules)
+        if policy == "all"
+        else len(active) < len(split.adapted_modules)
+    )
+    assert all(
+        torch.isfinite(parameter).all() for parameter in split.parameters() if parameter.numel()
+    )
 
 
 @pytest.mark.parametrize("signal", ["delta_norm", "norm_delta", "relative", "gradient"])
@@ -261,7 +319,9 @@ def test_signals_score_what_changed(link: InProcessLink, signal: Any) -> None:
 
 
 def test_relative_change_is_that_of_the_product(link: InProcessLink) -> None:
-    """The relative signal is the norm of the change of s B A over that of the frozen weight, by its definition."""
+    """The relative signal is the norm of the change of s B A over that of the frozen weight, by its
+    definition.
+    """
     split = make_split(link, lora())
     reviver = KillReviver(split, KillReviveConfig(unit="module", **FAST), 10)
     name = split.adapted_modules[1]
@@ -271,14 +331,20 @@ def test_relative_change_is_that_of_the_product(link: InProcessLink) -> None:
         layer.lora_A["default"].weight.mul_(1.1)
     new = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     weight = link.cloud.model.get_submodule(name).weight
-    assert reviver._scores()[name] == pytest.approx(((new - old).norm() / weight.norm()).item(), rel=1e-4)
+    assert reviver._scores()[name] == pytest.approx(
+        ((new - old).norm() / weight.norm()).item(), rel=1e-4
+    )
 
 
 def test_dropped_units_fade_and_revived_ones_start_anew(link: InProcessLink) -> None:
-    """A killed unit fades in `drop_steps`; a revived one begins without optimizer state and with small updates."""
+    """A killed unit fades in `drop_steps`; a revived one begins without optimizer state and with
+    small updates.
+    """
     split = make_split(link, lora())
     optimizer = torch.optim.AdamW(list(adapter(split).values()), lr=1e-2, weight_decay=0.0)
-    reviver = KillReviver(split, KillReviveConfig(policy="random", idle="drop", **(FAST | {"budget": 0.4})), 100)
+    reviver = KillReviver(
+        split, KillReviveConfig(policy="random", idle="drop", **(FAST | {"budget": 0.4})), 100
+    )
     data = iter(batches(12))
 
     def step() -> None:
@@ -337,11 +403,17 @@ class Rows(torch.utils.data.Dataset):
 
 
 def test_callback_in_trainer(link: InProcessLink, tmp_path: Path) -> None:
-    """One callback makes transformers' Trainer kill and revive, with a log line for every decision and unit."""
+    """One callback makes transformers' Trainer kill and revive, with a log line for every decision
+    and unit.
+    """
     split = make_split(link, lora())
     callback = KillReviveCallback(KillReviveConfig(idle="cloud", **FAST), tmp_path / "kr.jsonl")
     arguments = TrainingArguments(
-        str(tmp_path / "out"), per_device_train_batch_size=2, report_to="none", save_strategy="no", use_cpu=True
+        str(tmp_path / "out"),
+        per_device_train_batch_size=2,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
     )
     Trainer(split, arguments, train_dataset=Rows(), callbacks=[callback]).train()
     records = [json.loads(line) for line in (tmp_path / "kr.jsonl").read_text().splitlines()]
@@ -351,13 +423,17 @@ def test_callback_in_trainer(link: InProcessLink, tmp_path: Path) -> None:
     assert any(record["reason"].startswith("revived") for record in records)
 
 
-def test_callback_in_sft_trainer(link: InProcessLink, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_callback_in_sft_trainer(
+    link: InProcessLink, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     """The same callback works in trl's SFTTrainer."""
     from datasets import Dataset
 
     split = make_split(link, lora())
     callback = KillReviveCallback(KillReviveConfig(idle="cloud", **FAST))
-    rows = Dataset.from_list([{"prompt": f"desk {i}:", "completion": " the message"} for i in range(8)])
+    rows = Dataset.from_list(
+        [{"prompt": f"desk {i}:", "completion": " the message"} for i in range(8)]
+    )
     arguments = SFTConfig(
         str(tmp_path),
         per_device_train_batch_size=2,
@@ -368,7 +444,9 @@ def test_callback_in_sft_trainer(link: InProcessLink, tokenizer: PreTrainedToken
         bf16=False,
         gradient_checkpointing=False,
     )
-    SFTTrainer(split, arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[callback]).train()
+    SFTTrainer(
+        split, arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[callback]
+    ).train()
     assert len(split.active_modules) < len(split.adapted_modules)
 
 
@@ -380,9 +458,14 @@ def test_callback_wants_a_split_model(tmp_path: Path) -> None:
 
 
 def test_resumed_run_equals_one_never_stopped(link: InProcessLink, tmp_path: Path) -> None:
-    """A run that goes on from a checkpoint, wherever it was, ends with the same bits, decisions and costs."""
+    """A run that goes on from a checkpoint, wherever it was, ends with the same bits, decisions and
+    costs.
+    """
     data = tmp_path / "train.jsonl"
-    rows = [{"prompt": f"parcel {n * 37 % 91}:", "completion": f" {'north south'.split()[n % 2]}"} for n in range(24)]
+    rows = [
+        {"prompt": f"parcel {n * 37 % 91}:", "completion": f" {'north south'.split()[n % 2]}"}
+        for n in range(24)
+    ]
     data.write_text("\n".join(map(json.dumps, rows)))
 
     def settings(output: str, **changes: Any) -> TrainSettings:
@@ -418,14 +501,19 @@ def test_resumed_run_equals_one_never_stopped(link: InProcessLink, tmp_path: Pat
         record = json.loads((part / "run.json").read_text())
         (part / "run.json").write_text(json.dumps(record | {"status": "interrupted"}))
         again = train(settings(part.name, resume=True), link)
-        one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", part.name))
+        one, other = (
+            load_file(tmp_path / name / "adapter_model.safetensors")
+            for name in ("whole", part.name)
+        )
         assert all(torch.equal(one[name], other[name]) for name in one), stop
         assert again["kill_revive"] == whole["kill_revive"]
         assert (part / "kr.jsonl").read_text() == (tmp_path / "whole/kr.jsonl").read_text()
 
 
 def test_units_and_costs_come_from_the_model(link: InProcessLink) -> None:
-    """A site unit holds the modules that read the same tensor; the factored wire makes modules cheaper."""
+    """A site unit holds the modules that read the same tensor; the factored wire makes modules
+    cheaper.
+    """
     split = make_split(link, lora())
     sites, modules = units_of(split, "site"), units_of(split, "module")
     assert len(sites) == 3 and len(modules) == 9

@@ -18,7 +18,9 @@ from dlora.protocol.wire import decode
 @pytest.fixture
 def watched() -> Iterator[tuple[InProcessLink, list[pb.Begin]]]:
     """A cloud and every `Begin` that it gets."""
-    cloud = CloudModel(make_base("llama"), model_id="llama", limits=Limits(edge_first=1, edge_last=1))
+    cloud = CloudModel(
+        make_base("llama"), model_id="llama", limits=Limits(edge_first=1, edge_last=1)
+    )
     begins: list[pb.Begin] = []
     plan = cloud.plan
 
@@ -44,7 +46,9 @@ def step(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, torch.Tenso
 
 @pytest.mark.parametrize("split", [(0, 0), (1, 0), (1, 1)])
 def test_hidden_lengths_change_no_gradient(watched: Any, split: tuple[int, int]) -> None:
-    """The cloud sees rows of one length and is asked for every position, and the adapter learns just the same."""
+    """The cloud sees rows of one length and is asked for every position, and the adapter learns
+    just the same.
+    """
     link, begins = watched
     model = make_split(link, lora(), edge_layers=split)
     (batch,) = batches()
@@ -93,7 +97,9 @@ def test_noise_has_the_length_that_it_says() -> None:
 
 
 def test_long_rows_are_shortened() -> None:
-    """A row far longer than others would stand out through any noise that is scaled to the others."""
+    """A row far longer than others would stand out through any noise that is scaled to the
+    others.
+    """
     rows = torch.ones(9, 16)
     rows[3] *= 100
     found = Noise(entry=1e-6, clip=2.0).on_entry(rows).norm(dim=1)
@@ -101,7 +107,9 @@ def test_long_rows_are_shortened() -> None:
 
 
 def test_tail_noise_covers_rows_without_label() -> None:
-    """A zero gradient says "no label here"; with noise such rows have about the length of the others' noise."""
+    """A zero gradient says "no label here"; with noise such rows have about the length of the
+    others' noise.
+    """
     grads = torch.randn(400, 64)
     grads[::2] = 0
     found = Noise(tail=1.0).on_tail(grads)[::2].norm(dim=1)
@@ -110,7 +118,9 @@ def test_tail_noise_covers_rows_without_label() -> None:
 
 @pytest.mark.parametrize("which", ["entry", "tail"])
 def test_noise_reaches_the_wire_and_training_goes_on(watched: Any, which: str) -> None:
-    """Noise that is asked for changes what is sent and the gradients, and leaves them near what they were."""
+    """Noise that is asked for changes what is sent and the gradients, and leaves them near what
+    they were.
+    """
     link, begins = watched
     model = make_split(link, lora(), edge_layers=(1, 0))
     (batch,) = batches()
@@ -129,7 +139,9 @@ def test_values_that_cannot_work_are_refused(values: dict[str, float]) -> None:
         Noise(**values)
 
 
-def test_command_line(watched: Any, tmp_path: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line(
+    watched: Any, tmp_path: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`dlora train` with edge layers, noise and padding runs, and run.json says with which."""
     import json
 
@@ -137,13 +149,48 @@ def test_command_line(watched: Any, tmp_path: Any, tokenizer: Any, capsys: pytes
     from dlora.server.server import Server
 
     data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps({"prompt": "the desk " * n, "completion": "of the"}) + "\n" for n in (1, 2, 3)))
+    data.write_text(
+        "".join(
+            json.dumps({"prompt": "the desk " * n, "completion": "of the"}) + "\n"
+            for n in (1, 2, 3)
+        )
+    )
     with Server(watched[0].cloud, tokenizer) as server:
-        words = ["train", "--server", server.address, "--data", str(data), "--output", str(tmp_path / "run")]
-        words += ["--edge_first", "1", "--edge_last", "1", "--noise_entry", "0.1", "--noise_tail", "0.1"]
+        words = [
+            "train",
+            "--server",
+            server.address,
+            "--data",
+            str(data),
+            "--output",
+            str(tmp_path / "run"),
+        ]
+        words += [
+            "--edge_first",
+            "1",
+            "--edge_last",
+            "1",
+            "--noise_entry",
+            "0.1",
+            "--noise_tail",
+            "0.1",
+        ]
         words += ["--pad_to", "16", "--max_steps", "2", "--batch_size", "2"]
         assert main(words) == 0, capsys.readouterr().err
-        assert main([*words[:-4], "--max_steps", "2", "--edge_first", "2", "--output", str(tmp_path / "other")]) == 2
+        assert (
+            main(
+                [
+                    *words[:-4],
+                    "--max_steps",
+                    "2",
+                    "--edge_first",
+                    "2",
+                    "--output",
+                    str(tmp_path / "other"),
+                ]
+            )
+            == 2
+        )
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
     assert (settings["edge_first"], settings["noise_tail"], settings["pad_to"]) == (1, 0.1, 16)
     assert all(begin.length % 16 == 0 for begin in watched[1][-2:])

@@ -1,4 +1,6 @@
-"""The command that makes the paper's tables: on tiny models of its three families, and its projection by hand."""
+"""The command that makes the paper's tables: on tiny models of its three families, and its
+projection by hand.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,11 @@ TARGETS = {
 }
 ARMS = {
     "base": {"kind": "none"},
-    "FT": {"r": 4, "learning_rate": 1e-2, "kr": {"policy": "all", "signal": "delta_norm", "interval": 1}},
+    "FT": {
+        "r": 4,
+        "learning_rate": 1e-2,
+        "kr": {"policy": "all", "signal": "delta_norm", "interval": 1},
+    },
     "KR": {"r": 4, "learning_rate": 1e-2, "kr": {"budget": 0.5, "interval": 1}},
     "KR series": {"kind": "series", "r": 4, "learning_rate": 1e-2, "kr": {}, "beside": "FT"},
 }
@@ -44,7 +50,9 @@ def paper(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 @pytest.fixture
 def setting(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., list[str]]:
-    """Writes model, made-up rows and a config of a family; the words that name them on the command line."""
+    """Writes model, made-up rows and a config of a family; the words that name them on the command
+    line.
+    """
 
     def make(family: str, **values: Any) -> list[str]:
         make_base(family).save_pretrained(tmp_path / "model")
@@ -62,7 +70,9 @@ def setting(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[...,
                     }
                     for i in range(9)
                 ]
-                (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+                (folder / f"{part}.jsonl").write_text(
+                    "".join(json.dumps(row) + "\n" for row in rows)
+                )
         config = {
             "models": {family: {"id": str(tmp_path / "model"), "targets": TARGETS[family]}},
             "tasks": ["boolq", "arc_easy"],
@@ -74,7 +84,13 @@ def setting(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[...,
         }
         (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config | values))
         words = ["--config", str(tmp_path / "tiny.yaml"), "--data", str(tmp_path / "data")]
-        return [*words, "--results", str(tmp_path / "runs.jsonl"), "--images", str(tmp_path / "images")]
+        return [
+            *words,
+            "--results",
+            str(tmp_path / "runs.jsonl"),
+            "--images",
+            str(tmp_path / "images"),
+        ]
 
     return make
 
@@ -82,7 +98,10 @@ def setting(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[...,
 def runs(tmp_path: Path) -> list[dict[str, Any]]:
     """Finished runs, without what differs from one time to the next."""
     lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in ("seconds", "changed_files")} for line in lines]
+    return [
+        {name: value for name, value in line.items() if name not in ("seconds", "changed_files")}
+        for line in lines
+    ]
 
 
 @pytest.mark.parametrize("family", TARGETS)
@@ -103,8 +122,12 @@ def test_the_command_runs_every_arm_and_shows_it(
     ]
     assert first[-1]["steps"] == 6 and set(first[-1]["by_task"]) == {"boolq", "arc_easy"}
     full, kr = first[1], first[2]
-    assert sum(kr["bytes"].values()) < sum(full["bytes"].values()) and full["round_trips"] == 3 * (2 * 3 + 1)
-    assert full["variation"]["steps"] == [1, 2] and all(min(values) > 0 for values in full["variation"]["values"])
+    assert sum(kr["bytes"].values()) < sum(full["bytes"].values()) and full["round_trips"] == 3 * (
+        2 * 3 + 1
+    )
+    assert full["variation"]["steps"] == [1, 2] and all(
+        min(values) > 0 for values in full["variation"]["values"]
+    )
     paper.main(["run", *words])
     assert runs(tmp_path) == first
     capsys.readouterr()
@@ -123,8 +146,16 @@ def test_the_command_runs_every_arm_and_shows_it(
 def test_a_stopped_run_goes_on_to_the_same_result(
     paper: ModuleType, setting: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    """Stopped at any step and started again, Kill and Revive comes to the same losses, sets, bytes and accuracy."""
-    arms = {"KR": {"r": 4, "learning_rate": 1e-2, "kr": {"revive": "random", "budget": 0.7, "interval": 1, "final": 0}}}
+    """Stopped at any step and started again, Kill and Revive comes to the same losses, sets, bytes
+    and accuracy.
+    """
+    arms = {
+        "KR": {
+            "r": 4,
+            "learning_rate": 1e-2,
+            "kr": {"revive": "random", "budget": 0.7, "interval": 1, "final": 0},
+        }
+    }
     setting("llama", arms=arms, runs=[{"arms": ["KR"], "tasks": ["boolq"]}], steps=5)
     config = paper.load_config(tmp_path / "tiny.yaml")
     (spec,) = paper.specs(config)
@@ -135,7 +166,9 @@ def test_a_stopped_run_goes_on_to_the_same_result(
     found, times = None, 0
     while found is None:
         calls = itertools.count()
-        found = paper.one(spec, config, tmp_path / "data", folder, lambda calls=calls: next(calls) >= 2)
+        found = paper.one(
+            spec, config, tmp_path / "data", folder, lambda calls=calls: next(calls) >= 2
+        )
         times += 1
     assert times == 3 and not list(folder.iterdir())
     assert whole | {"seconds": 0} == found | {"seconds": 0}
@@ -149,13 +182,18 @@ def test_the_product_default_trains_the_spread_set(
         "KR": {"r": 4, "learning_rate": 1e-2, "kr": {"budget": 0.5, "interval": 1}},
         "spread": {"r": 4, "learning_rate": 1e-2, "kr": {"budget": 0.5, "policy": "spread"}},
     }
-    paper.main(["run", *setting("llama", arms=arms, runs=[{"arms": ["KR", "spread"], "tasks": ["boolq"]}])])
+    paper.main(
+        ["run", *setting("llama", arms=arms, runs=[{"arms": ["KR", "spread"], "tasks": ["boolq"]}])]
+    )
     kr, spread = runs(tmp_path)
     assert kr["losses"] == spread["losses"] and kr["bytes"] == spread["bytes"]
 
 
 def test_choices_score_the_same_one_token_or_many(
-    paper: ModuleType, setting: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    paper: ModuleType,
+    setting: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where one token tells the choices apart, the way for choices of any length is as accurate."""
     import kr
@@ -163,7 +201,9 @@ def test_choices_score_the_same_one_token_or_many(
 
     setting("llama")
     link, tokenizer = paper.open_cloud(str(tmp_path / "model"), "fp32", "cpu", "eager", "none")
-    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    config = LoraConfig(
+        r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+    )
     torch.manual_seed(0)
     model = dlora.get_peft_model(link, config, wire_dtype="fp32")
     model.head_positions = "supervised"
@@ -178,8 +218,12 @@ def test_choices_score_the_same_one_token_or_many(
     assert 0 < fast["accuracy"] < 1
 
 
-def test_quantize_is_passed_on_or_refused(paper: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A low-bit base reaches the loader where it knows one, and is refused by name where it does not."""
+def test_quantize_is_passed_on_or_refused(
+    paper: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A low-bit base reaches the loader where it knows one, and is refused by name where it does
+    not.
+    """
     asked: list[str] = []
     link = SimpleNamespace(close=lambda: None)
     model = SimpleNamespace(set_attn_implementation=lambda name: None)
@@ -190,7 +234,9 @@ def test_quantize_is_passed_on_or_refused(paper: ModuleType, monkeypatch: pytest
 
     monkeypatch.setattr("dlora.in_process", lambda model, tokenizer, model_id: link)
     monkeypatch.setattr("dlora.cloud.load.load_model", knows)
-    assert paper.open_cloud("low-bit", "fp32", "cpu", "eager", "int8")[0] is link and asked == ["int8"]
+    assert paper.open_cloud("low-bit", "fp32", "cpu", "eager", "int8")[0] is link and asked == [
+        "int8"
+    ]
     monkeypatch.setattr("dlora.cloud.load.load_model", lambda name, *, dtype, device: None)
     with pytest.raises(ValueError, match="'int4', and this version of dlora loads no low-bit base"):
         paper.open_cloud("other", "fp32", "cpu", "eager", "int4")
@@ -202,9 +248,20 @@ HUB_ROWS: dict[str, tuple[dict[str, Any], str, str]] = {
         "question: is it?\n\nAnswer format: true/false",
         "true",
     ),
-    "piqa": ({"goal": "g", "sol1": "a", "sol2": "b", "label": 1}, "g\n\nSolution1: a Solution2: b\n\n", "solution2"),
+    "piqa": (
+        {"goal": "g", "sol1": "a", "sol2": "b", "label": 1},
+        "g\n\nSolution1: a Solution2: b\n\n",
+        "solution2",
+    ),
     "social_iqa": (
-        {"context": "c.", "question": "q?", "answerA": "x", "answerB": "y", "answerC": "z", "label": "3"},
+        {
+            "context": "c.",
+            "question": "q?",
+            "answerA": "x",
+            "answerB": "y",
+            "answerC": "z",
+            "label": "3",
+        },
         *("c. q?\n\nAnswer1: x Answer2: y Answer3: z\n\n", "answer3"),
     ),
     "hellaswag": (
@@ -216,18 +273,30 @@ HUB_ROWS: dict[str, tuple[dict[str, Any], str, str]] = {
         *("s _ t\n\nOption1: a Option2: b\n\n", "option2"),
     ),
     "arc_easy": (
-        {"question": "q", "choices": {"text": ["a", "b", "c"], "label": ["1", "2", "3"]}, "answerKey": "2"},
+        {
+            "question": "q",
+            "choices": {"text": ["a", "b", "c"], "label": ["1", "2", "3"]},
+            "answerKey": "2",
+        },
         *("q\n\nAnswer1: a Answer2: b Answer3: c\n\n", "answer2"),
     ),
     "openbookqa": (
-        {"question_stem": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"},
+        {
+            "question_stem": "q",
+            "choices": {"text": ["a", "b"], "label": ["A", "B"]},
+            "answerKey": "A",
+        },
         *("q\n\nAnswer1: a Answer2: b\n\n", "answer1"),
     ),
 }
 
 
-def test_hub_rows_become_instructions(paper: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row in each hub data set's own columns becomes a question with its options and the right answer, in a file."""
+def test_hub_rows_become_instructions(
+    paper: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row in each hub data set's own columns becomes a question with its options and the right
+    answer, in a file.
+    """
     import datasets
     import paper_data
 
@@ -271,7 +340,9 @@ TEXT_ROWS = [  # (lead, question and options, right answer) -> (prompt, choices,
 
 @pytest.mark.parametrize(("given", "want"), TEXT_ROWS)
 def test_options_become_continuations(paper: ModuleType, given: Any, want: Any) -> None:
-    """A question in the options' own words has the options, and the right one, of the same question by number."""
+    """A question in the options' own words has the options, and the right one, of the same question
+    by number.
+    """
     lead, asked, answer = given
     numbers = [f"{answer[:-1]}1", f"{answer[:-1]}2"]
     text = f"{lead}: {asked}\n\nAnswer format: {'/'.join(numbers)}"
@@ -287,13 +358,27 @@ def test_options_become_continuations(paper: ModuleType, given: Any, want: Any) 
 def test_arms_may_have_modules_wire_and_base_of_their_own(
     paper: ModuleType, setting: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    """An arm's own modules, wire and byte budget are those of its run, its own low-bit base that of its spec."""
-    ours = {"targets": ["up_proj"], "wire": "factored", "r": 4, "learning_rate": 1e-2, "kr": {"share_of_ft": 0.4}}
+    """An arm's own modules, wire and byte budget are those of its run, its own low-bit base that of
+    its spec.
+    """
+    ours = {
+        "targets": ["up_proj"],
+        "wire": "factored",
+        "r": 4,
+        "learning_rate": 1e-2,
+        "kr": {"share_of_ft": 0.4},
+    }
     arms = ARMS | {"ours": ours, "FT int8": ARMS["FT"] | {"quantize": "int8"}}
-    words = setting("llama", arms=arms, form="text", runs=[{"arms": ["FT", "ours"]}], tasks=["arc_easy"])
+    words = setting(
+        "llama", arms=arms, form="text", runs=[{"arms": ["FT", "ours"]}], tasks=["arc_easy"]
+    )
     paper.main(["run", *words])
     full, mine = runs(tmp_path)
-    assert mine["settings"]["form"] == "text" and 0 <= mine["accuracy"] <= 1 and mine["eval_loss"] is None
+    assert (
+        mine["settings"]["form"] == "text"
+        and 0 <= mine["accuracy"] <= 1
+        and mine["eval_loss"] is None
+    )
     assert {name.rpartition(".")[2] for name in mine["variation"]["units"]} == {"up_proj"}
     assert 0 < sum(mine["bytes"].values()) <= 0.45 * sum(full["bytes"].values())  # and both ends
     config = paper.load_config(tmp_path / "tiny.yaml")
@@ -302,10 +387,19 @@ def test_arms_may_have_modules_wire_and_base_of_their_own(
 
 
 def test_projection_equals_arithmetic_by_hand(paper: ModuleType) -> None:
-    """Bytes, round trips and FLOPs projected for the three models are those of their public shapes."""
-    step = {"batch": 10, "length": 100, "supervised": 1, "r": 8}  # 1000 tokens, 10 of them supervised
+    """Bytes, round trips and FLOPs projected for the three models are those of their public
+    shapes.
+    """
+    step = {
+        "batch": 10,
+        "length": 100,
+        "supervised": 1,
+        "r": 8,
+    }  # 1000 tokens, 10 of them supervised
     row = 2 * 4096  # bytes of a token's hidden state in 16 bits
-    found = {name: paper.paper_tables.project(name, **step) for name in paper.paper_tables.PROJECTED}
+    found = {
+        name: paper.paper_tables.project(name, **step) for name in paper.paper_tables.PROJECTED
+    }
     llama = found["LLaMA-7B"]["FT"]
     assert llama["sent"] == row * (1000 + 10 + 32 * 3 * 1000 + 31 * 1000)
     assert llama["received"] == row * (10 + 32 * 3 * 1000 + 32 * 1000)
@@ -321,23 +415,32 @@ def test_projection_equals_arithmetic_by_hand(paper: ModuleType) -> None:
     assert found["OPT-6.7B"]["FT"]["bytes"] == llama["bytes"]
     assert found["OPT-6.7B"]["FT"]["edge"] - llama["adapters"] == 4 * 10 * 50272 * 4096
     bloom = found["BLOOM-7B1"]["FT"]
-    assert bloom["sent"] == row * (1000 + 10 + 30 * 3 * 1000 + 29 * 1000) and bloom["round trips"] == 61
+    assert (
+        bloom["sent"] == row * (1000 + 10 + 30 * 3 * 1000 + 29 * 1000)
+        and bloom["round trips"] == 61
+    )
     assert bloom["adapters"] == 2 * 1000 * 8 * (30 * (4096 + 3 * 12288 + 4096) + 29 * 4096)
     assert bloom["edge"] - bloom["adapters"] == 4 * 10 * 250880 * 4096
 
 
 @pytest.mark.parametrize("name", ["smollm2", "smollm2-text", "7b"])
 def test_configs_ask_for_all_eight_tasks(paper: ModuleType, name: str) -> None:
-    """The configs in the repository can be read, and ask for FT and Kill and Revive on each of the eight tasks."""
+    """The configs in the repository can be read, and ask for FT and Kill and Revive on each of the
+    eight tasks.
+    """
     import paper_data
 
     config = paper.load_config(ROOT / f"benchmarks/paper/{name}.yaml")
     asked = {(spec["task"], spec["arm"]) for spec in paper.specs(config)}
-    assert {(task, arm) for task in paper_data.TASKS for arm in ("base", "FT", "KR", "random")} <= asked
+    assert {
+        (task, arm) for task in paper_data.TASKS for arm in ("base", "FT", "KR", "random")
+    } <= asked
 
 
 def test_document_shows_the_result_file(paper: ModuleType) -> None:
-    """The tables of docs/reproduction.md are those that the command makes of the committed results."""
+    """The tables of docs/reproduction.md are those that the command makes of the committed
+    results.
+    """
     text = (ROOT / "docs/reproduction.md").read_text()
     for name in ("smollm2", "smollm2-text"):
         file = ROOT / f"benchmarks/paper/{name}.yaml"

@@ -20,8 +20,12 @@ from dlora.embedded import InProcessLink
 Links = Callable[[str], Any]
 
 
-def assert_same_grads(local: torch.nn.Module, split: torch.nn.Module, tolerance: float = 1e-5) -> None:
-    """For every adapter tensor: max |difference| at most `tolerance` of max |reference gradient|."""
+def assert_same_grads(
+    local: torch.nn.Module, split: torch.nn.Module, tolerance: float = 1e-5
+) -> None:
+    """For every adapter tensor: max |difference| at most `tolerance` of max |reference
+    gradient|.
+    """
     want, got = adapter(local), adapter(split)
     assert want.keys() == got.keys()
     for name, parameter in want.items():
@@ -34,10 +38,17 @@ def assert_same_grads(local: torch.nn.Module, split: torch.nn.Module, tolerance:
 @pytest.mark.parametrize("wire", ["plain", "factored"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_split_matches_local(links: Links, family: str, wire: str) -> None:
-    """Loss and every adapter gradient equal local peft's, with padding, unequal lengths and accumulation."""
-    local, split = make_local(family, lora(family)), make_split(links(family), lora(family), wire=wire)
+    """Loss and every adapter gradient equal local peft's, with padding, unequal lengths and
+    accumulation.
+    """
+    local, split = (
+        make_local(family, lora(family)),
+        make_split(links(family), lora(family), wire=wire),
+    )
     for name, parameter in adapter(local).items():
-        assert torch.equal(parameter, adapter(split)[name]), "the two must start from the same adapter"
+        assert torch.equal(parameter, adapter(split)[name]), (
+            "the two must start from the same adapter"
+        )
     for batch in batches(3):
         want, got = local(**batch).loss, split(**batch).loss
         assert got.item() == pytest.approx(want.item(), rel=1e-6)
@@ -49,7 +60,10 @@ def test_split_matches_local(links: Links, family: str, wire: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_match_local(links: Links, family: str) -> None:
     """Without labels, logits at every attended position equal local peft's."""
-    local, split = make_local(family, lora(family)).eval(), make_split(links(family), lora(family)).eval()
+    local, split = (
+        make_local(family, lora(family)).eval(),
+        make_split(links(family), lora(family)).eval(),
+    )
     batch = batches()[0]
     del batch["labels"]
     with torch.no_grad():
@@ -70,7 +84,9 @@ def test_twenty_steps_match_local(links: Links, family: str) -> None:
             model(**batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        changes.append(torch.cat([(p.detach() - start[name]).flatten() for name, p in adapter(model).items()]))
+        changes.append(
+            torch.cat([(p.detach() - start[name]).flatten() for name, p in adapter(model).items()])
+        )
     want, got = changes
     assert want.norm() > 0.01
     assert (got - want).norm() <= 1e-4 * want.norm()
@@ -102,7 +118,10 @@ def test_lora_options_match_local(links: Links, options: dict[str, Any]) -> None
 
 def test_dropout_draws_the_same_masks(links: Links) -> None:
     """Without padding LoRA dropout draws local peft's masks, so even dropout runs match."""
-    local, split = make_local("llama", lora(lora_dropout=0.3)), make_split(links("llama"), lora(lora_dropout=0.3))
+    local, split = (
+        make_local("llama", lora(lora_dropout=0.3)),
+        make_split(links("llama"), lora(lora_dropout=0.3)),
+    )
     batch = batches()[0] | {"attention_mask": torch.ones(3, 11, dtype=torch.long)}
     for model in (local, split):
         torch.manual_seed(5)
@@ -126,12 +145,17 @@ def test_left_padding_matches_local(links: Links) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_position_ids_are_honoured(links: Links, family: str) -> None:
-    """Two sequences packed into one row by position_ids give local peft's loss, not that of one long row."""
+    """Two sequences packed into one row by position_ids give local peft's loss, not that of one
+    long row.
+    """
     local, split = make_local(family, lora(family)), make_split(links(family), lora(family))
     ids = batches(rows=1, length=10)[0]["input_ids"]
     batch = {"input_ids": ids, "labels": ids}
     # transformers looks for packed sequences only where no KV cache is made; trl passes the same.
-    packed = batch | {"position_ids": torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]]), "use_cache": False}
+    packed = batch | {
+        "position_ids": torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]]),
+        "use_cache": False,
+    }
     want = local(**packed).loss.item()
     assert split(**packed).loss.item() == pytest.approx(want, rel=1e-6)
     assert split(**batch).loss.item() != pytest.approx(want, rel=1e-4)
@@ -162,23 +186,35 @@ def test_switched_off_adapter_is_the_base(links: Links) -> None:
 
 
 def test_batch_without_any_label_gives_zero_gradients(links: Links) -> None:
-    """A micro-batch with nothing to learn from is no error in a sum over many: its gradients are zero."""
+    """A micro-batch with nothing to learn from is no error in a sum over many: its gradients are
+    zero.
+    """
     split = make_split(links("llama"), lora())
     batch = batches()[0]
     batch["labels"] = torch.full_like(batch["labels"], -100)
     split(**batch, num_items_in_batch=torch.tensor(7)).loss.backward()
-    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in adapter(split).values())
+    assert all(
+        parameter.grad is not None and not parameter.grad.any()
+        for parameter in adapter(split).values()
+    )
 
 
 @pytest.mark.parametrize("wire_dtype", ["fp16", "bf16", "int8", "int4"])
 def test_short_wire_dtypes_are_close(links: Links, wire_dtype: str) -> None:
     """Fewer bytes cost gradients no more than this share of their norm, tiny losses included."""
-    local, split = make_local("llama", lora()), make_split(links("llama"), lora(), wire_dtype=wire_dtype)
+    local, split = (
+        make_local("llama", lora()),
+        make_split(links("llama"), lora(), wire_dtype=wire_dtype),
+    )
     batch = batches()[0]
     for model in (local, split):
         (1e-6 * model(**batch).loss).backward()  # plain fp16 would round these gradients to zero
-    want, got = (torch.cat([p.grad.flatten() for p in adapter(model).values()]) for model in (local, split))
-    assert (got - want).norm() <= {"fp16": 0.005, "bf16": 0.02, "int8": 0.05, "int4": 0.5}[wire_dtype] * want.norm()
+    want, got = (
+        torch.cat([p.grad.flatten() for p in adapter(model).values()]) for model in (local, split)
+    )
+    assert (got - want).norm() <= {"fp16": 0.005, "bf16": 0.02, "int8": 0.05, "int4": 0.5}[
+        wire_dtype
+    ] * want.norm()
 
 
 def test_in_process_equals_grpc_bit_for_bit(links: Links, cloud_models: Links) -> None:
@@ -194,7 +230,9 @@ def test_in_process_equals_grpc_bit_for_bit(links: Links, cloud_models: Links) -
 
 
 def test_saved_adapter_reloads_in_peft(links: Links, tmp_path: Path) -> None:
-    """The saved folder names the public model, loads in peft on the full model, and gives equal logits."""
+    """The saved folder names the public model, loads in peft on the full model, and gives equal
+    logits.
+    """
     split = make_split(links("llama"), lora())
     optimizer = torch.optim.AdamW(adapter(split).values(), lr=1e-2)
     split(**batches()[0]).loss.backward()
@@ -202,7 +240,9 @@ def test_saved_adapter_reloads_in_peft(links: Links, tmp_path: Path) -> None:
     split.save_pretrained(str(tmp_path / "adapter"))
     local = PeftModel.from_pretrained(make_base("llama"), str(tmp_path / "adapter")).eval()
     assert local.peft_config["default"].base_model_name_or_path == "example-org/llama"
-    again = dlora.load_adapter(links("llama"), tmp_path / "adapter", wire_dtype="fp32", is_trainable=False)
+    again = dlora.load_adapter(
+        links("llama"), tmp_path / "adapter", wire_dtype="fp32", is_trainable=False
+    )
     ids = batches()[0]["input_ids"]
     with torch.no_grad():
         want = local(input_ids=ids).logits
@@ -234,7 +274,9 @@ class Rows(torch.utils.data.Dataset):
         return {name: values[index] for name, values in self.batch.items()}
 
 
-def assert_same_change(local: torch.nn.Module, split: torch.nn.Module, start: dict[str, torch.Tensor]) -> None:
+def assert_same_change(
+    local: torch.nn.Module, split: torch.nn.Module, start: dict[str, torch.Tensor]
+) -> None:
     """The adapters' changes differ by at most 1e-4 of their norm."""
     want, got = (
         torch.cat([(p.detach() - start[name]).flatten() for name, p in adapter(model).items()])
@@ -245,7 +287,9 @@ def assert_same_change(local: torch.nn.Module, split: torch.nn.Module, start: di
 
 
 def test_plain_trainer_trains_the_split_model_unchanged(links: Links, tmp_path: Path) -> None:
-    """transformers' Trainer with accumulation and evaluation ends with local peft's adapter and eval loss."""
+    """transformers' Trainer with accumulation and evaluation ends with local peft's adapter and
+    eval loss.
+    """
     local, split = make_local("llama", lora()), make_split(links("llama"), lora())
     start = {name: parameter.detach().clone() for name, parameter in adapter(local).items()}
     losses = []
@@ -270,14 +314,27 @@ def test_plain_trainer_trains_the_split_model_unchanged(links: Links, tmp_path: 
 def test_sft_trainer_with_half_precision_autocast_runs(
     links: Links, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """trl's own default of bf16 autocast also trains: the loss falls, and the adapter stays fp32."""
+    """trl's own default of bf16 autocast also trains: the loss falls, and the adapter stays
+    fp32.
+    """
     from datasets import Dataset
 
-    rows = Dataset.from_list([{"prompt": f"message {n * 7}", "completion": f" desk {n % 3}"} for n in range(8)])
+    rows = Dataset.from_list(
+        [{"prompt": f"message {n * 7}", "completion": f" desk {n % 3}"} for n in range(8)]
+    )
     split = make_split(links("llama"), lora(), wire_dtype="bf16")
-    options = {"per_device_train_batch_size": 8, "max_steps": 12, "learning_rate": 2e-2, "logging_steps": 1}
-    arguments = SFTConfig(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, bf16=True, **options)
-    trainer = SFTTrainer(model=split, args=arguments, train_dataset=rows, processing_class=copy.deepcopy(tokenizer))
+    options = {
+        "per_device_train_batch_size": 8,
+        "max_steps": 12,
+        "learning_rate": 2e-2,
+        "logging_steps": 1,
+    }
+    arguments = SFTConfig(
+        output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, bf16=True, **options
+    )
+    trainer = SFTTrainer(
+        model=split, args=arguments, train_dataset=rows, processing_class=copy.deepcopy(tokenizer)
+    )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.5
@@ -287,10 +344,14 @@ def test_sft_trainer_with_half_precision_autocast_runs(
 def test_sft_trainer_trains_the_split_model_unchanged(
     links: Links, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """trl's SFTTrainer at its defaults (but fp32), on prompts and completions, ends with local peft's adapter."""
+    """trl's SFTTrainer at its defaults (but fp32), on prompts and completions, ends with local
+    peft's adapter.
+    """
     from datasets import Dataset
 
-    rows = Dataset.from_list([{"prompt": f"message {n * 7}", "completion": f" desk {n % 3}"} for n in range(8)])
+    rows = Dataset.from_list(
+        [{"prompt": f"message {n * 7}", "completion": f" desk {n % 3}"} for n in range(8)]
+    )
     local, split = make_local("llama", lora()), make_split(links("llama"), lora())
     start = {name: parameter.detach().clone() for name, parameter in adapter(local).items()}
     for name, model in (("local", local), ("split", split)):

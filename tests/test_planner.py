@@ -20,14 +20,18 @@ from dlora.training.settings import PlanSettings
 
 
 @pytest.fixture(scope="module")
-def server(cloud_models: Callable[[str], Any], tokenizer: PreTrainedTokenizerFast) -> Iterator[Server]:
+def server(
+    cloud_models: Callable[[str], Any], tokenizer: PreTrainedTokenizerFast
+) -> Iterator[Server]:
     """A tiny Llama behind gRPC."""
     with Server(cloud_models("llama"), tokenizer) as running:
         yield running
 
 
 def predicted_and_run(settings: PlanSettings, link: Any) -> tuple[Any, Any, float]:
-    """Model, prediction and seconds of a step that was run, whose bytes and round trips are those predicted."""
+    """Model, prediction and seconds of a step that was run, whose bytes and round trips are those
+    predicted.
+    """
     model, found = plan(settings, link)
     cost, seconds = check(settings, model)
     assert found.sent_bytes == pytest.approx(cost.sent_bytes, rel=0.01)
@@ -61,14 +65,25 @@ def test_bytes_and_round_trips_are_those_of_a_step(
 
 
 @pytest.mark.parametrize(
-    ("first", "last", "layers"), [(1, 0, None), (0, 1, None), (1, 1, None), (1, 1, [0, 2]), (0, 1, [2])]
+    ("first", "last", "layers"),
+    [(1, 0, None), (0, 1, None), (1, 1, None), (1, 1, [0, 2]), (0, 1, [2])],
 )
-def test_held_layers_are_planned(tmp_path: Path, first: int, last: int, layers: list[int] | None) -> None:
-    """With layers on the edge too, predicted bytes are within 1 % of a real step's, round trips equal."""
-    cloud = CloudModel(make_base("llama"), model_id="x", limits=Limits(edge_first=first, edge_last=last))
+def test_held_layers_are_planned(
+    tmp_path: Path, first: int, last: int, layers: list[int] | None
+) -> None:
+    """With layers on the edge too, predicted bytes are within 1 % of a real step's, round trips
+    equal.
+    """
+    cloud = CloudModel(
+        make_base("llama"), model_id="x", limits=Limits(edge_first=first, edge_last=last)
+    )
     with Server(cloud) as server:
         link = dlora.connect(server.address, cache=tmp_path)
-        targets = "all-linear" if layers is None else rf".*layers\.({'|'.join(map(str, layers))})\..*q_proj"
+        targets = (
+            "all-linear"
+            if layers is None
+            else rf".*layers\.({'|'.join(map(str, layers))})\..*q_proj"
+        )
         settings = PlanSettings(
             server=server.address,
             target_modules=targets,
@@ -83,9 +98,15 @@ def test_held_layers_are_planned(tmp_path: Path, first: int, last: int, layers: 
 
 
 def test_the_link_is_in_the_seconds(server: Server, tmp_path: Path) -> None:
-    """Round trip time counts once a round trip, a bandwidth by bytes in its own direction and in place of what is."""
+    """Round trip time counts once a round trip, a bandwidth by bytes in its own direction and in
+    place of what is.
+    """
     link = dlora.connect(server.address, cache=tmp_path)
-    common: dict[str, Any] = {"server": server.address, "target_modules": "q_proj,v_proj", "length": 20}
+    common: dict[str, Any] = {
+        "server": server.address,
+        "target_modules": "q_proj,v_proj",
+        "length": 20,
+    }
     near = plan(PlanSettings(**common, rtt_ms=0), link)[1]
     far = plan(PlanSettings(**common, rtt_ms=5000), link)[1]
     assert 0 <= near.link_s < 1
@@ -122,7 +143,12 @@ def test_plan_command(server: Server, capsys: pytest.CaptureFixture[str]) -> Non
     words = ["plan", "--server", server.address, "--length", "20", "--batch_size", "2"]
     assert main([*words, "--sites", "1", "--check"]) == 0
     text = capsys.readouterr().out
-    assert "1 active sites" in text and "round trips  3" in text and "bytes off by" in text and "off by" in text
+    assert (
+        "1 active sites" in text
+        and "round trips  3" in text
+        and "bytes off by" in text
+        and "off by" in text
+    )
     assert main([*words, "--sites", "9"]) == 2
     assert main([*words, "--supervised", "20"]) == 2
     assert main([*words, "--up-mbit", "0"]) == 2

@@ -1,4 +1,6 @@
-"""Rules of the project itself: generated code, documents that agree with code and results, demo data."""
+"""Rules of the project itself: generated code, documents that agree with code and results, demo
+data.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def test_generated_stubs_are_not_stale(tmp_path: Path) -> None:
     made = sorted((tmp_path / "dlora/proto").iterdir())
     assert len(made) == 3
     for file in made:
-        assert file.read_text() == (SOURCE / "proto" / file.name).read_text(), f"{file.name}: run `make stubs`"
+        assert file.read_text() == (SOURCE / "proto" / file.name).read_text(), (
+            f"{file.name}: run `make stubs`"
+        )
 
 
 def test_wire_document_states_the_protocol_version() -> None:
@@ -63,17 +67,25 @@ def test_benchmark_document_shows_the_result_file(name: str, document: str) -> N
 def demo_rows(name: str) -> list[tuple[list[str], str]]:
     """(words of the message, desk) of every row."""
     rows = [json.loads(line) for line in data_file(name).read_text().splitlines()]
-    return [(re.findall(r"[a-z']+", row["prompt"].lower())[1:-1], row["completion"].strip()) for row in rows]
+    return [
+        (re.findall(r"[a-z']+", row["prompt"].lower())[1:-1], row["completion"].strip())
+        for row in rows
+    ]
 
 
 def test_demo_data_is_fair() -> None:
-    """Over 300 training and 60 held-out rows, no five words in a row shared, no answer over 20 %."""
+    """Over 300 training and 60 held-out rows, no five words in a row shared, no answer over 20
+    %.
+    """
     train, heldout = demo_rows("train.jsonl"), demo_rows("heldout.jsonl")
     assert len(train) >= 300 and len(heldout) >= 60
     for rows in (train, heldout):
         assert max(Counter(desk for _, desk in rows).values()) <= 0.2 * len(rows)
         assert not any(desk.lower() in words for words, desk in rows)
-    grams = [{tuple(words[i : i + 5]) for words, _ in rows for i in range(len(words) - 4)} for rows in (train, heldout)]
+    grams = [
+        {tuple(words[i : i + 5]) for words, _ in rows for i in range(len(words) - 4)}
+        for rows in (train, heldout)
+    ]
     assert not grams[0] & grams[1]
     openings = Counter(tuple(words[:3]) for words, _ in train + heldout)
     assert max(openings.values()) <= 2

@@ -1,4 +1,6 @@
-"""The low-bit base: the plain model with dequantised weights, in less memory, split as any other."""
+"""The low-bit base: the plain model with dequantised weights, in less memory, split as any
+other.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,18 @@ from dlora.errors import ModelError, UsageError
 
 Links = Callable[[str, str], InProcessLink]
 FAMILIES = ("llama", "opt", "bloom")
-# Loss and gradients against local peft are those of tests/test_parity.py: the quantised base is a fixed function, and
-# both sides compute it with the same dequantised weights in fp32, so that only the order of sums differs.
+# Loss and gradients against local peft are those of tests/test_parity.py: the quantised base is a
+# fixed function, and both sides compute it with the same dequantised weights in fp32, so that only
+# the order of sums differs.
 LOSS_TOLERANCE, GRAD_TOLERANCE = 1e-6, 1e-5
-# Largest relative error of a normally distributed weight, with room: int8 measures 0.007, the 4-bit kinds 0.09.
+# Largest relative error of a normally distributed weight, with room: int8 measures 0.007, the 4-bit
+# kinds 0.09.
 ERROR = {"int8": 0.01, "int4": 0.1, "nf4": 0.1}
-BITS = {"int8": 8.6, "int4": 4.5, "nf4": 4.5}  # a scale for each row of 64 or more, for 32 weights, for 64
+BITS = {
+    "int8": 8.6,
+    "int4": 4.5,
+    "nf4": 4.5,
+}  # a scale for each row of 64 or more, for 32 weights, for 64
 
 
 def make_quantised(family: str, kind: str) -> PreTrainedModel:
@@ -73,8 +81,12 @@ def quantised_links() -> Iterator[Links]:
 @pytest.mark.parametrize("reference", ["quantised", "dequantised"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_split_matches_local(quantised_links: Links, family: str, kind: str, reference: str) -> None:
-    """Split training on a low-bit base is local peft on the same base, and on plain linears of its values."""
+def test_split_matches_local(
+    quantised_links: Links, family: str, kind: str, reference: str
+) -> None:
+    """Split training on a low-bit base is local peft on the same base, and on plain linears of its
+    values.
+    """
     base = make_quantised(family, kind)
     base = base if reference == "quantised" else dequantised(base)
     torch.manual_seed(1)
@@ -90,7 +102,9 @@ def test_split_matches_local(quantised_links: Links, family: str, kind: str, ref
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_near_and_small(kind: str) -> None:
-    """Dequantised weights are within the kind's error of the full ones, at the kind's bits a weight."""
+    """Dequantised weights are within the kind's error of the full ones, at the kind's bits a
+    weight.
+    """
     full, low = make_base("llama"), make_quantised("llama", kind)
     for name, module in full.model.layers.named_modules():
         if isinstance(module, nn.Linear):
@@ -98,7 +112,9 @@ def test_weights_are_near_and_small(kind: str) -> None:
             assert isinstance(found, QuantizedLinear)
             error = (found.weight - module.weight).norm() / module.weight.norm()
             assert 0 < error < ERROR[kind]
-            assert 8 * (found.codes.nbytes + found.scales.nbytes) <= BITS[kind] * module.weight.numel()
+            assert (
+                8 * (found.codes.nbytes + found.scales.nbytes) <= BITS[kind] * module.weight.numel()
+            )
     assert weight_bytes(low) < weight_bytes(full)
 
 
@@ -106,7 +122,9 @@ def test_weights_are_near_and_small(kind: str) -> None:
 @pytest.mark.parametrize("shape", [(3, 5), (7, 96), (64, 33)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_any_shape_and_dtype(kind: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """Groups that do not fill a weight, rows of zeros and every compute dtype keep values and dtype."""
+    """Groups that do not fill a weight, rows of zeros and every compute dtype keep values and
+    dtype.
+    """
     plain = nn.Linear(shape[1], shape[0], dtype=dtype)
     plain.weight.data[1] = 0
     low = QuantizedLinear(plain, kind)
@@ -123,7 +141,9 @@ def test_nf4_is_bitsandbytes_nf4() -> None:
     from bitsandbytes.nn import Linear4bit
 
     plain = nn.Linear(64, 96)
-    theirs = Linear4bit(64, 96, compute_dtype=torch.float32, compress_statistics=False, quant_type="nf4")
+    theirs = Linear4bit(
+        64, 96, compute_dtype=torch.float32, compress_statistics=False, quant_type="nf4"
+    )
     theirs.load_state_dict(plain.state_dict())
     theirs = theirs.requires_grad_(False).to("cpu")
     x = torch.randn(4, 64, requires_grad=True)
@@ -132,19 +152,27 @@ def test_nf4_is_bitsandbytes_nf4() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_edges_fetch_is_not_quantised(family: str) -> None:
-    """Embedding and LM head stay as they are, bit for bit; nothing but the decoder's linears changes."""
+    """Embedding and LM head stay as they are, bit for bit; nothing but the decoder's linears
+    changes.
+    """
     full, low = make_base(family), make_quantised(family, "nf4")
     assert torch.equal(low.get_input_embeddings().weight, full.get_input_embeddings().weight)
     assert torch.equal(low.get_output_embeddings().weight, full.get_output_embeddings().weight)
     assert not isinstance(low.get_output_embeddings(), QuantizedLinear)
-    changed = {name.rpartition(".")[0] for name in full.state_dict().keys() - low.state_dict().keys()}
-    linears = {name for name, module in full.get_decoder().named_modules() if isinstance(module, nn.Linear)}
+    changed = {
+        name.rpartition(".")[0] for name in full.state_dict().keys() - low.state_dict().keys()
+    }
+    linears = {
+        name for name, module in full.get_decoder().named_modules() if isinstance(module, nn.Linear)
+    }
     assert {any(name.endswith(linear) for linear in linears) for name in changed} == {True}
     assert len(changed) == len(linears)
 
 
 def test_training_keeps_no_dequantised_weight() -> None:
-    """What autograd holds between forward and backward is no larger than with a full-precision base."""
+    """What autograd holds between forward and backward is no larger than with a full-precision
+    base.
+    """
     full = CloudModel(make_base("llama"), model_id="x")
     low = CloudModel(make_quantised("llama", "nf4"), model_id="x")
     assert low.bytes_per_token <= full.bytes_per_token
@@ -152,7 +180,9 @@ def test_training_keeps_no_dequantised_weight() -> None:
 
 
 def test_description_tells_the_quantisation(quantised_links: Links) -> None:
-    """Each kind has a fingerprint of its own under the same public id, and `dlora info` names the kind."""
+    """Each kind has a fingerprint of its own under the same public id, and `dlora info` names the
+    kind.
+    """
     found = {kind: quantised_links("llama", kind).description for kind in KINDS}
     full = CloudModel(make_base("llama"), model_id="example-org/llama").describe()
     assert len({one.fingerprint for one in found.values()} | {full.fingerprint}) == len(KINDS) + 1
@@ -165,24 +195,35 @@ def test_description_tells_the_quantisation(quantised_links: Links) -> None:
 def test_adapter_of_a_low_bit_base_is_standard(quantised_links: Links, tmp_path: Path) -> None:
     """A saved adapter names the public base, and peft loads it on that base in full precision."""
     make_split(quantised_links("llama", "int8"), lora()).save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "example-org/llama"
+    assert (
+        json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == "example-org/llama"
+    )
     loaded = dlora.load_adapter(quantised_links("llama", "nf4"), tmp_path)
     assert adapter(loaded)
 
 
 def test_generation_matches_local(quantised_links: Links) -> None:
-    """Greedy tokens with a KV cache in the cloud are those of local peft on the same low-bit base."""
+    """Greedy tokens with a KV cache in the cloud are those of local peft on the same low-bit
+    base.
+    """
     base = make_quantised("llama", "nf4")
     torch.manual_seed(1)
     local = get_peft_model(base, lora()).eval()
     split = make_split(quantised_links("llama", "nf4"), lora()).eval()
     ids = batches()[0]["input_ids"]
-    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    options: dict[str, Any] = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "attention_mask": torch.ones_like(ids),
+    }
     assert torch.equal(split.generate(ids, **options), local.generate(ids, **options))
 
 
 def test_what_cannot_be_quantised_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Conv1D models, models that are quantised already, unknown kinds and a missing package are clear errors."""
+    """Conv1D models, models that are quantised already, unknown kinds and a missing package are
+    clear errors.
+    """
     with pytest.raises(ModelError, match="GPT2LMHeadModel has Conv1D"):
         quantize(make_base("gpt2"), "int8")
     with pytest.raises(UsageError, match="got 'int3', want none or one of int8, int4, nf4"):
@@ -205,19 +246,25 @@ def test_what_cannot_be_quantised_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_serve_command(model_folder: Path, tmp_path: Path) -> None:
-    """`dlora serve --quantize` serves a low-bit base over a socket, trains an edge, and says what it is."""
+    """`dlora serve --quantize` serves a low-bit base over a socket, trains an edge, and says what
+    it is.
+    """
     with serving(str(model_folder), "--quantize", "int4") as address:
         link = dlora.connect(address, cache=tmp_path)
         split = make_split(link, lora())
         assert split(**batches()[0]).loss.isfinite()
-        assert dict(describe_server(address, link.description))["model"].endswith("float32, int4 weights")
+        assert dict(describe_server(address, link.description))["model"].endswith(
+            "float32, int4 weights"
+        )
         link.close()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_real_model_matches_local(kind: str) -> None:
-    """Loss to 1e-6 and gradients to 1e-5 of local peft's also hold with 30 layers of trained weights in low bits."""
+    """Loss to 1e-6 and gradients to 1e-5 of local peft's also hold with 30 layers of trained
+    weights in low bits.
+    """
     loaded = load_model(DEMO_MODEL, quantize=kind)
     assert quantization(loaded.model) == kind
     link = dlora.in_process(loaded.model, loaded.tokenizer, model_id=DEMO_MODEL_ID)
@@ -230,10 +277,14 @@ def test_real_model_matches_local(kind: str) -> None:
     for model in (local, split):
         for name, parameter in adapter(model).items():
             if "lora_B" in name:
-                nn.init.normal_(parameter, std=0.01, generator=torch.Generator().manual_seed(len(name)))
+                nn.init.normal_(
+                    parameter, std=0.01, generator=torch.Generator().manual_seed(len(name))
+                )
     rows = [json.loads(line) for line in data_file("train.jsonl").read_text().splitlines()[:3]]
     tokenizer = dlora.load_tokenizer(link)
-    batch = tokenizer([row["prompt"] + row["completion"] for row in rows], return_tensors="pt", padding=True)
+    batch = tokenizer(
+        [row["prompt"] + row["completion"] for row in rows], return_tensors="pt", padding=True
+    )
     batch = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     want, got = local(**batch, labels=labels).loss, split(**batch, labels=labels).loss

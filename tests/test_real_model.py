@@ -35,7 +35,9 @@ def link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GrpcLink]:
 
 
 def test_real_model_matches_local(link: GrpcLink) -> None:
-    """Loss to 1e-6 and gradients to 1e-5 of local peft's also hold with 30 layers and trained weights."""
+    """Loss to 1e-6 and gradients to 1e-5 of local peft's also hold with 30 layers and trained
+    weights.
+    """
     config = LoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
     torch.manual_seed(0)
     local = get_peft_model(load_model(DEMO_MODEL).model, config)
@@ -44,7 +46,9 @@ def test_real_model_matches_local(link: GrpcLink) -> None:
     for model in (local, split):
         for name, parameter in adapter(model).items():
             if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.01, generator=torch.Generator().manual_seed(len(name)))
+                torch.nn.init.normal_(
+                    parameter, std=0.01, generator=torch.Generator().manual_seed(len(name))
+                )
     rows = [json.loads(line) for line in data_file("train.jsonl").read_text().splitlines()[:3]]
     texts = [row["prompt"] + row["completion"] for row in rows]
     batch = dlora.load_tokenizer(link)(texts, return_tensors="pt", padding=True)
@@ -59,7 +63,9 @@ def test_real_model_matches_local(link: GrpcLink) -> None:
 
 
 def test_real_generation_matches_local(link: GrpcLink) -> None:
-    """Greedy tokens of padded prompts equal local peft's, with drafts too, and after the cloud was lost."""
+    """Greedy tokens of padded prompts equal local peft's, with drafts too, and after the cloud was
+    lost.
+    """
     config = LoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
     torch.manual_seed(0)
     local = get_peft_model(load_model(DEMO_MODEL).model, config).eval()
@@ -68,7 +74,9 @@ def test_real_generation_matches_local(link: GrpcLink) -> None:
     for model in (local, split):
         for name, parameter in adapter(model).items():
             if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.002, generator=torch.Generator().manual_seed(len(name)))
+                torch.nn.init.normal_(
+                    parameter, std=0.002, generator=torch.Generator().manual_seed(len(name))
+                )
     tokenizer = dlora.load_tokenizer(link)
     prompts = ["The capital of France is", "One two three four, one two three four, one two"]
     batch = encode_prompts(tokenizer, prompts)
@@ -102,17 +110,34 @@ def test_demo_learns(demo: Path) -> None:
     """A dozen steps of the demo already halve the loss of the first step."""
     record = json.loads((demo / "run.json").read_text())
     state = next((demo / "checkpoints").glob("*/trainer_state.json"))
-    losses = [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
+    losses = [
+        entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry
+    ]
     assert record["steps"] >= 10
     assert record["train_loss"] < 0.5 * losses[0]
 
 
 def test_openai_client_streams_with_the_demos_adapter(demo: Path, link: GrpcLink) -> None:
-    """`dlora api` streams a chat over the demo's adapter to OpenAI's client: the tokens of `generate`."""
+    """`dlora api` streams a chat over the demo's adapter to OpenAI's client: the tokens of
+    `generate`.
+    """
     messages = [{"role": "user", "content": "Which desk mends lifts?"}]
     model = dlora.load_adapter(link, demo, is_trainable=False)
-    texts, _ = complete(model, dlora.load_tokenizer(link), [messages], max_new_tokens=12, do_sample=False)
-    command = [sys.executable, "-m", "dlora", "api", "--server", link.address, "--adapter", str(demo), "--port", "0"]
+    texts, _ = complete(
+        model, dlora.load_tokenizer(link), [messages], max_new_tokens=12, do_sample=False
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "dlora",
+        "api",
+        "--server",
+        link.address,
+        "--adapter",
+        str(demo),
+        "--port",
+        "0",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         url = next(line.split()[1] for line in process.stdout or () if line.startswith("ready"))
         with openai.OpenAI(base_url=url, api_key="-", max_retries=0) as client:

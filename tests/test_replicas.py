@@ -46,10 +46,12 @@ def kill(front: Front, address: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
+)
 def test_a_killed_replica_costs_nothing(front: Front, links: Any, tmp_path: Path) -> None:
-    """An edge knows one address, talks to a replica directly, goes on with another when that is killed, with the
-    result of an unbroken run, and Ray brings the killed one back."""
+    """An edge knows one address, talks to a replica directly, goes on with another when that is
+    killed, with the result of an unbroken run, and Ray brings the killed one back."""
     link = dlora.connect(front.address, cache=tmp_path)
     first = link.address
     assert first in {one.address for one in front.replicas} and first != front.address
@@ -65,7 +67,9 @@ def test_a_killed_replica_costs_nothing(front: Front, links: Any, tmp_path: Path
     for one, other in zip(adapter(split).values(), adapter(want).values(), strict=True):
         assert torch.allclose(one.grad, other.grad, rtol=1e-5, atol=1e-7)
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not all(one.address not in ("", first) for one in front.replicas):
+    while time.monotonic() < deadline and not all(
+        one.address not in ("", first) for one in front.replicas
+    ):
         time.sleep(0.2)
     again = dlora.connect(front.address, cache=tmp_path)
     assert len(again.description.replicas) == 2 and first not in again.description.replicas
@@ -74,7 +78,9 @@ def test_a_killed_replica_costs_nothing(front: Front, links: Any, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
+)
 def test_rolling_update_loses_no_run(front: Front, tmp_path: Path) -> None:
     """While every replica is replaced an edge goes on, and finds the new ones through the front."""
     link = dlora.connect(front.address, cache=tmp_path)

@@ -51,10 +51,14 @@ def imported_modules(file: Path) -> Iterator[tuple[int, str]]:
     """(line, full module name) of every import of this package, `from dlora import x` included."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            yield from ((node.lineno, one.name) for one in node.names if one.name.startswith("dlora."))
+            yield from (
+                (node.lineno, one.name) for one in node.names if one.name.startswith("dlora.")
+            )
         elif isinstance(node, ast.ImportFrom):
             if node.level:
-                raise AssertionError(f"{file}:{node.lineno}: relative imports hide who imports whom")
+                raise AssertionError(
+                    f"{file}:{node.lineno}: relative imports hide who imports whom"
+                )
             if node.module == "dlora":
                 yield from ((node.lineno, f"dlora.{one.name}") for one in node.names)
             elif node.module and node.module.startswith("dlora."):
@@ -87,7 +91,9 @@ def violations(source: Path = SOURCE) -> list[str]:
 
 
 def module_graph(source: Path = SOURCE) -> dict[str, set[str]]:
-    """Module -> modules of this package that it imports when it is loaded (not inside functions)."""
+    """Module -> modules of this package that it imports when it is loaded (not inside
+    functions).
+    """
     graph: dict[str, set[str]] = {}
     for file in source.rglob("*.py"):
         name = ".".join(("dlora", *file.relative_to(source).with_suffix("").parts))
@@ -135,13 +141,33 @@ def test_imports_follow_the_rooms() -> None:
         ("edge/new.py", "from dlora.cloud.model import CloudModel", "edge must not import cloud"),
         ("cloud/new.py", "from dlora.edge.link import Link", "cloud must not import edge"),
         ("server/new.py", "import dlora.edge.link", "server must not import edge"),
-        ("protocol/new.py", "from dlora.cloud.load import load_model", "protocol must not import cloud"),
+        (
+            "protocol/new.py",
+            "from dlora.cloud.load import load_model",
+            "protocol must not import cloud",
+        ),
         ("formulas.py", "from dlora.edge.meter import Meter", "formulas must not import edge"),
-        ("inference/new.py", "from dlora.kill_revive.decide import decide", "inference must not import kill_revive"),
-        ("privacy/new.py", "from dlora.training.run import train", "privacy must not import training"),
-        ("runs.py", "from dlora.training.settings import TrainSettings", "runs must not import training"),
+        (
+            "inference/new.py",
+            "from dlora.kill_revive.decide import decide",
+            "inference must not import kill_revive",
+        ),
+        (
+            "privacy/new.py",
+            "from dlora.training.run import train",
+            "privacy must not import training",
+        ),
+        (
+            "runs.py",
+            "from dlora.training.settings import TrainSettings",
+            "runs must not import training",
+        ),
         ("training/new.py", "from dlora import cli", "training must not import cli"),
-        ("edge/deep/new.py", "def f():\n    from dlora import server", "edge must not import server"),
+        (
+            "edge/deep/new.py",
+            "def f():\n    from dlora import server",
+            "edge must not import server",
+        ),
         ("cellar/new.py", "import json", "room cellar has no row"),
     ],
 )
@@ -165,7 +191,9 @@ def test_only_the_command_line_prints_or_sets_up_logging() -> None:
     """Library code raises and logs; printing and exiting is for the commands."""
     for file in SOURCE.rglob("*.py"):
         if room_of(file) not in ("cli", "__main__"):
-            assert not re.search(r"\bprint\(|sys\.exit|basicConfig|SystemExit", file.read_text()), file
+            assert not re.search(r"\bprint\(|sys\.exit|basicConfig|SystemExit", file.read_text()), (
+                file
+            )
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,9 @@ def folder(tmp_path: Path) -> Path:
 def tls(folder: Path, *, mutual: bool = False) -> TlsFiles:
     """The server's files in a folder of keys."""
     return TlsFiles(
-        certificate=folder / "server.pem", key=folder / "server.key", client_ca=folder / "ca.pem" if mutual else None
+        certificate=folder / "server.pem",
+        key=folder / "server.key",
+        client_ca=folder / "ca.pem" if mutual else None,
     )
 
 
@@ -67,8 +69,12 @@ def secured(folder: Path, cloud_models: Callable[[str], CloudModel]) -> Iterator
 
 def calls(stub: Any, metadata: Any) -> Iterator[Callable[[], Any]]:
     """Every call of the service."""
-    yield lambda: stub.Describe(pb.DescribeRequest(protocol_version=1), metadata=metadata, timeout=5)
-    yield lambda: list(stub.FetchEdgeFiles(pb.FetchEdgeFilesRequest(), metadata=metadata, timeout=5))
+    yield lambda: stub.Describe(
+        pb.DescribeRequest(protocol_version=1), metadata=metadata, timeout=5
+    )
+    yield lambda: list(
+        stub.FetchEdgeFiles(pb.FetchEdgeFilesRequest(), metadata=metadata, timeout=5)
+    )
     yield lambda: stub.PutAdapter(pb.PutAdapterRequest(), metadata=metadata, timeout=5)
     yield lambda: list(stub.Step(iter([pb.EdgeFrame()]), metadata=metadata, timeout=5))
 
@@ -100,14 +106,18 @@ def test_nothing_but_health_answers_strangers(secured: Server, folder: Path) -> 
                     call()
                 assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
                 assert caught.value.details() == "no valid token or client certificate"
-        found = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+        found = health_pb2_grpc.HealthStub(channel).Check(
+            health_pb2.HealthCheckRequest(), timeout=5
+        )
         assert found.status == health_pb2.HealthCheckResponse.SERVING
 
 
 def test_training_over_tls_with_a_token_is_the_same(
     secured: Server, folder: Path, links: Callable[[str], Any], tmp_path: Path
 ) -> None:
-    """Loss and gradients over TLS equal those over plaintext; the audit log says who and how much, and no more."""
+    """Loss and gradients over TLS equal those over plaintext; the audit log says who and how much,
+    and no more.
+    """
     name, token = keys.add_token(folder, "alice", 1)
     time.sleep(1.5)
     link = dlora.connect(secured.address, access=access(folder, token), cache=tmp_path)
@@ -123,18 +133,27 @@ def test_training_over_tls_with_a_token_is_the_same(
     text = (folder / "audit.jsonl").read_text()
     line = json.loads(text.splitlines()[-1])
     assert (line["tenant"], line["identity"], line["status"]) == ("alice", name, "OK")
-    assert line["tokens"] == int(batches()[0]["attention_mask"].sum()) and line["received_bytes"] > 1000
+    assert (
+        line["tokens"] == int(batches()[0]["attention_mask"].sum())
+        and line["received_bytes"] > 1000
+    )
     assert token not in text and (folder / "audit.jsonl").stat().st_mode & 0o077 == 0
 
 
-def test_mutual_tls(folder: Path, cloud_models: Callable[[str], CloudModel], tmp_path: Path) -> None:
-    """With client certificates asked for, one that is listed is let in; one of another authority, none, or one that
-    was revoked is not."""
+def test_mutual_tls(
+    folder: Path, cloud_models: Callable[[str], CloudModel], tmp_path: Path
+) -> None:
+    """With client certificates asked for, one that is listed is let in; one of another authority,
+    none, or one that was revoked is not."""
     name, file = keys.add_certificate(folder, "alice", 1)
     identities = Identities(folder / "identities.json")
-    with Server(cloud_models("llama"), tls=tls(folder, mutual=True), identities=identities) as server:
+    with Server(
+        cloud_models("llama"), tls=tls(folder, mutual=True), identities=identities
+    ) as server:
         mine = Access(
-            ca=folder / "ca.pem", certificate=file.with_name(file.name + ".pem"), key=file.with_name(file.name + ".key")
+            ca=folder / "ca.pem",
+            certificate=file.with_name(file.name + ".pem"),
+            key=file.with_name(file.name + ".key"),
         )
         dlora.connect(server.address, access=mine, cache=tmp_path).close()
         with pytest.raises(PeerLost, match="does not answer as a DLoRA server"):
@@ -154,12 +173,17 @@ def test_mutual_tls(folder: Path, cloud_models: Callable[[str], CloudModel], tmp
             dlora.connect(server.address, access=mine, cache=tmp_path)
 
 
-def test_revoked_token_is_refused_and_its_streams_are_cut(secured: Server, folder: Path, tmp_path: Path) -> None:
-    """Within five seconds of a revocation an open stream ends with a refusal that is final, and a new call is refused;
-    another tenant's stream goes on."""
+def test_revoked_token_is_refused_and_its_streams_are_cut(
+    secured: Server, folder: Path, tmp_path: Path
+) -> None:
+    """Within five seconds of a revocation an open stream ends with a refusal that is final, and a
+    new call is refused; another tenant's stream goes on."""
     (name, token), (_, other) = keys.add_token(folder, "alice", 1), keys.add_token(folder, "bob", 1)
     time.sleep(1.5)
-    links = [dlora.connect(secured.address, access=access(folder, one), cache=tmp_path) for one in (token, other)]
+    links = [
+        dlora.connect(secured.address, access=access(folder, one), cache=tmp_path)
+        for one in (token, other)
+    ]
     streams = [link.open() for link in links]
     for link, stream in zip(links, streams, strict=True):
         stream.send(pb.EdgeFrame(begin=begin(link)))
@@ -192,24 +216,32 @@ def begin(link: Any) -> pb.Begin:
 
 
 def test_certificates_rotate_without_restart(secured: Server, folder: Path, tmp_path: Path) -> None:
-    """A new server certificate of a new authority is taken up by a running server; a bad one changes nothing."""
+    """A new server certificate of a new authority is taken up by a running server; a bad one
+    changes nothing.
+    """
     token = keys.add_token(folder, "alice", 1)[1]
     time.sleep(1.5)
     dlora.connect(secured.address, access=access(folder, token), cache=tmp_path).close()
     keys.make_authority(fresh := tmp_path / "fresh", ["localhost", "127.0.0.1"], 1)
     for name in ("server.key", "server.pem"):
         shutil.copy2(fresh / name, folder / name)
-    dlora.connect(secured.address, access=Access(ca=fresh / "ca.pem", token=token), cache=tmp_path).close()
+    dlora.connect(
+        secured.address, access=Access(ca=fresh / "ca.pem", token=token), cache=tmp_path
+    ).close()
     with pytest.raises(PeerLost):
         dlora.connect(secured.address, access=access(folder, token), cache=tmp_path, timeout_s=1.0)
     (folder / "server.key").chmod(0o644)
     (folder / "server.key").write_text("no key")
-    dlora.connect(secured.address, access=Access(ca=fresh / "ca.pem", token=token), cache=tmp_path).close()
+    dlora.connect(
+        secured.address, access=Access(ca=fresh / "ca.pem", token=token), cache=tmp_path
+    ).close()
 
 
-def test_secrets_are_kept_close(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No secret is stored in the clear or open to others, files that are open are refused, a token never goes over
-    plaintext to another machine, and no repr shows it."""
+def test_secrets_are_kept_close(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No secret is stored in the clear or open to others, files that are open are refused, a token
+    never goes over plaintext to another machine, and no repr shows it."""
     token = keys.add_token(folder, "alice", 1)[1]
     assert token not in (folder / "identities.json").read_text()
     for file in folder.rglob("*"):
@@ -223,7 +255,9 @@ def test_secrets_are_kept_close(folder: Path, tmp_path: Path, monkeypatch: pytes
         Identities(folder / "identities.json")
     (tmp_path / "token").write_text(token)
     (tmp_path / "token").chmod(0o644)
-    settings = TrainSettings(server="x:1", data="d", output=tmp_path / "run", token_file=tmp_path / "token")
+    settings = TrainSettings(
+        server="x:1", data="d", output=tmp_path / "run", token_file=tmp_path / "token"
+    )
     with pytest.raises(UsageError, match="chmod 600"):
         _ = settings.access
     (tmp_path / "token").chmod(0o600)
@@ -246,7 +280,9 @@ def test_serving_beyond_loopback_needs_protection(folder: Path) -> None:
 
 
 def test_broken_identities_change_nothing(folder: Path) -> None:
-    """A file that was broken by hand is refused at the start, and later leaves the last good one in force."""
+    """A file that was broken by hand is refused at the start, and later leaves the last good one in
+    force.
+    """
     token = keys.add_token(folder, "alice", 1)[1]
     identities = Identities(folder / "identities.json")
     good = (folder / "identities.json").read_text()
@@ -262,18 +298,28 @@ def test_broken_identities_change_nothing(folder: Path) -> None:
 
 
 def test_keys_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The whole life of a tenant by command: authority, limits, token, certificate, listing, revocation."""
+    """The whole life of a tenant by command: authority, limits, token, certificate, listing,
+    revocation.
+    """
     where = ["--folder", str(tmp_path / "keys")]
     assert main(["keys", "init", *where, "--hosts", "example.org,192.0.2.1"]) == 0
     assert main(["keys", "init", *where]) == 2
-    assert main(["keys", "tenant", *where, "--tenant", "alice", "--limits", '{"max_streams": 2}']) == 0
-    assert main(["keys", "tenant", *where, "--tenant", "alice", "--limits", '{"max_strems": 2}']) == 2
+    assert (
+        main(["keys", "tenant", *where, "--tenant", "alice", "--limits", '{"max_streams": 2}']) == 0
+    )
+    assert (
+        main(["keys", "tenant", *where, "--tenant", "alice", "--limits", '{"max_strems": 2}']) == 2
+    )
     capsys.readouterr()
     assert main(["keys", "token", *where, "--tenant", "alice"]) == 0
     token = capsys.readouterr().out.strip()
     identities = Identities(tmp_path / "keys/identities.json")
     found = identities.authenticate(token, None)
-    assert found is not None and found.tenant == "alice" and identities.limits("alice").max_streams == 2
+    assert (
+        found is not None
+        and found.tenant == "alice"
+        and identities.limits("alice").max_streams == 2
+    )
     assert main(["keys", "certificate", *where, "--tenant", "alice"]) == 0
     assert main(["keys", "server", *where, "--hosts", "example.org"]) == 0
     capsys.readouterr()
@@ -289,11 +335,17 @@ def test_keys_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 # ----------------------------------------------------------------- tenants
 
 
-def test_uploaded_modules_are_their_owners_alone(secured: Server, folder: Path, tmp_path: Path) -> None:
-    """A frozen module that one tenant has put is not found by another, by the right hash and under the same name."""
+def test_uploaded_modules_are_their_owners_alone(
+    secured: Server, folder: Path, tmp_path: Path
+) -> None:
+    """A frozen module that one tenant has put is not found by another, by the right hash and under
+    the same name.
+    """
     tokens = [keys.add_token(folder, name, 1)[1] for name in ("alice", "bob")]
     time.sleep(1.5)
-    alice, bob = (dlora.connect(secured.address, access=access(folder, t), cache=tmp_path) for t in tokens)
+    alice, bob = (
+        dlora.connect(secured.address, access=access(folder, t), cache=tmp_path) for t in tokens
+    )
     site = alice.description.sites[0]
     module = pb.FrozenModule(
         a=encode(torch.randn(2, site.in_features), pb.FP32),
@@ -320,7 +372,9 @@ def test_uploaded_modules_are_their_owners_alone(secured: Server, folder: Path, 
 
 
 def test_adapter_room_is_each_owners() -> None:
-    """An owner over its share drops its own modules; when the whole is full, whoever holds most gives."""
+    """An owner over its share drops its own modules; when the whole is full, whoever holds most
+    gives.
+    """
     from dlora.cloud.adapter_store import AdapterStore
 
     def module(seed: int) -> pb.FrozenModule:
@@ -338,11 +392,13 @@ def test_adapter_room_is_each_owners() -> None:
 
 
 def test_quotas_refuse_with_a_hint_and_tell_of_nobody_else() -> None:
-    """Streams, memory and traffic are limited for each tenant; what is refused says when to come back, and no
-    message names another tenant or what others use."""
+    """Streams, memory and traffic are limited for each tenant; what is refused says when to come
+    back, and no message names another tenant or what others use."""
     now = [0.0]
     limits = {"alice": TenantLimits(max_streams=2, max_inflight_mib=10, mib_per_hour=36.0)}
-    tenancy = Tenancy(3, 25 << 20, lambda name: limits.get(name, TenantLimits()), clock=lambda: now[0])
+    tenancy = Tenancy(
+        3, 25 << 20, lambda name: limits.get(name, TenantLimits()), clock=lambda: now[0]
+    )
     alice, bob = tenancy.tenant("alice"), tenancy.tenant("bob")
     tenancy.open_stream(alice)
     tenancy.open_stream(alice)
@@ -376,8 +432,9 @@ def test_quotas_refuse_with_a_hint_and_tell_of_nobody_else() -> None:
 
 
 def test_slots_are_shared_by_weight_whoever_asks_more() -> None:
-    """Of one slot a tenant with eight streams gets no more than one with a single stream, and twice the weight is
-    twice the compute; a tenant that comes late does not get what it had not asked for."""
+    """Of one slot a tenant with eight streams gets no more than one with a single stream, and twice
+    the weight is twice the compute; a tenant that comes late does not get what it had not asked
+    for."""
     now = [0.0]
     slots = FairSlots(1, clock=lambda: now[0])
     got: dict[str, float] = {"many": 0.0, "one": 0.0, "double": 0.0}
@@ -398,7 +455,9 @@ def test_slots_are_shared_by_weight_whoever_asks_more() -> None:
                 if len(order) >= 200:
                     stop.set()
 
-    threads = [threading.Thread(target=stream, args=(name,)) for name in ["many"] * 8 + ["one", "double"]]
+    threads = [
+        threading.Thread(target=stream, args=(name,)) for name in ["many"] * 8 + ["one", "double"]
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -408,9 +467,11 @@ def test_slots_are_shared_by_weight_whoever_asks_more() -> None:
     assert got["double"] == pytest.approx(100, abs=12)
 
 
-def test_metrics_and_status(secured: Server, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Prometheus gets each tenant's streams, tokens, bytes and seconds, readiness follows the server, and
-    `dlora status` shows the same to a person."""
+def test_metrics_and_status(
+    secured: Server, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prometheus gets each tenant's streams, tokens, bytes and seconds, readiness follows the
+    server, and `dlora status` shows the same to a person."""
     token = keys.add_token(folder, "alice", 1)[1]
     time.sleep(1.5)
     link = dlora.connect(secured.address, access=access(folder, token), cache=tmp_path)
@@ -438,8 +499,8 @@ def test_metrics_and_status(secured: Server, folder: Path, tmp_path: Path, capsy
 def test_drain_lets_streams_finish_and_sends_new_ones_elsewhere(
     cloud_models: Callable[[str], CloudModel], tmp_path: Path
 ) -> None:
-    """A server that is told to stop finishes the micro-batch in flight; the next runs on the other address, and
-    the gradients are those of one server."""
+    """A server that is told to stop finishes the micro-batch in flight; the next runs on the other
+    address, and the gradients are those of one server."""
     cloud = cloud_models("llama")
     first = Server(cloud, options=ServerOptions(drain_s=20.0))
     first.start()
@@ -470,7 +531,9 @@ def test_drain_lets_streams_finish_and_sends_new_ones_elsewhere(
 def test_another_model_behind_the_second_address_is_refused(
     cloud_models: Callable[[str], CloudModel], tmp_path: Path
 ) -> None:
-    """An edge that moves to a server of another model stops with both fingerprints, instead of training on it."""
+    """An edge that moves to a server of another model stops with both fingerprints, instead of
+    training on it.
+    """
     first = Server(cloud_models("llama"))
     first.start()
     with Server(cloud_models("opt")) as second:
@@ -482,7 +545,11 @@ def test_another_model_behind_the_second_address_is_refused(
 
 
 def test_credential_of_another_tenant_is_not_valid(folder: Path) -> None:
-    """An id that was given to another tenant in the meantime does not keep the old one's streams alive."""
+    """An id that was given to another tenant in the meantime does not keep the old one's streams
+    alive.
+    """
     name, _ = keys.add_token(folder, "alice", 1)
     identities = Identities(folder / "identities.json")
-    assert identities.is_valid(Credential("alice", name)) and not identities.is_valid(Credential("bob", name))
+    assert identities.is_valid(Credential("alice", name)) and not identities.is_valid(
+        Credential("bob", name)
+    )

@@ -31,7 +31,9 @@ NO_PATIENCE = RetryPolicy(give_up_after_s=0.0)
 @pytest.fixture(scope="module")
 def server(cloud_models: Callable[[str], CloudModel]) -> Iterator[Server]:
     """A server that waits only a second for its edges."""
-    with Server(cloud_models("llama"), options=ServerOptions(edge_timeout_s=1.0, max_streams=4)) as running:
+    with Server(
+        cloud_models("llama"), options=ServerOptions(edge_timeout_s=1.0, max_streams=4)
+    ) as running:
         yield running
 
 
@@ -123,7 +125,9 @@ def factored(*shapes: tuple[tuple[int, int], tuple[int, int]]) -> pb.EdgeFrame:
         (factored(((7, 4), (64, 4)), ((8, 4), (32, 4))), r"got shape \[7, 4\], want \[8, 4\]"),
     ],
 )
-def test_bad_factors_end_the_stream_with_a_reason(link: GrpcLink, answer: pb.EdgeFrame, message: str) -> None:
+def test_bad_factors_end_the_stream_with_a_reason(
+    link: GrpcLink, answer: pb.EdgeFrame, message: str
+) -> None:
     """On the factored wire counts, ranks and shapes are checked before anything is multiplied."""
     stream = link.open()
     stream.send(pb.EdgeFrame(begin=begin(link, factored=True)))
@@ -238,8 +242,12 @@ def test_full_server_gives_a_retry_hint(link: GrpcLink, server: Server) -> None:
 
 
 def test_memory_limit_is_known_before_computing(tmp_path: Path) -> None:
-    """A micro-batch over all the memory is refused for good; one over what is free now is told to wait."""
-    cloud = CloudModel(make_base("llama"), model_id="x/y", limits=Limits(max_inflight_bytes=1 << 20))
+    """A micro-batch over all the memory is refused for good; one over what is free now is told to
+    wait.
+    """
+    cloud = CloudModel(
+        make_base("llama"), model_id="x/y", limits=Limits(max_inflight_bytes=1 << 20)
+    )
     with Server(cloud) as server:
         link = dlora.connect(server.address, cache=tmp_path)
         split = dlora.get_peft_model(link, lora(), wire_dtype="fp32", retry=NO_PATIENCE)
@@ -249,7 +257,13 @@ def test_memory_limit_is_known_before_computing(tmp_path: Path) -> None:
         tokens = int(0.9 * (1 << 20) / cloud.bytes_per_token)
         held.send(
             pb.EdgeFrame(
-                begin=begin(link, batch=1, length=tokens, keep=[], embeddings=encode(torch.zeros(tokens, 64), pb.FP32))
+                begin=begin(
+                    link,
+                    batch=1,
+                    length=tokens,
+                    keep=[],
+                    embeddings=encode(torch.zeros(tokens, 64), pb.FP32),
+                )
             )
         )
         held.receive()
@@ -264,13 +278,17 @@ def test_message_over_the_limit_is_refused_before_it_is_sent(tmp_path: Path) -> 
     with Server(cloud) as server:
         link = dlora.connect(server.address, cache=tmp_path)
         split = make_split(link, lora())
-        with pytest.raises(PeerError, match="over the server's limit of 0 MiB: use a smaller batch"):
+        with pytest.raises(
+            PeerError, match="over the server's limit of 0 MiB: use a smaller batch"
+        ):
             split(**batches(rows=16, length=40)[0])
         split(**batches()[0]).loss.backward()
         link.close()
 
 
-def test_measured_cost_covers_what_autograd_saves(cloud_models: Callable[[str], CloudModel]) -> None:
+def test_measured_cost_covers_what_autograd_saves(
+    cloud_models: Callable[[str], CloudModel],
+) -> None:
     """The cost known beforehand is the memory that a training step really saves, within 10 %."""
     from dlora.cloud.model import _sample_ids, _ZeroEdge
 
@@ -289,8 +307,12 @@ def test_measured_cost_covers_what_autograd_saves(cloud_models: Callable[[str], 
     assert cloud._cost_bytes(4, 100, True) == pytest.approx(sum(saved.values()), rel=0.1)
 
 
-def test_shutdown_ends_streams_with_a_clear_status(cloud_models: Callable[[str], CloudModel], tmp_path: Path) -> None:
-    """Streams in flight end with UNAVAILABLE and the reason; the edge may try elsewhere or later."""
+def test_shutdown_ends_streams_with_a_clear_status(
+    cloud_models: Callable[[str], CloudModel], tmp_path: Path
+) -> None:
+    """Streams in flight end with UNAVAILABLE and the reason; the edge may try elsewhere or
+    later.
+    """
     server = Server(cloud_models("llama"))
     server.start()
     link = dlora.connect(server.address, cache=tmp_path)
@@ -312,13 +334,17 @@ def test_health_check_answers(server: Server) -> None:
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
-def test_taken_port_is_a_clear_error(server: Server, cloud_models: Callable[[str], CloudModel]) -> None:
+def test_taken_port_is_a_clear_error(
+    server: Server, cloud_models: Callable[[str], CloudModel]
+) -> None:
     """A second server on the port is refused instead of sharing it unnoticed."""
     with pytest.raises(UsageError, match=f"cannot listen on 127.0.0.1:{server.port}"):
         Server(cloud_models("llama"), port=server.port).start()
 
 
-def test_two_edges_at_once_get_what_they_get_alone(cloud_models: Callable[[str], CloudModel], tmp_path: Path) -> None:
+def test_two_edges_at_once_get_what_they_get_alone(
+    cloud_models: Callable[[str], CloudModel], tmp_path: Path
+) -> None:
     """Two edges whose micro-batches interleave each end with the very bits of their run alone."""
 
     def run(split: Any, seed: int, turn: Callable[[], Any] = lambda: None) -> list[torch.Tensor]:
@@ -335,10 +361,15 @@ def test_two_edges_at_once_get_what_they_get_alone(cloud_models: Callable[[str],
         link = dlora.connect(server.address, cache=tmp_path)
         alone = [run(make_split(link, lora(), seed=seed), seed) for seed in (1, 2)]
         links = [link, dlora.connect(server.address, cache=tmp_path)]
-        splits = [make_split(one, lora(), seed=seed) for one, seed in zip(links, (1, 2), strict=True)]
+        splits = [
+            make_split(one, lora(), seed=seed) for one, seed in zip(links, (1, 2), strict=True)
+        ]
         barrier = threading.Barrier(2, timeout=30)
         with futures.ThreadPoolExecutor() as pool:
-            running = [pool.submit(run, split, seed, barrier.wait) for split, seed in zip(splits, (1, 2), strict=True)]
+            running = [
+                pool.submit(run, split, seed, barrier.wait)
+                for split, seed in zip(splits, (1, 2), strict=True)
+            ]
             together = [one.result() for one in running]
         for one in links:
             one.close()
@@ -360,7 +391,9 @@ def test_other_protocol_version_is_refused_with_both(tmp_path: Path) -> None:
     rpc.add_DLoRAServicer_to_server(_OtherService(), other)
     port = other.add_insecure_port("127.0.0.1:0")
     other.start()
-    with pytest.raises(PeerError, match=f"protocol {PROTOCOL_VERSION + 1}, this edge {PROTOCOL_VERSION}"):
+    with pytest.raises(
+        PeerError, match=f"protocol {PROTOCOL_VERSION + 1}, this edge {PROTOCOL_VERSION}"
+    ):
         dlora.connect(f"127.0.0.1:{port}", cache=tmp_path)
     other.stop(None)
 
@@ -406,7 +439,9 @@ def hostile(link: GrpcLink, tmp_path: Path) -> Iterator[tuple[_Hostile, Callable
     running.stop(None)
 
 
-def site_input(site: int = 0, shape: tuple[int, int] = (24, 64), value: float = 0.0) -> pb.CloudFrame:
+def site_input(
+    site: int = 0, shape: tuple[int, int] = (24, 64), value: float = 0.0
+) -> pb.CloudFrame:
     """An input frame for a batch of 24 tokens."""
     return pb.CloudFrame(input=pb.SiteInput(site=site, x=encode(torch.full(shape, value), pb.FP32)))
 
@@ -432,13 +467,19 @@ def test_hostile_cloud_is_stopped_by_name(
     split = make_split(connect(), lora())
     before = {key: parameter.detach().clone() for key, parameter in adapter(split).items()}
     with pytest.raises((WireError, PeerError), match=message):
-        split(**batches(rows=4, length=6)[0] | {"attention_mask": torch.ones(4, 6, dtype=torch.long)})
+        split(
+            **batches(rows=4, length=6)[0] | {"attention_mask": torch.ones(4, 6, dtype=torch.long)}
+        )
     assert all(torch.equal(before[key], parameter) for key, parameter in adapter(split).items())
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("../evil.py", "not on the list"), ("modeling_evil.py", "not on the list"), ("tokenizer.json", "SHA-256")],
+    [
+        ("../evil.py", "not on the list"),
+        ("modeling_evil.py", "not on the list"),
+        ("tokenizer.json", "SHA-256"),
+    ],
 )
 def test_edge_files_with_code_paths_or_other_bytes_are_refused(
     hostile: tuple[_Hostile, Callable[[], GrpcLink]], tmp_path: Path, name: str, message: str
@@ -454,8 +495,12 @@ def test_edge_files_with_code_paths_or_other_bytes_are_refused(
 
 
 def test_forbidden_and_unknown_targets_are_named(tmp_path: Path) -> None:
-    """A module that the provider withholds, or that does not exist, is refused with what there is."""
-    cloud = CloudModel(make_base("llama"), model_id="x/y", allowed=lambda name: name.endswith(("q_proj", "v_proj")))
+    """A module that the provider withholds, or that does not exist, is refused with what there
+    is.
+    """
+    cloud = CloudModel(
+        make_base("llama"), model_id="x/y", allowed=lambda name: name.endswith(("q_proj", "v_proj"))
+    )
     with Server(cloud) as server:
         link = dlora.connect(server.address, cache=tmp_path)
         make_split(link, lora(target_modules=["q_proj", "v_proj"]))(**batches()[0]).loss.backward()
@@ -465,6 +510,8 @@ def test_forbidden_and_unknown_targets_are_named(tmp_path: Path) -> None:
             make_split(link, lora(target_modules=["qkv"]))
         stream = link.open()  # an edge that does not check for itself
         stream.send(pb.EdgeFrame(begin=begin(link)))
-        with pytest.raises(PeerError, match="does not allow adapters on model.layers.0.self_attn.k_proj"):
+        with pytest.raises(
+            PeerError, match="does not allow adapters on model.layers.0.self_attn.k_proj"
+        ):
             stream.receive()
         link.close()

@@ -34,7 +34,9 @@ DESKS = ("north", "south", "east", "west")
 
 
 @pytest.fixture(scope="module")
-def link(cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedTokenizerFast) -> Iterator[InProcessLink]:
+def link(
+    cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedTokenizerFast
+) -> Iterator[InProcessLink]:
     """A tiny Llama with a tokenizer, in this process."""
     made = InProcessLink(cloud_models("llama"), tokenizer)
     yield made
@@ -42,7 +44,9 @@ def link(cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedTokeniz
 
 
 @pytest.fixture(scope="module")
-def server(cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedTokenizerFast) -> Iterator[Server]:
+def server(
+    cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedTokenizerFast
+) -> Iterator[Server]:
     """The same behind gRPC, for the command line."""
     with Server(cloud_models("llama"), tokenizer) as running:
         yield running
@@ -52,7 +56,9 @@ def server(cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedToken
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 rows of prompt and completion."""
     file = tmp_path_factory.mktemp("data") / "train.jsonl"
-    rows = [{"prompt": f"parcel {n * 37 % 91}:", "completion": f" {DESKS[n % 4]}"} for n in range(24)]
+    rows = [
+        {"prompt": f"parcel {n * 37 % 91}:", "completion": f" {DESKS[n % 4]}"} for n in range(24)
+    ]
     file.write_text("\n".join(map(json.dumps, rows)))
     return file
 
@@ -116,27 +122,43 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def test_run_leaves_adapter_and_record(link: InProcessLink, data: Path, tmp_path: Path) -> None:
-    """A run ends with an adapter that peft loads and a run.json with settings, versions and exact costs."""
-    record = train(settings(data, tmp_path / "run", eval_data=str(data), eval_steps=3, save_steps=3), link)
+    """A run ends with an adapter that peft loads and a run.json with settings, versions and exact
+    costs.
+    """
+    record = train(
+        settings(data, tmp_path / "run", eval_data=str(data), eval_steps=3, save_steps=3), link
+    )
     assert record == json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["status"] == "finished" and record["steps"] == 6
     assert record["model_id"] == "example-org/llama"
     assert record["eval_loss"] < 6 and record["best_eval_loss"] <= record["eval_loss"]
     cost = record["cost"]
-    assert min(cost[name] for name in ("sent_bytes", "received_bytes", "adapter_flops", "head_flops", "tokens")) > 0
+    assert (
+        min(
+            cost[name]
+            for name in ("sent_bytes", "received_bytes", "adapter_flops", "head_flops", "tokens")
+        )
+        > 0
+    )
     assert cost["micro_batches"] == 12 + 2 * 3
     state = json.loads((tmp_path / "run/checkpoints/checkpoint-6/trainer_state.json").read_text())
     step = next(entry for entry in state["log_history"] if "loss" in entry)
     assert step["sent_mb"] > 0 and step["round_trips"] == 14 and step["tokens_per_second"] > 0
     local = PeftModel.from_pretrained(make_base("llama"), str(tmp_path / "run"))
-    assert any(parameter.abs().max() > 0 for name, parameter in local.named_parameters() if "lora_B" in name)
+    assert any(
+        parameter.abs().max() > 0
+        for name, parameter in local.named_parameters()
+        if "lora_B" in name
+    )
 
 
 @pytest.mark.parametrize("stop_at", [1, 3])
 def test_resumed_run_equals_one_never_stopped(
     link: InProcessLink, data: Path, tmp_path: Path, interrupt_at: Callable[..., None], stop_at: int
 ) -> None:
-    """Ctrl-C finishes the step and saves; --resume ends with the very bits of a run never stopped."""
+    """Ctrl-C finishes the step and saves; --resume ends with the very bits of a run never
+    stopped.
+    """
     interrupt_at(None)
     whole = train(settings(data, tmp_path / "whole"), link)
     interrupt_at(stop_at)
@@ -150,7 +172,9 @@ def test_resumed_run_equals_one_never_stopped(
         assert resumed["cost"][name] == whole["cost"][name], name
 
 
-def test_half_written_checkpoint_is_passed_over(link: InProcessLink, data: Path, tmp_path: Path) -> None:
+def test_half_written_checkpoint_is_passed_over(
+    link: InProcessLink, data: Path, tmp_path: Path
+) -> None:
     """A newest checkpoint that a crash left incomplete costs its steps, not the run."""
     train(settings(data, tmp_path / "whole"), link)
     train(settings(data, tmp_path / "run"), link)
@@ -162,13 +186,20 @@ def test_half_written_checkpoint_is_passed_over(link: InProcessLink, data: Path,
     assert same(tmp_path / "whole", tmp_path / "run")
 
 
-def test_existing_runs_are_never_overwritten(link: InProcessLink, data: Path, tmp_path: Path) -> None:
+def test_existing_runs_are_never_overwritten(
+    link: InProcessLink, data: Path, tmp_path: Path
+) -> None:
     """A folder with a run is only ever resumed, with the same settings, and only if unfinished."""
     train(settings(data, tmp_path / "run", max_steps=1, save_steps=1), link)
     with pytest.raises(UsageError, match="already holds a run"):
         train(settings(data, tmp_path / "run"), link)
     with pytest.raises(UsageError, match="these settings differ.*: learning_rate"):
-        train(settings(data, tmp_path / "run", resume=True, max_steps=1, save_steps=1, learning_rate=1.0), link)
+        train(
+            settings(
+                data, tmp_path / "run", resume=True, max_steps=1, save_steps=1, learning_rate=1.0
+            ),
+            link,
+        )
     with pytest.raises(UsageError, match="finished"):
         train(settings(data, tmp_path / "run", resume=True, max_steps=1, save_steps=1), link)
     with pytest.raises(UsageError, match="holds no run"):
@@ -180,19 +211,36 @@ def test_existing_runs_are_never_overwritten(link: InProcessLink, data: Path, tm
 
 
 def test_starting_from_an_existing_adapter(link: InProcessLink, data: Path, tmp_path: Path) -> None:
-    """A run can start from a saved adapter: its first loss is near where the other ended, not at the base."""
+    """A run can start from a saved adapter: its first loss is near where the other ended, not at
+    the base.
+    """
     first = train(settings(data, tmp_path / "one", epochs=4.0, lora_dropout=0.0), link)
-    second = train(settings(data, tmp_path / "two", adapter=tmp_path / "one", max_steps=1, learning_rate=1e-9), link)
+    second = train(
+        settings(data, tmp_path / "two", adapter=tmp_path / "one", max_steps=1, learning_rate=1e-9),
+        link,
+    )
     base = train(settings(data, tmp_path / "base", max_steps=1, learning_rate=1e-9), link)
     assert second["train_loss"] < base["train_loss"] - 1
     assert second["train_loss"] == pytest.approx(first["train_loss"], abs=1)
     assert not same(tmp_path / "one", tmp_path / "base")
 
 
-def test_early_stopping_keeps_the_best_adapter(link: InProcessLink, data: Path, tmp_path: Path) -> None:
+def test_early_stopping_keeps_the_best_adapter(
+    link: InProcessLink, data: Path, tmp_path: Path
+) -> None:
     """Evaluation that gets worse ends the run early, with the adapter of the best evaluation."""
-    options = {"eval_data": str(data), "eval_steps": 1, "save_steps": 1, "early_stopping_patience": 2}
-    record = train(settings(data, tmp_path / "run", learning_rate=3.0, max_grad_norm=0.0, epochs=5.0, **options), link)
+    options = {
+        "eval_data": str(data),
+        "eval_steps": 1,
+        "save_steps": 1,
+        "early_stopping_patience": 2,
+    }
+    record = train(
+        settings(
+            data, tmp_path / "run", learning_rate=3.0, max_grad_norm=0.0, epochs=5.0, **options
+        ),
+        link,
+    )
     assert record["steps"] < 30
     best = Path(record["best_checkpoint"])
     assert same(best, tmp_path / "run")
@@ -202,7 +250,9 @@ def test_nan_stops_before_the_update(link: InProcessLink, data: Path, tmp_path: 
     """A gradient that is not finite is never applied, and the last checkpoint stays usable."""
 
     class Poison(TrainerCallback):
-        def on_substep_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        def on_substep_end(
+            self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+        ) -> None:
             if state.global_step == 3:
                 next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("nan"))
 
@@ -229,16 +279,30 @@ def test_nan_stops_before_the_update(link: InProcessLink, data: Path, tmp_path: 
         ("", "no rows"),
         ("\n\n", "no rows"),
         ('{"question": "a"}', r"x\.jsonl:1: got columns question; want columns `prompt` and"),
-        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}', r"x\.jsonl:2: `completion` is missing or empty"),
+        (
+            '{"prompt": "a", "completion": "b"}\n{"prompt": "a"}',
+            r"x\.jsonl:2: `completion` is missing or empty",
+        ),
         ('{"prompt": "a", "completion": "b"}\nnot json', r"x\.jsonl:2: not JSON"),
         ('{"prompt": "a", "completion": 3}', r"x\.jsonl:1: `completion` is a int, want text"),
         ("[1]", r"x\.jsonl:1: got a list, want one JSON object"),
-        ('{"messages": [{"role": "user", "content": "a"}]}', r"x\.jsonl:1: the last of at least two messages"),
-        ('{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}', r"x\.jsonl:1: `messages` must be"),
-        ('{"prompt": "' + "a" * 600 + '", "completion": "b"}', r"x\.jsonl:1: 6\d\d tokens, max_length is 512; 1 of 1"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}]}',
+            r"x\.jsonl:1: the last of at least two messages",
+        ),
+        (
+            '{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}',
+            r"x\.jsonl:1: `messages` must be",
+        ),
+        (
+            '{"prompt": "' + "a" * 600 + '", "completion": "b"}',
+            r"x\.jsonl:1: 6\d\d tokens, max_length is 512; 1 of 1",
+        ),
     ],
 )
-def test_bad_data_names_file_and_line(link: InProcessLink, tmp_path: Path, rows: str, message: str) -> None:
+def test_bad_data_names_file_and_line(
+    link: InProcessLink, tmp_path: Path, rows: str, message: str
+) -> None:
     """Rows that cannot be used are refused with file, line and what is wanted, before any step."""
     (tmp_path / "x.jsonl").write_text(rows)
     with pytest.raises(DataError, match=message):
@@ -253,33 +317,56 @@ def test_bad_data_names_file_and_line(link: InProcessLink, tmp_path: Path, rows:
         ("a.jsonl", '{"text": "the north desk"}\n{"text": "the south desk"}'),
         (
             "b.jsonl",
-            '{"messages": [{"role": "user", "content": "parcel"}, {"role": "assistant", "content": "north"}]}\n' * 2,
+            '{"messages": [{"role": "user", "content": "parcel"}, '
+            '{"role": "assistant", "content": "north"}]}\n' * 2,
         ),
     ],
 )
-def test_every_form_of_data_trains(link: InProcessLink, tmp_path: Path, name: str, content: str) -> None:
+def test_every_form_of_data_trains(
+    link: InProcessLink, tmp_path: Path, name: str, content: str
+) -> None:
     """CSV, text and chat messages all make a finished run."""
     (tmp_path / name).write_text(content)
     options = {"batch_size": 2, "gradient_accumulation_steps": 1}
-    assert train(settings(tmp_path / name, tmp_path / "run", **options), link)["status"] == "finished"
+    assert (
+        train(settings(tmp_path / name, tmp_path / "run", **options), link)["status"] == "finished"
+    )
 
 
 def test_only_completions_are_supervised(link: InProcessLink, tmp_path: Path) -> None:
-    """With messages the loss is on the last answer alone: the head ran for its tokens and no others."""
+    """With messages the loss is on the last answer alone: the head ran for its tokens and no
+    others.
+    """
     answer = "north"
-    rows = [{"messages": [{"role": "user", "content": "x" * 80}, {"role": "assistant", "content": answer}]}] * 2
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "x" * 80},
+                {"role": "assistant", "content": answer},
+            ]
+        }
+    ] * 2
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    record = train(settings(tmp_path / "a.jsonl", tmp_path / "run", gradient_accumulation_steps=1), link)
+    record = train(
+        settings(tmp_path / "a.jsonl", tmp_path / "run", gradient_accumulation_steps=1), link
+    )
     per_row = 2 * 2 * 300 * 64  # forward and backward of one row of the head
     assert record["cost"]["head_flops"] / per_row <= 2 * (len(answer) + 4) + 1
 
 
 @pytest.mark.parametrize("overlong", ["drop", "truncate"])
-def test_overlong_rows_can_be_dropped_or_truncated(link: InProcessLink, tmp_path: Path, overlong: str) -> None:
+def test_overlong_rows_can_be_dropped_or_truncated(
+    link: InProcessLink, tmp_path: Path, overlong: str
+) -> None:
     """With the option set, long rows cost a warning instead of the run."""
     rows = [{"prompt": "a" * (40 if n else 4), "completion": " north"} for n in range(6)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    options = {"max_length": 30, "overlong": overlong, "batch_size": 6, "gradient_accumulation_steps": 1}
+    options = {
+        "max_length": 30,
+        "overlong": overlong,
+        "batch_size": 6,
+        "gradient_accumulation_steps": 1,
+    }
     record = train(settings(tmp_path / "a.jsonl", tmp_path / "run", **options), link)
     assert record["cost"]["tokens"] == (30 * 5 + 11 if overlong == "truncate" else 11)
 
@@ -309,9 +396,16 @@ def test_bad_settings_are_refused_by_name(
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("use_dora", True), ("bias", "all"), ("modules_to_save", ["lm_head"]), ("init_lora_weights", "pissa")],
+    [
+        ("use_dora", True),
+        ("bias", "all"),
+        ("modules_to_save", ["lm_head"]),
+        ("init_lora_weights", "pissa"),
+    ],
 )
-def test_unsupported_lora_options_are_refused_by_name(link: InProcessLink, option: str, value: Any) -> None:
+def test_unsupported_lora_options_are_refused_by_name(
+    link: InProcessLink, option: str, value: Any
+) -> None:
     """What needs the base weights is refused with the option's name, never silently wrong."""
     from peft import LoraConfig
 
@@ -319,8 +413,12 @@ def test_unsupported_lora_options_are_refused_by_name(link: InProcessLink, optio
         dlora.get_peft_model(link, LoraConfig(target_modules=["q_proj"], **{option: value}))
 
 
-def test_adapter_that_does_not_fit_is_refused(link: InProcessLink, data: Path, tmp_path: Path) -> None:
-    """Adapter folders that are missing, of other shapes or of other modules are refused with the reason."""
+def test_adapter_that_does_not_fit_is_refused(
+    link: InProcessLink, data: Path, tmp_path: Path
+) -> None:
+    """Adapter folders that are missing, of other shapes or of other modules are refused with the
+    reason.
+    """
     with pytest.raises(UsageError, match="holds no adapter"):
         dlora.load_adapter(link, tmp_path)
     train(settings(data, tmp_path / "run", max_steps=1), link)
@@ -328,20 +426,28 @@ def test_adapter_that_does_not_fit_is_refused(link: InProcessLink, data: Path, t
     (tmp_path / "run/adapter_config.json").write_text(json.dumps(config | {"r": 3}))
     with pytest.raises(UsageError, match="does not fit example-org/llama"):
         dlora.load_adapter(link, tmp_path / "run")
-    (tmp_path / "run/adapter_config.json").write_text(json.dumps(config | {"target_modules": ["o_proj"]}))
+    (tmp_path / "run/adapter_config.json").write_text(
+        json.dumps(config | {"target_modules": ["o_proj"]})
+    )
     with pytest.raises(UsageError, match="does not fit example-org/llama"):
         dlora.load_adapter(link, tmp_path / "run")
 
 
 def cli(*words: str) -> subprocess.CompletedProcess[str]:
     """`dlora` as a user starts it."""
-    return subprocess.run([sys.executable, "-m", "dlora", *words], capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "dlora", *words], capture_output=True, text=True, timeout=120
+    )
 
 
-def test_command_line_trains_from_yaml_and_flags(server: Server, data: Path, tmp_path: Path) -> None:
+def test_command_line_trains_from_yaml_and_flags(
+    server: Server, data: Path, tmp_path: Path
+) -> None:
     """Settings come from YAML, flags override them, and the result names cost and folder."""
     file = tmp_path / "run.yaml"
-    file.write_text(f"server: {server.address}\ndata: {data}\noutput: {tmp_path / 'run'}\nmax_steps: 5\nr: 4\n")
+    file.write_text(
+        f"server: {server.address}\ndata: {data}\noutput: {tmp_path / 'run'}\nmax_steps: 5\nr: 4\n"
+    )
     done = cli("train", "--config", str(file), "--max-steps", "2", "--report_to", "[tensorboard]")
     assert done.returncode == 0, done.stderr
     assert "finished after 2 steps" in done.stdout and "MB up" in done.stdout
@@ -360,10 +466,24 @@ def test_command_line_trains_from_yaml_and_flags(server: Server, data: Path, tmp
     ],
 )
 def test_user_errors_are_one_line(
-    server: Server, data: Path, tmp_path: Path, flags: list[str], message: str, capfd: pytest.CaptureFixture[str]
+    server: Server,
+    data: Path,
+    tmp_path: Path,
+    flags: list[str],
+    message: str,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """User errors end with one line that says what to do, and no traceback."""
-    words = ["train", "--server", server.address, "--data", str(data), "--output", str(tmp_path / "run"), *flags]
+    words = [
+        "train",
+        "--server",
+        server.address,
+        "--data",
+        str(data),
+        "--output",
+        str(tmp_path / "run"),
+        *flags,
+    ]
     try:
         code = main(words)
     except SystemExit as exit_:
@@ -374,10 +494,25 @@ def test_user_errors_are_one_line(
     assert "Traceback" not in captured.err
 
 
-@pytest.mark.parametrize(("limit", "message"), [(1024, "File too large"), (30_000, "cannot write: is the disk full?")])
-def test_full_disk_keeps_what_was_saved(server: Server, data: Path, tmp_path: Path, limit: int, message: str) -> None:
-    """When nothing more can be written the run ends with one line, and earlier checkpoints still resume."""
-    words = ["--server", server.address, "--data", str(data), "--output", str(tmp_path / "run"), "--save_steps", "1"]
+@pytest.mark.parametrize(
+    ("limit", "message"), [(1024, "File too large"), (30_000, "cannot write: is the disk full?")]
+)
+def test_full_disk_keeps_what_was_saved(
+    server: Server, data: Path, tmp_path: Path, limit: int, message: str
+) -> None:
+    """When nothing more can be written the run ends with one line, and earlier checkpoints still
+    resume.
+    """
+    words = [
+        "--server",
+        server.address,
+        "--data",
+        str(data),
+        "--output",
+        str(tmp_path / "run"),
+        "--save_steps",
+        "1",
+    ]
     code = f"""
 import resource, signal
 from transformers import TrainerCallback
@@ -398,7 +533,20 @@ raise SystemExit(main(["train", *{words!r}, "--max_steps", "4"]))
     assert done.returncode == 1
     assert "Traceback" not in done.stderr and message in done.stderr, done.stderr[-2000:]
     assert main(["train", *words, "--max_steps", "4", "--resume"]) == 0
-    assert main(["train", *words[:4], "--output", str(tmp_path / "whole"), *words[6:], "--max_steps", "4"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                *words[:4],
+                "--output",
+                str(tmp_path / "whole"),
+                *words[6:],
+                "--max_steps",
+                "4",
+            ]
+        )
+        == 0
+    )
     assert same(tmp_path / "whole", tmp_path / "run")
 
 
@@ -409,20 +557,31 @@ def test_merged_model_has_the_split_models_logits(
     from transformers import AutoModelForCausalLM
 
     train(settings(data, tmp_path / "run"), link)
-    done = ["--model", str(model_folder), "--adapter", str(tmp_path / "run"), "--output", str(tmp_path / "merged")]
+    done = [
+        "--model",
+        str(model_folder),
+        "--adapter",
+        str(tmp_path / "run"),
+        "--output",
+        str(tmp_path / "merged"),
+    ]
     assert main(["merge", *done]) == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     split = dlora.load_adapter(link, tmp_path / "run", is_trainable=False, wire_dtype="fp32")
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
-        torch.testing.assert_close(split(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            split(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=1e-4, atol=1e-4
+        )
     assert main(["merge", *done]) == 2, "an existing folder is not overwritten"
 
 
 def test_serve_command_stops_cleanly(model_folder: Path) -> None:
     """`dlora serve` says what it serves and when it is ready, and SIGTERM ends it with code 0."""
     command = [sys.executable, "-m", "dlora", "serve", "--model", str(model_folder), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         timer = threading.Timer(60, process.kill)
         timer.start()
         lines = []
@@ -440,7 +599,10 @@ def test_serve_command_stops_cleanly(model_folder: Path) -> None:
     ("changes", "message"),
     [
         ({"pad_to": 512}, "512 with pad_to 512; this server takes sequences of up to 256"),
-        ({"trainer": {"pad_to_multiple_of": 512}}, "512 with pad_to 512; this server takes sequences of up to 256"),
+        (
+            {"trainer": {"pad_to_multiple_of": 512}},
+            "512 with pad_to 512; this server takes sequences of up to 256",
+        ),
         ({"batch_size": 24, "pad_to": 256}, "6144 tokens and this server takes 4096 a micro-batch"),
         ({"batch_size": 16, "pad_to": 256}, "MiB of activations of 16: lower batch_size"),
         (
@@ -450,9 +612,15 @@ def test_serve_command_stops_cleanly(model_folder: Path) -> None:
     ],
 )
 def test_what_the_server_would_refuse_is_refused_before_the_first_step(
-    tokenizer: PreTrainedTokenizerFast, data: Path, tmp_path: Path, changes: dict[str, Any], message: str
+    tokenizer: PreTrainedTokenizerFast,
+    data: Path,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    message: str,
 ) -> None:
-    """Padding or batches over the server's limits end a run before it begins, not at the first long row."""
+    """Padding or batches over the server's limits end a run before it begins, not at the first long
+    row.
+    """
     cloud = CloudModel(
         make_base("llama"),
         model_id="small",
@@ -464,14 +632,21 @@ def test_what_the_server_would_refuse_is_refused_before_the_first_step(
         with pytest.raises(UsageError, match=message):
             train(settings(data, tmp_path / "run", **changes), link)
         # What the trainer really uses counts.
-        fine = {"batch_size": 24, "pad_to": 16, "max_steps": 1, "trainer": {"per_device_train_batch_size": 2}}
+        fine = {
+            "batch_size": 24,
+            "pad_to": 16,
+            "max_steps": 1,
+            "trainer": {"per_device_train_batch_size": 2},
+        }
         assert train(settings(data, tmp_path / "fine", **fine), link)["status"] == "finished"
 
 
 def test_recording_goes_on_where_the_checkpoint_was(
     link: InProcessLink, data: Path, tmp_path: Path, interrupt_at: Callable[..., None]
 ) -> None:
-    """A resumed recording has the micro-batches of one never stopped, also after an epoch's shorter last step."""
+    """A resumed recording has the micro-batches of one never stopped, also after an epoch's shorter
+    last step.
+    """
     # An epoch has 12 micro-batches: 5, 5 and 2.
     options = {"gradient_accumulation_steps": 5, "epochs": 2.0, "record": 24, "save_steps": 1}
     interrupt_at(None)
@@ -483,14 +658,22 @@ def test_recording_goes_on_where_the_checkpoint_was(
     whole, again = (tmp_path / name / "recording" for name in ("whole", "run"))
     files = sorted(file.name for file in whole.iterdir())
     assert files == sorted(file.name for file in again.iterdir()) and len(files) == 4 * 24
-    for file in (file for file in files if file.endswith((".edge", ".safetensors"))):  # .cloud: with the time it took
+    for file in (
+        file for file in files if file.endswith((".edge", ".safetensors"))
+    ):  # .cloud: with the time it took
         assert (whole / file).read_bytes() == (again / file).read_bytes(), file
 
 
 def test_a_recording_that_comes_too_late_says_so(
-    link: InProcessLink, data: Path, tmp_path: Path, interrupt_at: Callable[..., None], caplog: pytest.LogCaptureFixture
+    link: InProcessLink,
+    data: Path,
+    tmp_path: Path,
+    interrupt_at: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A run that is resumed behind what is to be recorded does not leave its user without a word."""
+    """A run that is resumed behind what is to be recorded does not leave its user without a
+    word.
+    """
     interrupt_at(2)
     train(settings(data, tmp_path / "run", record=2), link)
     interrupt_at(None)

@@ -20,7 +20,9 @@ def test_every_wire_dtype_has_a_codec() -> None:
     known = {value.number for value in pb.DType.DESCRIPTOR.values if value.number}
     assert set(WIRE_DTYPES.values()) == known
     for dtype in WIRE_DTYPES.values():
-        assert decode(encode(torch.ones(2), dtype), [2], "ones").tolist() == pytest.approx([1, 1], rel=0.005)
+        assert decode(encode(torch.ones(2), dtype), [2], "ones").tolist() == pytest.approx(
+            [1, 1], rel=0.005
+        )
 
 
 @pytest.mark.parametrize("name", WIRE_DTYPES)
@@ -35,7 +37,11 @@ def test_round_trip(name: str, shape: tuple[int, ...], scale: float) -> None:
         assert (got - values).abs().max() <= EPSILON[name] * values.abs().max()
 
 
-@given(st.lists(st.floats(-(2.0**127), 2.0**127, width=32, allow_subnormal=False), min_size=1, max_size=20))
+@given(
+    st.lists(
+        st.floats(-(2.0**127), 2.0**127, width=32, allow_subnormal=False), min_size=1, max_size=20
+    )
+)
 @settings(max_examples=100, deadline=None)
 def test_fp16_never_overflows(values: list[float]) -> None:
     """fp16 with its exponent holds every finite float32 to 2^-11 of the tensor's largest value."""
@@ -81,7 +87,9 @@ def test_scales_that_are_none_are_refused(name: str, scale: float) -> None:
 @pytest.mark.parametrize("shape", [(3, 7), (5, 64), (0, 4)])
 def test_payload_bytes_are_those_of_the_codec(name: str, shape: tuple[int, int]) -> None:
     """What the planner and the size checks count is what the encoder writes."""
-    assert payload_bytes(WIRE_DTYPES[name], *shape) == len(encode(torch.randn(shape), WIRE_DTYPES[name]).data)
+    assert payload_bytes(WIRE_DTYPES[name], *shape) == len(
+        encode(torch.randn(shape), WIRE_DTYPES[name]).data
+    )
 
 
 def test_decoded_tensor_owns_its_memory() -> None:

@@ -1,4 +1,6 @@
-"""Cloud and edge in one process: the same frames through queues, for notebooks, sweeps and fast tests."""
+"""Cloud and edge in one process: the same frames through queues, for notebooks, sweeps and fast
+tests.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ __all__ = ["InProcessLink", "in_process"]
 
 
 class InProcessLink:
-    """A `Link` to a `CloudModel` of this process; frames are the ones that would cross the network."""
+    """A `Link` to a `CloudModel` of this process; frames are the ones that would cross the
+    network.
+    """
 
     def __init__(self, cloud: CloudModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self.cloud = cloud
@@ -28,18 +32,24 @@ class InProcessLink:
         self._folder = tempfile.TemporaryDirectory(prefix="dlora-edge-")
         write_edge_files(cloud.model, tokenizer, Path(self._folder.name))
         self._layers = tempfile.TemporaryDirectory(prefix="dlora-layers-")
-        write_layer_files(cloud.model, cloud.limits.edge_first, cloud.limits.edge_last, Path(self._layers.name))
+        write_layer_files(
+            cloud.model, cloud.limits.edge_first, cloud.limits.edge_last, Path(self._layers.name)
+        )
 
     def open(self) -> _QueueStream:
         """Start a micro-batch on a thread of its own."""
         stream = _QueueStream()
         # A daemon: a loss that never sees its backward must not keep the interpreter from ending.
-        threading.Thread(target=stream.serve, args=(self.cloud,), name="dlora-cloud", daemon=True).start()
+        threading.Thread(
+            target=stream.serve, args=(self.cloud,), name="dlora-cloud", daemon=True
+        ).start()
         return stream
 
     def put_adapter(self, modules: Sequence[pb.FrozenModule]) -> None:
         """Let the cloud hold frozen modules."""
-        self.cloud.put_adapter(pb.PutAdapterRequest(fingerprint=self.description.fingerprint, modules=modules))
+        self.cloud.put_adapter(
+            pb.PutAdapterRequest(fingerprint=self.description.fingerprint, modules=modules)
+        )
 
     def ping(self) -> None:
         """Nothing is in between."""
@@ -63,7 +73,9 @@ class _QueueStream:
 
     def __init__(self) -> None:
         self.to_cloud: queue.SimpleQueue[pb.EdgeFrame | None] = queue.SimpleQueue()
-        self.to_edge: queue.SimpleQueue[pb.CloudFrame | DLoRAError | BaseException] = queue.SimpleQueue()
+        self.to_edge: queue.SimpleQueue[pb.CloudFrame | DLoRAError | BaseException] = (
+            queue.SimpleQueue()
+        )
 
     def send(self, frame: pb.EdgeFrame) -> None:
         self.to_cloud.put(frame)
@@ -111,5 +123,9 @@ def in_process(
     model_id: str | None = None,
     limits: Limits | None = None,
 ) -> InProcessLink:
-    """Use a loaded transformers model as the cloud, in this process; takes the place of `connect`."""
-    return InProcessLink(CloudModel(model, model_id=model_id or model.name_or_path, limits=limits), tokenizer)
+    """Use a loaded transformers model as the cloud, in this process; takes the place of
+    `connect`.
+    """
+    return InProcessLink(
+        CloudModel(model, model_id=model_id or model.name_or_path, limits=limits), tokenizer
+    )

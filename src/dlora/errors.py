@@ -1,14 +1,13 @@
 """Everything that DLoRA raises on purpose.
 
-DLoRAError
-├── UsageError (ValueError)        settings, data or adapter that cannot work; the user can mend it
-│   └── DataError                  a row of a data file; names file and line
-├── ModelError (ValueError)        a model that cannot be split correctly
-├── WireError (ValueError)         bytes or frames that cannot be what they claim to be
-├── PeerError (ConnectionError)    the other half said no, and would say no again
-├── PeerLost (ConnectionError)     the other half went away or is busy; trying again may work
-│   └── AdapterMissing             the cloud does not hold a frozen module; put it there and try again
-└── DivergedError (ArithmeticError) training produced a value that is not finite
+DLoRAError ├── UsageError (ValueError)        settings, data or adapter that cannot work; the user
+can mend it │   └── DataError                  a row of a data file; names file and line ├──
+ModelError (ValueError)        a model that cannot be split correctly ├── WireError (ValueError)
+bytes or frames that cannot be what they claim to be ├── PeerError (ConnectionError)    the other
+half said no, and would say no again ├── PeerLost (ConnectionError)     the other half went away or
+is busy; trying again may work │   └── AdapterMissing             the cloud does not hold a frozen
+module; put it there and try again └── DivergedError (ArithmeticError) training produced a value
+that is not finite
 """
 
 from __future__ import annotations
@@ -27,7 +26,9 @@ __all__ = [
 
 
 class DLoRAError(Exception):
-    """Base of all errors with a message meant for the user: what was got, wanted, and what to do."""
+    """Base of all errors with a message meant for the user: what was got, wanted, and what to
+    do.
+    """
 
 
 class UsageError(DLoRAError, ValueError):

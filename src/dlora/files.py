@@ -1,4 +1,6 @@
-"""Files of every part: where caches live, and files that hold secrets, never open to other users of the machine."""
+"""Files of every part: where caches live, and files that hold secrets, never open to other users of
+the machine.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,15 @@ def check_private(file: Path) -> None:
     except OSError as error:
         raise UsageError(f"{file}: {error.strerror}") from error
     if mode & 0o077:
-        raise UsageError(f"{file} holds secrets and is open to other users (mode {mode & 0o777:o}): chmod 600 it")
+        raise UsageError(
+            f"{file} holds secrets and is open to other users (mode {mode & 0o777:o}): chmod 600 it"
+        )
 
 
 def read_secret(file: Path) -> str:
-    """The text of a private file, without white space around it. Raises UsageError as `check_private` does."""
+    """The text of a private file, without white space around it. Raises UsageError as
+    `check_private` does.
+    """
     check_private(file)
     try:
         return file.read_text().strip()

@@ -1,4 +1,6 @@
-"""What a run folder holds: written by training, read by report, audit and describe. Plain values only."""
+"""What a run folder holds: written by training, read by report, audit and describe. Plain values
+only.
+"""
 
 from __future__ import annotations
 
@@ -63,11 +65,18 @@ def load_run(folder: Path) -> Run:
         raise UsageError(f"{folder} cannot be read: {error}") from error
     if not isinstance(record, dict) or not all(isinstance(line, dict) for line in log + decisions):
         raise UsageError(f"{folder} cannot be read: its files are not those of `dlora train`")
-    return Run(name=folder.resolve().name, record=record, log=[e for e in log if "step" in e], decisions=decisions)
+    return Run(
+        name=folder.resolve().name,
+        record=record,
+        log=[e for e in log if "step" in e],
+        decisions=decisions,
+    )
 
 
 def _lines(file: Path) -> list[Any]:
-    """JSON lines; none if there is no file. The last one may be half-written: the run may still go on."""
+    """JSON lines; none if there is no file. The last one may be half-written: the run may still go
+    on.
+    """
     lines = file.read_text().splitlines() if file.exists() else []
     found = []
     for number, line in enumerate(lines, 1):

@@ -47,10 +47,15 @@ def run_demo(settings: DemoSettings) -> int:
     """Train against a server in a process of its own and compare; return the exit code."""
     earlier = settings.output / "run.json"
     if earlier.exists() and json.loads(earlier.read_text()).get("status") == "finished":
-        raise UsageError(f"{settings.output} already holds a finished run: remove it, or give another --output")
+        raise UsageError(
+            f"{settings.output} already holds a finished run: remove it, or give another --output"
+        )
     transformers_logging.set_verbosity_error()
     heldout = [json.loads(line) for line in data_file("heldout.jsonl").read_text().splitlines()]
-    print("starting a server process with SmolLM2-135M-Instruct (the first start unpacks the model: about a minute)")
+    print(
+        "starting a server process with SmolLM2-135M-Instruct (the first start unpacks the model: "
+        "about a minute)"
+    )
     with serving(DEMO_MODEL) as address:
         link = connect(address)
         print(f"connected to {address}: {link.description.model_id}")
@@ -94,7 +99,8 @@ def serving(model: str, *flags: str) -> Iterator[str]:
     """A `dlora serve` process on a free port; yields its address and ends it afterwards."""
     command = [sys.executable, "-m", "dlora", "serve", "--model", model, "--port", "0", *flags]
     environment = os.environ | SHARED_CORES
-    # A session of its own: Ctrl-C is for the edge, which finishes its step and then ends the server.
+    # A session of its own: Ctrl-C is for the edge, which finishes its step and then ends the
+    # server.
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
     ) as process:
@@ -104,7 +110,9 @@ def serving(model: str, *flags: str) -> Iterator[str]:
                     yield line.split()[1]
                     break
             else:
-                raise PeerLost(f"the server process ended with code {process.wait()}; its message stands above")
+                raise PeerLost(
+                    f"the server process ended with code {process.wait()}; its message stands above"
+                )
         finally:
             process.terminate()
             process.communicate(timeout=30)
@@ -117,7 +125,9 @@ def answers(model: SplitModel, prompts: list[str], title: str, batch_size: int =
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # less padding
     for start in tqdm(range(0, len(prompts), batch_size), desc=title):
         chosen: list[Prompt] = [prompts[index] for index in order[start : start + batch_size]]
-        texts, _ = complete(model, tokenizer, chosen, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)
+        texts, _ = complete(
+            model, tokenizer, chosen, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False
+        )
         found += [text.strip() for text in texts]
     return [text for _, text in sorted(zip(order, found, strict=True))]
 
@@ -127,20 +137,43 @@ def _exact_match(got: list[str], want: list[str]) -> float:
 
 
 def _show(
-    settings: DemoSettings, record: dict[str, Any], heldout: list[dict[str, str]], before: list[str], after: list[str]
+    settings: DemoSettings,
+    record: dict[str, Any],
+    heldout: list[dict[str, str]],
+    before: list[str],
+    after: list[str],
 ) -> None:
     demo, cost = record["demo"], record["cost"]
     print(f"\nHeld-out messages (never trained on), {settings.examples} of {len(heldout)}:")
     for row, old, new in list(zip(heldout, before, after, strict=True))[: settings.examples]:
         message = row["prompt"].removeprefix("Message: ").removesuffix("\nDesk:")
-        mark = "right" if new == row["completion"].strip() else f"wrong, want {row['completion'].strip()}"
-        print(f"  {message}\n      before: {' '.join(old.split())[:60]!r:64} after: {new!r} ({mark})")
-    print(f"\nexact match    before {demo['exact_match_before']:.1%}, after {demo['exact_match_after']:.1%}")
+        mark = (
+            "right"
+            if new == row["completion"].strip()
+            else f"wrong, want {row['completion'].strip()}"
+        )
+        print(
+            f"  {message}\n      before: {' '.join(old.split())[:60]!r:64} after: {new!r} ({mark})"
+        )
     print(
-        f"crossed        {cost['sent_bytes'] / 1e6:.0f} MB up, {cost['received_bytes'] / 1e6:.0f} MB down in "
+        f"\nexact match    before {demo['exact_match_before']:.1%}, after "
+        f"{demo['exact_match_after']:.1%}"
+    )
+    print(
+        f"crossed        {cost['sent_bytes'] / 1e6:.0f} MB up, {cost['received_bytes'] / 1e6:.0f} "
+        "MB down in "
         f"{record['steps']} steps: activations and gradients, no text and no labels"
     )
-    print("               (this is not confidentiality against a cloud that records it: see the README)")
-    print(f"adapter        {settings.output}: PeftModel.from_pretrained(base, {str(settings.output)!r})")
+    print(
+        "               (this is not confidentiality against a cloud that records it: see the "
+        "README)"
+    )
+    print(
+        f"adapter        {settings.output}: PeftModel.from_pretrained(base, "
+        f"{str(settings.output)!r})"
+    )
     print(f"use it         dlora serve --model {DEMO_MODEL}, and in another terminal:")
-    print(f"               dlora generate --server 127.0.0.1:50051 --adapter {settings.output} --prompt ...")
+    print(
+        f"               dlora generate --server 127.0.0.1:50051 --adapter {settings.output} "
+        "--prompt ..."
+    )

@@ -1,4 +1,6 @@
-"""The command line: the only place that prints, sets up logging, or turns errors into exit codes."""
+"""The command line: the only place that prints, sets up logging, or turns errors into exit
+codes.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings  # type: ignore[attr-defined]
+from jsonargparse import (  # type: ignore[attr-defined]
+    ActionConfigFile,
+    ArgumentParser,
+    set_parsing_settings,
+)
 
 from dlora.cli.settings import DemoSettings, MergeSettings
 from dlora.edge.settings import EdgeSettings, InfoSettings
@@ -44,7 +50,9 @@ _SWITCHES = (
     "--insecure",
     "--watch",
 )  # may stand without true
-_EPILOG = "Every command: dlora COMMAND --help. Settings can also come from a YAML file with --config."
+_EPILOG = (
+    "Every command: dlora COMMAND --help. Settings can also come from a YAML file with --config."
+)
 
 
 # Words without a flag: of which command, and what they are.
@@ -53,7 +61,7 @@ _POSITIONAL: dict[type, dict[str, dict[str, Any]]] = {
         "runs": {
             "nargs": "+",
             "type": Path,
-            "help": "Folders of runs, as `dlora train` writes them; the others are compared with the first.",
+            "help": "Folders of runs, as `dlora train` writes them; the first is compared with.",
         }
     },
     AuditSettings: {
@@ -62,8 +70,10 @@ _POSITIONAL: dict[type, dict[str, dict[str, Any]]] = {
     KeysSettings: {
         "action": {
             "choices": ("init", "server", "tenant", "token", "certificate", "revoke", "list"),
-            "help": "init: a new folder with authority and server certificate. server: a new server certificate. "
-            "tenant: set a tenant's limits. token, certificate: give a tenant a new one. revoke: take back one, or all "
+            "help": "init: a new folder with authority and server certificate. "
+            "server: a new server certificate. "
+            "tenant: set a tenant's limits. token, certificate: give a tenant a new one. revoke: "
+            "take back one, or all "
             "of a tenant. list: show what there is.",
         }
     },
@@ -80,7 +90,9 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.setdefault("OMP_PROC_BIND", "true")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S"
+    )
     for noisy in ("httpx", "httpcore", "httpx2", "httpcore2", "filelock", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # A log writer's thread that meets a full disk: one line, the run itself decides what follows.
@@ -88,7 +100,9 @@ def main(argv: list[str] | None = None) -> int:
         "%s: %s", args.exc_type.__name__, args.exc_value
     )
     if not sys.warnoptions:
-        warnings.simplefilter("ignore", FutureWarning)  # peft and transformers talking to each other
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # peft and transformers talking to each other
     try:
         parsed = _parser().parse_args(_plain_flags(argv))
         name: str = parsed.subcommand
@@ -105,7 +119,9 @@ def main(argv: list[str] | None = None) -> int:
         if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
             raise
         # torch's word for a write that failed, without the reason
-        print("dlora: cannot write: is the disk full? What was saved before is fine.", file=sys.stderr)
+        print(
+            "dlora: cannot write: is the disk full? What was saved before is fine.", file=sys.stderr
+        )
         return 1
     except OSError as error:
         if error.errno is None:
@@ -117,7 +133,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _plain_flags(argv: list[str]) -> list[str]:
     """Let flags be written with - for _, and switches alone for --switch=true."""
-    flags = [re.sub(r"^--[^=]+", lambda match: "--" + match[0][2:].replace("-", "_"), word) for word in argv]
+    flags = [
+        re.sub(r"^--[^=]+", lambda match: "--" + match[0][2:].replace("-", "_"), word)
+        for word in argv
+    ]
     values = [*flags[1:], ""]
     return [
         f"{flag}=true" if flag in _SWITCHES and value not in ("true", "false") else flag
@@ -128,13 +147,17 @@ def _plain_flags(argv: list[str]) -> list[str]:
 def _parser() -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
-        prog="dlora", description="Fine-tune a model in the cloud with data that stays here.", epilog=_EPILOG
+        prog="dlora",
+        description="Fine-tune a model in the cloud with data that stays here.",
+        epilog=_EPILOG,
     )
     parser.add_argument("--version", action="version", version=f"dlora {__version__}")
     commands = parser.add_subcommands(dest="subcommand")
     for name, (settings, _, text) in _COMMANDS.items():
         command = ArgumentParser(prog=f"dlora {name}", description=text)
-        command.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these settings.")
+        command.add_argument(
+            "--config", action=ActionConfigFile, help="YAML file with any of these settings."
+        )
         positional = _POSITIONAL.get(settings, {})
         command.add_class_arguments(settings, skip=set(positional))
         for word, options in positional.items():
@@ -185,8 +208,13 @@ def _serve(values: dict[str, Any]) -> int:
 
             stack.enter_context(serve_metrics(server, settings.metrics_port))
         stack.enter_context(server)
-        precision = settings.dtype + ("" if settings.quantize == "none" else f", {settings.quantize} weights")
-        print(f"model      {loaded.model_id}, {precision} on {settings.device}, fingerprint {cloud.fingerprint[:12]}")
+        precision = settings.dtype + (
+            "" if settings.quantize == "none" else f", {settings.quantize} weights"
+        )
+        print(
+            f"model      {loaded.model_id}, {precision} on {settings.device}, fingerprint "
+            f"{cloud.fingerprint[:12]}"
+        )
         print(f"adapters   {len(modules)} modules at {len(cloud.sites)} sites may be adapted")
         identity = "none: everybody may use it" if identities is None else str(identities)
         print(f"access     {'TLS' if tls else 'plaintext'}, identities: {identity}")
@@ -235,12 +263,16 @@ def _server_options(settings: ServeSettings) -> Any:
 
 
 def _protection(settings: ServeSettings) -> dict[str, Any]:
-    """TLS files and identities; a warning where there are none and the network can reach the server."""
+    """TLS files and identities; a warning where there are none and the network can reach the
+    server.
+    """
     from dlora.server.server import TlsFiles
 
     tls = None
     if settings.tls_cert is not None and settings.tls_key is not None:
-        tls = TlsFiles(certificate=settings.tls_cert, key=settings.tls_key, client_ca=settings.client_ca)
+        tls = TlsFiles(
+            certificate=settings.tls_cert, key=settings.tls_key, client_ca=settings.client_ca
+        )
     elif settings.keys is not None:
         pem, key = settings.keys / "server.pem", settings.keys / "server.key"
         tls = TlsFiles(certificate=pem, key=key, client_ca=settings.client_ca)
@@ -250,7 +282,10 @@ def _protection(settings: ServeSettings) -> dict[str, Any]:
             + ("" if tls else ", and read and change what travels"),
             file=sys.stderr,
         )
-    return {"tls": tls, "identities": settings.identities or (settings.keys and settings.keys / "identities.json")}
+    return {
+        "tls": tls,
+        "identities": settings.identities or (settings.keys and settings.keys / "identities.json"),
+    }
 
 
 def _serve_replicas(settings: ServeSettings) -> int:
@@ -272,8 +307,13 @@ def _serve_replicas(settings: ServeSettings) -> int:
     events: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: events.put(number))
-    with Front(replica, scaling, host=settings.host, port=settings.port, ray_address=settings.ray_address) as front:
-        print(f"model      {front.description.model_id}, fingerprint {front.description.fingerprint[:12]}")
+    with Front(
+        replica, scaling, host=settings.host, port=settings.port, ray_address=settings.ray_address
+    ) as front:
+        print(
+            f"model      {front.description.model_id}, fingerprint "
+            f"{front.description.fingerprint[:12]}"
+        )
         for one in front.replicas:
             print(f"replica    {one.address}")
         print(f"ready      {front.address}", flush=True)
@@ -307,17 +347,28 @@ def print_result(record: dict[str, Any], output: Path) -> None:
     cost = record["cost"]
     loss = f"loss {record['train_loss']:.4f}" if record["train_loss"] is not None else "no loss yet"
     if record["eval_loss"] is not None:
-        loss += f", eval loss {record['eval_loss']:.4f} (best {record['best_eval_loss'] or record['eval_loss']:.4f})"
+        best = record["best_eval_loss"] or record["eval_loss"]
+        loss += f", eval loss {record['eval_loss']:.4f} (best {best:.4f})"
     edge = cost["adapter_flops"] + cost["head_flops"] + cost["embedding_flops"] + cost["held_flops"]
     cloud = cost["cloud_forward_flops"] + cost["cloud_backward_flops"]
     print(f"{record['status']} after {record['steps']} steps and {record['seconds']:.0f} s: {loss}")
-    print(f"traffic    {cost['sent_bytes'] / 1e6:.1f} MB up, {cost['received_bytes'] / 1e6:.1f} MB down, ", end="")
+    print(
+        f"traffic    {cost['sent_bytes'] / 1e6:.1f} MB up, {cost['received_bytes'] / 1e6:.1f} MB "
+        "down, ",
+        end="",
+    )
     print(f"{cost['round_trips']} round trips, {cost['retries']} retries")
     adapters = cost["adapter_flops"]
-    print(f"compute    edge {edge / 1e9:.1f} GFLOP (adapters {adapters / 1e9:.1f}), cloud {cloud / 1e9:.1f} GFLOP")
+    print(
+        f"compute    edge {edge / 1e9:.1f} GFLOP (adapters {adapters / 1e9:.1f}), cloud "
+        f"{cloud / 1e9:.1f} GFLOP"
+    )
     print(f"adapter    {output}")
     if kr := record.get("kill_revive"):
-        print(f"active     {len(kr['active'])} units at the end; on average {kr['cost_share']:.1%} of FT's cost")
+        print(
+            f"active     {len(kr['active'])} units at the end; on average {kr['cost_share']:.1%} "
+            "of FT's cost"
+        )
     if record["status"] == "interrupted":
         print("continue   the same command with --resume")
 
@@ -399,25 +450,42 @@ def _generate(values: dict[str, Any]) -> int:
         else:
             start = continued(settings.output, prompts) if settings.output else 0
             num_tokens = _generate_file(settings, model, tokenizer, prompts[start:], start)
-        print(f"dlora: {cost_line(model.meter - before, num_tokens, time.monotonic() - started)}", file=sys.stderr)
+        print(
+            f"dlora: {cost_line(model.meter - before, num_tokens, time.monotonic() - started)}",
+            file=sys.stderr,
+        )
     return 0
 
 
-def _generate_file(settings: GenerateSettings, model: Any, tokenizer: Any, prompts: list[Any], start: int) -> int:
-    """Answers to a file of prompts, each batch written as soon as it is there; return the number of tokens."""
+def _generate_file(
+    settings: GenerateSettings, model: Any, tokenizer: Any, prompts: list[Any], start: int
+) -> int:
+    """Answers to a file of prompts, each batch written as soon as it is there; return the number of
+    tokens.
+    """
     from tqdm.auto import tqdm
 
     from dlora.inference.answer import complete_file
 
     total = 0
     batch_size = 1 if settings.prompt_lookup else settings.batch_size
-    batches = complete_file(model, tokenizer, prompts, batch_size=batch_size, chat=settings.chat, **settings.options)
+    batches = complete_file(
+        model, tokenizer, prompts, batch_size=batch_size, chat=settings.chat, **settings.options
+    )
     with ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=start + len(prompts), initial=start, desc="answers", unit="prompt"))
-        out = sys.stdout if settings.output is None else stack.enter_context(settings.output.open("a"))
+        bar = stack.enter_context(
+            tqdm(total=start + len(prompts), initial=start, desc="answers", unit="prompt")
+        )
+        out = (
+            sys.stdout
+            if settings.output is None
+            else stack.enter_context(settings.output.open("a"))
+        )
         for answers, num_tokens in batches:
             for prompt, text in answers:
-                print(json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False), file=out)
+                print(
+                    json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False), file=out
+                )
             out.flush()
             bar.update(len(answers))
             total += num_tokens
@@ -478,7 +546,10 @@ def _eval(values: dict[str, Any]) -> int:
             continue
         interval = found.get(f"{name}_95")
         shown = f"{value:.4f}" if isinstance(value, float) else value
-        print(f"{name:18} {shown}" + (f"  (95 %: {interval[0]:.4f} to {interval[1]:.4f})" if interval else ""))
+        print(
+            f"{name:18} {shown}"
+            + (f"  (95 %: {interval[0]:.4f} to {interval[1]:.4f})" if interval else "")
+        )
     return 0
 
 
@@ -491,7 +562,10 @@ def _api(values: dict[str, Any]) -> int:
         name = name or model.link.description.model_id
         local = is_loopback(settings.host)
         if not local:
-            print(f"warning: {settings.host} is not loopback: others may use the adapter", file=sys.stderr)
+            print(
+                f"warning: {settings.host} is not loopback: others may use the adapter",
+                file=sys.stderr,
+            )
         app = build_app(
             model,
             tokenizer,
@@ -502,7 +576,10 @@ def _api(values: dict[str, Any]) -> int:
             **({} if local else {"hosts": ("*",)}),
         )
         server = ApiServer(app, settings.host, settings.port)
-        for number in (signal.SIGINT, signal.SIGTERM):  # the server's own handlers hand on what they got
+        for number in (
+            signal.SIGINT,
+            signal.SIGTERM,
+        ):  # the server's own handlers hand on what they got
             signal.signal(number, lambda *_: None)
         print(f"model      {name}")
         print(f"ready      {server.url}", flush=True)
@@ -537,9 +614,15 @@ def _plan(values: dict[str, Any]) -> int:
     try:
         model, found = plan(settings, link)
         traffic = found.sent_bytes + found.received_bytes
-        print(f"model        {link.description.model_id}, {found.active_sites} active sites, {settings.wire} wire")
+        print(
+            f"model        {link.description.model_id}, {found.active_sites} active sites, "
+            f"{settings.wire} wire"
+        )
         print(f"a step       {settings.batch_size} x {settings.length} tokens")
-        print(f"bytes        {found.sent_bytes / 1e6:.2f} MB up, {found.received_bytes / 1e6:.2f} MB down")
+        print(
+            f"bytes        {found.sent_bytes / 1e6:.2f} MB up, {found.received_bytes / 1e6:.2f} MB "
+            "down"
+        )
         print(f"round trips  {found.round_trips}")
         parts = f"cloud {found.cloud_s:.2f}, edge {found.edge_s:.2f}, "
         parts += f"messages {found.wire_s:.2f}, link {found.link_s:.2f}"
@@ -549,7 +632,9 @@ def _plan(values: dict[str, Any]) -> int:
         if settings.check:
             cost, seconds = check(settings, model)
             error = traffic / (cost.sent_bytes + cost.received_bytes) - 1
-            print(f"checked      bytes off by {error:+.2%}, round trips {cost.round_trips}, ", end="")
+            print(
+                f"checked      bytes off by {error:+.2%}, round trips {cost.round_trips}, ", end=""
+            )
             if settings.rtt_ms is None and settings.up_mbit is None and settings.down_mbit is None:
                 print(f"seconds {seconds:.2f}, off by {found.seconds / seconds - 1:+.0%}")
             else:
@@ -564,8 +649,14 @@ def _keys(values: dict[str, Any]) -> int:
     try:
         from dlora.server import keys
     except ImportError as error:
-        raise UsageError('`dlora keys` makes certificates with cryptography: pip install "dlora[server]"') from error
-    folder, tenant, hosts = settings.folder, settings.tenant or "", [h.strip() for h in settings.hosts.split(",")]
+        raise UsageError(
+            '`dlora keys` makes certificates with cryptography: pip install "dlora[server]"'
+        ) from error
+    folder, tenant, hosts = (
+        settings.folder,
+        settings.tenant or "",
+        [h.strip() for h in settings.hosts.split(",")],
+    )
     if settings.action == "init":
         keys.make_authority(folder, hosts, settings.days)
         print(f"{folder}/ca.pem    give this to edges: --tls_ca ca.pem")
@@ -579,7 +670,10 @@ def _keys(values: dict[str, Any]) -> int:
         print(f"tenant     {tenant}")
     elif settings.action == "token":
         name, token = keys.add_token(folder, tenant, settings.days)
-        print(f"id {name} for {tenant}, {settings.days} days. Shown once, kept as a hash only:", file=sys.stderr)
+        print(
+            f"id {name} for {tenant}, {settings.days} days. Shown once, kept as a hash only:",
+            file=sys.stderr,
+        )
         print(token)
     elif settings.action == "certificate":
         name, file = keys.add_certificate(folder, tenant, settings.days)
@@ -638,20 +732,56 @@ def _audit(values: dict[str, Any]) -> int:
 
 
 _COMMANDS: dict[str, tuple[type, Callable[[dict[str, Any]], int], str]] = {
-    "serve": (ServeSettings, _serve, "Cloud: load a model, freeze it, and serve edges until Ctrl-C."),
-    "keys": (KeysSettings, _keys, "Cloud: certificates, tenants and tokens for a server of one's own."),
+    "serve": (
+        ServeSettings,
+        _serve,
+        "Cloud: load a model, freeze it, and serve edges until Ctrl-C.",
+    ),
+    "keys": (
+        KeysSettings,
+        _keys,
+        "Cloud: certificates, tenants and tokens for a server of one's own.",
+    ),
     "status": (StatusSettings, _status, "Cloud: who uses a server on this machine, and how much."),
     "train": (TrainSettings, _train, "Edge: train an adapter with private data against a server."),
-    "generate": (GenerateSettings, _generate, "Edge: answer a prompt, standard input, or a file of prompts."),
+    "generate": (
+        GenerateSettings,
+        _generate,
+        "Edge: answer a prompt, standard input, or a file of prompts.",
+    ),
     "chat": (ChatSettings, _chat, "Edge: talk with the model and a private adapter."),
-    "eval": (EvalSettings, _eval, "Edge: loss and perplexity, exact match, or choice accuracy on a data file."),
-    "api": (ApiSettings, _api, "Edge: an OpenAI-compatible server on loopback, over a private adapter."),
+    "eval": (
+        EvalSettings,
+        _eval,
+        "Edge: loss and perplexity, exact match, or choice accuracy on a data file.",
+    ),
+    "api": (
+        ApiSettings,
+        _api,
+        "Edge: an OpenAI-compatible server on loopback, over a private adapter.",
+    ),
     "info": (InfoSettings, _info, "What a server serves, and what an adapter folder holds."),
-    "plan": (PlanSettings, _plan, "Edge: bytes, round trips and seconds of a training step, before anything is run."),
+    "plan": (
+        PlanSettings,
+        _plan,
+        "Edge: bytes, round trips and seconds of a training step, before anything is run.",
+    ),
     "report": (ReportSettings, _report, "Figures of one or several runs: one HTML file, and PNGs."),
-    "audit": (AuditSettings, _audit, "Edge: how much a curious cloud could recover from a recorded run."),
-    "merge": (MergeSettings, _merge, "Write base model plus adapter as one full model, where the base is at hand."),
-    "demo": (DemoSettings, _demo, "Server and edge in two processes on this machine: train, compare before and after."),
+    "audit": (
+        AuditSettings,
+        _audit,
+        "Edge: how much a curious cloud could recover from a recorded run.",
+    ),
+    "merge": (
+        MergeSettings,
+        _merge,
+        "Write base model plus adapter as one full model, where the base is at hand.",
+    ),
+    "demo": (
+        DemoSettings,
+        _demo,
+        "Server and edge in two processes on this machine: train, compare before and after.",
+    ),
 }
 
 

@@ -26,7 +26,8 @@ def merge(settings: MergeSettings) -> tuple[str, str]:
     config = read_adapter_config(settings.adapter)
     if isinstance(config, BottleneckConfig):
         raise UsageError(
-            f"the adapter in {settings.adapter} is a bottleneck: it is not linear and cannot become a part of the "
+            f"the adapter in {settings.adapter} is a bottleneck: it is not linear and cannot "
+            "become a part of the "
             "weights. dlora.apply_bottleneck(model, folder) puts it on a local model"
         )
     loaded = load_model(settings.model, dtype=settings.dtype)
@@ -34,7 +35,9 @@ def merge(settings: MergeSettings) -> tuple[str, str]:
         merged = PeftModel.from_pretrained(loaded.model, str(settings.adapter)).merge_and_unload()
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"the adapter in {settings.adapter} does not fit {settings.model}: {reason}") from error
+        raise UsageError(
+            f"the adapter in {settings.adapter} does not fit {settings.model}: {reason}"
+        ) from error
     settings.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=settings.output.parent, prefix=".merging-") as scratch:
         folder = Path(scratch) / "model"

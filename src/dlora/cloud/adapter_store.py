@@ -1,6 +1,7 @@
 """Frozen modules that edges let the cloud apply: kept for their owner by the hash of their content.
 
-The longest unused are dropped: an owner's own beyond its share, and of whoever holds most beyond the whole.
+The longest unused are dropped: an owner's own beyond its share, and of whoever holds most beyond
+the whole.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ __all__ = ["AdapterStore"]
 
 
 class AdapterStore:
-    """At most `max_bytes` of modules as float32 pairs (A [r, in], B [out, r]) on the model's device."""
+    """At most `max_bytes` of modules as float32 pairs (A [r, in], B [out, r]) on the model's
+    device.
+    """
 
     def __init__(self, max_bytes: int, device: torch.device) -> None:
         self.max_bytes, self.device = max_bytes, device
@@ -28,17 +31,31 @@ class AdapterStore:
         self._owned: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def put(self, message: pb.FrozenModule, owner: str = "local", owner_bytes: int | None = None) -> bytes:
+    def put(
+        self, message: pb.FrozenModule, owner: str = "local", owner_bytes: int | None = None
+    ) -> bytes:
         """Keep a module; return its hash. An owner keeps up to `owner_bytes`, if that is given.
 
-        Raises WireError for tensors that do not fit together, UsageError for one that never has room.
+        Raises WireError for tensors that do not fit together, UsageError for one that never has
+        room.
         """
-        if len(message.a.shape) != 2 or len(message.b.shape) != 2 or message.a.shape[0] != message.b.shape[1]:
-            raise WireError(f"frozen module: got shapes {list(message.a.shape)[:8]} and {list(message.b.shape)[:8]}")
-        size = 4 * (message.a.shape[0] * message.a.shape[1] + message.b.shape[0] * message.b.shape[1])
+        if (
+            len(message.a.shape) != 2
+            or len(message.b.shape) != 2
+            or message.a.shape[0] != message.b.shape[1]
+        ):
+            raise WireError(
+                f"frozen module: got shapes {list(message.a.shape)[:8]} and "
+                f"{list(message.b.shape)[:8]}"
+            )
+        size = 4 * (
+            message.a.shape[0] * message.a.shape[1] + message.b.shape[0] * message.b.shape[1]
+        )
         most = self.max_bytes if owner_bytes is None else min(owner_bytes, self.max_bytes)
         if size > most:
-            raise UsageError(f"a frozen module of {size} bytes is over this server's limit of {most}")
+            raise UsageError(
+                f"a frozen module of {size} bytes is over this server's limit of {most}"
+            )
         a, b = (decode(one, tuple(one.shape), "frozen module") for one in (message.a, message.b))
         if not largest(a) < float("inf") or not largest(b) < float("inf"):
             raise WireError("frozen module: got values that are not finite")

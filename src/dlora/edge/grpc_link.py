@@ -25,7 +25,13 @@ from dlora.proto import dlora_pb2 as pb
 from dlora.proto import dlora_pb2_grpc as rpc
 from dlora.protocol.address import is_loopback
 from dlora.protocol.files import ALLOWED_FILES, LAYER_FILE
-from dlora.protocol.wire import PROTOCOL_VERSION, RETRY_AFTER_KEY, TOKEN_KEY, TOKEN_PREFIX, channel_options
+from dlora.protocol.wire import (
+    PROTOCOL_VERSION,
+    RETRY_AFTER_KEY,
+    TOKEN_KEY,
+    TOKEN_PREFIX,
+    channel_options,
+)
 
 __all__ = ["Access", "GrpcLink", "connect"]
 
@@ -41,7 +47,7 @@ _TRY_AGAIN: Final = (
     grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.ABORTED,
-    grpc.StatusCode.UNKNOWN,  # never ours: gRPC says it of a connection that broke, by a corrupted byte too
+    grpc.StatusCode.UNKNOWN,  # never ours: gRPC's word for a connection that broke
 )
 
 
@@ -50,7 +56,9 @@ class Access:
     """How an edge shows who it is, and knows whom it talks to."""
 
     tls: bool = False
-    """Encrypt, and trust the authorities that gRPC comes with. Any of the files below says so as well."""
+    """Encrypt, and trust the authorities that gRPC comes with. Any of the files below says so as
+    well.
+    """
     ca: Path | None = None
     """PEM file of the authority to trust instead."""
     certificate: Path | None = None
@@ -60,7 +68,9 @@ class Access:
     """Bearer token; sent over TLS, or to this machine itself, and never else."""
 
     def channel(self, address: str) -> tuple[grpc.Channel, tuple[tuple[str, str], ...]]:
-        """A channel and the metadata of its calls. Raises UsageError for files that cannot be used."""
+        """A channel and the metadata of its calls. Raises UsageError for files that cannot be
+        used.
+        """
         options = [
             *channel_options(),
             # gRPC would wait up to 2 minutes between its own attempts; RetryPolicy paces ours.
@@ -71,7 +81,8 @@ class Access:
         if not (self.tls or self.ca or self.certificate):
             if metadata and not is_loopback(address):
                 raise UsageError(
-                    f"a token is not sent to {address} without TLS: others could read it. Give tls_ca or tls"
+                    f"a token is not sent to {address} without TLS: others could read it. Give "
+                    "tls_ca or tls"
                 )
             return grpc.insecure_channel(address, options), metadata
         if (self.certificate is None) != (self.key is None):
@@ -80,11 +91,14 @@ class Access:
             check_private(self.key)
         try:
             ca, key, certificate = (
-                None if one is None else one.read_bytes() for one in (self.ca, self.key, self.certificate)
+                None if one is None else one.read_bytes()
+                for one in (self.ca, self.key, self.certificate)
             )
         except OSError as error:
             raise UsageError(f"{error.filename}: {error.strerror}") from error
-        return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca, key, certificate), options), metadata
+        return grpc.secure_channel(
+            address, grpc.ssl_channel_credentials(ca, key, certificate), options
+        ), metadata
 
 
 def connect(
@@ -106,14 +120,23 @@ def connect(
     for one in addresses:
         if not re.fullmatch(_ADDRESS, one):
             raise UsageError(f"server: got {one!r}, want host:port, for example 127.0.0.1:50051")
-    return GrpcLink(addresses, access or Access(), timeout_s, frame_timeout_s, cache or default_cache())
+    return GrpcLink(
+        addresses, access or Access(), timeout_s, frame_timeout_s, cache or default_cache()
+    )
 
 
 class GrpcLink:
-    """A `Link` over gRPC. One channel for each server; reconnects by itself, and `open` works again when it has."""
+    """A `Link` over gRPC. One channel for each server; reconnects by itself, and `open` works again
+    when it has.
+    """
 
     def __init__(
-        self, addresses: Sequence[str], access: Access, timeout_s: float, frame_timeout_s: float, cache: Path
+        self,
+        addresses: Sequence[str],
+        access: Access,
+        timeout_s: float,
+        frame_timeout_s: float,
+        cache: Path,
     ) -> None:
         self.frame_timeout_s, self._timeout_s, self._access = frame_timeout_s, timeout_s, access
         self.cache = cache
@@ -127,7 +150,9 @@ class GrpcLink:
             raise
 
     def _find(self, timeout_s: float) -> pb.Description:
-        """The description of the first server that answers; where it names replicas, these are used from now on."""
+        """The description of the first server that answers; where it names replicas, these are used
+        from now on.
+        """
         for number, server in enumerate(self._asked):
             try:
                 found = server.describe(timeout_s)
@@ -146,10 +171,17 @@ class GrpcLink:
         """Open channels to these, keep those that are open, close the others."""
         for one in addresses:
             if not re.fullmatch(_ADDRESS, one):
-                raise PeerError(f"{self._asked[0].address} names a replica {one[:80]!r}, which is no address")
-        kept = {} if self._servers is self._asked else {server.address: server for server in self._servers}
+                raise PeerError(
+                    f"{self._asked[0].address} names a replica {one[:80]!r}, which is no address"
+                )
+        kept = (
+            {}
+            if self._servers is self._asked
+            else {server.address: server for server in self._servers}
+        )
         self._servers = [
-            kept.pop(one) if one in kept else _Server(one, self._access) for one in addresses[:_MAX_REPLICAS]
+            kept.pop(one) if one in kept else _Server(one, self._access)
+            for one in addresses[:_MAX_REPLICAS]
         ]
         for server in kept.values():
             server.channel.close()
@@ -161,7 +193,9 @@ class GrpcLink:
         return self._servers[self._current].address
 
     def open(self) -> _GrpcStream:
-        if self._servers is not self._asked and self._losses >= len(self._servers):  # all were tried: are there others?
+        if self._servers is not self._asked and self._losses >= len(
+            self._servers
+        ):  # all were tried: are there others?
             self._losses = 0
             with contextlib.suppress(PeerLost):
                 self._find(self._timeout_s)
@@ -199,20 +233,27 @@ class GrpcLink:
         for info in self.description.edge_files:
             if info.name not in ALLOWED_FILES:
                 raise WireError(
-                    f"{self.address} offers a file {info.name[:80]!r}, which is not on the list of edge files"
+                    f"{self.address} offers a file {info.name[:80]!r}, which is not on the list of "
+                    "edge files"
                 )
         return self._cached(self.description.edge_files, "embedding, head, tokenizer")
 
     def layer_files(self, names: Sequence[str]) -> Path:
         """The same for decoder layers that run here."""
-        offered = {info.name: info for info in self.description.layers.files if re.fullmatch(LAYER_FILE, info.name)}
+        offered = {
+            info.name: info
+            for info in self.description.layers.files
+            if re.fullmatch(LAYER_FILE, info.name)
+        }
         if missing := [name for name in names if name not in offered]:
             raise WireError(f"{self.address} allows edge layers and does not offer {missing[0]}")
         return self._cached([offered[name] for name in names], "decoder layers", names)
 
     def _cached(self, infos: Sequence[pb.FileInfo], title: str, names: Sequence[str] = ()) -> Path:
         infos = sorted(infos, key=lambda info: info.name)
-        digest = hashlib.sha256("".join(f"{info.name} {info.sha256}\n" for info in infos).encode()).hexdigest()
+        digest = hashlib.sha256(
+            "".join(f"{info.name} {info.sha256}\n" for info in infos).encode()
+        ).hexdigest()
         folder = self.cache / "edge" / digest[:32]
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -225,23 +266,35 @@ class GrpcLink:
                         raise
         return folder
 
-    def _fetch(self, infos: list[pb.FileInfo], folder: Path, title: str, names: Sequence[str]) -> None:
+    def _fetch(
+        self, infos: list[pb.FileInfo], folder: Path, title: str, names: Sequence[str]
+    ) -> None:
         folder.mkdir()
         wanted = {info.name: info for info in infos}
         total = sum(info.size for info in infos)
         if total > _MAX_EDGE_FILES_BYTES:
-            raise WireError(f"{self.address} offers {total} bytes of edge files, over {_MAX_EDGE_FILES_BYTES}")
+            raise WireError(
+                f"{self.address} offers {total} bytes of edge files, over {_MAX_EDGE_FILES_BYTES}"
+            )
         got = dict.fromkeys(wanted, 0)
         hashes = {name: hashlib.sha256() for name in wanted}
         request = pb.FetchEdgeFilesRequest(fingerprint=self.description.fingerprint, names=names)
         with tqdm(total=total, unit="B", unit_scale=True, desc=title) as bar:
             try:
-                # Enough for a slow line of 50 kB/s; a cloud that stalls for longer is not waited for.
+                # Enough for a slow line of 50 kB/s; a cloud that stalls for longer is not waited
+                # for.
                 server = self._servers[self._current]
                 timeout_s = 120 + total / 50_000
-                for chunk in server.stub.FetchEdgeFiles(request, timeout=timeout_s, metadata=server.metadata):
-                    if chunk.name not in wanted or got[chunk.name] + len(chunk.data) > wanted[chunk.name].size:
-                        raise WireError(f"{self.address} sent more of {chunk.name[:80]!r} than it had announced")
+                for chunk in server.stub.FetchEdgeFiles(
+                    request, timeout=timeout_s, metadata=server.metadata
+                ):
+                    if (
+                        chunk.name not in wanted
+                        or got[chunk.name] + len(chunk.data) > wanted[chunk.name].size
+                    ):
+                        raise WireError(
+                            f"{self.address} sent more of {chunk.name[:80]!r} than it had announced"
+                        )
                     with (folder / chunk.name).open("ab") as file:
                         file.write(chunk.data)
                     got[chunk.name] += len(chunk.data)
@@ -251,7 +304,10 @@ class GrpcLink:
                 raise _stream_error(error, self.address) from error
         for name, info in wanted.items():
             if hashes[name].hexdigest() != info.sha256:
-                raise WireError(f"{name} from {self.address}: {got[name]} of {info.size} bytes, SHA-256 does not match")
+                raise WireError(
+                    f"{name} from {self.address}: {got[name]} of {info.size} bytes, SHA-256 does "
+                    "not match"
+                )
 
     def close(self) -> None:
         for server in {*self._servers, *self._asked}:
@@ -266,12 +322,16 @@ class _Server:
         self.connect()
 
     def connect(self) -> None:
-        """A channel of its own: also away from a connection that is half-open, which gRPC would go on using."""
+        """A channel of its own: also away from a connection that is half-open, which gRPC would go
+        on using.
+        """
         self.channel, self.metadata = self._access.channel(self.address)
         self.stub = rpc.DLoRAStub(self.channel)
 
     def describe(self, timeout_s: float) -> pb.Description:
-        """What is served there. Raises PeerLost if nothing answers, PeerError if what answers will not do."""
+        """What is served there. Raises PeerLost if nothing answers, PeerError if what answers will
+        not do.
+        """
         try:
             request = pb.DescribeRequest(protocol_version=PROTOCOL_VERSION)
             found: pb.Description = self.stub.Describe(
@@ -281,7 +341,8 @@ class _Server:
             raise _connect_error(error, self.address) from error
         if found.protocol_version != PROTOCOL_VERSION:
             raise PeerError(
-                f"{self.address} speaks protocol {found.protocol_version}, this edge {PROTOCOL_VERSION}: "
+                f"{self.address} speaks protocol {found.protocol_version}, this edge "
+                f"{PROTOCOL_VERSION}: "
                 "upgrade the older of the two"
             )
         return found
@@ -291,7 +352,12 @@ class _GrpcStream:
     """One `Step` call. A reader thread takes replies, so that every wait has a deadline."""
 
     def __init__(self, server: _Server, timeout_s: float, lost: Callable[[_Server], None]) -> None:
-        self.server, self.address, self.timeout_s, self.lost = server, server.address, timeout_s, lost
+        self.server, self.address, self.timeout_s, self.lost = (
+            server,
+            server.address,
+            timeout_s,
+            lost,
+        )
         self.outbox: queue.SimpleQueue[pb.EdgeFrame | None] = queue.SimpleQueue()
         self.inbox: queue.SimpleQueue[pb.CloudFrame | Exception] = queue.SimpleQueue()
         self.call = server.stub.Step(self._requests(), metadata=server.metadata)
@@ -336,14 +402,25 @@ def _connect_error(error: Any, address: str) -> Exception:
     if code == grpc.StatusCode.DEADLINE_EXCEEDED or code == grpc.StatusCode.UNAVAILABLE:
         if _listens(address):
             return PeerLost(
-                f"{address} is there, but does not answer as a DLoRA server: does it want TLS (tls_ca or tls), another "
-                "authority, a client certificate, or none of these? Does its certificate name this address?"
+                f"{address} is there, but does not answer as a DLoRA server: does it want TLS "
+                "(tls_ca or tls), another "
+                "authority, a client certificate, or none of these? Does its certificate name this "
+                "address?"
             )
-        return PeerLost(f"no DLoRA server answers at {address}: is `dlora serve` running there, and is the port right?")
+        return PeerLost(
+            f"no DLoRA server answers at {address}: is `dlora serve` running there, and is the "
+            "port right?"
+        )
     if code == grpc.StatusCode.UNAUTHENTICATED:
-        return PeerError(f"{address} does not know this edge ({details}): give token_file, or a client certificate")
+        return PeerError(
+            f"{address} does not know this edge ({details}): give token_file, or a client "
+            "certificate"
+        )
     if code == grpc.StatusCode.UNIMPLEMENTED:
-        return PeerError(f"{address} is a gRPC server, but not a DLoRA server of this version: check host and port")
+        return PeerError(
+            f"{address} is a gRPC server, but not a DLoRA server of this version: check host and "
+            "port"
+        )
     return PeerError(f"{address} refused: {details}")
 
 

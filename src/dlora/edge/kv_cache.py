@@ -32,18 +32,24 @@ log = logging.getLogger(__name__)
 
 # Room for so many tokens more than are there, where nobody said how many will come.
 _HEADROOM: Final = 256
-# What was sent is kept pass by pass, and joined now and then: neither long lists nor a copy a token.
+# What was sent is kept pass by pass, and joined now and then: neither long lists nor a copy a
+# token.
 _JOIN_AT: Final = 64
 
 
 class Pass:
-    """The new tokens of one forward pass, as they go to the cloud: B x T of them, of which N rows travel.
+    """The new tokens of one forward pass, as they go to the cloud: B x T of them, of which N rows
+    travel.
 
     They are token embeddings or, where the edge holds layers, hidden states.
     """
 
     def __init__(
-        self, embeddings_BTD: Tensor, mask_BT: Tensor | None, position_ids_BT: Tensor | None, keep_BT: Tensor
+        self,
+        embeddings_BTD: Tensor,
+        mask_BT: Tensor | None,
+        position_ids_BT: Tensor | None,
+        keep_BT: Tensor,
     ) -> None:
         self.embeddings_BTD, self.mask_BT = embeddings_BTD, mask_BT
         self.position_ids_BT, self.keep_BT = position_ids_BT, keep_BT
@@ -55,12 +61,16 @@ class Pass:
 
     @cached_property
     def dense(self) -> bool:
-        """Everything travels: a kept position that is padding needs what the model makes of padding."""
+        """Everything travels: a kept position that is padding needs what the model makes of
+        padding.
+        """
         return bool((self.keep_BT & ~self.attended_BT).any())
 
     @cached_property
     def entry_ND(self) -> Tensor:
-        """The rows that travel. Made on first use: what is only kept to be sent again needs none."""
+        """The rows that travel. Made on first use: what is only kept to be sent again needs
+        none.
+        """
         rows_BT = torch.ones_like(self.attended_BT) if self.dense else self.attended_BT
         return self.embeddings_BTD[rows_BT.to(self.embeddings_BTD.device)]
 
@@ -69,7 +79,9 @@ class Pass:
         return {
             "length": self.keep_BT.shape[1],
             "attention_mask": pack_mask(self.mask_BT),
-            "position_ids": [] if self.position_ids_BT is None else self.position_ids_BT.reshape(-1).tolist(),
+            "position_ids": []
+            if self.position_ids_BT is None
+            else self.position_ids_BT.reshape(-1).tolist(),
             "dense": self.dense,
             "keep": self.keep_BT.reshape(-1).nonzero()[:, 0].tolist(),
             "embeddings": encode(self.entry_ND, wire_dtype),
@@ -98,7 +110,7 @@ class CloudCache(Cache):
         self._drop = 0
         self._order: Tensor | None = None
 
-    # ----------------------------------------------------------------- what transformers asks of a cache
+    # -------------------------------------- what transformers asks of a cache
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """P: tokens of each sequence in the cache."""
@@ -109,7 +121,9 @@ class CloudCache(Cache):
         return -1
 
     def activate_past_recording(self) -> None:
-        """Ask for a cache that can be rolled back in place, also where attention slides over a window."""
+        """Ask for a cache that can be rolled back in place, also where attention slides over a
+        window.
+        """
         if not self._recording and self._past:
             self.close()
         self._recording = True
@@ -130,7 +144,9 @@ class CloudCache(Cache):
             self.close()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row i continue row `beam_idx[i]`: beam search, or several continuations of one prompt."""
+        """Let row i continue row `beam_idx[i]`: beam search, or several continuations of one
+        prompt.
+        """
         if self._local is not None:
             self._local.reorder_cache(beam_idx)
         self._past = [_cut(one, beam_idx, slice(None)) for one in self._past]
@@ -172,7 +188,9 @@ class CloudCache(Cache):
         self._cut_local(length)
 
     def _cut_local(self, length: int) -> None:
-        """Keep so many tokens, and unlike transformers' crop what is behind a window: a deeper cut may follow."""
+        """Keep so many tokens, and unlike transformers' crop what is behind a window: a deeper cut
+        may follow.
+        """
         for layer in [] if self._local is None else self._local.layers:
             if (extra := layer.get_seq_length() - length) > 0:
                 layer.keys, layer.values = layer.keys[:, :, :-extra], layer.values[:, :, :-extra]
@@ -193,11 +211,15 @@ class CloudCache(Cache):
     def bind(self, talk: Conversation, here: Iterable[LoraLayer] = ()) -> None:
         """Use this conversation; another one than before only if nothing else changed.
 
-        `here`: LoRA layers in use inside layers that the edge holds. Raises UsageError if other adapters are active
-        than those that filled the cache.
+        `here`: LoRA layers in use inside layers that the edge holds. Raises UsageError if other
+        adapters are active than those that filled the cache.
         """
         key: tuple[object, ...] = tuple(
-            (site.index, *site.modules, *((id(layer), *layer.active_adapters) for layer in site.layers))
+            (
+                site.index,
+                *site.modules,
+                *((id(layer), *layer.active_adapters) for layer in site.layers),
+            )
             for site in talk.sites.values()
         )
         key += (talk.wire_dtype, *(frozen.hash for frozen in talk.frozen))
@@ -206,16 +228,22 @@ class CloudCache(Cache):
             self.close()
             self._talk, self._site_key = talk, key
         elif key != self._site_key or self._talk.link is not talk.link:
-            raise UsageError("this KV cache was filled with other adapters or another server: start a new one")
+            raise UsageError(
+                "this KV cache was filled with other adapters or another server: start a new one"
+            )
 
     def known_mask(self, batch: int) -> Tensor | None:
         """The mask [B, P] of what is cached; None if no mask was ever given."""
         if all(one.mask_BT is None for one in self._past):
             return None
-        return torch.cat([torch.ones_like(o.keep_BT) if o.mask_BT is None else o.mask_BT for o in self._past], dim=1)
+        return torch.cat(
+            [torch.ones_like(o.keep_BT) if o.mask_BT is None else o.mask_BT for o in self._past],
+            dim=1,
+        )
 
     def forward(self, new: Pass, retry: RetryPolicy) -> Tensor:
-        """Run the new tokens through the cloud; return kept last hidden states, float32 [K, hidden_width].
+        """Run the new tokens through the cloud; return kept last hidden states, float32 [K,
+        hidden_width].
 
         If the cloud is lost, or closed the stream of an edge that was silent for long, the whole
         sequence is sent again on a new stream.
@@ -252,7 +280,9 @@ class CloudCache(Cache):
         whole = _joined([*self._past, new]) if begins and self._past else new
         if begins:
             room = length if length <= self.expected_length else 2 * length + _HEADROOM
-            self._reserved = max(length, min(max(room, self.expected_length), int(limits.max_length)))
+            self._reserved = max(
+                length, min(max(room, self.expected_length), int(limits.max_length))
+            )
             talk.stream = talk.link.open()
         hidden, positions = [], []
         step = _slice_length(talk, whole.keep_BT.shape[0])
@@ -263,7 +293,9 @@ class CloudCache(Cache):
                 frame = pb.EdgeFrame(begin=self._begin(talk, part, fields))
             else:
                 order = [] if self._order is None or start else self._order.tolist()
-                frame = pb.EdgeFrame(extend=pb.Extend(drop=0 if start else self._drop, order=order, **fields))
+                frame = pb.EdgeFrame(
+                    extend=pb.Extend(drop=0 if start else self._drop, order=order, **fields)
+                )
             rows = fields["embeddings"].shape[0]
             kept, flops = talk.ask(frame, rows, len(fields["keep"]), training=False)
             hidden.append(kept)
@@ -272,7 +304,12 @@ class CloudCache(Cache):
             talk.meter.passes += 1
         # From here on the cloud has these tokens.
         self._past.append(
-            Pass(new.embeddings_BTD.detach(), new.mask_BT, new.position_ids_BT, torch.zeros_like(new.keep_BT))
+            Pass(
+                new.embeddings_BTD.detach(),
+                new.mask_BT,
+                new.position_ids_BT,
+                torch.zeros_like(new.keep_BT),
+            )
         )
         self._last_length = (whole.keep_BT.shape[1] - 1) % step + 1
         if len(self._past) >= _JOIN_AT:
@@ -297,7 +334,9 @@ class CloudCache(Cache):
 
 
 def _slice_length(talk: Conversation, batch: int) -> int:
-    """Tokens a sequence that fit one pass: by the server's tokens, and by half of its largest message."""
+    """Tokens a sequence that fit one pass: by the server's tokens, and by half of its largest
+    message.
+    """
     description = talk.link.description
     widths = [description.embedding_width, talk.hidden_width]
     for site in talk.sites.values():
@@ -312,7 +351,8 @@ def _cut(one: Pass, rows: Any, columns: slice) -> Pass:
             return None
         return tensor[rows.to(tensor.device) if isinstance(rows, Tensor) else rows][:, columns]
 
-    return Pass(*(cut(t) for t in (one.embeddings_BTD, one.mask_BT, one.position_ids_BT, one.keep_BT)))  # type: ignore[arg-type]
+    parts = (one.embeddings_BTD, one.mask_BT, one.position_ids_BT, one.keep_BT)
+    return Pass(*(cut(part) for part in parts))  # type: ignore[arg-type]
 
 
 def _joined(passes: list[Pass]) -> Pass:

@@ -82,7 +82,8 @@ class RetryPolicy:
                 pause = max(error.retry_after_s or 0.0, delay * random.uniform(0.5, 1.0))
                 if self.clock() - start + pause > self.give_up_after_s:
                     raise PeerLost(
-                        f"{error} (gave up after {self.clock() - start:.0f} s; nothing saved so far is lost)"
+                        f"{error} (gave up after {self.clock() - start:.0f} s; nothing saved so "
+                        "far is lost)"
                     ) from error
                 self.sleep(pause)
                 delay = min(2 * delay, self.longest_delay_s)

@@ -25,7 +25,9 @@ class Meter:
     wait_s: float = 0.0
     """Seconds in which the edge waited for the cloud."""
     cloud_s: float = 0.0
-    """Of these, seconds in which the cloud says that it computed; the rest are network and queues."""
+    """Of these, seconds in which the cloud says that it computed; the rest are network and
+    queues.
+    """
     micro_batches: int = 0
     passes: int = 0
     """Forward passes with a KV cache: one a generated token, fewer with drafts."""
@@ -51,10 +53,14 @@ class Meter:
         return Meter(**asdict(self))
 
     def __sub__(self, other: Meter) -> Meter:
-        return Meter(**{f.name: getattr(self, f.name) - getattr(other, f.name) for f in fields(self)})
+        return Meter(
+            **{f.name: getattr(self, f.name) - getattr(other, f.name) for f in fields(self)}
+        )
 
     def __add__(self, other: Meter) -> Meter:
-        return Meter(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+        return Meter(
+            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        )
 
 
 def adapter_flops(
@@ -85,14 +91,15 @@ def step_traffic(
 ) -> tuple[int, int]:
     """(sent, received) payload bytes of one training micro-batch.
 
-    Where the edge holds layers, `embedding_width` and `hidden_width` are those between layers, `kept` is all rows if
-    it holds the last, and `input_grad` says that adapters in the first want the gradient of what was sent.
+    Where the edge holds layers, `embedding_width` and `hidden_width` are those between layers,
+    `kept` is all rows if it holds the last, and `input_grad` says that adapters in the first want
+    the gradient of what was sent.
 
-    `sites` holds, for each active site in calling order, its input width d and (o, r) of its
-    active modules: output width and rank. The first site sends no
-    input gradient unless it is wanted. On the plain
-    wire a module sends deltas of width o and gets their gradients; factored it sends Z of
-    width r and B once, and gets the gradients of both. Framing adds under 1 % from some hundred tokens on.
+    `sites` holds, for each active site in calling order, its input width d and (o, r) of its active
+    modules: output width and rank. The first site sends no input gradient unless it is wanted. On
+    the plain wire a module sends deltas of width o and gets their gradients; factored it sends Z of
+    width r and B once, and gets the gradients of both. Framing adds under 1 % from some hundred
+    tokens on.
     """
 
     def size(rows: int, width: int) -> int:

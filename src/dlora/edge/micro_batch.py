@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 
 
 class MicroBatch(Conversation):
-    """Forward and backward of one micro-batch over a link, run again as a whole if the cloud is lost.
+    """Forward and backward of one micro-batch over a link, run again as a whole if the cloud is
+    lost.
 
     `begin` is the complete first frame. A repeated run starts from the same random state, so
     that LoRA dropout draws the same masks.
@@ -46,10 +47,19 @@ class MicroBatch(Conversation):
         held: EdgeLayers | None = None,
     ) -> None:
         super().__init__(
-            link, meter, sites, begin.wire_dtype, device, factored=begin.factored, frozen=frozen, held=held
+            link,
+            meter,
+            sites,
+            begin.wire_dtype,
+            device,
+            factored=begin.factored,
+            frozen=frozen,
+            held=held,
         )
         self.input_grad: Tensor | None = None
-        """After backward, where `begin` asks for it: the gradient of what went into the cloud, [N, D]."""
+        """After backward, where `begin` asks for it: the gradient of what went into the cloud, [N,
+        D].
+        """
         self.on_probe: Callable[[Sequence[pb.ActiveSite], Sequence[float]], None] | None = None
         """Called with the modules of `Begin.probe` and their norms of g^T x, after backward."""
         self.noise = Noise()
@@ -102,7 +112,9 @@ class MicroBatch(Conversation):
         self.stream = self.link.open()
         try:
             rows, kept = int(self.begin.embeddings.shape[0]), len(self.begin.keep)
-            hidden, _ = self.ask(pb.EdgeFrame(begin=self.begin), rows, kept, training=self.begin.training)
+            hidden, _ = self.ask(
+                pb.EdgeFrame(begin=self.begin), rows, kept, training=self.begin.training
+            )
             if not (self.begin.training and (self.sites or self.begin.wants_input_grad)):
                 self._finish()
         except BaseException:
@@ -118,7 +130,9 @@ class MicroBatch(Conversation):
             for _ in range(len(self.sites)):
                 frame = self.receive()
                 if frame.WhichOneof("kind") != "delta_grads":
-                    raise WireError(f"the cloud sent frame {frame.WhichOneof('kind')!r} in backward")
+                    raise WireError(
+                        f"the cloud sent frame {frame.WhichOneof('kind')!r} in backward"
+                    )
                 self._answer_backward(frame.delta_grads, grads)
             self._finish()
         except BaseException:
@@ -135,14 +149,18 @@ class MicroBatch(Conversation):
         if self.on_probe is not None:
             probed = sum(len(entry.modules) for entry in self.begin.probe)
             if len(frame.done.probe) != probed:
-                raise WireError(f"the cloud sent {len(frame.done.probe)} probe norms, want {probed}")
+                raise WireError(
+                    f"the cloud sent {len(frame.done.probe)} probe norms, want {probed}"
+                )
             if not all(0 <= norm < math.inf for norm in frame.done.probe):
                 raise WireError("the cloud sent a probe norm that is negative or not finite")
             self.on_probe(self.begin.probe, frame.done.probe)
         if self.begin.wants_input_grad:
             shape = tuple(self.begin.embeddings.shape)
             self.meter.round_trips += 1  # the last gradient is waited for
-            self.input_grad = self.decode(frame.done.input_grad, shape, "gradient of the cloud's input")
+            self.input_grad = self.decode(
+                frame.done.input_grad, shape, "gradient of the cloud's input"
+            )
         self.meter.micro_batches += 1
         self.close()
 
@@ -151,7 +169,9 @@ class MicroBatch(Conversation):
         record = self.records.pop(site.index)
         messages = [*message.grads, *message.factor_grads]
         if len(messages) != len(record.answers):
-            raise WireError(f"site {site.index}: got {len(messages)} gradients, want {len(record.answers)}")
+            raise WireError(
+                f"site {site.index}: got {len(messages)} gradients, want {len(record.answers)}"
+            )
         received = [
             self.decode(one, tuple(answer.shape), f"delta gradient at site {site.index}")
             for one, answer in zip(messages, record.answers, strict=True)
@@ -161,11 +181,15 @@ class MicroBatch(Conversation):
         found: list[Tensor] = []
         if inputs:
             outputs = [
-                (answer, one) for answer, one in zip(record.answers, received, strict=True) if answer.requires_grad
+                (answer, one)
+                for answer, one in zip(record.answers, received, strict=True)
+                if answer.requires_grad
             ]
             found = list(
                 torch.autograd.grad(
-                    [answer for answer, _ in outputs], inputs, [one.to(answer.dtype) for answer, one in outputs]
+                    [answer for answer, _ in outputs],
+                    inputs,
+                    [one.to(answer.dtype) for answer, one in outputs],
                 )
             )
         for one in found:
@@ -182,7 +206,8 @@ class MicroBatch(Conversation):
 
 
 class SplitForward(torch.autograd.Function):
-    """The whole remote decoder as one node: its input and adapter parameters in, kept hidden states out.
+    """The whole remote decoder as one node: its input and adapter parameters in, kept hidden states
+    out.
 
     Gradients leave as this node's own, so that a repeated micro-batch cannot count twice.
     """
@@ -198,14 +223,21 @@ class SplitForward(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         grads = ctx.micro_batch.backward(outputs[0])
         entry = ctx.micro_batch.input_grad
-        return None, None if entry is None else entry.to(ctx.dtype), *(grads.get(one) for one in ctx.parameters)
+        return (
+            None,
+            None if entry is None else entry.to(ctx.dtype),
+            *(grads.get(one) for one in ctx.parameters),
+        )
 
 
 def check_finite(grad: Tensor, what: str) -> None:
-    """Raises PeerError: values of the cloud that are finite can still be so large that what follows is not."""
+    """Raises PeerError: values of the cloud that are finite can still be so large that what follows
+    is not.
+    """
     if not math.isfinite(largest(grad)):
         raise PeerError(
-            f"{what} is not finite: the learning rate is too high, or the cloud sent values without sense. The adapter "
+            f"{what} is not finite: the learning rate is too high, or the cloud sent values "
+            "without sense. The adapter "
             "is unchanged. Try a lower learning rate, or another server."
         )
 

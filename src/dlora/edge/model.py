@@ -76,7 +76,9 @@ class _Request:
     keep_BT: Tensor | None = None
     """Bool mask of positions; None: all."""
     compact_labels: Tensor | None = None
-    """Labels to match; then the kept positions return alone, [1, K + 1, D], with a last row of zeros."""
+    """Labels to match; then the kept positions return alone, [1, K + 1, D], with a last row of
+    zeros.
+    """
 
 
 class SplitModel(PeftModelForCausalLM):
@@ -86,8 +88,8 @@ class SplitModel(PeftModelForCausalLM):
     it; logits then have shape [1, K + 1, vocab]), "all", or "auto": supervised while training,
     all otherwise. Without labels it is always all.
 
-    `wire` says how deltas travel in training: "plain", or as exact factors ("factored"), which takes several
-    times fewer bytes and shows B to the cloud, which it could solve for anyway.
+    `wire` says how deltas travel in training: "plain", or as exact factors ("factored"), which
+    takes several times fewer bytes and shows B to the cloud, which it could solve for anyway.
     """
 
     head_positions: Literal["auto", "supervised", "all"] = "auto"
@@ -112,13 +114,15 @@ class SplitModel(PeftModelForCausalLM):
         self.noise = Noise()
         """What is added to what leaves."""
         self.hide_lengths = False
-        """Let right padding travel as other tokens of the batch and ask for every position's hidden state, so that
-        masks tell neither lengths nor which tokens have a label; zero gradients still do, without noise on the tail.
-        Left padding and KV caches are as ever."""
+        """Let right padding travel as other tokens of the batch and ask for every position's hidden
+        state, so that masks tell neither lengths nor which tokens have a label; zero gradients
+        still do, without noise on the tail. Left padding and KV caches are as ever."""
         self.meter = Meter()
         self._match_sites()
         self._held_sites = [
-            site for site in shared_sites(link.description) if not self.held.in_cloud(site.modules[0].layer)
+            site
+            for site in shared_sites(link.description)
+            if not self.held.in_cloud(site.modules[0].layer)
         ]
         self._request = _Request()
         self.idle: Idle = "drop"
@@ -132,24 +136,35 @@ class SplitModel(PeftModelForCausalLM):
         """If not None: sums of squared deltas by (site, module), over training micro-batches."""
         self.waits: list[Wait] = []
         """Of the newest training micro-batch: where its time went."""
-        self.accepts_position_ids = "position_ids" in inspect.signature(type(decoder_of(base)).forward).parameters
+        self.accepts_position_ids = (
+            "position_ids" in inspect.signature(type(decoder_of(base)).forward).parameters
+        )
         self._signature = inspect.signature(self.forward)
-        self._cloud_pass: Callable[[Tensor], Tensor] | None = None  # of the forward that runs now, with held layers
+        self._cloud_pass: Callable[[Tensor], Tensor] | None = (
+            None  # of the forward that runs now, with held layers
+        )
         self._known: KnownCloud | None = None  # instead of the cloud
         if self.held:
             layers = find_layers(decoder_of(base), self.held.count)
             if layers is None:
-                raise ModelError(f"found no list of {self.held.count} layers in {type(decoder_of(base)).__name__}")
+                raise ModelError(
+                    f"found no list of {self.held.count} layers in "
+                    f"{type(decoder_of(base)).__name__}"
+                )
             wrap_layers(layers, lambda: self._known or self, link.description.layers.in_tuple)
         decoder_of(base).forward = types.MethodType(_remote_forward, self)
         # generate() calls the base model and not this one; peft may call the base model's forward
         # and not the model. So hook both.
         self.register_forward_pre_hook(SplitModel._note_request, with_kwargs=True)
-        base.register_forward_pre_hook(lambda _, args, kwargs: self._note_request(args, kwargs), with_kwargs=True)
+        base.register_forward_pre_hook(
+            lambda _, args, kwargs: self._note_request(args, kwargs), with_kwargs=True
+        )
 
     # ----------------------------------------------------------------- what is asked of the decoder
 
-    def _note_request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _note_request(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Note the positions whose hidden states matter; with labels, gather those labels to match.
 
         The next-token losses of transformers and trl pair hidden state i with label i + 1. Kept
@@ -172,7 +187,9 @@ class SplitModel(PeftModelForCausalLM):
                 keep_BT[:, -keep_last:] = True
                 self._request = _Request(keep_BT)
             return args, kwargs
-        everywhere = self.head_positions == "all" or (self.head_positions == "auto" and not self.training)
+        everywhere = self.head_positions == "all" or (
+            self.head_positions == "auto" and not self.training
+        )
         if everywhere or kwargs.get("shift_labels") is not None:
             return args, kwargs
         keep_BT = torch.zeros_like(labels, dtype=torch.bool)
@@ -189,7 +206,8 @@ class SplitModel(PeftModelForCausalLM):
         position_ids: Tensor | None,
         cache: CloudCache | None = None,
     ) -> Tensor:
-        """Run the remote decoder; return hidden states [B, T, D], or [1, K + 1, D] if only labels were asked for.
+        """Run the remote decoder; return hidden states [B, T, D], or [1, K + 1, D] if only labels
+        were asked for.
 
         Positions that were not asked for, padding among them, are zero. With a `cache` the
         tokens follow those in it, and the mask covers both: [B, P + T].
@@ -199,13 +217,20 @@ class SplitModel(PeftModelForCausalLM):
         if self.hide_lengths and cache is None and mask_BT is not None and is_right_padded(mask_BT):
             embeddings_BTD, mask_BT = fill_padding(embeddings_BTD, mask_BT), None
         columns_BT = mask_BT if cache is None else _new_columns(cache, mask_BT, batch, length)
-        attended_BT = torch.ones(batch, length, dtype=torch.bool) if columns_BT is None else columns_BT.bool().cpu()
+        attended_BT = (
+            torch.ones(batch, length, dtype=torch.bool)
+            if columns_BT is None
+            else columns_BT.bool().cpu()
+        )
         if request.keep_BT is None:
             keep_BT = attended_BT
         elif request.keep_BT.shape == attended_BT.shape:
             keep_BT = request.keep_BT.cpu()
         else:
-            raise UsageError(f"labels have shape {list(request.keep_BT.shape)}, input_ids {list(attended_BT.shape)}")
+            raise UsageError(
+                f"labels have shape {list(request.keep_BT.shape)}, input_ids "
+                f"{list(attended_BT.shape)}"
+            )
         positions_BT = self._position_ids(position_ids, batch, length)
         # The last layers look at every token; without any, only what is asked for comes back.
         wanted_BT = attended_BT | keep_BT if self.held.last or self.hide_lengths else keep_BT
@@ -229,7 +254,9 @@ class SplitModel(PeftModelForCausalLM):
             kept_KD = hidden_BTD[keep_BT.to(hidden_BTD.device)]
         kept_KD = kept_KD.to(embeddings_BTD.dtype)
         compact = request.compact_labels is not None
-        self._count_head(len(kept_KD) + 1 if compact else batch * length, training=kept_KD.requires_grad)
+        self._count_head(
+            len(kept_KD) + 1 if compact else batch * length, training=kept_KD.requires_grad
+        )
         if compact:
             return torch.cat([kept_KD, kept_KD.new_zeros(1, kept_KD.shape[1])])[None]
         return _spread(kept_KD, keep_BT)
@@ -237,15 +264,24 @@ class SplitModel(PeftModelForCausalLM):
     def _through_cloud(self, new: Pass, cache: CloudCache | None) -> Tensor:
         """Run the cloud's layers over new tokens; return the kept hidden states, float32 [K, D]."""
         sites, frozen = self._active_sites(), self._applied_by_cloud()
-        parameters = [p for site in sites for p in site.parameters] if torch.is_grad_enabled() else []
-        # An input that trainers let ask for gradients without any need would drag backward to the bottom.
-        wants_input_grad = torch.is_grad_enabled() and new.entry_ND.requires_grad and self._trains_below()
+        parameters = (
+            [p for site in sites for p in site.parameters] if torch.is_grad_enabled() else []
+        )
+        # An input that trainers let ask for gradients without any need would drag backward to the
+        # bottom.
+        wants_input_grad = (
+            torch.is_grad_enabled() and new.entry_ND.requires_grad and self._trains_below()
+        )
         training = bool(parameters) or wants_input_grad
         wire_dtype, device = WIRE_DTYPES[self.wire_dtype], new.entry_ND.device
         if cache is not None:
             if training:
-                raise UsageError("a KV cache in the cloud keeps no gradients: use torch.no_grad(), or no cache")
-            talk = Conversation(self.link, self.meter, sites, wire_dtype, device, frozen=frozen, held=self.held)
+                raise UsageError(
+                    "a KV cache in the cloud keeps no gradients: use torch.no_grad(), or no cache"
+                )
+            talk = Conversation(
+                self.link, self.meter, sites, wire_dtype, device, frozen=frozen, held=self.held
+            )
             cache.bind(talk, [layer for _, layer in self.held_adapters()])
             return cache.forward(new, self.retry)
         first = begin(
@@ -261,7 +297,9 @@ class SplitModel(PeftModelForCausalLM):
             wants_input_grad=wants_input_grad,
             **new.fields(wire_dtype),
         )
-        micro_batch = MicroBatch(self.link, self.retry, self.meter, first, sites, device, frozen, self.held)
+        micro_batch = MicroBatch(
+            self.link, self.retry, self.meter, first, sites, device, frozen, self.held
+        )
         if first.probe:
             micro_batch.on_probe = self._note_probe
         if not training:
@@ -270,8 +308,8 @@ class SplitModel(PeftModelForCausalLM):
         micro_batch.waits = self.waits = []
         micro_batch.noise = self.noise
         entry_ND = new.entry_ND if wants_input_grad else new.entry_ND.detach()
-        kept_KD: Tensor = SplitForward.apply(micro_batch, entry_ND, *parameters)  # type: ignore[no-untyped-call]
-        return kept_KD
+        run: Callable[..., Tensor] = SplitForward.apply
+        return run(micro_batch, entry_ND, *parameters)
 
     # ----------------------------------------------------------------- layers that run here
 
@@ -283,7 +321,9 @@ class SplitModel(PeftModelForCausalLM):
         cache: CloudCache | None,
         cloud: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """The decoder's own forward over embeddings [B, T, D], with the cloud in the middle; [B, T, D]."""
+        """The decoder's own forward over embeddings [B, T, D], with the cloud in the middle; [B, T,
+        D].
+        """
         decoder = decoder_of(self.get_base_model())
         inputs: dict[str, Any] = {"inputs_embeds": embeddings_BTD, "use_cache": cache is not None}
         if mask_BT is not None:
@@ -307,9 +347,15 @@ class SplitModel(PeftModelForCausalLM):
         return hidden_BTD
 
     def run_layer(
-        self, index: int, hidden_BTD: Tensor, run: Callable[[Tensor], Any], skip: Callable[[Tensor], Any]
+        self,
+        index: int,
+        hidden_BTD: Tensor,
+        run: Callable[[Tensor], Any],
+        skip: Callable[[Tensor], Any],
     ) -> Any:
-        """Run a held layer; at the first of the others go through the cloud, which runs them all."""
+        """Run a held layer; at the first of the others go through the cloud, which runs them
+        all.
+        """
         if not self.held.in_cloud(index):
             return run(hidden_BTD)
         if index == self.held.first:
@@ -321,24 +367,38 @@ class SplitModel(PeftModelForCausalLM):
     def last_hidden(self, exit_ND: Tensor) -> Tensor:
         """What the decoder makes of rows that leave the cloud, [N, D], each by itself.
 
-        Where the edge holds layers that is the final norm, in float32; else the rows themselves. Raises UsageError
-        where last layers run here: they look at more than one row.
+        Where the edge holds layers that is the final norm, in float32; else the rows themselves.
+        Raises UsageError where last layers run here: they look at more than one row.
         """
         if self.held.last:
-            raise UsageError("last_hidden: the last layers run here, and look at all tokens of a sequence")
+            raise UsageError(
+                "last_hidden: the last layers run here, and look at all tokens of a sequence"
+            )
         if not self.held:
             return exit_ND
         decoder = decoder_of(self.get_base_model())
         embedding = self.get_input_embeddings()
-        embeddings = embedding(torch.zeros(len(exit_ND), 1, dtype=torch.int64, device=self.device)).detach()
-        others = [one for one in decoder.children() if not isinstance(one, nn.ModuleList | nn.Embedding)]
+        embeddings = embedding(
+            torch.zeros(len(exit_ND), 1, dtype=torch.int64, device=self.device)
+        ).detach()
+        others = [
+            one for one in decoder.children() if not isinstance(one, nn.ModuleList | nn.Embedding)
+        ]
         modules = [module for one in others for module in one.modules()]
-        weights = [(module, name, p) for module in modules for name, p in module.named_parameters(recurse=False)]
-        self._known = KnownCloud(EdgeLayers(count=self.held.count), exit_ND[:, None].float())  # and no layer runs
+        weights = [
+            (module, name, p)
+            for module in modules
+            for name, p in module.named_parameters(recurse=False)
+        ]
+        self._known = KnownCloud(
+            EdgeLayers(count=self.held.count), exit_ND[:, None].float()
+        )  # and no layer runs
         try:
             for module, name, p in weights:  # not in place: a backward pass may follow
                 module._parameters[name] = nn.Parameter(p.float(), requires_grad=False)
-            output = type(decoder).forward(decoder, inputs_embeds=embeddings.float(), use_cache=False)
+            output = type(decoder).forward(
+                decoder, inputs_embeds=embeddings.float(), use_cache=False
+            )
             hidden: Tensor = output.last_hidden_state
         finally:
             self._known = None
@@ -356,7 +416,8 @@ class SplitModel(PeftModelForCausalLM):
         trained = [site for site in sites if any(one.name in adapted for one in site.modules)]
         lowest = trained[0].index if trained else None
         if training:
-            # Below the lowest adapter here nothing asks for gradients; above it, and above the cloud's, all does.
+            # Below the lowest adapter here nothing asks for gradients; above it, and above the
+            # cloud's, all does.
             first = [site for site in sites if site.modules[0].layer < self.held.first]
             last = [site for site in sites if site.modules[0].layer >= self.held.end]
             from_below = bool(self._active_sites()) or any(site in first for site in trained)
@@ -375,18 +436,26 @@ class SplitModel(PeftModelForCausalLM):
         """Whether anything before the cloud's first layer is trained here."""
         adapters = (one for name, one in self.held_adapters() if layer_of(name) < self.held.first)
         embedding = self.get_input_embeddings()
-        return any(p.requires_grad for module in (embedding, *adapters) for p in module.parameters())
+        return any(
+            p.requires_grad for module in (embedding, *adapters) for p in module.parameters()
+        )
 
     def _match_sites(self) -> None:
-        """Find where the adapters sit: at sites of the cloud, or in held layers, whose gradients autograd makes."""
+        """Find where the adapters sit: at sites of the cloud, or in held layers, whose gradients
+        autograd makes.
+        """
         self.sites, self._held_layers = match_sites(self, self.link.description, self.held)
         for name, layer in self._held_layers.items():
             for parameter in (*layer.lora_A.parameters(), *layer.lora_B.parameters()):
                 if not getattr(parameter, "dlora_checks_gradient", False):
                     parameter.dlora_checks_gradient = True
-                    trained = parameter.requires_grad  # without, there can be no hook; it may be trained later
+                    trained = (
+                        parameter.requires_grad
+                    )  # without, there can be no hook; it may be trained later
                     parameter.requires_grad_(True)
-                    parameter.register_hook(lambda grad, name=name: check_finite(grad, f"a gradient of {name}"))
+                    parameter.register_hook(
+                        lambda grad, name=name: check_finite(grad, f"a gradient of {name}")
+                    )
                     parameter.requires_grad_(trained)
 
     def held_adapters(self) -> Iterator[tuple[str, LoraLayer]]:
@@ -412,7 +481,9 @@ class SplitModel(PeftModelForCausalLM):
     @property
     def active_modules(self) -> list[str]:
         """Those that are trained and exchanged."""
-        return [name for name in self.adapted_modules if self._active is None or name in self._active]
+        return [
+            name for name in self.adapted_modules if self._active is None or name in self._active
+        ]
 
     def set_active(self, modules: Iterable[str], idle: Idle = "drop") -> None:
         """Train and exchange only these modules, from the next micro-batch on.
@@ -425,10 +496,13 @@ class SplitModel(PeftModelForCausalLM):
         """
         active = frozenset(modules)
         if idle == "cloud" and isinstance(self.peft_config["default"], BottleneckConfig):
-            raise UsageError("idle=cloud: the cloud applies products of two matrices, and no bottleneck adapters")
+            raise UsageError(
+                "idle=cloud: the cloud applies products of two matrices, and no bottleneck adapters"
+            )
         if unknown := sorted(active - set(self.adapted_modules)):
             raise UsageError(
-                f"set_active: {unknown[0]} has no adapter; those that have: {self.adapted_modules[:3]} ..."
+                f"set_active: {unknown[0]} has no adapter; those that have: "
+                f"{self.adapted_modules[:3]} ..."
             )
         self._active, self.idle, self._frozen = active, idle, {}
         for site in self.sites:
@@ -466,7 +540,9 @@ class SplitModel(PeftModelForCausalLM):
                 self._train_active_only()
 
     def _active_sites(self) -> list[ActiveSite]:
-        """What is exchanged now: active modules, idle ones too with idle="edge"; none in `disable_adapter()`."""
+        """What is exchanged now: active modules, idle ones too with idle="edge"; none in
+        `disable_adapter()`.
+        """
         active = []
         for site in self.sites:
             used = [
@@ -477,10 +553,15 @@ class SplitModel(PeftModelForCausalLM):
                 and (self._active is None or self.idle == "edge" or name in self._active)
             ]
             if any(layer.merged for _, layer, _ in used):
-                raise UsageError("adapters cannot be merged on the edge, which has no base weights: use `dlora merge`")
+                raise UsageError(
+                    "adapters cannot be merged on the edge, which has no base weights: use `dlora "
+                    "merge`"
+                )
             if used:
                 modules, layers, names = zip(*used, strict=True)
-                active.append(dataclasses.replace(site, modules=modules, layers=layers, names=names))
+                active.append(
+                    dataclasses.replace(site, modules=modules, layers=layers, names=names)
+                )
         return active
 
     def _applied_by_cloud(self) -> list[Frozen]:
@@ -496,13 +577,17 @@ class SplitModel(PeftModelForCausalLM):
         wanted = set(self.probe_modules)
         found = []
         for index, site in enumerate(self.link.description.sites):
-            if modules := [number for number, module in enumerate(site.modules) if module.name in wanted]:
+            if modules := [
+                number for number, module in enumerate(site.modules) if module.name in wanted
+            ]:
                 found.append(pb.ActiveSite(site=index, modules=modules))
         return found
 
     def _note_probe(self, entries: Sequence[pb.ActiveSite], norms: Sequence[float]) -> None:
         sites = self.link.description.sites
-        names = [sites[entry.site].modules[module].name for entry in entries for module in entry.modules]
+        names = [
+            sites[entry.site].modules[module].name for entry in entries for module in entry.modules
+        ]
         self.probe_norms.append(dict(zip(names, norms, strict=True)))
 
     # ----------------------------------------------------------------- accounting
@@ -525,14 +610,17 @@ class SplitModel(PeftModelForCausalLM):
         implementation = kwargs.get("cache_implementation", config.cache_implementation)
         if implementation not in (None, "dynamic"):
             raise UsageError(
-                f"cache_implementation={implementation!r} is not supported: keys and values stay in the cloud"
+                f"cache_implementation={implementation!r} is not supported: keys and values stay "
+                "in the cloud"
             )
         cached = kwargs.get("past_key_values")
         drafts = kwargs.get("assistant_model") or kwargs.get(
             "prompt_lookup_num_tokens", config.prompt_lookup_num_tokens
         )
         if drafts and cached is not None and cached.get_seq_length():
-            raise UsageError("transformers' drafting reads the whole prompt: it cannot continue a KV cache")
+            raise UsageError(
+                "transformers' drafting reads the whole prompt: it cannot continue a KV cache"
+            )
         use_cache = kwargs.get("use_cache", config.use_cache)
         if cached is not None or use_cache is False:
             return super().generate(*args, **kwargs)
@@ -542,11 +630,15 @@ class SplitModel(PeftModelForCausalLM):
         finally:
             cache.close()
 
-    # ----------------------------------------------------------------- adapters: adding, saving, loading
+    # -------------------------------------- adapters: adding, saving, loading
 
-    def add_adapter(self, adapter_name: str, peft_config: LoraConfig, *args: Any, **kwargs: Any) -> None:
+    def add_adapter(
+        self, adapter_name: str, peft_config: LoraConfig, *args: Any, **kwargs: Any
+    ) -> None:
         """Add another adapter, under the same rules as the first."""
-        if isinstance(peft_config, BottleneckConfig) or isinstance(self.peft_config["default"], BottleneckConfig):
+        if isinstance(peft_config, BottleneckConfig) or isinstance(
+            self.peft_config["default"], BottleneckConfig
+        ):
             raise UsageError("bottleneck adapters stand alone: load each on a model of its own")
         super().add_adapter(adapter_name, checked_config(peft_config), *args, **kwargs)
         self._match_sites()
@@ -570,14 +662,15 @@ def get_peft_model(
     device: str | torch.device = "cpu",
     edge_layers: tuple[int, int] = (0, 0),
 ) -> SplitModel:
-    """Put a fresh adapter on the cloud's model: `peft.get_peft_model` for a model that is elsewhere.
+    """Put a fresh adapter on the cloud's model: `peft.get_peft_model` for a model that is
+    elsewhere.
 
-    `config` is a peft.LoraConfig or a `dlora.BottleneckConfig`.
-    `link` comes from `dlora.connect` or `dlora.in_process`. `wire_dtype` is fp32 (exact), fp16,
-    bf16, int8 or int4; `wire` is plain or factored (see `SplitModel`). `edge_layers`: so many of the
-    first and of the last decoder layers run here, where the server allows it: less of what leaves can be read. Raises
-    UsageError for what cannot be supported, by name. At the same seed the adapter starts with the same values as
-    `peft.get_peft_model` on the full model.
+    `config` is a peft.LoraConfig or a `dlora.BottleneckConfig`. `link` comes from `dlora.connect`
+    or `dlora.in_process`. `wire_dtype` is fp32 (exact), fp16, bf16, int8 or int4; `wire` is plain
+    or factored (see `SplitModel`). `edge_layers`: so many of the first and of the last decoder
+    layers run here, where the server allows it: less of what leaves can be read. Raises UsageError
+    for what cannot be supported, by name. At the same seed the adapter starts with the same values
+    as `peft.get_peft_model` on the full model.
     """
     if wire not in ("plain", "factored"):
         raise UsageError(f"wire: got {wire!r}, want plain or factored")
@@ -587,7 +680,9 @@ def get_peft_model(
     description = link.description
     if WIRE_DTYPES[wire_dtype] not in description.wire_dtypes:
         known = [name for name, number in WIRE_DTYPES.items() if number in description.wire_dtypes]
-        raise UsageError(f"wire dtype: {link.address} does not know {wire_dtype!r}, only {', '.join(known)}")
+        raise UsageError(
+            f"wire dtype: {link.address} does not know {wire_dtype!r}, only {', '.join(known)}"
+        )
     held = held_layers_of(link, edge_layers)
     base = build_skeleton(link, held)
     config.base_model_name_or_path = description.model_id
@@ -622,17 +717,26 @@ def load_adapter(
     config = read_adapter_config(folder)
     config.inference_mode = not is_trainable
     model = get_peft_model(
-        link, config, wire=wire, wire_dtype=wire_dtype, retry=retry, device=device, edge_layers=edge_layers
+        link,
+        config,
+        wire=wire,
+        wire_dtype=wire_dtype,
+        retry=retry,
+        device=device,
+        edge_layers=edge_layers,
     )
     try:
         weights = load_peft_weights(str(folder), device=str(device))
         result = set_peft_model_state_dict(model, weights)
     except (RuntimeError, OSError, ValueError) as error:
-        raise UsageError(f"the adapter in {folder} does not fit {link.description.model_id}: {error}") from error
+        raise UsageError(
+            f"the adapter in {folder} does not fit {link.description.model_id}: {error}"
+        ) from error
     missing = [name for name in result.missing_keys if "lora_" in name]
     if missing or result.unexpected_keys:
         raise UsageError(
-            f"the adapter in {folder} does not fit {link.description.model_id}: it lacks {missing[:3]} and has "
+            f"the adapter in {folder} does not fit {link.description.model_id}: it lacks "
+            f"{missing[:3]} and has "
             f"unknown {result.unexpected_keys[:3]}"
         )
     return model
@@ -647,12 +751,16 @@ def load_base(
     edge_layers: tuple[int, int] = (0, 0),
 ) -> SplitModel:
     """The served model as it is: no adapter is active, and a pass takes one round trip."""
-    names = [module.name for site in link.description.sites for module in site.modules if module.allowed]
+    names = [
+        module.name for site in link.description.sites for module in site.modules if module.allowed
+    ]
     if not names:
         raise UsageError(f"{link.address} allows no adapters")
     # peft wants a module to sit on; it is switched off at once.
     config = LoraConfig(r=1, target_modules=names[:1])
-    model = get_peft_model(link, config, wire_dtype=wire_dtype, retry=retry, device=device, edge_layers=edge_layers)
+    model = get_peft_model(
+        link, config, wire_dtype=wire_dtype, retry=retry, device=device, edge_layers=edge_layers
+    )
     model.base_model.disable_adapter_layers()
     return model.eval()
 
@@ -661,8 +769,13 @@ def load_tokenizer(link: Link) -> PreTrainedTokenizerBase:
     """The served model's tokenizer; only data files come from the peer, never code."""
     folder = link.edge_files()
     if not (folder / "tokenizer_config.json").is_file():
-        raise UsageError(f"{link.address} serves no tokenizer with {link.description.model_id}: load one yourself")
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        raise UsageError(
+            f"{link.address} serves no tokenizer with {link.description.model_id}: load one "
+            "yourself"
+        )
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=False
+    )
     return tokenizer
 
 
@@ -673,9 +786,14 @@ def _spread(rows_KD: Tensor, keep_BT: Tensor) -> Tensor:
     return full.index_put((keep,), rows_KD).view(*keep_BT.shape, -1)
 
 
-def _expected_length(args: tuple[Any, ...], kwargs: dict[str, Any], config: GenerationConfig) -> int:
+def _expected_length(
+    args: tuple[Any, ...], kwargs: dict[str, Any], config: GenerationConfig
+) -> int:
     """Tokens that a call of `generate` may come to; 0 if it does not say."""
-    prompt = next((one for one in (*args, kwargs.get("inputs"), kwargs.get("input_ids")) if one is not None), None)
+    prompt = next(
+        (one for one in (*args, kwargs.get("inputs"), kwargs.get("input_ids")) if one is not None),
+        None,
+    )
     length: int = prompt.shape[1] if isinstance(prompt, Tensor) and prompt.dim() == 2 else 0
     new = kwargs.get("max_new_tokens", config.max_new_tokens)
     return length + new if new else kwargs.get("max_length", config.max_length) or 0
@@ -691,39 +809,56 @@ def _remote_forward(
     use_cache: bool | None = None,
     **others: Any,
 ) -> BaseModelOutputWithPastAndCrossAttentions:
-    """Stands in for the decoder's forward; refuses by name what would change the result unnoticed."""
+    """Stands in for the decoder's forward; refuses by name what would change the result
+    unnoticed.
+    """
     if past_key_values is None and use_cache:
         past_key_values = CloudCache()
     if past_key_values is not None and not isinstance(past_key_values, CloudCache):
         raise UsageError(
-            f"past_key_values: got a {type(past_key_values).__name__}, want a dlora.CloudCache: keys and values stay "
+            f"past_key_values: got a {type(past_key_values).__name__}, want a dlora.CloudCache: "
+            "keys and values stay "
             "in the cloud"
         )
     for name, value in others.items():
         if name not in _HARMLESS_ARGUMENTS and value is not None and value is not False:
             raise UsageError(f"argument {name} is not supported by a split model")
-    if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2):
+    if attention_mask is not None and (
+        not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2
+    ):
         raise UsageError("attention_mask: want a [batch, length] tensor of 0 and 1")
     if inputs_embeds is None:
         if input_ids is None:
             raise UsageError("got neither input_ids nor inputs_embeds")
         inputs_embeds = model.get_input_embeddings()(input_ids.view(-1, input_ids.shape[-1]))
     hidden = model.run_decoder(inputs_embeds, attention_mask, position_ids, past_key_values)
-    return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden, past_key_values=past_key_values)
+    return BaseModelOutputWithPastAndCrossAttentions(
+        last_hidden_state=hidden, past_key_values=past_key_values
+    )
 
 
-def _new_columns(cache: CloudCache, mask_BT: Tensor | None, batch: int, length: int) -> Tensor | None:
-    """The mask of the new tokens alone. Raises UsageError if that of the cached ones has changed."""
+def _new_columns(
+    cache: CloudCache, mask_BT: Tensor | None, batch: int, length: int
+) -> Tensor | None:
+    """The mask of the new tokens alone. Raises UsageError if that of the cached ones has
+    changed.
+    """
     if mask_BT is None:
         return None
     past = cache.get_seq_length()
     if mask_BT.shape != (batch, past + length):
         raise UsageError(
-            f"attention_mask: got shape {list(mask_BT.shape)}, want {[batch, past + length]}: cached and new tokens"
+            f"attention_mask: got shape {list(mask_BT.shape)}, want {[batch, past + length]}: "
+            "cached and new tokens"
         )
     known_BT = cache.known_mask(batch)
     before_BT = mask_BT[:, :past].bool().cpu()
-    same = bool(before_BT.all()) if known_BT is None else torch.equal(before_BT, known_BT.bool().cpu())
+    same = (
+        bool(before_BT.all()) if known_BT is None else torch.equal(before_BT, known_BT.bool().cpu())
+    )
     if not same:
-        raise UsageError("attention_mask: other tokens than before are masked in the cached part: start a new cache")
+        raise UsageError(
+            "attention_mask: other tokens than before are masked in the cached part: start a new "
+            "cache"
+        )
     return mask_BT[:, past:].cpu()

@@ -1,7 +1,8 @@
 """What can be changed in what leaves the edge, so that less can be read from it.
 
-Embeddings (or hidden states, where the edge holds layers) and the gradient of the last hidden states are
-all that the edge says about its text and labels: everything else that travels follows from these and the adapter.
+Embeddings (or hidden states, where the edge holds layers) and the gradient of the last hidden
+states are all that the edge says about its text and labels: everything else that travels follows
+from these and the adapter.
 
 Shapes: B batch, T tokens, N rows, D width.
 """
@@ -22,11 +23,12 @@ __all__ = ["Noise", "fill_padding", "is_right_padded"]
 class Noise:
     """Clipped Gaussian noise on rows that leave the edge.
 
-    A row longer than `clip` times the median length of its micro-batch is shortened to that. Then normal
-    noise is added, whose expected length is `entry` times the row's own length (what goes into the
-    cloud's first layer), or `tail` times the median length (the gradient of what comes out of its last, so that rows
-    without label look like others). The noise follows the data's own scale and composes over steps: this is
-    no differential privacy, and what it hides has to be measured.
+    A row longer than `clip` times the median length of its micro-batch is shortened to that. Then
+    normal noise is added, whose expected length is `entry` times the row's own length (what goes
+    into the cloud's first layer), or `tail` times the median length (the gradient of what comes out
+    of its last, so that rows without label look like others). The noise follows the data's own
+    scale and composes over steps: this is no differential privacy, and what it hides has to be
+    measured.
     """
 
     entry: float = 0.0
@@ -54,7 +56,9 @@ class Noise:
         if not self.tail or not grad_KD.numel():
             return grad_KD
         grad_KD = self._clipped(grad_KD)
-        return grad_KD + torch.randn_like(grad_KD) * _median_length(grad_KD) * (self.tail / grad_KD.shape[-1] ** 0.5)
+        return grad_KD + torch.randn_like(grad_KD) * _median_length(grad_KD) * (
+            self.tail / grad_KD.shape[-1] ** 0.5
+        )
 
     def _clipped(self, rows: Tensor) -> Tensor:
         lengths = rows.detach().norm(dim=-1, keepdim=True)
@@ -74,7 +78,9 @@ def is_right_padded(mask_BT: Tensor) -> bool:
 
 
 def fill_padding(embeddings_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-    """Put random attended tokens of the batch in place of the padding: on the right no real token looks at them."""
+    """Put random attended tokens of the batch in place of the padding: on the right no real token
+    looks at them.
+    """
     attended_BT = mask_BT.bool().to(embeddings_BTD.device)
     real_ND = embeddings_BTD[attended_BT]
     filled = embeddings_BTD.clone()

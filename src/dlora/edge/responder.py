@@ -24,7 +24,17 @@ from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.layers import EdgeLayers
 from dlora.protocol.wire import PROTOCOL_VERSION, content_hash, decode, encode, largest
 
-__all__ = ["ActiveSite", "Conversation", "Frozen", "Record", "Wait", "begin", "freeze", "layer_flops", "product_of"]
+__all__ = [
+    "ActiveSite",
+    "Conversation",
+    "Frozen",
+    "Record",
+    "Wait",
+    "begin",
+    "freeze",
+    "layer_flops",
+    "product_of",
+]
 
 _PUT_BYTES: Final = 32 * 2**20  # frozen modules travel in messages of about this size
 _MOST_PUTS: Final = 3
@@ -66,14 +76,20 @@ class Frozen:
 
 
 def product_of(layer: LoraLayer) -> tuple[Tensor, Tensor]:
-    """A [R, in] and scaled B [out, R] of the sum of a layer's active adapters, detached, float32."""
+    """A [R, in] and scaled B [out, R] of the sum of a layer's active adapters, detached,
+    float32.
+    """
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     a = torch.cat([layer.lora_A[name].weight.detach().float() for name in names])
-    b = torch.cat([layer.lora_B[name].weight.detach().float() * layer.scaling[name] for name in names], dim=1)
+    b = torch.cat(
+        [layer.lora_B[name].weight.detach().float() * layer.scaling[name] for name in names], dim=1
+    )
     return a, b
 
 
-def layer_flops(layer: LoraLayer, rows: int, *, training: bool, input_grad: bool, factored: bool = False) -> int:
+def layer_flops(
+    layer: LoraLayer, rows: int, *, training: bool, input_grad: bool, factored: bool = False
+) -> int:
     """FLOPs of a layer's active adapters on so many rows."""
     return sum(
         adapter_flops(
@@ -120,7 +136,9 @@ def begin(
 
 @dataclass(frozen=True)
 class Wait:
-    """One wait of the edge: from and to when on its clock, in seconds, and how long the cloud says it computed."""
+    """One wait of the edge: from and to when on its clock, in seconds, and how long the cloud says
+    it computed.
+    """
 
     start: float
     end: float
@@ -138,12 +156,17 @@ class Record:
 
 
 def delta(layer: LoraLayer, x: Tensor) -> Tensor:
-    """What the layer's active adapters add to its base output: sum of scaling * B(A(dropout(x)))."""
+    """What the layer's active adapters add to its base output: sum of scaling *
+    B(A(dropout(x))).
+    """
     total: Tensor | None = None
     for name in layer.active_adapters:
         if name in layer.lora_A:
             lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
-            part = lora_B(lora_A(layer.lora_dropout[name](x.to(lora_A.weight.dtype)))) * layer.scaling[name]
+            part = (
+                lora_B(lora_A(layer.lora_dropout[name](x.to(lora_A.weight.dtype))))
+                * layer.scaling[name]
+            )
             total = part if total is None else total + part
     if total is None:
         raise WireError("a site without an active adapter was asked for a delta")
@@ -151,7 +174,9 @@ def delta(layer: LoraLayer, x: Tensor) -> Tensor:
 
 
 def factors(layer: LoraLayer, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The same sum as Z [N, R] and scaled B [O, R], with Z B^T the delta; R sums the active adapters' ranks."""
+    """The same sum as Z [N, R] and scaled B [O, R], with Z B^T the delta; R sums the active
+    adapters' ranks.
+    """
     zs, bs = [], []
     for name in layer.active_adapters:
         if name in layer.lora_A:
@@ -213,17 +238,22 @@ class Conversation:
 
     @property
     def hidden_width(self) -> int:
-        """Width of the hidden states that come back: the decoder's last, or those between layers."""
+        """Width of the hidden states that come back: the decoder's last, or those between
+        layers.
+        """
         description = self.link.description
         return int(description.layers.width if self.held else description.hidden_width)
 
     def put_frozen(self, error: AdapterMissing) -> None:
-        """Give the cloud the frozen modules that it does not hold. Raises PeerError if it keeps losing them."""
+        """Give the cloud the frozen modules that it does not hold. Raises PeerError if it keeps
+        losing them.
+        """
         self.close()
         self.times_put += 1
         if self.times_put > _MOST_PUTS:
             raise PeerError(
-                f"{error}. It was put there {_MOST_PUTS} times: is the server's room for adapters too small?"
+                f"{error}. It was put there {_MOST_PUTS} times: is the server's room for adapters "
+                "too small?"
             )
         group: list[pb.FrozenModule] = []
         for one in self.frozen:
@@ -239,7 +269,9 @@ class Conversation:
             self.meter.sent_bytes += sum(message.ByteSize() for message in group)
             self.meter.round_trips += 1
 
-    def ask(self, frame: pb.EdgeFrame, num_rows: int, num_kept: int, *, training: bool) -> tuple[Tensor, int]:
+    def ask(
+        self, frame: pb.EdgeFrame, num_rows: int, num_kept: int, *, training: bool
+    ) -> tuple[Tensor, int]:
         """Send a frame that starts a forward pass, and answer until the cloud is through.
 
         Returns the kept last hidden states, float32 [K, hidden_width], and the cloud's FLOPs
@@ -267,7 +299,9 @@ class Conversation:
                 answers = [z for z, _ in pairs] + [b for _, b in pairs]
             else:
                 answers = [delta(layer, x) for layer in site.layers]
-        self.records[site.index] = Record(x if training else x[:0], answers if training else [], wants)
+        self.records[site.index] = Record(
+            x if training else x[:0], answers if training else [], wants
+        )
         messages, count = [encode(one, self.wire_dtype) for one in answers], len(site.layers)
         if self.output_squares is not None:
             for number, module in enumerate(site.modules):
@@ -275,7 +309,11 @@ class Conversation:
                 size = _square(answers[number], answers[count + number] if self.factored else None)
                 self.output_squares[key] = self.output_squares.get(key, 0.0) + size
         self.send(
-            pb.EdgeFrame(deltas=pb.SiteDeltas(site=site.index, deltas=messages[:count], factors=messages[count:]))
+            pb.EdgeFrame(
+                deltas=pb.SiteDeltas(
+                    site=site.index, deltas=messages[:count], factors=messages[count:]
+                )
+            )
         )
         for layer in site.layers:
             self.meter.adapter_flops += layer_flops(
@@ -283,17 +321,24 @@ class Conversation:
             )
 
     def site(self, index: int, *, done: bool) -> ActiveSite:
-        """The active site that the cloud speaks of. Raises WireError if there is none or it was done before."""
+        """The active site that the cloud speaks of. Raises WireError if there is none or it was
+        done before.
+        """
         if index not in self.sites or done:
-            raise WireError(f"the cloud asked for site {index}, which is {'done' if done else 'not active'}")
+            raise WireError(
+                f"the cloud asked for site {index}, which is {'done' if done else 'not active'}"
+            )
         return self.sites[index]
 
     def decode(self, message: pb.Tensor, shape: tuple[int, ...], what: str) -> Tensor:
-        """A tensor of the cloud, on the edge's device. Raises WireError, or PeerError if it is not finite."""
+        """A tensor of the cloud, on the edge's device. Raises WireError, or PeerError if it is not
+        finite.
+        """
         values = decode(message, shape, what).to(self.device)
         if not math.isfinite(largest(values)):
             raise PeerError(
-                f"{what}: the cloud sent values that are not finite. The adapter is unchanged. Try wire dtype fp32 or "
+                f"{what}: the cloud sent values that are not finite. The adapter is unchanged. Try "
+                "wire dtype fp32 or "
                 "bf16, a lower learning rate, or another server."
             )
         return values
@@ -304,7 +349,8 @@ class Conversation:
         limit = self.link.description.limits.max_message_bytes
         if size > limit:
             raise PeerError(
-                f"a message of {size / 2**20:.0f} MiB is over the server's limit of {limit / 2**20:.0f} MiB: "
+                f"a message of {size / 2**20:.0f} MiB is over the server's limit of "
+                f"{limit / 2**20:.0f} MiB: "
                 "use a smaller batch or shorter sequences"
             )
         self.meter.sent_bytes += size
@@ -318,7 +364,9 @@ class Conversation:
             cloud_s = frame.compute_s
         finally:
             end = time.perf_counter()
-            wait = Wait(start, end, min(cloud_s, end - start) if cloud_s > 0 else 0.0)  # not a number: 0
+            wait = Wait(
+                start, end, min(cloud_s, end - start) if cloud_s > 0 else 0.0
+            )  # not a number: 0
             if self.waits is not None:
                 self.waits.append(wait)
             self.meter.wait_s += end - start

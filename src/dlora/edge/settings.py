@@ -1,4 +1,6 @@
-"""Settings of every command that talks to a server, and of those on the edge alone. No torch here."""
+"""Settings of every command that talks to a server, and of those on the edge alone. No torch
+here.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,21 @@ class AccessSettings:
 
     @property
     def access(self) -> dict[str, Any]:
-        """Keyword arguments of `client.Access`. Raises UsageError for a token file that others can read."""
-        token = os.environ.get("DLORA_TOKEN") if self.token_file is None else read_secret(self.token_file)
-        return {"tls": self.tls, "ca": self.tls_ca, "certificate": self.tls_cert, "key": self.tls_key, "token": token}
+        """Keyword arguments of `client.Access`. Raises UsageError for a token file that others can
+        read.
+        """
+        token = (
+            os.environ.get("DLORA_TOKEN")
+            if self.token_file is None
+            else read_secret(self.token_file)
+        )
+        return {
+            "tls": self.tls,
+            "ca": self.tls_ca,
+            "certificate": self.tls_cert,
+            "key": self.tls_key,
+            "token": token,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,23 +55,24 @@ class EdgeSettings(AccessSettings):
     """What every command on the edge needs to reach a server."""
 
     server: str
-    """Address of `dlora serve`, as host:port; or several of the same model, separated by commas: where one is lost the
-    next is taken."""
+    """Address of `dlora serve`, as host:port; or several of the same model, separated by commas:
+    where one is lost the next is taken."""
     wire_dtype: Literal["fp32", "fp16", "bf16", "int8", "int4"] = "fp16"
-    """How tensors travel. fp32 is exact; fp16 and bf16 halve the traffic; int8 (a scale for each token) halves it
-    again, and int4 (a scale for 32 values) almost once more, at the price of noise."""
+    """How tensors travel. fp32 is exact; fp16 and bf16 halve the traffic; int8 (a scale for each
+    token) halves it again, and int4 (a scale for 32 values) almost once more, at the price of
+    noise."""
     give_up_after_s: float = 600.0
     """How long a lost server is waited for, in seconds."""
     device: str = "cpu"
     """Device of the edge's half."""
     edge_first: int = 0
-    """Run so many of the first decoder layers here, where the server allows it: tokens are then harder to read from
-    what leaves. Costs their weights and compute."""
+    """Run so many of the first decoder layers here, where the server allows it: tokens are then
+    harder to read from what leaves. Costs their weights and compute."""
     edge_last: int = 0
     """The same for the last layers: labels are then harder to read from gradients."""
     noise_entry: float = 0.0
-    """Normal noise on every row that goes into the cloud, as a share of the row's length. docs/privacy.md says what it
-    hides and what it costs; it is no differential privacy."""
+    """Normal noise on every row that goes into the cloud, as a share of the row's length.
+    docs/privacy.md says what it hides and what it costs; it is no differential privacy."""
     noise_clip: float = 3.0
     """With noise: rows longer than so many times the median are shortened first."""
 

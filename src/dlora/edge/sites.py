@@ -22,7 +22,8 @@ def shared_sites(description: pb.Description) -> list[Site]:
             index=index,
             in_features=site.in_features,
             modules=tuple(
-                Module(name=one.name, out_features=one.out_features, allowed=one.allowed) for one in site.modules
+                Module(name=one.name, out_features=one.out_features, allowed=one.allowed)
+                for one in site.modules
             ),
         )
         for index, site in enumerate(description.sites)
@@ -32,11 +33,16 @@ def shared_sites(description: pb.Description) -> list[Site]:
 def match_sites(
     model: PeftModel, description: pb.Description, held: EdgeLayers
 ) -> tuple[tuple[ActiveSite, ...], dict[str, LoraLayer]]:
-    """Pair every LoRA layer with the cloud's sites; return those, and the layers that the edge runs itself, by name.
+    """Pair every LoRA layer with the cloud's sites; return those, and the layers that the edge runs
+    itself, by name.
 
     Raises UsageError for layers that the cloud cannot serve.
     """
-    layers = {name: one for name, one in model.get_base_model().named_modules() if isinstance(one, LoraLayer)}
+    layers = {
+        name: one
+        for name, one in model.get_base_model().named_modules()
+        if isinstance(one, LoraLayer)
+    }
     here = {name: layers.pop(name) for name in list(layers) if not held.in_cloud(layer_of(name))}
     in_series = is_series(model.peft_config["default"])
     sites = []
@@ -63,8 +69,10 @@ def match_sites(
             )
     if layers:
         raise UsageError(
-            f"target module {next(iter(layers))} cannot be adapted from the edge: it is not a linear module of the "
-            f"decoder that runs once for each token. This server allows: {allowed_names(description)}."
+            f"target module {next(iter(layers))} cannot be adapted from the edge: it is not a "
+            "linear module of the "
+            "decoder that runs once for each token. This server allows: "
+            f"{allowed_names(description)}."
         )
     return tuple(sites), here
 
@@ -72,6 +80,9 @@ def match_sites(
 def allowed_names(description: pb.Description) -> str:
     """The last parts of the names of all modules that may be targeted."""
     names = {
-        module.name.rpartition(".")[2]: None for site in description.sites for module in site.modules if module.allowed
+        module.name.rpartition(".")[2]: None
+        for site in description.sites
+        for module in site.modules
+        if module.allowed
     }
     return ", ".join(names) or "none"

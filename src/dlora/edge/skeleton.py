@@ -1,4 +1,6 @@
-"""The architecture's own class on the edge: what it holds is real, the rest has shapes and no memory."""
+"""The architecture's own class on the edge: what it holds is real, the rest has shapes and no
+memory.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dlora.edge.link import Link
 from dlora.errors import ModelError, UsageError
-from dlora.protocol.layers import EdgeLayers, check_weights, files_for, fill, values_by_file, without_dropout
+from dlora.protocol.layers import (
+    EdgeLayers,
+    check_weights,
+    files_for,
+    fill,
+    values_by_file,
+    without_dropout,
+)
 
 __all__ = ["build_skeleton", "decoder_of", "drop_stand_ins", "held_layers_of"]
 
@@ -24,27 +33,38 @@ log = logging.getLogger(__name__)
 
 
 def held_layers_of(link: Link, edge_layers: tuple[int, int]) -> EdgeLayers:
-    """The layers to hold, of so many (first, last). Raises UsageError for more than the server allows."""
+    """The layers to hold, of so many (first, last). Raises UsageError for more than the server
+    allows.
+    """
     first, last = edge_layers
     offer = link.description.layers
     if first < 0 or last < 0 or first > offer.max_first or last > offer.max_last:
         raise UsageError(
-            f"edge layers: got the first {first} and the last {last}, {link.address} lets edges hold up to the first "
-            f"{offer.max_first} and the last {offer.max_last}: its provider decides (`dlora serve --edge_first ... "
+            f"edge layers: got the first {first} and the last {last}, {link.address} lets edges "
+            "hold up to the first "
+            f"{offer.max_first} and the last {offer.max_last}: its provider decides (`dlora serve "
+            "--edge_first ... "
             "--edge_last ...`)"
         )
     if (first or last) and first + last >= offer.count:
-        raise UsageError(f"edge layers: got {first} and {last} of {offer.count}, want one at least left in the cloud")
+        raise UsageError(
+            f"edge layers: got {first} and {last} of {offer.count}, want one at least left in the "
+            "cloud"
+        )
     return EdgeLayers(first, last, offer.count)
 
 
 def build_skeleton(link: Link, held: EdgeLayers) -> PreTrainedModel:
-    """The architecture's own class: real embedding, head and held layers, else a decoder with shapes but no memory."""
+    """The architecture's own class: real embedding, head and held layers, else a decoder with
+    shapes but no memory.
+    """
     description, folder = link.description, link.edge_files()
     values = json.loads(description.config_json)
     model_type = values.get("model_type")
     if model_type not in CONFIG_MAPPING:
-        raise ModelError(f"this transformers does not know model type {model_type!r}: upgrade transformers")
+        raise ModelError(
+            f"this transformers does not know model type {model_type!r}: upgrade transformers"
+        )
     config = CONFIG_MAPPING[model_type].from_dict(without_dropout(values) if held else values)
     # Buffers keep their values (Gemma scales its embedding with one); parameters get no memory.
     with init_empty_weights(include_buffers=False):
@@ -89,7 +109,9 @@ def build_skeleton(link: Link, held: EdgeLayers) -> PreTrainedModel:
     return model
 
 
-def _fill(module: nn.Module, weights: Mapping[str, Tensor], prefix: str, skip: tuple[str, ...] = ()) -> None:
+def _fill(
+    module: nn.Module, weights: Mapping[str, Tensor], prefix: str, skip: tuple[str, ...] = ()
+) -> None:
     for name, parameter in list(module.named_parameters()):
         if name in skip:
             continue

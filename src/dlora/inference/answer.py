@@ -1,4 +1,6 @@
-"""Answers on the edge: prompts to texts, in batches, streamed, or turn by turn over one KV cache."""
+"""Answers on the edge: prompts to texts, in batches, streamed, or turn by turn over one KV
+cache.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,16 @@ from dlora.edge.meter import Meter
 from dlora.edge.model import SplitModel, load_adapter, load_base
 from dlora.errors import DataError, DLoRAError, UsageError
 
-__all__ = ["Continuing", "Pieces", "Prompt", "complete", "cost_line", "load_for_inference", "load_prompts", "to_text"]
+__all__ = [
+    "Continuing",
+    "Pieces",
+    "Prompt",
+    "complete",
+    "cost_line",
+    "load_for_inference",
+    "load_prompts",
+    "to_text",
+]
 
 Prompt = str | list[dict[str, str]]
 """Text, or the messages of a chat."""
@@ -42,14 +53,22 @@ def load_for_inference(
         "device": device,
         "edge_layers": edge_layers,
     }
-    return load_base(link, **options) if adapter is None else load_adapter(link, adapter, is_trainable=False, **options)
+    return (
+        load_base(link, **options)
+        if adapter is None
+        else load_adapter(link, adapter, is_trainable=False, **options)
+    )
 
 
 def load_prompts(file: Path) -> list[Prompt]:
-    """Prompts of a file: rows with `prompt` or `messages`, or one prompt a line. Raises DataError."""
+    """Prompts of a file: rows with `prompt` or `messages`, or one prompt a line. Raises
+    DataError.
+    """
     if file.suffix not in (".jsonl", ".json", ".csv"):
         try:
-            lines: list[Prompt] = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            lines: list[Prompt] = [
+                line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()
+            ]
         except UnicodeDecodeError:
             raise DataError(f"{file}: not UTF-8 text") from None
         except OSError as error:
@@ -61,7 +80,9 @@ def load_prompts(file: Path) -> list[Prompt]:
     for where, row in read_rows(str(file)):
         prompt = row.get("prompt", row.get("messages"))
         if not prompt or not isinstance(prompt, (str, list)):
-            raise DataError(f"{where}: got columns {', '.join(row)}; want `prompt` or `messages`, not empty")
+            raise DataError(
+                f"{where}: got columns {', '.join(row)}; want `prompt` or `messages`, not empty"
+            )
         if isinstance(prompt, list) and not all(
             isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt
         ):
@@ -70,7 +91,9 @@ def load_prompts(file: Path) -> list[Prompt]:
     return found
 
 
-def to_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, chat: bool = False) -> tuple[str, bool]:
+def to_text(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, chat: bool = False
+) -> tuple[str, bool]:
     """The text that the model reads, and whether the tokenizer still has to add its special tokens.
 
     Messages, and with `chat` text as a user's message, go through the chat template, which
@@ -82,8 +105,12 @@ def to_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, chat: bool = 
         raise UsageError("this model has no chat template: give plain text prompts")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     try:
-        text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # a template may refuse roles, or their order, with errors of its own
+        text: str = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
+    except (
+        Exception
+    ) as error:  # a template may refuse roles, or their order, with errors of its own
         raise UsageError(f"the model's chat template refused these messages: {error}") from error
     return text, False
 
@@ -97,7 +124,10 @@ def encode_prompts(
     if empty := [number for number, row in enumerate(rows) if not row]:
         raise UsageError(f"prompt {empty[0] + 1} of {len(rows)} has no tokens")
     length = max(len(row) for row in rows)
-    ids, mask = torch.zeros(len(rows), length, dtype=torch.int64), torch.zeros(len(rows), length, dtype=torch.int64)
+    ids, mask = (
+        torch.zeros(len(rows), length, dtype=torch.int64),
+        torch.zeros(len(rows), length, dtype=torch.int64),
+    )
     ids += pad_token(tokenizer)
     for number, row in enumerate(rows):
         ids[number, length - len(row) :] = torch.tensor(row)
@@ -122,7 +152,8 @@ def complete(
     streamer: BaseStreamer | None = None,
     **options: Any,
 ) -> tuple[list[str], int]:
-    """Answer a batch of prompts; return the texts, without special tokens, and the number of new tokens.
+    """Answer a batch of prompts; return the texts, without special tokens, and the number of new
+    tokens.
 
     `options` are those of `generate`.
     """
@@ -148,7 +179,9 @@ def generate(model: Any, batch: dict[str, Tensor], **options: Any) -> Tensor:
     """`model.generate` on its device, with transformers' own refusals as UsageError."""
     try:
         with torch.no_grad():
-            found: Tensor = model.generate(**{name: one.to(model.device) for name, one in batch.items()}, **options)
+            found: Tensor = model.generate(
+                **{name: one.to(model.device) for name, one in batch.items()}, **options
+            )
     except DLoRAError:
         raise
     except ValueError as error:
@@ -157,20 +190,33 @@ def generate(model: Any, batch: dict[str, Tensor], **options: Any) -> Tensor:
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Raises UsageError for options that `generate` does not have, or that give several answers to a prompt."""
-    known = GenerationConfig().to_dict().keys() | {"tokenizer", "stop_strings", "prompt_lookup_num_tokens"}
+    """Raises UsageError for options that `generate` does not have, or that give several answers to
+    a prompt.
+    """
+    known = GenerationConfig().to_dict().keys() | {
+        "tokenizer",
+        "stop_strings",
+        "prompt_lookup_num_tokens",
+    }
     if unknown := sorted(options.keys() - known):
-        raise UsageError(f"generation: {unknown[0]} is not an option of transformers.GenerationConfig")
+        raise UsageError(
+            f"generation: {unknown[0]} is not an option of transformers.GenerationConfig"
+        )
     if (options.get("num_return_sequences") or 1) > 1:
-        raise UsageError("generation: num_return_sequences gives several answers to a prompt, want 1")
+        raise UsageError(
+            "generation: num_return_sequences gives several answers to a prompt, want 1"
+        )
 
 
 def check_room(model: SplitModel, length: int, wanted: int, where: str = "") -> int:
-    """How many of the `wanted` new tokens fit behind `length` ones. Raises UsageError if none does."""
+    """How many of the `wanted` new tokens fit behind `length` ones. Raises UsageError if none
+    does.
+    """
     limit = int(model.link.description.limits.max_length)
     if length >= limit:
         raise UsageError(
-            f"the prompt has {length} tokens, this server takes sequences of up to {limit}: shorten it{where}"
+            f"the prompt has {length} tokens, this server takes sequences of up to {limit}: "
+            f"shorten it{where}"
         )
     return min(wanted, limit - length)
 
@@ -217,18 +263,25 @@ class Continuing:
         )
         use_cache = options.get("use_cache", config.use_cache)
         drafts = options.get("prompt_lookup_num_tokens", config.prompt_lookup_num_tokens)
-        if beams > 1 or drafts or use_cache is False or input_ids.shape[0] > 1:  # each with a cache of its own
+        if (
+            beams > 1 or drafts or use_cache is False or input_ids.shape[0] > 1
+        ):  # each with a cache of its own
             found: Tensor = self.model.generate(input_ids=input_ids, **options)
             return found
         ids: list[int] = input_ids[0].tolist()
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, self.known, strict=False)))
+        same = sum(
+            1
+            for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, self.known, strict=False))
+        )
         self.cache.crop(min(same, len(ids) - 1) - len(self.known))
         new = options.get("max_new_tokens", config.max_new_tokens) or 0
         if len(ids) + new > self.cache.expected_length:  # with room for turns to come
             self.cache.expected_length = 2 * (len(ids) + new) + 256
         try:
             found = self.model.generate(input_ids=input_ids, past_key_values=self.cache, **options)
-        except BaseException:  # Ctrl-C, most of all: what the cache holds by then is not worth knowing
+        except (
+            BaseException
+        ):  # Ctrl-C, most of all: what the cache holds by then is not worth knowing
             self.cache.reset()
             self.known = []
             raise
@@ -253,7 +306,8 @@ def cost_line(cost: Meter, num_tokens: int, seconds: float) -> str:
 
 
 def continued(output: Path, prompts: list[Prompt]) -> int:
-    """How many prompts are answered in `output` already. Raises UsageError if it holds anything else.
+    """How many prompts are answered in `output` already. Raises UsageError if it holds anything
+    else.
 
     A last line that was not written to its end, and only that, is cut off.
     """
@@ -267,7 +321,9 @@ def continued(output: Path, prompts: list[Prompt]) -> int:
             row = None
         answers = isinstance(row, dict) and isinstance(row.get("completion"), str)
         if not answers or number >= len(prompts) or row["prompt"] != prompts[number]:
-            raise UsageError(f"{output}:{number + 1} does not answer the prompt there: use another file")
+            raise UsageError(
+                f"{output}:{number + 1} does not answer the prompt there: use another file"
+            )
     if rest and not rest.startswith(b'{"prompt": '[: len(rest)]):
         raise UsageError(f"{output} holds something else than answers: use another file")
     if rest:
@@ -285,7 +341,9 @@ def complete_file(
     chat: bool,
     **options: Any,
 ) -> Iterator[tuple[list[tuple[Prompt, str]], int]]:
-    """Answer prompts batch by batch, in order: (prompts with completions, new tokens) of each batch."""
+    """Answer prompts batch by batch, in order: (prompts with completions, new tokens) of each
+    batch.
+    """
     for start in range(0, len(prompts), batch_size):
         chosen = prompts[start : start + batch_size]
         texts, num_tokens = complete(model, tokenizer, chosen, chat=chat, **options)

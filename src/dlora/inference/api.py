@@ -36,11 +36,14 @@ try:
     from transformers.cli.serving.completion import CompletionHandler
     from transformers.cli.serving.utils import GenerationState, Modality
 except ImportError as error:
-    raise UsageError(f'the API server needs more packages: pip install "dlora[api]" ({error})') from error
+    raise UsageError(
+        f'the API server needs more packages: pip install "dlora[api]" ({error})'
+    ) from error
 
 __all__ = ["ApiServer", "build_app"]
 
-# Accepted by the schema, without effect in transformers' handlers: refused unless they ask for nothing.
+# Accepted by the schema, without effect in transformers' handlers: refused unless they ask for
+# nothing.
 _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "n": (None, 1),
     "best_of": (None, 1),
@@ -73,7 +76,11 @@ class _Served:
         return getattr(self.model, name)
 
     def generate(
-        self, input_ids: torch.Tensor, generation_config: GenerationConfig, streamer: Any = None, **options: Any
+        self,
+        input_ids: torch.Tensor,
+        generation_config: GenerationConfig,
+        streamer: Any = None,
+        **options: Any,
     ) -> torch.Tensor:
         """Answer over the KV cache of the request before, as far as the two begin alike."""
         if (seed := getattr(generation_config, "request_seed", None)) is not None:
@@ -87,14 +94,18 @@ class _Served:
             streamer.put = lambda value: put(value.flatten())  # drafts come as [1, n]
         try:
             with torch.no_grad():
-                return self.turns.generate(input_ids, generation_config=generation_config, streamer=streamer, **options)
+                return self.turns.generate(
+                    input_ids, generation_config=generation_config, streamer=streamer, **options
+                )
         except DLoRAError as error:
             # Streams carry the message in JSON that is put together by hand.
             raise type(error)(json.dumps(str(error))[1:-1].replace('\\"', "'")) from error
 
 
 class _OneModel:
-    """What transformers' handlers ask of their model manager, for one model that is always there."""
+    """What transformers' handlers ask of their model manager, for one model that is always
+    there.
+    """
 
     def __init__(self, name: str, served: _Served) -> None:
         self.force_model, self.served = name, served
@@ -112,7 +123,9 @@ class _OneModel:
 
 
 class _Strict:
-    """Refuses what would be ignored; samples if, and only if, the request's temperature is over 0."""
+    """Refuses what would be ignored; samples if, and only if, the request's temperature is over
+    0.
+    """
 
     max_new_tokens: int
     prompt_lookup: int
@@ -132,14 +145,25 @@ class _Strict:
             raise HTTPException(400, f"temperature: got {temperature}, want a value from 0 to 2")
 
     def _streaming(
-        self, request_id: str, model: Any, processor: Any, model_id: str, inputs: Any, *rest: Any, **options: Any
+        self,
+        request_id: str,
+        model: Any,
+        processor: Any,
+        model_id: str,
+        inputs: Any,
+        *rest: Any,
+        **options: Any,
     ) -> Any:
-        check_room(model.model, inputs["input_ids"].shape[1], 1)  # while there can still be a status
-        response = super()._streaming(request_id, model, processor, model_id, inputs, *rest, **options)  # type: ignore[misc]
+        # While there can still be a status.
+        check_room(model.model, inputs["input_ids"].shape[1], 1)
+        whole = (request_id, model, processor, model_id, inputs, *rest)
+        response = super()._streaming(*whole, **options)  # type: ignore[misc]
         response.body_iterator = _finished(response.body_iterator)
         return response
 
-    def _build_generation_config(self, body: dict[str, Any], model_config: GenerationConfig, **options: Any) -> Any:
+    def _build_generation_config(
+        self, body: dict[str, Any], model_config: GenerationConfig, **options: Any
+    ) -> Any:
         config = copy.deepcopy(model_config)
         given = body.get("max_completion_tokens") or body.get("max_tokens") or self.max_new_tokens
         temperature = body.get("temperature")
@@ -148,7 +172,9 @@ class _Strict:
         found = super()._build_generation_config(unseeded, config, **options)  # type: ignore[misc]
         found.request_seed = body.get("seed")
         found.max_new_tokens = int(given)
-        found.do_sample = temperature is None or float(temperature) > 0  # the API's default temperature is 1
+        found.do_sample = (
+            temperature is None or float(temperature) > 0
+        )  # the API's default temperature is 1
         if temperature is None:
             found.temperature = 1.0
         if not found.do_sample:
@@ -228,7 +254,10 @@ def build_app(
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": name, "object": "model", "created": started, "owned_by": "you"}]}
+        return {
+            "object": "list",
+            "data": [{"id": name, "object": "model", "created": started, "owned_by": "you"}],
+        }
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -246,19 +275,26 @@ async def _finished(events: AsyncIterator[str]) -> AsyncIterator[str]:
             message = message.rstrip().removesuffix(end)
             with contextlib.suppress(ValueError):
                 message = json.loads(f'"{message}"')
-            event = f"{text}data: {json.dumps({'error': {'message': message, 'type': 'server_error'}})}\n\n"
+            error = {"error": {"message": message, "type": "server_error"}}
+            event = f"{text}data: {json.dumps(error)}\n\n"
         yield event
     yield "data: [DONE]\n\n"
 
 
 def _check_messages(messages: Any) -> None:
     """Raises HTTPException for what is not a list of messages with text."""
-    fine = isinstance(messages, list) and messages and all(isinstance(m, dict) and "role" in m for m in messages)
+    fine = (
+        isinstance(messages, list)
+        and messages
+        and all(isinstance(m, dict) and "role" in m for m in messages)
+    )
     if not fine:
         raise HTTPException(400, "messages: want a list of {role, content}")
     for message in messages:
         parts = message.get("content")
-        if isinstance(parts, list) and any(not isinstance(p, dict) or p.get("type") != "text" for p in parts):
+        if isinstance(parts, list) and any(
+            not isinstance(p, dict) or p.get("type") != "text" for p in parts
+        ):
             raise HTTPException(400, "messages: only text is read here")
 
 
@@ -268,7 +304,9 @@ def _request_id(kind: str) -> str:
 
 def _refused(status: int, message: str) -> JSONResponse:
     """An error in the API's own form, which its clients show."""
-    return JSONResponse({"error": {"message": message, "type": "invalid_request_error", "code": status}}, status)
+    return JSONResponse(
+        {"error": {"message": message, "type": "invalid_request_error", "code": status}}, status
+    )
 
 
 class ApiServer:
@@ -282,10 +320,14 @@ class ApiServer:
             self.socket.bind((host.strip("[]"), port))
         except OSError as error:
             self.socket.close()
-            raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}. Try another --port.") from error
+            raise UsageError(
+                f"cannot listen on {host}:{port}: {error.strerror}. Try another --port."
+            ) from error
         shown = f"[{host.strip('[]')}]" if ":" in host else host
         self.url = f"http://{shown}:{self.socket.getsockname()[1]}/v1"
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, timeout_graceful_shutdown=2
+        )
         self.server = uvicorn.Server(config)
 
     def run(self) -> None:

@@ -1,4 +1,6 @@
-"""A chat on the edge: history, system prompt, streaming; the cloud keeps the KV cache between turns."""
+"""A chat on the edge: history, system prompt, streaming; the cloud keeps the KV cache between
+turns.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,15 @@ from transformers import PreTrainedTokenizerBase
 
 from dlora.edge.model import SplitModel
 from dlora.errors import UsageError
-from dlora.inference.answer import Continuing, Pieces, check_options, check_room, encode_prompts, generate, pad_token
+from dlora.inference.answer import (
+    Continuing,
+    Pieces,
+    check_options,
+    check_room,
+    encode_prompts,
+    generate,
+    pad_token,
+)
 
 __all__ = ["Chat"]
 
@@ -18,7 +28,12 @@ class Chat:
     """One conversation. Raises UsageError if the model has no chat template."""
 
     def __init__(
-        self, model: SplitModel, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, **options: Any
+        self,
+        model: SplitModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        system: str | None = None,
+        **options: Any,
     ) -> None:
         if not tokenizer.chat_template:
             raise UsageError("this model has no chat template: use `dlora generate`")
@@ -47,12 +62,16 @@ class Chat:
             batch = encode_prompts(self.tokenizer, [self.messages])
             options = {"pad_token_id": pad_token(self.tokenizer), **self.options}
             length = batch["input_ids"].shape[1]
-            options["max_new_tokens"] = check_room(self.model, length, options.get("max_new_tokens", 256))
+            options["max_new_tokens"] = check_room(
+                self.model, length, options.get("max_new_tokens", 256)
+            )
             if "stop_strings" in options:
                 options["tokenizer"] = self.tokenizer
             check_options(options)
             if options.get("num_beams", 1) > 1:
-                raise UsageError("generation: num_beams gives its answer only at the end, which is no chat")
+                raise UsageError(
+                    "generation: num_beams gives its answer only at the end, which is no chat"
+                )
             generate(self.turns, batch, streamer=pieces, **options)
             answered = True
         except KeyboardInterrupt:

@@ -1,4 +1,5 @@
-"""How good an adapter is, measured on the edge: loss, perplexity, exact match, choices by log-likelihood.
+"""How good an adapter is, measured on the edge: loss, perplexity, exact match, choices by
+log-likelihood.
 
 Shapes: B prompts, T their tokens, R continuations in all, C their tokens, V vocabulary.
 """
@@ -28,13 +29,17 @@ from dlora.inference.settings import EvalSettings
 __all__ = ["choice_scores", "evaluate", "wilson"]
 
 
-def evaluate(settings: EvalSettings, model: SplitModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def evaluate(
+    settings: EvalSettings, model: SplitModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
     """Measure what the data's rows allow; return plain numbers, with the cost. Raises DataError."""
     rows = read_rows(settings.data)[: settings.limit]
     before = model.meter.copy()
     if "choices" in rows[0][1]:
         if settings.exact_match:
-            raise UsageError("exact_match: rows with choices are scored by log-likelihood; leave it out")
+            raise UsageError(
+                "exact_match: rows with choices are scored by log-likelihood; leave it out"
+            )
         found = _choices(model, tokenizer, check_choices(rows), settings.batch_size)
     else:
         data, _ = check_rows(rows)
@@ -63,7 +68,9 @@ def _share(name: str, right: int, total: int) -> dict[str, Any]:
 # ----------------------------------------------------------------- loss
 
 
-def _loss(model: SplitModel, tokenizer: PreTrainedTokenizerBase, data: Dataset, batch_size: int) -> dict[str, Any]:
+def _loss(
+    model: SplitModel, tokenizer: PreTrainedTokenizerBase, data: Dataset, batch_size: int
+) -> dict[str, Any]:
     """Mean loss over all supervised tokens, tokenised and batched as in training."""
     total, count = 0.0, 0
     positions, model.head_positions = model.head_positions, "supervised"
@@ -99,9 +106,13 @@ def _batches(
             dataloader_pin_memory=False,
         )
         try:
-            trainer = SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
+            trainer = SFTTrainer(
+                model=model, args=arguments, train_dataset=data, processing_class=tokenizer
+            )
         except (RuntimeError, ValueError) as error:
-            raise UsageError(f"the data cannot be tokenised: {str(error).splitlines()[0]}") from error
+            raise UsageError(
+                f"the data cannot be tokenised: {str(error).splitlines()[0]}"
+            ) from error
         return list(trainer.get_eval_dataloader(trainer.train_dataset))
 
 
@@ -111,7 +122,9 @@ def _exact_match(
     if "completion" not in data.column_names:
         raise UsageError("exact_match needs rows with prompt and completion, or messages")
     right = 0
-    order = sorted(range(len(data)), key=lambda number: len(str(data[number]["prompt"])))  # less padding
+    order = sorted(
+        range(len(data)), key=lambda number: len(str(data[number]["prompt"]))
+    )  # less padding
     for start in tqdm(range(0, len(order), settings.batch_size), desc="answers"):
         chosen = [data[number] for number in order[start : start + settings.batch_size]]
         texts, _ = complete(
@@ -122,7 +135,11 @@ def _exact_match(
             do_sample=False,
         )
         for text, row in zip(texts, chosen, strict=True):
-            want = row["completion"] if isinstance(row["completion"], str) else row["completion"][0]["content"]
+            want = (
+                row["completion"]
+                if isinstance(row["completion"], str)
+                else row["completion"][0]["content"]
+            )
             right += text.strip() == want.strip()
     return _share("exact_match", right, len(data))
 
@@ -142,7 +159,9 @@ def _choices(
             normed = [one / len(choice) for one, choice in zip(score, row.choices, strict=True)]
             right += max(range(len(score)), key=score.__getitem__) == row.answer
             right_norm += max(range(len(score)), key=normed.__getitem__) == row.answer
-    majority = max(sum(row.answer == number for row in rows) for number in {row.answer for row in rows})
+    majority = max(
+        sum(row.answer == number for row in rows) for number in {row.answer for row in rows}
+    )
     return (
         _share("accuracy", right, len(rows))
         | _share("accuracy_norm", right_norm, len(rows))
@@ -151,7 +170,9 @@ def _choices(
 
 
 def choice_scores(
-    model: SplitModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[tuple[str, Sequence[str]]]
+    model: SplitModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[tuple[str, Sequence[str]]],
 ) -> list[list[float]]:
     """Log-likelihood in nats of every choice as the continuation of its prompt.
 
@@ -170,7 +191,8 @@ def choice_scores(
             # As lm-eval has it: the prompt's own tokens, then what the whole text has beyond them.
             if len(whole) <= len(start):
                 raise DataError(
-                    f"question {number + 1} of this batch: choice {choice[:40]!r} adds no token to its prompt"
+                    f"question {number + 1} of this batch: choice {choice[:40]!r} adds no token to "
+                    "its prompt"
                 )
             tails.append(whole[len(start) :])
             owners.append(number)
@@ -192,13 +214,19 @@ def _tail_logprobs(
     tails: list[list[int]],
     owners: list[int],
 ) -> Iterator[tuple[tuple[list[int], list[int]], Tensor]]:
-    """((row of each, position in it), log-probabilities [n, V]) that together cover every token of every tail."""
+    """((row of each, position in it), log-probabilities [n, V]) that together cover every token of
+    every tail.
+    """
     if model.generation_config.use_cache is False:
-        raise UsageError("choices share their prompt's KV cache, and this model is served without one")
+        raise UsageError(
+            "choices share their prompt's KV cache, and this model is served without one"
+        )
     pad = pad_token(tokenizer)
     longest = max(len(prompt) for prompt in prompts)
     prompt_BT = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask_BT = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    mask_BT = torch.tensor(
+        [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    )
     # The last token of a tail predicts nothing that is asked for.
     read = max(len(tail) for tail in tails) - 1
     cache = CloudCache(expected_length=longest + read)
@@ -216,7 +244,9 @@ def _tail_logprobs(
             return
         cache.reorder_cache(torch.tensor(owners))
         tail_RC = torch.tensor([(tail[:-1] + [pad] * read)[:read] for tail in tails])
-        tail_mask_RC = torch.tensor([[1] * (len(tail) - 1) + [0] * (read - len(tail) + 1) for tail in tails])
+        tail_mask_RC = torch.tensor(
+            [[1] * (len(tail) - 1) + [0] * (read - len(tail) + 1) for tail in tails]
+        )
         mask = torch.cat([mask_BT[owners], tail_mask_RC], dim=1)
         logits_RCV = model(
             input_ids=tail_RC.to(model.device),

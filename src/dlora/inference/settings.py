@@ -33,10 +33,12 @@ class SamplingSettings(EdgeSettings):
     seed: int = 0
     """Seed of sampling."""
     prompt_lookup: int = 0
-    """Over 0: draft so many tokens at a time from the text so far and check them in one pass. Same answers, fewer
-    round trips where the answer repeats its prompt; one prompt at a time."""
+    """Over 0: draft so many tokens at a time from the text so far and check them in one pass. Same
+    answers, fewer round trips where the answer repeats its prompt; one prompt at a time."""
     generation: dict[str, Any] = field(default_factory=dict)
-    """More options of transformers.GenerationConfig, by name: num_beams, no_repeat_ngram_size, ..."""
+    """More options of transformers.GenerationConfig, by name: num_beams, no_repeat_ngram_size,
+    ...
+    """
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
@@ -53,7 +55,10 @@ class SamplingSettings(EdgeSettings):
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments for `generate`."""
-        found: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
+        found: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": self.temperature > 0,
+        }
         if self.temperature > 0:
             found |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         if self.repetition_penalty != 1:
@@ -72,10 +77,12 @@ class GenerateSettings(SamplingSettings):
     prompt: str | None = None
     """The prompt; default: what comes on standard input."""
     prompts: Path | None = None
-    """A file of prompts instead: .jsonl with `prompt` or `messages` in each row, or text with one prompt a line."""
+    """A file of prompts instead: .jsonl with `prompt` or `messages` in each row, or text with one
+    prompt a line.
+    """
     output: Path | None = None
-    """With `prompts`: a .jsonl file for prompts and completions, which the same command continues where it was
-    stopped; default: standard output."""
+    """With `prompts`: a .jsonl file for prompts and completions, which the same command continues
+    where it was stopped; default: standard output."""
     chat: bool = False
     """Put text prompts into the model's chat template, as a user's message."""
     batch_size: int = 8
@@ -86,7 +93,11 @@ class GenerateSettings(SamplingSettings):
         super().__post_init__()
         if self.prompt is not None and self.prompts is not None:
             raise UsageError("give prompt or prompts, not both")
-        if self.output is not None and self.prompts is not None and self.output.resolve() == self.prompts.resolve():
+        if (
+            self.output is not None
+            and self.prompts is not None
+            and self.output.resolve() == self.prompts.resolve()
+        ):
             raise UsageError(f"output: {self.output} is the file of the prompts")
         if self.output is not None and self.prompts is None:
             raise UsageError("output needs prompts: a single answer goes to standard output")
@@ -111,8 +122,9 @@ class EvalSettings(EdgeSettings):
     """Settings of `dlora eval`."""
 
     data: str
-    """A .jsonl or .csv file, or a Hugging Face data set id (org/name or org/name:split). Rows as for training, or
-    with `prompt`, `choices` and `answer` (the right choice, as text or as a number from 0)."""
+    """A .jsonl or .csv file, or a Hugging Face data set id (org/name or org/name:split). Rows as
+    for training, or with `prompt`, `choices` and `answer` (the right choice, as text or as a number
+    from 0)."""
     adapter: Path | None = None
     """Adapter folder, as `dlora train` or peft writes it; default: the served model as it is."""
     exact_match: bool = False
@@ -147,7 +159,9 @@ class ApiSettings(EdgeSettings):
     port: int = 8000
     """Port to listen on; 0 picks a free one."""
     api_key: str | None = None
-    """Key that apps must send; better given as $DLORA_API_KEY than on a command line that others can see."""
+    """Key that apps must send; better given as $DLORA_API_KEY than on a command line that others
+    can see.
+    """
     max_new_tokens: int = 1024
     """Longest answer in tokens, where a request does not say."""
     prompt_lookup: int = 0

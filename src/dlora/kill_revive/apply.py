@@ -1,7 +1,7 @@
 """Kill and Revive on a split model: measures units, applies decisions, keeps within the budget.
 
 kr = KillReviver(model, KillReviveConfig(), total_steps)
-for step, batch in enumerate(batches):          # a plain loop; `KillReviveCallback` does it in Trainer
+for step, batch in enumerate(batches):     # `KillReviveCallback` does it in Trainer
     kr.before_step(step)
     model(**batch).loss.backward()
     kr.before_update(optimizer)
@@ -51,7 +51,9 @@ def units_of(model: SplitModel, kind: str) -> list[Unit]:
     return found
 
 
-def costs_of(model: SplitModel, kind: Any = "bytes", tokens: int = 512, supervised: float = 0.25) -> Costs:
+def costs_of(
+    model: SplitModel, kind: Any = "bytes", tokens: int = 512, supervised: float = 0.25
+) -> Costs:
     """What sets of modules cost in a step of so many tokens, on the model's wire."""
     sites = []
     for site in model.sites:
@@ -79,15 +81,21 @@ class KillReviver:
 
     def __init__(self, model: SplitModel, config: KillReviveConfig, total_steps: int) -> None:
         if total_steps < 1:
-            raise UsageError(f"Kill and Revive wants to know the number of steps, got {total_steps}")
+            raise UsageError(
+                f"Kill and Revive wants to know the number of steps, got {total_steps}"
+            )
         self.model, self.config, self.total_steps = model, config, total_steps
         self.units = units_of(model, config.unit)
         self.costs = costs_of(model, config.cost)
         self.layers: dict[str, LoraLayer] = {
-            name: layer for site in model.sites for name, layer in zip(site.names, site.layers, strict=True)
+            name: layer
+            for site in model.sites
+            for name, layer in zip(site.names, site.layers, strict=True)
         }
         self.weight_norms = {
-            module.name: module.weight_norm for site in model.link.description.sites for module in site.modules
+            module.name: module.weight_norm
+            for site in model.link.description.sites
+            for module in site.modules
         }
         self.step = 0
         self.spent = 0.0
@@ -95,7 +103,9 @@ class KillReviver:
         self.active = frozenset(unit.name for unit in self.units)
         self.since = dict.fromkeys(self.active, 0)
         self.fading: dict[str, int] = {}
-        """Killed units that are still exchanged while they fade, and the steps that they have left."""
+        """Killed units that are still exchanged while they fade, and the steps that they have
+        left.
+        """
         self.warming: dict[str, int] = {}
         """Revived units whose updates are not yet full, and the steps done."""
         self.records: list[Record] = []
@@ -131,12 +141,17 @@ class KillReviver:
             self._squares.clear()
         self.model.probe_norms.clear()
         probe = needs_probe(self.config, step, self.total_steps)
-        self.model.probe_modules = [module for unit in self.units for module in unit.modules] if probe else []
-        modules = {module for unit in self.units if self._exchanged(unit.name) for module in unit.modules}
+        self.model.probe_modules = (
+            [module for unit in self.units for module in unit.modules] if probe else []
+        )
+        modules = {
+            module for unit in self.units if self._exchanged(unit.name) for module in unit.modules
+        }
         self.spent += self.costs.share(modules)
 
     def before_update(self, optimizer: Any) -> None:
-        """Between backward and the optimizer: gradients of fading units are dropped, of all others noted.
+        """Between backward and the optimizer: gradients of fading units are dropped, of all others
+        noted.
 
         What the optimizer remembers of a revived unit's parameters is forgotten.
         """
@@ -150,10 +165,16 @@ class KillReviver:
             for parameter in self._parameters(name):
                 if parameter.grad is not None:
                     grad = parameter.grad.detach()
-                    size = (grad * parameter.detach()).abs().sum() if self._sensitive else grad.square().sum()
+                    size = (
+                        (grad * parameter.detach()).abs().sum()
+                        if self._sensitive
+                        else grad.square().sum()
+                    )
                     self._squares[name] += float(size)
         self._before = {
-            parameter: parameter.detach().clone() for name in self.warming for parameter in self._parameters(name)
+            parameter: parameter.detach().clone()
+            for name in self.warming
+            for parameter in self._parameters(name)
         }
 
     def after_update(self) -> None:
@@ -163,7 +184,9 @@ class KillReviver:
                 done = self.warming[name] + 1
                 for parameter in self._parameters(name):
                     if parameter in self._before:
-                        parameter.lerp_(self._before[parameter], 1 - done / (self.config.rewarm_steps + 1))
+                        parameter.lerp_(
+                            self._before[parameter], 1 - done / (self.config.rewarm_steps + 1)
+                        )
                 self.warming[name] = done
                 if done >= self.config.rewarm_steps:
                     del self.warming[name]
@@ -183,7 +206,9 @@ class KillReviver:
     @property
     def active_share(self) -> float:
         """Cost of a step as it is now, as a share of FT's."""
-        return self.costs.share({m for unit in self.units if self._exchanged(unit.name) for m in unit.modules})
+        return self.costs.share(
+            {m for unit in self.units if self._exchanged(unit.name) for m in unit.modules}
+        )
 
     # ----------------------------------------------------------------- what a decision does
 
@@ -199,14 +224,18 @@ class KillReviver:
         for name in sorted(killed):
             self.since.pop(name, None)
             self.warming.pop(name, None)
-            trained = any(float(product_of(layer)[1].abs().max()) > 0 for layer in self._layers(name))
+            trained = any(
+                float(product_of(layer)[1].abs().max()) > 0 for layer in self._layers(name)
+            )
             if self.config.idle == "drop" and self.config.drop_steps and trained:
                 self.fading[name] = self.config.drop_steps
         self.active = decision.active
         self._set()
 
     def _set(self) -> None:
-        modules = [module for unit in self.units if self._exchanged(unit.name) for module in unit.modules]
+        modules = [
+            module for unit in self.units if self._exchanged(unit.name) for module in unit.modules
+        ]
         self.model.set_active(modules, self.config.idle)
 
     def _exchanged(self, name: str) -> bool:
@@ -232,7 +261,11 @@ class KillReviver:
         if kind == "output":
             squares = self.model.output_squares or {}
             wanted = set(self._unit(name).modules)
-            names = {(s.index, i): one for s in self.model.sites for i, one in zip(s.modules, s.names, strict=True)}
+            names = {
+                (s.index, i): one
+                for s in self.model.sites
+                for i, one in zip(s.modules, s.names, strict=True)
+            }
             return sum(size for key, size in squares.items() if names[key] in wanted)
         if kind == "magnitude":
             return sum(_product_norm(*product_of(layer)) ** 2 for _, layer in layers) ** 0.5
@@ -246,7 +279,9 @@ class KillReviver:
         keys = [f"{module}.{factor}" for module, _ in layers for factor in "AB"]
         if kind == "norm_delta":
             return sum(float((new[key] - old[key]).square().sum()) for key in keys) ** 0.5
-        norms = [sum(float(those[key].square().sum()) for key in keys) ** 0.5 for those in (new, old)]
+        norms = [
+            sum(float(those[key].square().sum()) for key in keys) ** 0.5 for those in (new, old)
+        ]
         return abs(norms[0] - norms[1])
 
     def _probes(self) -> dict[str, float]:
@@ -254,7 +289,11 @@ class KillReviver:
         found = {}
         for unit in self.units:
             if unit.name not in self.active:
-                squares = [norms.get(module, 0.0) ** 2 for norms in self.model.probe_norms for module in unit.modules]
+                squares = [
+                    norms.get(module, 0.0) ** 2
+                    for norms in self.model.probe_norms
+                    for module in unit.modules
+                ]
                 found[unit.name] = sum(squares) ** 0.5
         return found
 
@@ -306,15 +345,28 @@ class KillReviver:
 
     def load_state_dict(self, state: dict[str, Any], snapshot: dict[str, Tensor]) -> None:
         """Go on where `state_dict` was taken. Raises UsageError for another configuration."""
-        changed = [name for name, value in asdict(self.config).items() if state["config"].get(name) != value]
+        changed = [
+            name
+            for name, value in asdict(self.config).items()
+            if state["config"].get(name) != value
+        ]
         if changed or state["total_steps"] != self.total_steps:
-            raise UsageError(f"Kill and Revive cannot go on with other settings: {', '.join(changed) or 'total steps'}")
-        self.spent, self.since, self.fading = state["spent"], dict(state["since"]), dict(state["fading"])
+            raise UsageError(
+                "Kill and Revive cannot go on with other settings: "
+                f"{', '.join(changed) or 'total steps'}"
+            )
+        self.spent, self.since, self.fading = (
+            state["spent"],
+            dict(state["since"]),
+            dict(state["fading"]),
+        )
         self.active, self.warming = frozenset(state["active"]), dict(state["warming"])
         self._squares = defaultdict(float, state["squares"])
         self.model.probe_norms[:] = state["probes"]
         if self.model.output_squares is not None:
-            self.model.output_squares.update({(site, i): size for site, i, size in state["outputs"]})
+            self.model.output_squares.update(
+                {(site, i): size for site, i, size in state["outputs"]}
+            )
         self.records = [Record(**record) for record in state["records"]]
         self._snapshot = snapshot
         if len(self.active) < len(self.units):
@@ -358,7 +410,12 @@ class KillReviveCallback(TrainerCallback):
         self._written = 0
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **_: Any,
     ) -> None:
         """Bind to the model; take up the state of the checkpoint that the run continues from."""
         if not isinstance(model, SplitModel):
@@ -374,7 +431,9 @@ class KillReviveCallback(TrainerCallback):
             self.reviver.before_step(state.global_step)
             self._write()
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
+    ) -> None:
         """Note gradients."""
         if self.reviver is not None:
             self.reviver.before_update(optimizer)

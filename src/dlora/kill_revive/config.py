@@ -13,7 +13,18 @@ from dlora.errors import UsageError
 
 __all__ = ["PAPER", "KillReviveConfig", "Policy", "from_options"]
 
-Policy = Literal["kr", "all", "random", "redraw", "last", "spread", "gradient", "magnitude", "sensitivity", "output"]
+Policy = Literal[
+    "kr",
+    "all",
+    "random",
+    "redraw",
+    "last",
+    "spread",
+    "gradient",
+    "magnitude",
+    "sensitivity",
+    "output",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +32,9 @@ class KillReviveConfig:
     """Settings of Kill and Revive, and of the baselines behind the same interface."""
 
     policy: Policy = "kr"
-    """kr; or chosen once after the warm-up: all (FT), random, last layers, evenly spread layers, largest gradient,
-    magnitude of B A, sensitivity |weight x gradient| (AdaLoRA), output size (LoRA-drop); or redraw: random anew each
-    interval."""
+    """kr; or chosen once after the warm-up: all (FT), random, last layers, evenly spread layers,
+    largest gradient, magnitude of B A, sensitivity |weight x gradient| (AdaLoRA), output size
+    (LoRA-drop); or redraw: random anew each interval."""
     unit: Literal["site", "module"] = "site"
     """What is killed and revived as a whole."""
     budget: float = 0.125
@@ -31,35 +42,44 @@ class KillReviveConfig:
     cost: Literal["bytes", "modules"] = "bytes"
     """What the budget counts: traffic, or the number of active modules."""
     average: bool = True
-    """The budget is the average of the whole run, warm-up included; false: of the steps after it."""
+    """The budget is the average of the whole run, warm-up included; false: of the steps after
+    it.
+    """
     warmup: float = 0.0
-    """Steps with all modules active; under 1: a share of the run. 0: begin with evenly spread units."""
+    """Steps with all modules active; under 1: a share of the run. 0: begin with evenly spread
+    units.
+    """
     interval: int = 20
     """Optimizer steps between decisions."""
     signal: Literal["delta_norm", "norm_delta", "relative", "gradient"] = "relative"
-    """Score of an active unit: change of the weights' norm, norm of their change, norm of the change of s B A over that
-    of the frozen weight, or norm of the gradient; all over the last interval."""
+    """Score of an active unit: change of the weights' norm, norm of their change, norm of the
+    change of s B A over that of the frozen weight, or norm of the gradient; all over the last
+    interval."""
     revive: Literal["none", "random", "scored"] = "none"
     """How idle units come back: not, by lot, or by the norm of their gradient in a probe step."""
     revive_share: float = 0.25
     """Share of the budget for revived units."""
     prefer: Literal["score", "score_per_cost"] = "score"
-    """Which units are best: those of the highest score, or of the highest score for what each adds to the cost. The
-    second favours small modules, and modules of sites that others pay for already: unit module makes use of it."""
+    """Which units are best: those of the highest score, or of the highest score for what each adds
+    to the cost. The second favours small modules, and modules of sites that others pay for already:
+    unit module makes use of it."""
     cover: bool = False
-    """Keep the units spread: one for each of as many bands of consecutive units as fit the budget. Those that change
-    least are killed, for `revive_share` of the budget, and others of their own bands come back."""
+    """Keep the units spread: one for each of as many bands of consecutive units as fit the budget.
+    Those that change least are killed, for `revive_share` of the budget, and others of their own
+    bands come back."""
     hysteresis: float = 0.1
     """A unit that was active for longer than one interval counts with its score times 1 + this."""
     schedule: Literal["constant", "cubic"] = "constant"
-    """How the budget is reached after the warm-up: at once, or falling by the cube (AdaLoRA) until `settle`."""
+    """How the budget is reached after the warm-up: at once, or falling by the cube (AdaLoRA) until
+    `settle`.
+    """
     settle: float = 0.5
     """Share of the run after which a cubic budget is down."""
     final: float = 0.25
     """Share of the run at its end in which nothing changes any more."""
     idle: Literal["drop", "cloud", "edge"] = "drop"
-    """What becomes of idle modules: removed; applied by the cloud, which then sees them; or applied here, at the cost
-    of active ones."""
+    """What becomes of idle modules: removed; applied by the cloud, which then sees them; or applied
+    here, at the cost of active ones."""
     drop_steps: int = 4
     """With idle drop: steps in which a killed module fades to nothing."""
     rewarm_steps: int = 5
@@ -69,7 +89,12 @@ class KillReviveConfig:
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
-        for name, low, high in (("budget", 0, 1), ("revive_share", 0, 1), ("settle", 0, 1), ("final", 0, 1)):
+        for name, low, high in (
+            ("budget", 0, 1),
+            ("revive_share", 0, 1),
+            ("settle", 0, 1),
+            ("final", 0, 1),
+        ):
             value = getattr(self, name)
             if not low <= value <= high or (name == "budget" and value == 0):
                 raise UsageError(f"kr {name}: got {value}, want a value from {low} to {high}")
@@ -82,7 +107,9 @@ class KillReviveConfig:
     def warmup_steps(self, total_steps: int) -> int:
         """Steps with all modules active. At least one, where a baseline needs a score to choose."""
         steps = round(self.warmup * total_steps) if self.warmup < 1 else int(self.warmup)
-        return max(steps, 0 if self.policy in ("kr", "all", "random", "redraw", "last", "spread") else 1)
+        return max(
+            steps, 0 if self.policy in ("kr", "all", "random", "redraw", "last", "spread") else 1
+        )
 
 
 PAPER: Final = KillReviveConfig(

@@ -29,7 +29,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Unit:
-    """One unit: its modules, the decoder layer they are in (-1: none), in the cloud's calling order."""
+    """One unit: its modules, the decoder layer they are in (-1: none), in the cloud's calling
+    order.
+    """
 
     name: str
     modules: tuple[str, ...]
@@ -41,10 +43,12 @@ class Costs:
     """What a set of modules costs in a training step, as a share of FT."""
 
     sites: tuple[tuple[int, Mapping[str, int]], ...]
-    """(input width, elements that each module adds to both directions) of every site, in calling order. On the plain
-    wire a module adds its output width; factored r (1 + out / tokens)."""
+    """(input width, elements that each module adds to both directions) of every site, in calling
+    order. On the plain wire a module adds its output width; factored r (1 + out / tokens)."""
     ends: int = 0
-    """Elements a token that travel in any case: embeddings up, last hidden states down, their gradient up."""
+    """Elements a token that travel in any case: embeddings up, last hidden states down, their
+    gradient up.
+    """
     kind: Literal["bytes", "modules"] = "bytes"
 
     def share(self, modules: Collection[str]) -> float:
@@ -94,9 +98,13 @@ def schedule(config: KillReviveConfig, step: int, total_steps: int, spent: float
         if step < end:
             rest = 1 - (step - warm) / (end - warm)
             final = config.budget
-            if config.average:  # what is left pays for a constant and for the rest of the cube above it
+            if (
+                config.average
+            ):  # what is left pays for a constant and for the rest of the cube above it
                 cube = (end - warm) * rest**4 / 4
-                final = max(0.0, (config.budget * total_steps - spent - cube) / max(1.0, left - cube))
+                final = max(
+                    0.0, (config.budget * total_steps - spent - cube) / max(1.0, left - cube)
+                )
             return final + (1 - final) * rest**3
     return max(0.0, level)
 
@@ -113,7 +121,9 @@ def is_due(config: KillReviveConfig, step: int, total_steps: int) -> bool:
 
 
 def needs_probe(config: KillReviveConfig, step: int, total_steps: int) -> bool:
-    """Whether this step must tell the gradients of idle units: the one before a decision that revives by score."""
+    """Whether this step must tell the gradients of idle units: the one before a decision that
+    revives by score.
+    """
     after = step + 1
     first = config.warmup_steps(total_steps)
     return (
@@ -144,33 +154,55 @@ def decide(
     idle ones, `since` the step at which each active unit became so. The same
     arguments give the same decision: lots are drawn from seed and step.
     """
-    if config.policy == "all":  # nothing to decide, but scores are wanted: how much each unit changes
+    if (
+        config.policy == "all"
+    ):  # nothing to decide, but scores are wanted: how much each unit changes
         order = sorted(units, key=lambda unit: -scores.get(unit.name, 0.0))
-        return _decision(step, units, units, scores, order, dict.fromkeys((u.name for u in units), "all"))
+        return _decision(
+            step, units, units, scores, order, dict.fromkeys((u.name for u in units), "all")
+        )
     allowed = schedule(config, step, total_steps, spent)
     lots = random.Random(f"{config.seed}:{step if config.policy != 'random' else 'once'}")
     if config.policy != "kr":
         order = _baseline_order(config.policy, units, scores, lots)
         spread = config.policy == "spread"
         chosen = _spread(units, costs, allowed) if spread else _fill(order, [], costs, allowed)
-        return _decision(step, units, chosen, scores, order, dict.fromkeys((u.name for u in chosen), config.policy))
+        return _decision(
+            step,
+            units,
+            chosen,
+            scores,
+            order,
+            dict.fromkeys((u.name for u in chosen), config.policy),
+        )
     if step == 0:  # without warm-up: nothing is known yet
         chosen = _spread(units, costs, allowed)
-        return _decision(step, units, chosen, {}, [], dict.fromkeys((u.name for u in chosen), "start"))
+        return _decision(
+            step, units, chosen, {}, [], dict.fromkeys((u.name for u in chosen), "start")
+        )
     fresh = {name for name, start in since.items() if step - start <= config.interval and start > 0}
     standing = {
-        unit.name: scores.get(unit.name, 0.0) * (1.0 if unit.name in fresh else 1.0 + config.hysteresis)
+        unit.name: scores.get(unit.name, 0.0)
+        * (1.0 if unit.name in fresh else 1.0 + config.hysteresis)
         for unit in units
         if unit.name in active
     }
-    order = sorted((unit for unit in units if unit.name in active), key=lambda unit: -standing[unit.name])
+    order = sorted(
+        (unit for unit in units if unit.name in active), key=lambda unit: -standing[unit.name]
+    )
     idle = [unit for unit in units if unit.name not in active]
     revives = config.revive if idle else "none"
     if config.cover:
         chosen, reasons = _fill_bands(config, units, order, idle, costs, allowed, probes, lots)
         return _decision(step, units, chosen, {**probes, **scores}, order, reasons)
     fill = _fill_by_worth if config.prefer == "score_per_cost" else _fill
-    kept = fill(order, [], costs, allowed * (1 - config.revive_share) if revives != "none" else allowed, standing)
+    kept = fill(
+        order,
+        [],
+        costs,
+        allowed * (1 - config.revive_share) if revives != "none" else allowed,
+        standing,
+    )
     reasons = {unit.name: "kept" for unit in kept}
     chosen = kept
     if revives != "none":
@@ -188,14 +220,20 @@ def decide(
 
 
 def _fill(
-    order: Iterable[Unit], chosen: Sequence[Unit], costs: Costs, allowed: float, _: Mapping[str, float] | None = None
+    order: Iterable[Unit],
+    chosen: Sequence[Unit],
+    costs: Costs,
+    allowed: float,
+    _: Mapping[str, float] | None = None,
 ) -> list[Unit]:
     """Add units in order as long as they fit; at least one in all."""
     found = list(chosen)
     modules = {module for unit in found for module in unit.modules}
     names = {unit.name for unit in found}
     for unit in order:
-        if unit.name not in names and (not found or costs.share(modules | set(unit.modules)) <= allowed + 1e-9):
+        if unit.name not in names and (
+            not found or costs.share(modules | set(unit.modules)) <= allowed + 1e-9
+        ):
             found.append(unit)
             names.add(unit.name)
             modules |= set(unit.modules)
@@ -203,9 +241,15 @@ def _fill(
 
 
 def _fill_by_worth(
-    order: Iterable[Unit], chosen: Sequence[Unit], costs: Costs, allowed: float, scores: Mapping[str, float]
+    order: Iterable[Unit],
+    chosen: Sequence[Unit],
+    costs: Costs,
+    allowed: float,
+    scores: Mapping[str, float],
 ) -> list[Unit]:
-    """Add the unit with the highest score for what it adds to the cost, as long as one fits; at least one in all."""
+    """Add the unit with the highest score for what it adds to the cost, as long as one fits; at
+    least one in all.
+    """
     found = list(chosen)
     modules = {module for unit in found for module in unit.modules}
     taken = {unit.name for unit in found}
@@ -215,7 +259,10 @@ def _fill_by_worth(
         totals = {unit.name: costs.share(modules | set(unit.modules)) for unit in left}
         left = [unit for unit in left if not found or totals[unit.name] <= allowed + 1e-9]
         if left:
-            best = max(left, key=lambda unit: scores.get(unit.name, 0.0) / max(totals[unit.name] - cost, 1e-9))
+            best = max(
+                left,
+                key=lambda unit: scores.get(unit.name, 0.0) / max(totals[unit.name] - cost, 1e-9),
+            )
             found.append(best)
             left.remove(best)
             modules |= set(best.modules)
@@ -232,7 +279,9 @@ def _fill_bands(
     probes: Mapping[str, float],
     lots: random.Random,
 ) -> tuple[list[Unit], dict[str, str]]:
-    """One unit for each band: the best of its active ones, or in the weakest bands a revived one."""
+    """One unit for each band: the best of its active ones, or in the weakest bands a revived
+    one.
+    """
     count = len(_spread(units, costs, allowed))
     band = {unit.name: i * count // len(units) for i, unit in enumerate(units)}
     kept: dict[int, Unit] = {}
@@ -240,7 +289,11 @@ def _fill_bands(
         kept.setdefault(band[unit.name], unit)
     comers: dict[int, Unit] = {}
     scored = config.revive == "scored"
-    ranked = sorted(idle, key=lambda unit: -probes.get(unit.name, 0.0)) if scored else lots.sample(idle, len(idle))
+    ranked = (
+        sorted(idle, key=lambda unit: -probes.get(unit.name, 0.0))
+        if scored
+        else lots.sample(idle, len(idle))
+    )
     for unit in ranked:
         comers.setdefault(band[unit.name], unit)
     if config.revive == "none":  # only to fill what no active unit covers
@@ -253,9 +306,14 @@ def _fill_bands(
         if i in comers or i in kept
     }
     names = {unit.name for unit in kept.values()}
-    # Kept ones first: should a change of the lowest site cost too much, it is a revived one that waits.
-    chosen = _fill(sorted(picked.values(), key=lambda unit: unit.name not in names), [], costs, allowed)
-    return chosen, {u.name: "kept" if u.name in names else f"revived, {config.revive}" for u in chosen}
+    # Kept ones first: should a change of the lowest site cost too much, it is a revived one that
+    # waits.
+    chosen = _fill(
+        sorted(picked.values(), key=lambda unit: unit.name not in names), [], costs, allowed
+    )
+    return chosen, {
+        u.name: "kept" if u.name in names else f"revived, {config.revive}" for u in chosen
+    }
 
 
 def _baseline_order(

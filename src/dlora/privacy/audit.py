@@ -1,7 +1,9 @@
-"""How much a recorded run tells an honest-but-curious cloud: every attack of `attacks.py`, counted against the truth.
+"""How much a recorded run tells an honest-but-curious cloud: every attack of `attacks.py`, counted
+against the truth.
 
-The attacker's own text takes the same way as the victim's: through a split model with a fresh adapter on the same
-server. So the audit needs no decoder weights, and holds for whatever the edge does before the entry and after the exit.
+The attacker's own text takes the same way as the victim's: through a split model with a fresh
+adapter on the same server. So the audit needs no decoder weights, and holds for whatever the edge
+does before the entry and after the exit.
 
 Shapes: N rows (tokens), K supervised rows, D width, V vocabulary.
 """
@@ -64,7 +66,8 @@ Finding = dict[str, Any]
 
 
 def audit(settings: AuditSettings, link: Link) -> dict[str, Any]:
-    """Run every attack on the recording of a run; return what audit.json holds: figures alone, no text.
+    """Run every attack on the recording of a run; return what audit.json holds: figures alone, no
+    text.
 
     Raises UsageError for a run without recording, and for a server with another model.
     """
@@ -74,13 +77,18 @@ def audit(settings: AuditSettings, link: Link) -> dict[str, Any]:
     first, truth, fingerprint = recording.read(0)
     if fingerprint != link.description.fingerprint:
         raise UsageError(
-            f"the run was recorded with a model of fingerprint {fingerprint[:12]}, {link.address} serves "
-            f"{link.description.model_id} ({link.description.fingerprint[:12]}): start the model of the run"
+            f"the run was recorded with a model of fingerprint {fingerprint[:12]}, {link.address} "
+            "serves "
+            f"{link.description.model_id} ({link.description.fingerprint[:12]}): start the model "
+            "of the run"
         )
     inputs = shared_sites(link.description)
     known_sites = {site.index: site for site in (*inputs, *output_sites(inputs))}
     sites = _spread(recording, settings.sites)
-    active = {site: [known_sites[site].modules[i].name for i in first.sites[site].modules] for site in sites}
+    active = {
+        site: [known_sites[site].modules[i].name for i in first.sites[site].modules]
+        for site in sites
+    }
     places = {site: _place(names) for site, names in active.items()}
     # Without a site that is attacked there is still an adapter to sit somewhere.
     names = [name for at_site in active.values() for name in at_site]
@@ -92,13 +100,17 @@ def audit(settings: AuditSettings, link: Link) -> dict[str, Any]:
     model = _attackers_model(link, names, first.begin, settings.give_up_after_s, series=series)
     # Who knows that there is noise learns from text with such noise.
     model.noise = Noise(
-        entry=given.get("noise_entry") or 0.0, tail=given.get("noise_tail") or 0.0, clip=given.get("noise_clip") or 3.0
+        entry=given.get("noise_entry") or 0.0,
+        tail=given.get("noise_tail") or 0.0,
+        clip=given.get("noise_clip") or 3.0,
     )
     texts, source = _public_texts(settings.public, load_tokenizer(link))
     public = collect(_public(model, texts), sites)
     attackers = {"in-domain": known, "out-of-domain": public}
     with torch.no_grad():
-        table = model.get_input_embeddings()(torch.arange(model.get_input_embeddings().weight.shape[0])).float()
+        table = model.get_input_embeddings()(
+            torch.arange(model.get_input_embeddings().weight.shape[0])
+        ).float()
         findings = [
             *_shapes(notes),
             *_tokens(attacked, attackers, table, places, settings.seed),
@@ -115,8 +127,13 @@ def audit(settings: AuditSettings, link: Link) -> dict[str, Any]:
             "edge_first": begin.edge_first,
             "edge_last": begin.edge_last,
             "wire": "factored" if begin.factored else "plain",
-            "wire_dtype": next(name for name, dtype in WIRE_DTYPES.items() if dtype == begin.wire_dtype),
-            **{name: given.get(name) for name in ("lora_dropout", "noise_entry", "noise_tail", "pad_to")},
+            "wire_dtype": next(
+                name for name, dtype in WIRE_DTYPES.items() if dtype == begin.wire_dtype
+            ),
+            **{
+                name: given.get(name)
+                for name in ("lora_dropout", "noise_entry", "noise_tail", "pad_to")
+            },
         },
         "loss": {
             "recorded_first": notes[0]["loss"],
@@ -130,7 +147,11 @@ def audit(settings: AuditSettings, link: Link) -> dict[str, Any]:
             "tokens": len(victim.ids_N),
             "supervised": len(victim.labels_K),
         },
-        "attacked": {"rows": attacked.num_rows, "tokens": len(attacked.ids_N), "supervised": len(attacked.labels_K)},
+        "attacked": {
+            "rows": attacked.num_rows,
+            "tokens": len(attacked.ids_N),
+            "supervised": len(attacked.labels_K),
+        },
         "attackers": {
             name: {
                 "text": source if name == "out-of-domain" else "other rows of the recording",
@@ -145,7 +166,7 @@ def audit(settings: AuditSettings, link: Link) -> dict[str, Any]:
     }
 
 
-# ----------------------------------------------------------------- what attackers and victim have in common
+# -------------------------------------- what attackers and victim have in common
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,17 +201,28 @@ class Samples:
             **{name: getattr(self, name)[n] for name in ("ids_N", "row_N", "entry_ND")},
             **{
                 name: getattr(self, name)[k]
-                for name in ("labels_K", "row_K", "batch_K", "exit_KD", "exit_grad_KD", "top_grad_KD")
+                for name in (
+                    "labels_K",
+                    "row_K",
+                    "batch_K",
+                    "exit_KD",
+                    "exit_grad_KD",
+                    "top_grad_KD",
+                )
             },
         )
 
 
 def collect(seen: Iterable[tuple[CloudView, Truth]], sites: Sequence[int]) -> Samples:
-    """Line up what the cloud sees with the truth: attended tokens, and kept positions that have a label."""
+    """Line up what the cloud sees with the truth: attended tokens, and kept positions that have a
+    label.
+    """
     parts: list[Samples] = []
     num_rows = 0
     for number, (view, truth) in enumerate(seen):
-        attended_N = truth.attention_mask.bool().reshape(-1)[view.positions]  # padding may travel as other tokens do
+        attended_N = truth.attention_mask.bool().reshape(-1)[
+            view.positions
+        ]  # padding may travel as other tokens do
         labels_K = truth.next_labels.reshape(-1)[view.keep]
         supervised_K = labels_K != IGNORE
         kept_rows = torch.searchsorted(view.positions, view.keep)[supervised_K]
@@ -219,7 +251,9 @@ def collect(seen: Iterable[tuple[CloudView, Truth]], sites: Sequence[int]) -> Sa
     )
 
 
-def _recorded(recording: Recording, notes: list[dict[str, Any]]) -> Iterator[tuple[CloudView, Truth]]:
+def _recorded(
+    recording: Recording, notes: list[dict[str, Any]]
+) -> Iterator[tuple[CloudView, Truth]]:
     """Every micro-batch of the recording; notes of each its loss, and what its shapes tell."""
     for number in tqdm(range(len(recording)), desc="recording", unit="micro-batch"):
         view, truth, _ = recording.read(number)
@@ -235,7 +269,10 @@ def _recorded(recording: Recording, notes: list[dict[str, Any]]) -> Iterator[tup
             {
                 "loss": truth.loss,
                 "rows": batch,
-                "masks": (int((view.attended_BT.sum(1) == lengths).sum()), int((kept == labels).sum())),
+                "masks": (
+                    int((view.attended_BT.sum(1) == lengths).sum()),
+                    int((kept == labels).sum()),
+                ),
                 "zeros": (int((behind == lengths).sum()), int((graded_BT.sum(1) == labels).sum())),
             }
         )
@@ -245,21 +282,26 @@ def _recorded(recording: Recording, notes: list[dict[str, Any]]) -> Iterator[tup
 def _spread(recording: Recording, most: int) -> list[int]:
     """Sites at which the same modules are active all through the recording, evenly spread."""
     first, *others = [recording.sites(number) for number in range(len(recording))]
-    found = sorted(site for site, modules in first.items() if all(one.get(site) == modules for one in others))
+    found = sorted(
+        site for site, modules in first.items() if all(one.get(site) == modules for one in others)
+    )
     if len(found) <= most:
         return found
     return [found[round(i * (len(found) - 1) / max(1, most - 1))] for i in range(most)]
 
 
 def _split(victim: Samples, most: int, seed: int) -> tuple[Samples, Samples]:
-    """Rows that the in-domain attacker knows, and rows that are attacked; never the same text in both."""
+    """Rows that the in-domain attacker knows, and rows that are attacked; never the same text in
+    both.
+    """
     texts: dict[tuple[int, ...], list[int]] = {}
     for row in victim.row_N.unique().tolist():
         texts.setdefault(tuple(victim.ids_N[victim.row_N == row].tolist()), []).append(row)
     groups = list(texts.values())
     if len(groups) < 4:
         raise UsageError(
-            f"the recording has {len(groups)} different rows, too few to learn from some and attack others"
+            f"the recording has {len(groups)} different rows, too few to learn from some and "
+            "attack others"
         )
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
     half = len(groups) // 2
@@ -278,7 +320,9 @@ def _held_out(rows: Tensor, seed: int) -> Tensor:
 # ----------------------------------------------------------------- the out-of-domain attacker
 
 
-def _public_texts(source: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], str]:
+def _public_texts(
+    source: str | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[list[int]], str]:
     """Token ids of public rows, and what to call them."""
     name = "the demo's messages" if source is None else Path(source).name
     rows, _ = load_rows(source or str(files("dlora") / "demo_data" / "train.jsonl"))
@@ -296,15 +340,23 @@ def _public_texts(source: str | None, tokenizer: PreTrainedTokenizerBase) -> tup
 def _any_module(link: Link, begin: pb.Begin) -> list[str]:
     """A module of the cloud's layers, where the run had no adapter there."""
     held = EdgeLayers(begin.edge_first, begin.edge_last, link.description.layers.count)
-    modules = [module for site in link.description.sites for module in site.modules if module.allowed]
+    modules = [
+        module for site in link.description.sites for module in site.modules if module.allowed
+    ]
     return [module.name for module in modules if held.in_cloud(layer_of(module.name))][:1]
 
 
 def _attackers_model(
     link: Link, names: list[str], begin: pb.Begin, give_up_after_s: float, *, series: bool
 ) -> SplitModel:
-    """A fresh adapter (B = 0) on the same modules: what comes to its sites is the frozen model's own."""
-    config = BottleneckConfig(r=1, target_modules=names) if series else LoraConfig(r=1, target_modules=names)
+    """A fresh adapter (B = 0) on the same modules: what comes to its sites is the frozen model's
+    own.
+    """
+    config = (
+        BottleneckConfig(r=1, target_modules=names)
+        if series
+        else LoraConfig(r=1, target_modules=names)
+    )
     dtype = next(name for name, dtype in WIRE_DTYPES.items() if dtype == begin.wire_dtype)
     retry = RetryPolicy(give_up_after_s=give_up_after_s)
     model = get_peft_model(
@@ -339,12 +391,23 @@ def _public(model: SplitModel, texts: list[list[int]]) -> Iterator[tuple[CloudVi
 # ----------------------------------------------------------------- attacks on the recording
 
 
-def _finding(attack: str, place: str, where: str, says: str, attacker: str | None = None, **numbers: Any) -> Finding:
-    return {"attack": attack, "place": place, "where": where, "attacker": attacker, "says": says, **numbers}
+def _finding(
+    attack: str, place: str, where: str, says: str, attacker: str | None = None, **numbers: Any
+) -> Finding:
+    return {
+        "attack": attack,
+        "place": place,
+        "where": where,
+        "attacker": attacker,
+        "says": says,
+        **numbers,
+    }
 
 
 def _shapes(notes: list[dict[str, Any]]) -> Iterator[Finding]:
-    """Lengths and numbers of labels of rows: from what Begin says, and from where gradients at the exit are zero."""
+    """Lengths and numbers of labels of rows: from what Begin says, and from where gradients at the
+    exit are zero.
+    """
     rows = sum(one["rows"] for one in notes)
     for attack, place, where, way in (
         ("masks", "begin", "masks", "read off"),
@@ -355,17 +418,21 @@ def _shapes(notes: list[dict[str, Any]]) -> Iterator[Finding]:
         yield _finding(attack, place, where, says, lengths=lengths, supervised=supervised)
 
 
-def token_scores(found_N: Tensor, want_N: Tensor, row_N: Tensor, seen: Tensor | None = None) -> dict[str, Any]:
+def token_scores(
+    found_N: Tensor, want_N: Tensor, row_N: Tensor, seen: Tensor | None = None
+) -> dict[str, Any]:
     """Shares of tokens that were recovered, and how well whole rows were.
 
-    `own`: tokens of types that are in less than half of the rows, so not of a prompt's template. `seen` and
-    `unseen`: tokens whose type is, or is not, in the attacker's text; None where there are none.
-    `chance`: what always guessing the most frequent token gets.
+    `own`: tokens of types that are in less than half of the rows, so not of a prompt's template.
+    `seen` and `unseen`: tokens whose type is, or is not, in the attacker's text; None where there
+    are none. `chance`: what always guessing the most frequent token gets.
     """
     right_N = found_N == want_N
     rows = [(found_N[row_N == row], want_N[row_N == row]) for row in row_N.unique()]
     spread = Counter(token for _, want in rows for token in want.unique().tolist())
-    common = torch.tensor([token for token, count in spread.items() if 2 * count >= len(rows)], dtype=torch.int64)
+    common = torch.tensor(
+        [token for token, count in spread.items() if 2 * count >= len(rows)], dtype=torch.int64
+    )
 
     def share(mask: Tensor) -> float | None:
         return float(right_N[mask].float().mean()) if mask.any() else None
@@ -386,7 +453,9 @@ def token_scores(found_N: Tensor, want_N: Tensor, row_N: Tensor, seen: Tensor | 
 def _tokens(
     attacked: Samples, attackers: Attackers, table: Tensor, places: dict[int, str], seed: int
 ) -> Iterator[Finding]:
-    """Look-up at the entry, and the linear inverter of both attackers at the entry and every attacked site."""
+    """Look-up at the entry, and the linear inverter of both attackers at the entry and every
+    attacked site.
+    """
     want, row = attacked.ids_N, attacked.row_N
 
     def told(scores: dict[str, Any]) -> str:
@@ -394,14 +463,31 @@ def _tokens(
 
     if attacked.entry_ND.shape[1] == table.shape[1]:
         scores = token_scores(nearest_tokens(attacked.entry_ND, table), want, row)
-        yield _finding("look-up", "entry", "entry", f"{told(scores)}, by a look-up in the embedding table", **scores)
-    inputs = [("entry", "entry", None), *((f"site {site}", place, site) for site, place in places.items())]
+        yield _finding(
+            "look-up",
+            "entry",
+            "entry",
+            f"{told(scores)}, by a look-up in the embedding table",
+            **scores,
+        )
+    inputs = [
+        ("entry", "entry", None),
+        *((f"site {site}", place, site) for site, place in places.items()),
+    ]
     for key, where, site in tqdm(inputs, desc="inverting", unit="place"):
         for name, own in attackers.items():
-            x, target = (own.entry_ND, attacked.entry_ND) if site is None else (own.sites[site], attacked.sites[site])
+            x, target = (
+                (own.entry_ND, attacked.entry_ND)
+                if site is None
+                else (own.sites[site], attacked.sites[site])
+            )
             inverter = fit_inverter(x, own.ids_N, table, _held_out(own.row_N, seed))
             scores = token_scores(inverter(target), want, row, own.ids_N.unique())
-            unseen = "" if scores["unseen"] is None else f" ({scores['unseen']:.1%} of those it had never seen)"
+            unseen = (
+                ""
+                if scores["unseen"] is None
+                else f" ({scores['unseen']:.1%} of those it had never seen)"
+            )
             says = f"{told(scores)}, by a linear map learned from {_text(name)}{unseen}"
             yield _finding("inverter", key, where, says, name, **scores, **_fit(inverter, table))
 
@@ -416,9 +502,16 @@ def _fit(inverter: Inverter, table: Tensor) -> dict[str, Any]:
 
 
 def _labels(
-    attacked: Samples, attackers: Attackers, model: SplitModel, view: CloudView, places: dict[int, str], seed: int
+    attacked: Samples,
+    attackers: Attackers,
+    model: SplitModel,
+    view: CloudView,
+    places: dict[int, str],
+    seed: int,
 ) -> Iterator[Finding]:
-    """Labels from the exit's gradient in closed form, and by linear maps from that gradient and the top site's."""
+    """Labels from the exit's gradient in closed form, and by linear maps from that gradient and the
+    top site's.
+    """
     want, head = attacked.labels_K, model.get_output_embeddings()
     if not len(want):
         return
@@ -437,9 +530,17 @@ def _labels(
         closed = attacked.exit_KD, attacked.exit_grad_KD, None
     if closed is not None:
         hidden_KD, grad_KD, blind_KRD = closed
-        guess = torch.cat([head(part).argmax(1) for part in hidden_KD.to(head.weight.dtype).split(512)])
+        guess = torch.cat(
+            [head(part).argmax(1) for part in hidden_KD.to(head.weight.dtype).split(512)]
+        )
         got = scores(guess)
-        yield _finding("guess", "exit", "exit", f"{got['labels']:.1%} of the labels, by the model's own guess", **got)
+        yield _finding(
+            "guess",
+            "exit",
+            "exit",
+            f"{got['labels']:.1%} of the labels, by the model's own guess",
+            **got,
+        )
         found = torch.zeros_like(want)
         for number in attacked.batch_K.unique():
             one = attacked.batch_K == number
@@ -453,8 +554,13 @@ def _labels(
             f"{got['labels']:.1%} of the labels, computed from the gradient at the exit",
             **got,
         )
-    top = list(places)[-1:] if not view.begin.factored else []  # factored: in coordinates of a B that changes
-    inputs = [("exit", "exit", "exit_grad_KD"), *((f"site {site}", places[site], "top_grad_KD") for site in top)]
+    top = (
+        list(places)[-1:] if not view.begin.factored else []
+    )  # factored: in coordinates of a B that changes
+    inputs = [
+        ("exit", "exit", "exit_grad_KD"),
+        *((f"site {site}", places[site], "top_grad_KD") for site in top),
+    ]
     for key, where, rows in tqdm(inputs, desc="labels", unit="place"):
         for name, own in attackers.items():
             held = _held_out(own.row_K, seed)
@@ -484,30 +590,52 @@ def _matching(
     scores = token_scores(found, part.ids_N, part.row_N, public.ids_N.unique())
     says = f"{scores['tokens']:.1%} of the tokens, {scores['rows_exact']:.0%} of the rows word for word, of "
     says += f"{part.num_rows} rows that were spelled out by trying tokens in the model itself, with public text alone"
-    yield _finding("matching", f"site {site}", places[site], says, "out-of-domain", **scores, rows=part.num_rows)
+    yield _finding(
+        "matching",
+        f"site {site}",
+        places[site],
+        says,
+        "out-of-domain",
+        **scores,
+        rows=part.num_rows,
+    )
 
 
-def match_rows(link: Link, model: SplitModel, inverter: Inverter, site: int, x_ND: Tensor, row_N: Tensor) -> Tensor:
+def match_rows(
+    link: Link, model: SplitModel, inverter: Inverter, site: int, x_ND: Tensor, row_N: Tensor
+) -> Tensor:
     """Spell rows out from left to right by what comes to a site: token ids [N].
 
-    Candidates of a position are the inverter's and those that the model expects after what was found so far. Each
-    runs through the model, with the attacker's adapter; the one whose x comes closest is taken.
+    Candidates of a position are the inverter's and those that the model expects after what was
+    found so far. Each runs through the model, with the attacker's adapter; the one whose x comes
+    closest is taken.
     """
     rows = [(row_N == row).nonzero()[:, 0] for row in row_N.unique()]
     guesses = inverter.candidates(x_ND, _CANDIDATES)
     seen: list[CloudView] = []
     model.set_active([name for one in model.sites if one.index == site for name in one.names])
-    model.link = RecordingLink(link, lambda edge, cloud: seen.append(CloudView(edge, cloud)), training=False)
+    model.link = RecordingLink(
+        link, lambda edge, cloud: seen.append(CloudView(edge, cloud)), training=False
+    )
     model.eval()
     found_N = torch.zeros_like(row_N)
     expected: dict[int, Tensor] = {}
     for t in tqdm(range(max(map(len, rows))), desc="matching", unit="token"):
         longer = [number for number, row in enumerate(rows) if len(row) > t]
-        tries = [torch.cat([guesses[rows[n][t]], expected.get(n, guesses[0, :0])]).unique() for n in longer]
-        prefixes = [found_N[rows[n][:t]].expand(len(new), t) for n, new in zip(longer, tries, strict=True)]
-        ids = torch.cat([torch.cat([one, new[:, None]], 1) for one, new in zip(prefixes, tries, strict=True)])
+        tries = [
+            torch.cat([guesses[rows[n][t]], expected.get(n, guesses[0, :0])]).unique()
+            for n in longer
+        ]
+        prefixes = [
+            found_N[rows[n][:t]].expand(len(new), t) for n, new in zip(longer, tries, strict=True)
+        ]
+        ids = torch.cat(
+            [torch.cat([one, new[:, None]], 1) for one, new in zip(prefixes, tries, strict=True)]
+        )
         with torch.no_grad():
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1).logits[:, -1]
+            logits = model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1
+            ).logits[:, -1]
         x = seen.pop().sites[site].x.view(*ids.shape, -1)[:, -1]
         start = 0
         for n, new in zip(longer, tries, strict=True):
@@ -520,7 +648,9 @@ def match_rows(link: Link, model: SplitModel, inverter: Inverter, site: int, x_N
 
 
 def _adapters(recording: Recording, places: dict[int, str]) -> Iterator[Finding]:
-    """B A of every module of the attacked sites, from the last micro-batches with one and the same adapter."""
+    """B A of every module of the attacked sites, from the last micro-batches with one and the same
+    adapter.
+    """
     views = [recording.read(len(recording) - 1)[:2]]
     truth = views[0][1]
     if not truth.modules:  # what a bottleneck adds is no product that could be solved for
@@ -543,8 +673,12 @@ def _adapters(recording: Recording, places: dict[int, str]) -> Iterator[Finding]
             torch.cat([one.x for one in seen]),
             [torch.cat(parts) for parts in zip(*(one.deltas for one in seen), strict=True)],
             factors=seen[0].factors,
-            delta_grads=[torch.cat(parts) for parts in zip(*(one.delta_grads for one in seen), strict=True)],
-            input_grad_ND=None if any(one is None for one in grads) else torch.cat([g for g in grads if g is not None]),
+            delta_grads=[
+                torch.cat(parts) for parts in zip(*(one.delta_grads for one in seen), strict=True)
+            ],
+            input_grad_ND=None
+            if any(one is None for one in grads)
+            else torch.cat([g for g in grads if g is not None]),
         )
         errors = [
             relative_error(solution.product_OD, want[module])
@@ -632,12 +766,16 @@ def check_drawing() -> None:
         import jinja2  # noqa: F401
         import matplotlib
     except ImportError as error:
-        raise UsageError('`dlora audit` draws with matplotlib: pip install "dlora[report]"') from error
+        raise UsageError(
+            '`dlora audit` draws with matplotlib: pip install "dlora[report]"'
+        ) from error
     matplotlib.use("agg")
 
 
 def write_audit(found: dict[str, Any], output: Path) -> list[Path]:
-    """Write output/audit.json and output/audit.html; return both. Raises UsageError if matplotlib is missing."""
+    """Write output/audit.json and output/audit.html; return both. Raises UsageError if matplotlib
+    is missing.
+    """
     check_drawing()
     from jinja2 import Environment
 
@@ -663,21 +801,38 @@ def _figure(found: dict[str, Any]) -> bytes:
     places = ["entry", *(f"site {site}" for site in found["sites"])]
     where = [place.partition(": ") for place in found["sites"].values()]
     same = len({kinds for _, _, kinds in where}) == 1
-    labels = ["entry", *(layer if same else f"{layer}\n{kinds.replace(', ', chr(10))}" for layer, _, kinds in where)]
+    labels = [
+        "entry",
+        *(
+            layer if same else f"{layer}\n{kinds.replace(', ', chr(10))}"
+            for layer, _, kinds in where
+        ),
+    ]
     figure, panel = pyplot.subplots(figsize=(10, 4), layout="constrained")
     for colour, name in zip(("#d95f02", "#1f78b4"), found["attackers"], strict=True):
         inverters = [one for one in found["attacks"] if one["attack"] == "inverter"]
         mine = {one["place"]: one for one in inverters if one["attacker"] == name}
-        for key, style in (("tokens", {"marker": "o"}), ("unseen", {"marker": ".", "ls": "--", "alpha": 0.7})):
-            points = [(i, mine[p][key]) for i, p in enumerate(places) if p in mine and mine[p][key] is not None]
+        for key, style in (
+            ("tokens", {"marker": "o"}),
+            ("unseen", {"marker": ".", "ls": "--", "alpha": 0.7}),
+        ):
+            points = [
+                (i, mine[p][key])
+                for i, p in enumerate(places)
+                if p in mine and mine[p][key] is not None
+            ]
             label = f"{name}" if key == "tokens" else None
-            panel.plot([i for i, _ in points], [y for _, y in points], color=colour, label=label, **style)
+            panel.plot(
+                [i for i, _ in points], [y for _, y in points], color=colour, label=label, **style
+            )
     for one in found["attacks"]:
         if one["attack"] == "matching":
             point = (places.index(one["place"]), one["tokens"])
             panel.plot(*point, "*", color="#1f78b4", ms=12, label=f"matching, {one['rows']} rows")
         if one["attack"] == "look-up":
-            panel.plot([0], [one["tokens"]], "s", color="#222222", ms=9, fillstyle="none", label="look-up")
+            panel.plot(
+                [0], [one["tokens"]], "s", color="#222222", ms=9, fillstyle="none", label="look-up"
+            )
             panel.axhline(one["chance"], color="#888888", ls=":", lw=1)
     panel.set_xticks(range(len(places)), labels, fontsize=8)
     panel.set_ylim(0, 1.03)

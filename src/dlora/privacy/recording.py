@@ -1,8 +1,9 @@
-"""What the cloud sees of training micro-batches: recorded on the edge, with the truth that only the edge knows.
+"""What the cloud sees of training micro-batches: recorded on the edge, with the truth that only the
+edge knows.
 
 recording/0000.edge, 0000.cloud      frames in each direction, length-delimited protobuf
-recording/0000.safetensors           input_ids, attention_mask, labels, and A and scaled B of every module
-recording/0000.json                  fingerprint, loss, where each module sits; written last
+recording/0000.safetensors           input_ids, attention_mask, labels, and A and scaled B of every
+module recording/0000.json                  fingerprint, loss, where each module sits; written last
 
 For `dlora audit`. The truth is private data: folder and files are open to their user alone.
 
@@ -86,7 +87,12 @@ class CloudView:
     """
 
     def __init__(self, edge: Sequence[pb.EdgeFrame], cloud: Sequence[pb.CloudFrame]) -> None:
-        if not edge or edge[0].WhichOneof("kind") != "begin" or not cloud or cloud[-1].WhichOneof("kind") != "done":
+        if (
+            not edge
+            or edge[0].WhichOneof("kind") != "begin"
+            or not cloud
+            or cloud[-1].WhichOneof("kind") != "done"
+        ):
             raise WireError("the frames are not those of a whole micro-batch, from begin to done")
         self.begin = edge[0].begin
         self.sites = {one.site: SiteView(tuple(one.modules)) for one in self.begin.sites}
@@ -107,14 +113,18 @@ class CloudView:
                 self._hidden = reply.hidden.hidden
         batch, length = self.begin.batch, self.begin.length
         mask_BT = unpack_mask(self.begin.attention_mask, batch, length)
-        self.attended_BT = torch.ones(batch, length, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
+        self.attended_BT = (
+            torch.ones(batch, length, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
+        )
         whole = torch.ones_like(self.attended_BT) if self.begin.dense else self.attended_BT
         self.positions = whole.reshape(-1).nonzero()[:, 0]
         """Flat position b * T + t of each row that travels, [N]."""
         self.keep = torch.tensor(list(self.begin.keep), dtype=torch.int64)
         """The same of each kept row, [K]."""
         if len(self.entry) != len(self.positions) or len(self.exit) != len(self.keep):
-            raise WireError(f"{len(self.entry)} rows for {len(self.positions)} tokens, {len(self.exit)} kept")
+            raise WireError(
+                f"{len(self.entry)} rows for {len(self.positions)} tokens, {len(self.exit)} kept"
+            )
 
     def _site(self, index: int) -> SiteView:
         if index not in self.sites:
@@ -147,9 +157,11 @@ def _matrix(message: pb.Tensor) -> Tensor:
 
 
 class RecordingLink:
-    """A `Link` that hands every whole micro-batch to `keep`, as `CloudView`'s frames: those of training, or the others.
+    """A `Link` that hands every whole micro-batch to `keep`, as `CloudView`'s frames: those of
+    training, or the others.
 
-    Frames of one micro-batch are held in memory until it is done. One that was cut is left out: it runs again.
+    Frames of one micro-batch are held in memory until it is done. One that was cut is left out: it
+    runs again.
     """
 
     def __init__(
@@ -196,7 +208,10 @@ class RecordingLink:
 
 class _RecordingStream:
     def __init__(
-        self, stream: Stream, keep: Callable[[list[pb.EdgeFrame], list[pb.CloudFrame]], None], training: bool
+        self,
+        stream: Stream,
+        keep: Callable[[list[pb.EdgeFrame], list[pb.CloudFrame]], None],
+        training: bool,
     ) -> None:
         self.stream, self.keep, self.training = stream, keep, training
         self.edge: list[pb.EdgeFrame] = []
@@ -261,9 +276,9 @@ class Truth:
 class Recorder:
     """Writes the first `count` training micro-batches of a run into a folder.
 
-    `link` goes between the model and its server, then `watch` the model. Where a run is resumed `number` is to be
-    set to the micro-batches that its checkpoint has seen: those that it repeats are written once more, over the same
-    files.
+    `link` goes between the model and its server, then `watch` the model. Where a run is resumed
+    `number` is to be set to the micro-batches that its checkpoint has seen: those that it repeats
+    are written once more, over the same files.
     """
 
     def __init__(self, folder: Path, count: int) -> None:
@@ -291,11 +306,20 @@ class Recorder:
         def before(_: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             self.truth = None
             ids, labels = kwargs.get("input_ids"), kwargs.get("labels")
-            if self.active and model.training and torch.is_grad_enabled() and ids is not None and labels is not None:
+            if (
+                self.active
+                and model.training
+                and torch.is_grad_enabled()
+                and ids is not None
+                and labels is not None
+            ):
                 mask = kwargs.get("attention_mask")
                 self.truth = Truth(
                     input_ids=ids.detach().cpu().clone(),
-                    attention_mask=(torch.ones_like(ids) if mask is None else mask).detach().cpu().clone(),
+                    attention_mask=(torch.ones_like(ids) if mask is None else mask)
+                    .detach()
+                    .cpu()
+                    .clone(),
                     labels=labels.detach().cpu().clone(),
                     modules=list(_modules(model)),
                 )
@@ -304,8 +328,12 @@ class Recorder:
             loss = getattr(output, "loss", None)
             if self.truth is not None and loss is not None:
                 supervised = int((self.truth.next_labels != IGNORE).sum())
-                items = kwargs.get("num_items_in_batch")  # with accumulation the trainer divides by all of them
-                self.truth.loss = float(loss.detach()) * (1.0 if items is None else float(items) / max(1, supervised))
+                items = kwargs.get(
+                    "num_items_in_batch"
+                )  # with accumulation the trainer divides by all of them
+                self.truth.loss = float(loss.detach()) * (
+                    1.0 if items is None else float(items) / max(1, supervised)
+                )
 
         # Before the model's own hook, which gathers the labels.
         model.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
@@ -322,7 +350,10 @@ class Recorder:
             for frame in frames:
                 serialize_length_prefixed(frame, out)
             write_private(self.folder / f"{stem}.{suffix}", out.getvalue())
-        tensors = {name: getattr(truth, name).contiguous() for name in ("input_ids", "attention_mask", "labels")}
+        tensors = {
+            name: getattr(truth, name).contiguous()
+            for name in ("input_ids", "attention_mask", "labels")
+        }
         for one in truth.modules:
             tensors |= {f"A.{one.name}": one.A.contiguous(), f"B.{one.name}": one.B.contiguous()}
         write_private(self.folder / f"{stem}.safetensors", save(tensors))
@@ -330,14 +361,18 @@ class Recorder:
             "format": _FORMAT,
             "fingerprint": self.fingerprint,
             "loss": truth.loss,
-            "modules": [{"name": one.name, "site": one.site, "module": one.module} for one in truth.modules],
+            "modules": [
+                {"name": one.name, "site": one.site, "module": one.module} for one in truth.modules
+            ],
         }
         write_private(self.folder / f"{stem}.json", json.dumps(record).encode())
         self.number += 1
 
 
 def _modules(model: SplitModel) -> Iterator[Module]:
-    """Copies of all LoRA modules that are exchanged; several active adapters of a layer as their sum."""
+    """Copies of all LoRA modules that are exchanged; several active adapters of a layer as their
+    sum.
+    """
     if isinstance(model.peft_config["default"], BottleneckConfig):
         return  # not linear: there is no product to solve for
     for site in model.sites:
@@ -345,26 +380,34 @@ def _modules(model: SplitModel) -> Iterator[Module]:
             active = [one for one in layer.active_adapters if one in layer.lora_A]
             if active and not layer.disable_adapters:
                 a, b = product_of(layer)
-                yield Module(name=name, site=site.index, module=index, A=a.cpu().clone(), B=b.cpu().clone())
+                yield Module(
+                    name=name, site=site.index, module=index, A=a.cpu().clone(), B=b.cpu().clone()
+                )
 
 
 # ----------------------------------------------------------------- reading
 
 
 class Recording:
-    """A folder that a `Recorder` wrote. Raises UsageError if there is none, or if it cannot be read."""
+    """A folder that a `Recorder` wrote. Raises UsageError if there is none, or if it cannot be
+    read.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.stems = sorted(file.stem for file in folder.glob("*.json"))
         if not self.stems:
-            raise UsageError(f"{folder} holds no recording: make one with `dlora train --record 24 ...`")
+            raise UsageError(
+                f"{folder} holds no recording: make one with `dlora train --record 24 ...`"
+            )
 
     def __len__(self) -> int:
         return len(self.stems)
 
     def sites(self, number: int) -> dict[int, tuple[int, ...]]:
-        """Active modules of each active site of one micro-batch. Reads no more than its first frame."""
+        """Active modules of each active site of one micro-batch. Reads no more than its first
+        frame.
+        """
         file = self.folder / f"{self.stems[number]}.edge"
         try:
             with file.open("rb") as stream:
@@ -393,9 +436,13 @@ class Recording:
             )
             view = CloudView(edge, cloud)
             if truth.input_ids.shape != view.attended_BT.shape:
-                raise WireError(f"{list(truth.input_ids.shape)} ids for {list(view.attended_BT.shape)} tokens")
+                raise WireError(
+                    f"{list(truth.input_ids.shape)} ids for {list(view.attended_BT.shape)} tokens"
+                )
         except (OSError, ValueError, KeyError, TypeError, DecodeError, SafetensorError) as error:
-            raise UsageError(f"{stem}: this part of the recording cannot be read: {error}") from error
+            raise UsageError(
+                f"{stem}: this part of the recording cannot be read: {error}"
+            ) from error
         return view, truth, str(record.get("fingerprint"))
 
 

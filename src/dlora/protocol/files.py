@@ -1,4 +1,6 @@
-"""The few files that an edge gets from a cloud: embedding, LM head, tokenizer. Data only, no code."""
+"""The few files that an edge gets from a cloud: embedding, LM head, tokenizer. Data only, no
+code.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,10 @@ __all__ = ["ALLOWED_FILES", "LAYER_FILE", "describe_files", "write_edge_files", 
 
 # Written by save_pretrained of tokenizers, minus everything that can carry code or pickles.
 ALLOWED_FILES: Final = frozenset(
-    "edge.safetensors generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json "
-    "added_tokens.json chat_template.jinja vocab.json vocab.txt merges.txt tokenizer.model spiece.model "
+    "edge.safetensors generation_config.json tokenizer.json tokenizer_config.json "
+    "special_tokens_map.json "
+    "added_tokens.json chat_template.jinja vocab.json vocab.txt merges.txt tokenizer.model "
+    "spiece.model "
     "sentencepiece.bpe.model".split()
 )
 
@@ -27,8 +31,12 @@ LAYER_FILE: Final = r"(decoder|layer-\d{4})\.safetensors"
 """Names of the files of decoder layers."""
 
 
-def write_edge_files(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """Write `edge.safetensors` (embedding.*, and head.* where not tied), generation config and tokenizer."""
+def write_edge_files(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path
+) -> None:
+    """Write `edge.safetensors` (embedding.*, and head.* where not tied), generation config and
+    tokenizer.
+    """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     weights = {f"embedding.{name}": _plain(value) for name, value in embedding.named_parameters()}
     for name, value in head.named_parameters():
@@ -46,7 +54,9 @@ def write_edge_files(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase 
 
 
 def write_layer_files(model: PreTrainedModel, first: int, last: int, folder: Path) -> None:
-    """Write the decoder layers that edges may hold, and what else the decoder has; nothing if they may hold none."""
+    """Write the decoder layers that edges may hold, and what else the decoder has; nothing if they
+    may hold none.
+    """
     if first or last:
         count = model.config.get_text_config().num_hidden_layers
         for name, weights in layer_weights(model, model.get_decoder(), count, first, last).items():

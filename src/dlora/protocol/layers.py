@@ -54,7 +54,9 @@ class EdgeLayers:
         return self.count - self.last
 
     def in_cloud(self, layer: int) -> bool:
-        """Whether the cloud runs this layer; what is outside the layers (-1) runs on the edge where it holds any."""
+        """Whether the cloud runs this layer; what is outside the layers (-1) runs on the edge where
+        it holds any.
+        """
         return not self or self.first <= layer < self.end
 
 
@@ -62,7 +64,11 @@ class LayerRunner(Protocol):
     """Says what becomes of each layer in the pass that runs now."""
 
     def run_layer(
-        self, index: int, hidden_BTD: Tensor, run: Callable[[Tensor], Any], skip: Callable[[Tensor], Any]
+        self,
+        index: int,
+        hidden_BTD: Tensor,
+        run: Callable[[Tensor], Any],
+        skip: Callable[[Tensor], Any],
     ) -> Any:
         """Return `run(hidden_BTD)`, the layer's own output, or `skip(hidden_BTD)`."""
 
@@ -75,7 +81,9 @@ def layer_of(name: str) -> int:
 
 def find_layers(decoder: nn.Module, count: int) -> nn.ModuleList | None:
     """The decoder's one list of `count` layers; None where there is not exactly one."""
-    found = [one for one in decoder.children() if isinstance(one, nn.ModuleList) and len(one) == count]
+    found = [
+        one for one in decoder.children() if isinstance(one, nn.ModuleList) and len(one) == count
+    ]
     return found[0] if len(found) == 1 else None
 
 
@@ -85,15 +93,23 @@ def first_output(output: Any) -> Tensor:
     return hidden
 
 
-def wrap_layers(layers: nn.ModuleList, runner: Callable[[], LayerRunner | None], in_tuple: bool) -> None:
+def wrap_layers(
+    layers: nn.ModuleList, runner: Callable[[], LayerRunner | None], in_tuple: bool
+) -> None:
     """Let `runner()` decide about every layer; where it is None, the layers run as always.
 
-    `in_tuple`: a layer's output is a tuple. A skipped layer keeps its place in a KV cache, with one number a
-    token, so that every layer of the cache has the same length.
+    `in_tuple`: a layer's output is a tuple. A skipped layer keeps its place in a KV cache, with one
+    number a token, so that every layer of the cache has the same length.
     """
     for index, layer in enumerate(layers):
 
-        def forward(hidden_BTD: Tensor, *args: Any, index: int = index, own: Any = layer.forward, **kwargs: Any) -> Any:
+        def forward(
+            hidden_BTD: Tensor,
+            *args: Any,
+            index: int = index,
+            own: Any = layer.forward,
+            **kwargs: Any,
+        ) -> Any:
             current = runner()
             if current is None:
                 return own(hidden_BTD, *args, **kwargs)
@@ -122,7 +138,8 @@ def wrap_layers(layers: nn.ModuleList, runner: Callable[[], LayerRunner | None],
 def _check_output(fits: bool, index: int, in_tuple: bool) -> None:
     if not fits:  # the other half's word is not to be trusted
         raise ModelError(
-            f"layer {index}: the server says that layers give {'tuples' if in_tuple else 'tensors'}, which does not "
+            f"layer {index}: the server says that layers give "
+            f"{'tuples' if in_tuple else 'tensors'}, which does not "
             "fit this architecture"
         )
 
@@ -134,9 +151,15 @@ class KnownCloud:
         self.held, self.exit_BTD = held, exit_BTD
 
     def run_layer(
-        self, index: int, hidden_BTD: Tensor, run: Callable[[Tensor], Any], skip: Callable[[Tensor], Any]
+        self,
+        index: int,
+        hidden_BTD: Tensor,
+        run: Callable[[Tensor], Any],
+        skip: Callable[[Tensor], Any],
     ) -> Any:
-        """Run a held layer; hand on what is known at the first of the others, and what comes at the rest."""
+        """Run a held layer; hand on what is known at the first of the others, and what comes at the
+        rest.
+        """
         if not self.held.in_cloud(index):
             return run(hidden_BTD)
         return skip(self.exit_BTD if index == self.held.first else hidden_BTD)
@@ -152,20 +175,30 @@ def layer_weights(
     wanted = ["decoder.safetensors", *map(layer_file, (*range(first), *range(count - last, count)))]
     files = values_by_file(model, decoder)
     return {
-        file: {name: value.detach().to("cpu").contiguous().clone() for name, value in files.get(file, {}).items()}
+        file: {
+            name: value.detach().to("cpu").contiguous().clone()
+            for name, value in files.get(file, {}).items()
+        }
         for file in wanted
     }
 
 
 def values_by_file(model: nn.Module, decoder: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """The decoder's parameters and buffers but for the token embedding: file name -> {name in the model: tensor}."""
+    """The decoder's parameters and buffers but for the token embedding: file name -> {name in the
+    model: tensor}.
+    """
     prefix = next(name for name, module in model.named_modules() if module is decoder)
-    embedding = {id(parameter) for parameter in model.get_input_embeddings().parameters()}  # type: ignore[operator]
+    inputs: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    embedding = {id(parameter) for parameter in inputs.parameters()}
     files: dict[str, dict[str, Tensor]] = {}
-    for name, value in decoder.state_dict(prefix=f"{prefix}." if prefix else "", keep_vars=True).items():
+    for name, value in decoder.state_dict(
+        prefix=f"{prefix}." if prefix else "", keep_vars=True
+    ).items():
         if id(value) not in embedding:
             layer = layer_of(name)
-            files.setdefault("decoder.safetensors" if layer < 0 else layer_file(layer), {})[name] = value
+            files.setdefault("decoder.safetensors" if layer < 0 else layer_file(layer), {})[
+                name
+            ] = value
     return files
 
 
@@ -180,8 +213,12 @@ def files_for(layers: EdgeLayers) -> list[str]:
     return ["decoder.safetensors", *map(layer_file, held)] if layers else []
 
 
-def check_weights(wanted: Mapping[str, Tensor], dtype: torch.dtype, weights: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless a file has what `values_by_file` says, its parameters in the model's dtype."""
+def check_weights(
+    wanted: Mapping[str, Tensor], dtype: torch.dtype, weights: Mapping[str, Tensor]
+) -> None:
+    """Raises ValueError unless a file has what `values_by_file` says, its parameters in the model's
+    dtype.
+    """
     if missing := sorted(wanted.keys() - weights.keys()):
         raise ValueError(f"it lacks {missing[0]}")
     if foreign := sorted(weights.keys() - wanted.keys()):
@@ -193,7 +230,9 @@ def check_weights(wanted: Mapping[str, Tensor], dtype: torch.dtype, weights: Map
 
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> list[nn.Parameter]:
-    """Put weights into a model by name; return them. Raises KeyError or ValueError for what does not fit."""
+    """Put weights into a model by name; return them. Raises KeyError or ValueError for what does
+    not fit.
+    """
     filled = []
     for name, value in weights.items():
         path, _, last = name.rpartition(".")
@@ -214,8 +253,12 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> list[nn.Parameter]:
 
 
 def without_dropout(values: dict[str, Any]) -> dict[str, Any]:
-    """A configuration whose base drops nothing, as in the cloud: held layers are never in training."""
+    """A configuration whose base drops nothing, as in the cloud: held layers are never in
+    training.
+    """
     return {
-        name: 0.0 if isinstance(value, float) and re.search(r"dropout|pdrop|layerdrop", name) else value
+        name: 0.0
+        if isinstance(value, float) and re.search(r"dropout|pdrop|layerdrop", name)
+        else value
         for name, value in values.items()
     }

@@ -69,7 +69,9 @@ class Site:
 
 
 def output_sites(sites: Sequence[Site]) -> tuple[Site, ...]:
-    """A site behind every module of `sites`; both halves number them on from these, in calling order."""
+    """A site behind every module of `sites`; both halves number them on from these, in calling
+    order.
+    """
     pairs = [(site, module) for site in sites for module in site.modules]
     return tuple(
         Site(
@@ -145,7 +147,9 @@ def trace(
         counts[name] = counts.get(name, 0) + 1
     for name in linears:
         if counts.get(name, 0) != 1:
-            unusable.setdefault(name, f"it runs {counts.get(name, 0)} times in one forward pass, not once")
+            unusable.setdefault(
+                name, f"it runs {counts.get(name, 0)} times in one forward pass, not once"
+            )
     groups: dict[int, list[tuple[str, nn.Module, Tensor]]] = {}
     for name, module, x in calls:
         if name in unusable:
@@ -166,20 +170,26 @@ def trace(
         for index, group in enumerate(groups.values())
     )
     if not sites:
-        raise ModelError("found no linear module that an adapter could sit on: " + "; ".join(unusable.values()))
+        raise ModelError(
+            "found no linear module that an adapter could sit on: " + "; ".join(unusable.values())
+        )
     return Trace(sites=sites, unusable=unusable)
 
 
 def forward_flops(sites: Sequence[Site], tokens: int) -> int:
     """FLOPs of the linear modules of `sites` for `tokens` rows: 2 per multiply-add."""
-    return sum(2 * tokens * site.in_features * module.out_features for site in sites for module in site.modules)
+    return sum(
+        2 * tokens * site.in_features * module.out_features
+        for site in sites
+        for module in site.modules
+    )
 
 
 def backward_flops(sites: Sequence[Site], lowest: int | None, tokens: int, attention: int) -> int:
     """FLOPs of a backward pass through `sites`: input gradients only, since the weights are frozen.
 
-    It ends at site `lowest`; None: at the input of the first layer. `attention` is one layer's forward, whose
-    backward is twice that.
+    It ends at site `lowest`; None: at the input of the first layer. `attention` is one layer's
+    forward, whose backward is twice that.
     """
     layers = {module.layer for site in sites for module in site.modules} - {-1}
     if lowest is None:
@@ -189,7 +199,10 @@ def backward_flops(sites: Sequence[Site], lowest: int | None, tokens: int, atten
     # The first site of a layer feeds its attention; from any later one attention gets no gradient.
     reads_layer_input = all(site.modules[0].layer != layer for site in sites if site.index < lowest)
     count = sum(1 for one in layers if one > layer or (one == layer and reads_layer_input))
-    return forward_flops([site for site in sites if site.index > lowest], tokens) + 2 * attention * count
+    return (
+        forward_flops([site for site in sites if site.index > lowest], tokens)
+        + 2 * attention * count
+    )
 
 
 def attention_flops(config: Any, batch: int, length: int, past: int = 0) -> int:
@@ -203,8 +216,11 @@ def attention_flops(config: Any, batch: int, length: int, past: int = 0) -> int:
     return int(4 * batch * length * (past + length) * heads * head_dim)
 
 
-def pass_bytes(batch: int, length: int, per_token: float, per_token_squared: float, past: int = 0) -> float:
-    """Memory in which the cloud runs forward and backward over [batch, length] tokens behind `past` cached ones.
+def pass_bytes(
+    batch: int, length: int, per_token: float, per_token_squared: float, past: int = 0
+) -> float:
+    """Memory in which the cloud runs forward and backward over [batch, length] tokens behind `past`
+    cached ones.
 
     `per_token` and `per_token_squared` are what it measured at load, and tells in its limits.
     """

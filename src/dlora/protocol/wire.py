@@ -37,7 +37,8 @@ _TORCH_DTYPES: Final[dict[int, torch.dtype]] = {
     pb.FP16: torch.float16,
     pb.BF16: torch.bfloat16,
 }
-# Integers with a scale for each group: (values of a group, 0 for a whole row; largest value; dtype of the scale).
+# Integers with a scale for each group: (values of a group, 0 for a whole row; largest value; dtype
+# of the scale).
 _GROUPED: Final[dict[int, tuple[int, int, torch.dtype]]] = {
     pb.INT8: (0, 127, torch.float32),
     pb.INT4: (32, 7, torch.bfloat16),
@@ -50,7 +51,8 @@ _FP16_TOP: Final = 15
 def channel_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str, int]]:
     """gRPC options for servers and channels of this protocol."""
     return [
-        # gRPC's own limit acts before a message is allocated; its default of 4 MiB is under one frame.
+        # gRPC's own limit acts before a message is allocated; its default of 4 MiB is under one
+        # frame.
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.max_receive_message_length", max_message_bytes),
         # A peer behind a dead link is noticed after at most 30 s, and NAT entries stay alive.
@@ -79,7 +81,9 @@ def encode(tensor: Tensor, dtype: pb.DType) -> pb.Tensor:
     values = tensor.to(device="cpu", dtype=_TORCH_DTYPES[dtype]).contiguous()
     if dtype != pb.FP32:
         values = values.view(torch.int16)
-    return pb.Tensor(dtype=dtype, shape=list(tensor.shape), exponent=exponent, data=values.numpy().tobytes())
+    return pb.Tensor(
+        dtype=dtype, shape=list(tensor.shape), exponent=exponent, data=values.numpy().tobytes()
+    )
 
 
 def content_hash(module: pb.FrozenModule) -> bytes:
@@ -114,7 +118,9 @@ def decode(message: pb.Tensor, shape: Sequence[int], what: str) -> Tensor:
     WireError if dtype, shape, byte count or exponent do not fit, before anything is copied.
     """
     if message.dtype not in _TORCH_DTYPES and message.dtype not in _GROUPED:
-        raise WireError(f"{what}: got dtype number {message.dtype}, want one of {sorted(WIRE_DTYPES)}")
+        raise WireError(
+            f"{what}: got dtype number {message.dtype}, want one of {sorted(WIRE_DTYPES)}"
+        )
     if list(message.shape) != list(shape):
         raise WireError(f"{what}: got shape {list(message.shape)[:8]}, want {list(shape)}")
     width = shape[-1] if shape else 1
@@ -122,14 +128,18 @@ def decode(message: pb.Tensor, shape: Sequence[int], what: str) -> Tensor:
     data = message.data  # a copy, each time it is asked for
     if len(data) != need:
         name = pb.DType.Name(message.dtype)
-        raise WireError(f"{what}: got {len(data)} bytes, shape {list(shape)} in {name} needs {need}")
+        raise WireError(
+            f"{what}: got {len(data)} bytes, shape {list(shape)} in {name} needs {need}"
+        )
     if message.exponent and (message.dtype != pb.FP16 or abs(message.exponent) > 200):
         raise WireError(f"{what}: got exponent {message.exponent}, want 0, or within 200 for fp16")
     if need == 0:
         return torch.zeros(*shape)
     if message.dtype in _GROUPED:
         return _decode_grouped(data, message.dtype, width, what).view(*shape)
-    values = torch.frombuffer(bytearray(data), dtype=_TORCH_DTYPES[message.dtype]).view(*shape).float()
+    values = (
+        torch.frombuffer(bytearray(data), dtype=_TORCH_DTYPES[message.dtype]).view(*shape).float()
+    )
     return values.mul_(2.0**message.exponent) if message.exponent else values
 
 
@@ -161,7 +171,9 @@ def _encode_grouped(tensor: Tensor, dtype: pb.DType) -> bytes:
 
 
 def _decode_grouped(data: bytes, dtype: pb.DType, width: int, what: str) -> Tensor:
-    """[rows, width], of data whose length was checked. Raises WireError for scales that are none."""
+    """[rows, width], of data whose length was checked. Raises WireError for scales that are
+    none.
+    """
     group, _, scale_dtype = _GROUPED[dtype]
     count = len(data) // (scale_dtype.itemsize + (group // 2 if group else width))
     buffer = bytearray(data)

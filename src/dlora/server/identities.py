@@ -1,12 +1,15 @@
-"""Who may use a server: tenants with their limits, and the tokens and certificates that belong to them.
+"""Who may use a server: tenants with their limits, and the tokens and certificates that belong to
+them.
 
-One JSON file, written by `dlora keys` and read again when it changes, so that nothing needs a restart:
+One JSON file, written by `dlora keys` and read again when it changes, so that nothing needs a
+restart:
 
 {"tenants":      {NAME: {LIMIT: VALUE, ...}, ...},
  "tokens":       {ID: {"tenant": NAME, "sha256": DIGEST, "expires": ISO TIME}, ...},
  "certificates": {FINGERPRINT: {"tenant": NAME, "expires": ISO TIME}, ...}}
 
-A token is 32 random bytes, so a plain SHA-256 of it cannot be turned back. What is not in the file is refused.
+A token is 32 random bytes, so a plain SHA-256 of it cannot be turned back. What is not in the file
+is refused.
 """
 
 from __future__ import annotations
@@ -75,7 +78,9 @@ def hash_token(token: str) -> str:
 
 
 class Identities:
-    """The file in memory. `refresh` takes up its changes; all methods may be called from any thread."""
+    """The file in memory. `refresh` takes up its changes; all methods may be called from any
+    thread.
+    """
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -87,7 +92,8 @@ class Identities:
         self._read()
 
     def refresh(self) -> None:
-        """Read the file again if it has changed. One that cannot be read changes nothing and is logged.
+        """Read the file again if it has changed. One that cannot be read changes nothing and is
+        logged.
 
         A file that is gone or open to others is such a one too: revoking is done by changing it.
         """
@@ -122,7 +128,10 @@ class Identities:
         """Whether it still is: not revoked, not expired."""
         with self._lock:
             found = [self._entries[kind].get(credential.id) for kind in _KINDS]
-        return any(entry is not None and entry["tenant"] == credential.tenant and _alive(entry) for entry in found)
+        return any(
+            entry is not None and entry["tenant"] == credential.tenant and _alive(entry)
+            for entry in found
+        )
 
     def _stamp(self) -> tuple[int, int, int]:
         stat = self.file.stat()
@@ -133,18 +142,25 @@ class Identities:
         try:
             tenants, entries = parse(json.loads(self.file.read_text()))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UsageError(f"{self.file} is no identities file: {type(error).__name__}: {error}") from error
+            raise UsageError(
+                f"{self.file} is no identities file: {type(error).__name__}: {error}"
+            ) from error
         with self._lock:
             self._tenants, self._entries, self._seen = tenants, entries, stamp
 
 
 def parse(content: Mapping[str, Any]) -> tuple[dict[str, TenantLimits], dict[str, dict[str, Any]]]:
-    """Check what an identities file holds. Raises UsageError, ValueError, TypeError, KeyError or AttributeError."""
+    """Check what an identities file holds. Raises UsageError, ValueError, TypeError, KeyError or
+    AttributeError.
+    """
     known = {field.name for field in fields(TenantLimits)}
     tenants = {}
     for name, values in content["tenants"].items():
         if unknown := values.keys() - known:
-            raise UsageError(f"tenant {name}: no such limit: {', '.join(sorted(unknown))}; there are {sorted(known)}")
+            raise UsageError(
+                f"tenant {name}: no such limit: {', '.join(sorted(unknown))}; there are "
+                f"{sorted(known)}"
+            )
         tenants[name] = TenantLimits(**values)
     entries: dict[str, dict[str, Any]] = {}
     for kind in _KINDS:

@@ -1,9 +1,9 @@
 """Certificates and tokens for a server of one's own: what `dlora keys` does.
 
 FOLDER/ca.pem, ca.key           the authority that edges trust; ca.pem is given to them
-FOLDER/server.pem, server.key   the server's; made again by `dlora keys server`, taken up without restart
-FOLDER/identities.json          tenants, hashed tokens, certificates: what `dlora serve --keys` reads
-FOLDER/edges/NAME.pem, .key     a tenant's client certificate, to be handed over
+FOLDER/server.pem, server.key   the server's; made again by `dlora keys server`, taken up without
+restart FOLDER/identities.json          tenants, hashed tokens, certificates: what `dlora serve
+--keys` reads FOLDER/edges/NAME.pem, .key     a tenant's client certificate, to be handed over
 
 For a real deployment take server certificates from an authority that your users trust already.
 """
@@ -45,10 +45,13 @@ _EMPTY: dict[str, Any] = {"tenants": {}, "tokens": {}, "certificates": {}}
 
 
 def make_authority(folder: Path, hosts: Sequence[str], days: int) -> None:
-    """A new folder with authority, server certificate and no identities. Raises UsageError if there is one."""
+    """A new folder with authority, server certificate and no identities. Raises UsageError if there
+    is one.
+    """
     if (folder / "ca.key").exists():
         raise UsageError(
-            f"{folder} already holds keys: use another folder, or `dlora keys server` for a new certificate"
+            f"{folder} already holds keys: use another folder, or `dlora keys server` for a new "
+            "certificate"
         )
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     key = ec.generate_private_key(ec.SECP256R1())
@@ -71,13 +74,19 @@ def make_authority(folder: Path, hosts: Sequence[str], days: int) -> None:
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     )
     write_private(folder / "ca.key", _private(key))
-    write_private(folder / "ca.pem", builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM), 0o644)
+    write_private(
+        folder / "ca.pem",
+        builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM),
+        0o644,
+    )
     make_server_certificate(folder, hosts, days)
     write_private(folder / "identities.json", json.dumps(_EMPTY, indent=2).encode())
 
 
 def make_server_certificate(folder: Path, hosts: Sequence[str], days: int) -> None:
-    """A new key and certificate for the server's names and addresses; a running server takes it up."""
+    """A new key and certificate for the server's names and addresses; a running server takes it
+    up.
+    """
     names: list[x509.GeneralName] = []
     for host in hosts:
         try:
@@ -85,7 +94,9 @@ def make_server_certificate(folder: Path, hosts: Sequence[str], days: int) -> No
         except ValueError:
             names.append(x509.DNSName(host))
     if not names:
-        raise UsageError("hosts: got none, want the names and addresses by which edges reach the server")
+        raise UsageError(
+            "hosts: got none, want the names and addresses by which edges reach the server"
+        )
     _issue(folder, folder / "server", hosts[0], days, ExtendedKeyUsageOID.SERVER_AUTH, names)
 
 
@@ -100,7 +111,11 @@ def add_token(folder: Path, tenant: str, days: int) -> tuple[str, str]:
     token, name = secrets.token_urlsafe(32), secrets.token_hex(4)
     with _changing(folder) as content:
         content["tenants"].setdefault(_checked(tenant), {})
-        content["tokens"][name] = {"tenant": tenant, "sha256": hash_token(token), "expires": _end(days).isoformat()}
+        content["tokens"][name] = {
+            "tenant": tenant,
+            "sha256": hash_token(token),
+            "expires": _end(days).isoformat(),
+        }
     return name, token
 
 
@@ -108,7 +123,9 @@ def add_certificate(folder: Path, tenant: str, days: int) -> tuple[str, Path]:
     """(fingerprint, file without ending) of a new client certificate and its key."""
     file = folder / "edges" / f"{_checked(tenant)}-{secrets.token_hex(4)}"
     file.parent.mkdir(exist_ok=True, mode=0o700)
-    pem = _issue(folder, file, tenant, days, ExtendedKeyUsageOID.CLIENT_AUTH, [x509.DNSName(tenant)])
+    pem = _issue(
+        folder, file, tenant, days, ExtendedKeyUsageOID.CLIENT_AUTH, [x509.DNSName(tenant)]
+    )
     name = fingerprint(pem)
     with _changing(folder) as content:
         content["tenants"].setdefault(tenant, {})
@@ -121,7 +138,9 @@ def revoke(folder: Path, which: str) -> int:
     count = 0
     with _changing(folder) as content:
         for kind in ("tokens", "certificates"):
-            gone = [name for name, entry in content[kind].items() if which in (name, entry["tenant"])]
+            gone = [
+                name for name, entry in content[kind].items() if which in (name, entry["tenant"])
+            ]
             count += len(gone)
             for name in gone:
                 del content[kind][name]
@@ -141,14 +160,21 @@ def listing(folder: Path) -> list[tuple[str, str, str, str]]:
 
 
 def _issue(
-    folder: Path, file: Path, name: str, days: int, usage: x509.ObjectIdentifier, names: list[x509.GeneralName]
+    folder: Path,
+    file: Path,
+    name: str,
+    days: int,
+    usage: x509.ObjectIdentifier,
+    names: list[x509.GeneralName],
 ) -> bytes:
     """Make a key and have the authority sign a certificate for it."""
     try:
         authority = x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes())
         signer = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{folder} holds no authority ({error}): make one with `dlora keys init`") from error
+        raise UsageError(
+            f"{folder} holds no authority ({error}): make one with `dlora keys init`"
+        ) from error
     if not isinstance(signer, ec.EllipticCurvePrivateKey):
         raise UsageError(f"{folder}/ca.key is not a key of `dlora keys`")
     key = ec.generate_private_key(ec.SECP256R1())
@@ -168,7 +194,9 @@ def _issue(
     return pem
 
 
-def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int) -> Any:
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
+) -> Any:
     start = datetime.now(UTC) - timedelta(minutes=5)  # clocks differ
     return (
         x509.CertificateBuilder()
@@ -195,7 +223,9 @@ def _end(days: int) -> datetime:
 
 def _checked(tenant: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", tenant):
-        raise UsageError(f"tenant: got {tenant!r}, want letters, digits, and . _ - between them, up to 63")
+        raise UsageError(
+            f"tenant: got {tenant!r}, want letters, digits, and . _ - between them, up to 63"
+        )
     return tenant
 
 
@@ -204,7 +234,9 @@ def _load(folder: Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads((folder / "identities.json").read_text())
         parse(content)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UsageError(f"{folder} holds no identities ({error}): begin with `dlora keys init`") from error
+        raise UsageError(
+            f"{folder} holds no identities ({error}): begin with `dlora keys init`"
+        ) from error
     return content
 
 

@@ -23,12 +23,21 @@ _COUNTERS: dict[str, tuple[str, Callable[[Tenant], float]]] = {
     "dlora_sent_bytes": ("Bytes to edges.", lambda tenant: tenant.sent_bytes),
     "dlora_tokens": ("Tokens of finished forward passes.", lambda tenant: tenant.tokens),
     "dlora_compute_seconds": ("Seconds with a compute slot.", lambda tenant: tenant.compute_s),
-    "dlora_edge_wait_seconds": ("Seconds in which streams waited for their edge.", lambda tenant: tenant.wait_s),
-    "dlora_queue_seconds": ("Seconds in which streams waited for a compute slot.", lambda tenant: tenant.queue_s),
+    "dlora_edge_wait_seconds": (
+        "Seconds in which streams waited for their edge.",
+        lambda tenant: tenant.wait_s,
+    ),
+    "dlora_queue_seconds": (
+        "Seconds in which streams waited for a compute slot.",
+        lambda tenant: tenant.queue_s,
+    ),
 }
 _GAUGES: dict[str, tuple[str, Callable[[Tenant], float]]] = {
     "dlora_streams": ("Streams in flight.", lambda tenant: tenant.streams),
-    "dlora_inflight_bytes": ("Activations and KV caches reserved.", lambda tenant: tenant.inflight_bytes),
+    "dlora_inflight_bytes": (
+        "Activations and KV caches reserved.",
+        lambda tenant: tenant.inflight_bytes,
+    ),
 }
 
 
@@ -58,7 +67,9 @@ class _Collector:
                 for key, count in list(counts.items()):
                     family.add_metric([tenant.name, key], count)
             yield family
-        yield GaugeMetricFamily("dlora_queue_length", "Streams that wait for a slot.", value=self.queue_length())
+        yield GaugeMetricFamily(
+            "dlora_queue_length", "Streams that wait for a slot.", value=self.queue_length()
+        )
 
 
 class _Quiet(WSGIRequestHandler):
@@ -68,14 +79,17 @@ class _Quiet(WSGIRequestHandler):
 
 @contextmanager
 def serve_metrics(server: Any, port: int) -> Iterator[int]:
-    """/metrics, /healthz (the process lives) and /readyz (it takes new streams) of a `Server`; yields the port.
+    """/metrics, /healthz (the process lives) and /readyz (it takes new streams) of a `Server`;
+    yields the port.
 
     Raises UsageError if prometheus_client is not installed or the port is taken.
     """
     try:
         from prometheus_client import CollectorRegistry, make_wsgi_app
     except ImportError as error:
-        raise UsageError('metrics_port needs prometheus_client: pip install "dlora[server]"') from error
+        raise UsageError(
+            'metrics_port needs prometheus_client: pip install "dlora[server]"'
+        ) from error
     registry = CollectorRegistry()
     registry.register(_Collector(server.tenancy, lambda: server.queue_length))
     metrics = make_wsgi_app(registry)
@@ -86,7 +100,13 @@ def serve_metrics(server: Any, port: int) -> Iterator[int]:
             found: Iterable[bytes] = metrics(environ, start_response)
             return found
         ready = path == "/healthz" or (path == "/readyz" and server.is_ready)
-        status = "200 OK" if ready else "503 Service Unavailable" if path == "/readyz" else "404 Not Found"
+        status = (
+            "200 OK"
+            if ready
+            else "503 Service Unavailable"
+            if path == "/readyz"
+            else "404 Not Found"
+        )
         start_response(status, [("Content-Type", "text/plain")])
         return [f"{status[4:].lower()}\n".encode()]
 
@@ -105,7 +125,9 @@ def serve_metrics(server: Any, port: int) -> Iterator[int]:
 
 
 def read_status(port: int) -> list[str]:
-    """Lines for a person, from the metrics of a server on this machine. Raises PeerLost if there is none."""
+    """Lines for a person, from the metrics of a server on this machine. Raises PeerLost if there is
+    none.
+    """
     from prometheus_client.parser import text_string_to_metric_families
 
     text, ready = "", "draining"
@@ -118,7 +140,8 @@ def read_status(port: int) -> list[str]:
         pass
     except OSError as error:
         raise PeerLost(
-            f"no metrics at 127.0.0.1:{port} ({error}): is `dlora serve --metrics_port {port}` running?"
+            f"no metrics at 127.0.0.1:{port} ({error}): is `dlora serve --metrics_port {port}` "
+            "running?"
         ) from (error)
     found: dict[str, dict[str, float]] = {}
     queue = 0.0
@@ -126,20 +149,26 @@ def read_status(port: int) -> list[str]:
         for sample in family.samples:
             if sample.name == "dlora_queue_length":
                 queue = sample.value
-            elif (tenant := sample.labels.get("tenant")) is not None and not sample.name.endswith("_created"):
+            elif (tenant := sample.labels.get("tenant")) is not None and not sample.name.endswith(
+                "_created"
+            ):
                 row = found.setdefault(tenant, {})
                 row[sample.name] = row.get(sample.name, 0.0) + sample.value
     lines = [f"{ready}, {queue:.0f} streams wait for a compute slot"]
     lines.append(
-        f"{'tenant':20} {'streams':>7} {'MiB held':>9} {'tokens':>11} {'compute s':>10} {'MB in, out':>17} refused"
+        f"{'tenant':20} {'streams':>7} {'MiB held':>9} {'tokens':>11} {'compute s':>10} "
+        f"{'MB in, out':>17} refused"
     )
     for tenant, row in sorted(found.items()):
-        traffic = (
-            f"{row.get('dlora_received_bytes_total', 0) / 1e6:.1f}, {row.get('dlora_sent_bytes_total', 0) / 1e6:.1f}"
+        received, sent = (
+            row.get(f"dlora_{way}_bytes_total", 0) / 1e6 for way in ("received", "sent")
         )
+        traffic = f"{received:.1f}, {sent:.1f}"
         lines.append(
-            f"{tenant:20} {row.get('dlora_streams', 0):7.0f} {row.get('dlora_inflight_bytes', 0) / 2**20:9.0f} "
-            f"{row.get('dlora_tokens_total', 0):11.0f} {row.get('dlora_compute_seconds_total', 0):10.1f} {traffic:>17} "
+            f"{tenant:20} {row.get('dlora_streams', 0):7.0f} "
+            f"{row.get('dlora_inflight_bytes', 0) / 2**20:9.0f} "
+            f"{row.get('dlora_tokens_total', 0):11.0f} "
+            f"{row.get('dlora_compute_seconds_total', 0):10.1f} {traffic:>17} "
             f"{row.get('dlora_refusals_total', 0):.0f}"
         )
     return lines

@@ -1,8 +1,8 @@
 """Several servers of one model, placed and supervised by Ray, behind one address.
 
 The front answers `Describe` with the addresses of its replicas, the least busy first, and nothing
-else: edges then talk to a replica directly, as every frame through a proxy would cost more than the exchange.
-A replica is a Ray actor around a plain `Server`; Ray starts it again when it dies.
+else: edges then talk to a replica directly, as every frame through a proxy would cost more than the
+exchange. A replica is a Ray actor around a plain `Server`; Ray starts it again when it dies.
 """
 
 from __future__ import annotations
@@ -69,11 +69,17 @@ class Scaling:
     def __post_init__(self) -> None:
         """Raises UsageError for numbers that do not fit together."""
         if not 1 <= self.least <= self.most:
-            raise UsageError(f"replicas: got {self.least} to {self.most}, want 1 or more, and the least first")
+            raise UsageError(
+                f"replicas: got {self.least} to {self.most}, want 1 or more, and the least first"
+            )
 
 
-def scale(scaling: Scaling, now: int, queued: int, streams: int, busy_s: float, idle_s: float) -> int:
-    """How many replicas there should be: a pure function of how many there are and for how long what was so."""
+def scale(
+    scaling: Scaling, now: int, queued: int, streams: int, busy_s: float, idle_s: float
+) -> int:
+    """How many replicas there should be: a pure function of how many there are and for how long
+    what was so.
+    """
     if queued > scaling.queue * now and busy_s >= scaling.patience_s:
         return min(now + 1, scaling.most)
     if streams < now and not queued and idle_s >= 6 * scaling.patience_s:
@@ -106,7 +112,9 @@ def _replica_class() -> Any:
                     port=port,
                     options=settings.options,
                     tls=settings.tls,
-                    identities=None if settings.identities is None else Identities(settings.identities),
+                    identities=None
+                    if settings.identities is None
+                    else Identities(settings.identities),
                     audit=settings.audit,
                 )
                 server.start()
@@ -152,7 +160,9 @@ class _Known:
 
 
 class Front:
-    """One address in front of the replicas. A context manager; `replace` starts every replica anew, one by one."""
+    """One address in front of the replicas. A context manager; `replace` starts every replica anew,
+    one by one.
+    """
 
     def __init__(
         self,
@@ -163,7 +173,9 @@ class Front:
         port: int = 0,
         ray_address: str | None = None,
     ) -> None:
-        """`ray_address` is that of a cluster; None: Ray on this machine alone. Raises UsageError without Ray."""
+        """`ray_address` is that of a cluster; None: Ray on this machine alone. Raises UsageError
+        without Ray.
+        """
         try:
             import ray
         except ImportError as error:
@@ -190,7 +202,10 @@ class Front:
     def __enter__(self) -> Front:
         if not self.ray.is_initialized():
             self.ray.init(
-                address=self.ray_address, include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING
+                address=self.ray_address,
+                include_dashboard=False,
+                log_to_driver=True,
+                logging_level=logging.WARNING,
             )
             self._owns_ray = True
         try:
@@ -219,7 +234,9 @@ class Front:
             self.ray.shutdown()
 
     def replace(self) -> None:
-        """A rolling update: for every replica a new one is started, and then the old one drained."""
+        """A rolling update: for every replica a new one is started, and then the old one
+        drained.
+        """
         for old in list(self.replicas):
             new = self._ready(self._start())
             with self._lock:
@@ -229,7 +246,11 @@ class Front:
     # ----------------------------------------------------------------- replicas
 
     def _start(self) -> Any:
-        options = {"num_cpus": self.settings.num_cpus, "num_gpus": self.settings.num_gpus, "max_restarts": -1}
+        options = {
+            "num_cpus": self.settings.num_cpus,
+            "num_gpus": self.settings.num_gpus,
+            "max_restarts": -1,
+        }
         # Two calls at a time: signs of life while it drains.
         return _replica_class().options(max_concurrency=2, **options).remote(self.settings)
 
@@ -237,7 +258,11 @@ class Front:
         address, description = self.ray.get(actor.describe.remote(), timeout=_START_S)
         found = pb.Description.FromString(description)
         if self.description.fingerprint not in ("", found.fingerprint) and self.replicas:
-            log.warning("replicas serve different models: %s and %s", self.description.fingerprint, found.fingerprint)
+            log.warning(
+                "replicas serve different models: %s and %s",
+                self.description.fingerprint,
+                found.fingerprint,
+            )
         self.description = found
         return _Known(actor, address)
 
@@ -254,12 +279,16 @@ class Front:
         while not self._stop.wait(_POLL_S):
             for one in list(self.replicas):
                 try:
-                    one.address, one.streams, one.queued = self.ray.get(one.actor.load.remote(), timeout=5.0)
+                    one.address, one.streams, one.queued = self.ray.get(
+                        one.actor.load.remote(), timeout=5.0
+                    )
                 except Exception as error:  # it is being restarted: edges are sent to the others
                     one.address = ""
                     log.warning("a replica does not answer: %s", str(error).splitlines()[0])
             now = time.monotonic()
-            queued, streams = (sum(getattr(one, name) for one in self.replicas) for name in ("queued", "streams"))
+            queued, streams = (
+                sum(getattr(one, name) for one in self.replicas) for name in ("queued", "streams")
+            )
             busy = busy if queued > self.scaling.queue * len(self.replicas) else now
             idle = idle if streams < len(self.replicas) and not queued else now
             want = scale(self.scaling, len(self.replicas), queued, streams, now - busy, now - idle)
@@ -296,9 +325,15 @@ class _FrontServicer(rpc.DLoRAServicer):
             self.front.identities.refresh()
         await caller(self.front.identities, context)
         if request.protocol_version != PROTOCOL_VERSION:
-            message = f"the edge speaks protocol {request.protocol_version}, this cloud {PROTOCOL_VERSION}"
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{message}: upgrade the older of the two")
-        alive = sorted((one for one in self.front.replicas if one.address), key=lambda one: one.streams + one.queued)
+            theirs = request.protocol_version
+            message = f"the edge speaks protocol {theirs}, this cloud {PROTOCOL_VERSION}"
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION, f"{message}: upgrade the older of the two"
+            )
+        alive = sorted(
+            (one for one in self.front.replicas if one.address),
+            key=lambda one: one.streams + one.queued,
+        )
         if not alive:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "no replica is ready")
         found = pb.Description()

@@ -32,7 +32,13 @@ from dlora.files import check_private
 from dlora.proto import dlora_pb2 as pb
 from dlora.proto import dlora_pb2_grpc as rpc
 from dlora.protocol.files import describe_files, write_edge_files, write_layer_files
-from dlora.protocol.wire import PROTOCOL_VERSION, RETRY_AFTER_KEY, TOKEN_KEY, TOKEN_PREFIX, channel_options
+from dlora.protocol.wire import (
+    PROTOCOL_VERSION,
+    RETRY_AFTER_KEY,
+    TOKEN_KEY,
+    TOKEN_PREFIX,
+    channel_options,
+)
 from dlora.server.identities import LOCAL, Credential, Identities
 from dlora.server.tenants import Busy, FairSlots, Tenancy, Tenant
 
@@ -90,7 +96,9 @@ class TlsFiles:
 
 
 def _credentials(tls: TlsFiles) -> grpc.ServerCredentials:
-    """Credentials that take up changed files with the next handshake; a bad change is logged and passed over."""
+    """Credentials that take up changed files with the next handshake; a bad change is logged and
+    passed over.
+    """
     seen = tls.stamp()
 
     def fetch() -> grpc.ServerCertificateConfiguration | None:
@@ -119,7 +127,9 @@ def add_port(server: grpc.aio.Server, address: str, tls: TlsFiles | None) -> int
             return server.add_insecure_port(address)
         return server.add_secure_port(address, _credentials(tls))
     except RuntimeError as error:
-        raise UsageError(f"cannot listen on {address}: is it in use? Try another --port.") from error
+        raise UsageError(
+            f"cannot listen on {address}: is it in use? Try another --port."
+        ) from error
 
 
 async def caller(identities: Identities | None, context: Any) -> Credential:
@@ -140,9 +150,10 @@ async def caller(identities: Identities | None, context: Any) -> Credential:
 class Server:
     """Serve one model. `start` returns the port; `stop` ends streams with UNAVAILABLE.
 
-    With `identities` only their tenants are answered; `tls` encrypts. With `audit` one JSON
-    line for every stream says who did how much, never what. Runs its event loop on a thread of its own, so that
-    tests and notebooks can use it as a context manager: `with Server(cloud) as server: connect(server.address)`.
+    With `identities` only their tenants are answered; `tls` encrypts. With `audit` one JSON line
+    for every stream says who did how much, never what. Runs its event loop on a thread of its own,
+    so that tests and notebooks can use it as a context manager: `with Server(cloud) as server:
+    connect(server.address)`.
     """
 
     def __init__(
@@ -166,7 +177,9 @@ class Server:
         write_layer_files(cloud.model, cloud.limits.edge_first, cloud.limits.edge_last, folders[1])
         self._servicer = _Servicer(cloud, folders, self.options, identities, audit)
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="dlora-grpc", daemon=True)
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="dlora-grpc", daemon=True
+        )
         self._server: grpc.aio.Server | None = None
         self._health: health.aio.HealthServicer | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -217,7 +230,9 @@ class Server:
         return port
 
     def stop(self) -> None:
-        """Refuse new streams, let those in flight go on for `drain_s`, end the rest with UNAVAILABLE, free all."""
+        """Refuse new streams, let those in flight go on for `drain_s`, end the rest with
+        UNAVAILABLE, free all.
+        """
         if self._loop.is_closed():
             return
         if self._server is not None:
@@ -272,7 +287,9 @@ class _Servicer(rpc.DLoRAServicer):
         self.description.edge_files.extend(describe_files(self.folder))
         self.description.layers.files.extend(describe_files(self.layers_folder))
         self.tenancy = Tenancy(
-            options.max_streams, cloud.limits.max_inflight_bytes, None if identities is None else identities.limits
+            options.max_streams,
+            cloud.limits.max_inflight_bytes,
+            None if identities is None else identities.limits,
         )
         self.slots = FairSlots(options.compute_slots)
         self.workers = ThreadPoolExecutor(options.max_streams, thread_name_prefix="dlora-compute")
@@ -281,7 +298,9 @@ class _Servicer(rpc.DLoRAServicer):
         self.audit = None if audit is None else _open_private(audit)
 
     async def watch(self) -> None:
-        """Take up changes of the identities, and cut the streams of those that are no longer valid."""
+        """Take up changes of the identities, and cut the streams of those that are no longer
+        valid.
+        """
         while self.identities is not None:
             await asyncio.sleep(_REFRESH_S)
             self.identities.refresh()
@@ -293,20 +312,31 @@ class _Servicer(rpc.DLoRAServicer):
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.Description:
         await caller(self.identities, context)
         if request.protocol_version != PROTOCOL_VERSION:
-            message = f"the edge speaks protocol {request.protocol_version}, this cloud {PROTOCOL_VERSION}"
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{message}: upgrade the older of the two")
+            theirs = request.protocol_version
+            message = f"the edge speaks protocol {theirs}, this cloud {PROTOCOL_VERSION}"
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION, f"{message}: upgrade the older of the two"
+            )
         return self.description
 
-    async def FetchEdgeFiles(self, request: pb.FetchEdgeFilesRequest, context: Any) -> AsyncIterator[pb.FileChunk]:
+    async def FetchEdgeFiles(
+        self, request: pb.FetchEdgeFilesRequest, context: Any
+    ) -> AsyncIterator[pb.FileChunk]:
         tenant = self.tenancy.tenant((await caller(self.identities, context)).tenant)
         if request.fingerprint != self.cloud.fingerprint:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "the served model has changed: connect again")
-        size = min(_CHUNK_BYTES, self.cloud.limits.max_message_bytes // 2)  # room for the frame around it
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION, "the served model has changed: connect again"
+            )
+        size = min(
+            _CHUNK_BYTES, self.cloud.limits.max_message_bytes // 2
+        )  # room for the frame around it
         wanted = [self.folder / info.name for info in self.description.edge_files]
         if request.names:
             offered = {info.name for info in self.description.layers.files}
             if unknown := set(request.names) - offered:
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"no such file: {min(unknown)[:80]}")
+                await context.abort(
+                    grpc.StatusCode.INVALID_ARGUMENT, f"no such file: {min(unknown)[:80]}"
+                )
             wanted = [self.layers_folder / name for name in sorted(set(request.names))]
         for one in wanted:
             with one.open("rb") as file:
@@ -323,7 +353,9 @@ class _Servicer(rpc.DLoRAServicer):
         except (UsageError, WireError) as error:
             await self._abort(context, error)
 
-    async def Step(self, requests: AsyncIterator[pb.EdgeFrame], context: Any) -> AsyncIterator[pb.CloudFrame]:
+    async def Step(
+        self, requests: AsyncIterator[pb.EdgeFrame], context: Any
+    ) -> AsyncIterator[pb.CloudFrame]:
         credential = await caller(self.identities, context)
         tenant = self.tenancy.tenant(credential.tenant)
         if self.draining:
@@ -356,7 +388,9 @@ class _Servicer(rpc.DLoRAServicer):
             self._note(pipe, status, time.monotonic() - started)
 
     def _work(self, pipe: _GrpcPipe) -> BaseException | None:
-        """On a worker thread: one stream, from its first frame to its last. Returns the error, if any."""
+        """On a worker thread: one stream, from its first frame to its last. Returns the error, if
+        any.
+        """
         try:
             frame = pipe.receive()
             if frame.WhichOneof("kind") != "begin":
@@ -364,7 +398,8 @@ class _Servicer(rpc.DLoRAServicer):
             self.cloud.run(self.cloud.plan(frame.begin, pipe.tenant.name), pipe)
             return None
         except Exception as error:
-            # An edge that goes by itself, after an answer or a loss without backward, wants no status.
+            # An edge that goes by itself, after an answer or a loss without backward, wants no
+            # status.
             return None if isinstance(error, PeerLost) and pipe.left else error
         finally:
             pipe.release_slot()
@@ -380,7 +415,9 @@ class _Servicer(rpc.DLoRAServicer):
         if isinstance(error, AdapterMissing):
             return grpc.StatusCode.NOT_FOUND
         if isinstance(error, PeerLost):
-            return grpc.StatusCode.UNAVAILABLE if self.stopping else grpc.StatusCode.DEADLINE_EXCEEDED
+            return (
+                grpc.StatusCode.UNAVAILABLE if self.stopping else grpc.StatusCode.DEADLINE_EXCEEDED
+            )
         if isinstance(error, UsageError):
             return grpc.StatusCode.FAILED_PRECONDITION
         return (
@@ -389,7 +426,9 @@ class _Servicer(rpc.DLoRAServicer):
             else (grpc.StatusCode.INTERNAL)
         )
 
-    async def _abort(self, context: Any, error: BaseException, pipe: _GrpcPipe | None = None) -> NoReturn:
+    async def _abort(
+        self, context: Any, error: BaseException, pipe: _GrpcPipe | None = None
+    ) -> NoReturn:
         """End the call."""
         code = self._status(error, pipe)
         trailing: tuple[tuple[str, str], ...] = ()
@@ -397,7 +436,9 @@ class _Servicer(rpc.DLoRAServicer):
             trailing = ((RETRY_AFTER_KEY, str(int(1000 * (error.retry_after_s or 1.0)))),)
         if code == grpc.StatusCode.INTERNAL:
             log.error("a micro-batch failed", exc_info=error)
-            await context.abort(code, f"the server failed on this micro-batch ({type(error).__name__}); see its log")
+            await context.abort(
+                code, f"the server failed on this micro-batch ({type(error).__name__}); see its log"
+            )
         log.info("stream ended: %s: %s", code.name, error)
         await context.abort(code, str(error), trailing)
         raise AssertionError("unreachable: abort raises")
@@ -442,13 +483,19 @@ def _open_private(file: Path) -> Any:
 
 
 class _GrpcPipe:
-    """The cloud's end of one stream: an asyncio side that reads and writes, a worker side that waits.
+    """The cloud's end of one stream: an asyncio side that reads and writes, a worker side that
+    waits.
 
     The worker holds a compute slot, except while it waits for the edge.
     """
 
     def __init__(
-        self, slots: FairSlots, timeout_s: float, tenancy: Tenancy, tenant: Tenant, credential: Credential
+        self,
+        slots: FairSlots,
+        timeout_s: float,
+        tenancy: Tenancy,
+        tenant: Tenant,
+        credential: Credential,
     ) -> None:
         self.slots, self.timeout_s, self.tenancy, self.tenant = slots, timeout_s, tenancy, tenant
         self.credential = credential
@@ -475,7 +522,9 @@ class _GrpcPipe:
             async for frame in requests:
                 self.count(received=frame.ByteSize())
                 if self.inbox.qsize() >= _MAX_UNREAD_FRAMES:
-                    self.close(f"the edge sent {_MAX_UNREAD_FRAMES} frames without waiting for answers")
+                    self.close(
+                        f"the edge sent {_MAX_UNREAD_FRAMES} frames without waiting for answers"
+                    )
                     return
                 self.inbox.put(frame)
         except Exception as error:
@@ -541,11 +590,15 @@ class _GrpcPipe:
         start = time.monotonic()
         try:
             weight = self.tenant.limits.weight
-            if not self.slots.acquire(self.tenant.name, weight, self, self.timeout_s, lambda: self.closed is not None):
+            if not self.slots.acquire(
+                self.tenant.name, weight, self, self.timeout_s, lambda: self.closed is not None
+            ):
                 if self.closed:
                     raise PeerLost(self.closed)
                 self.tenancy.count_refusal(self.tenant, "queue")
-                raise Busy(f"no compute slot for {self.timeout_s:.0f} s", retry_after_s=5.0, reason="queue")
+                raise Busy(
+                    f"no compute slot for {self.timeout_s:.0f} s", retry_after_s=5.0, reason="queue"
+                )
         finally:
             self.tenancy.count_compute(self.tenant, queue_s=time.monotonic() - start)
         self.has_slot = True

@@ -20,7 +20,9 @@ class ServeSettings:
     model: str
     """Hugging Face id, local folder, .gguf file, or smollm2 (the model of the demo)."""
     model_id: str | None = None
-    """Public name that adapters will carry; default: the hub id or the name of the file or folder."""
+    """Public name that adapters will carry; default: the hub id or the name of the file or
+    folder.
+    """
     host: str = "127.0.0.1"
     """Address to listen on. Anything but loopback wants TLS, or `insecure`."""
     port: int = 50051
@@ -30,13 +32,13 @@ class ServeSettings:
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Compute dtype of the model."""
     quantize: Literal["none", "int8", "int4", "nf4"] = "none"
-    """Keep the decoder's linear weights in 8 or 4 bits, for less memory (int8 and nf4 need the extra `quantize`).
-    Another function than the full model, with a fingerprint of its own."""
+    """Keep the decoder's linear weights in 8 or 4 bits, for less memory (int8 and nf4 need the
+    extra `quantize`). Another function than the full model, with a fingerprint of its own."""
     allow_modules: str = ".*"
     """Regular expression over full module names: what edges may adapt."""
     edge_first: int = 0
-    """Let edges have the weights of so many of the first decoder layers, and run these themselves: more privacy for
-    them, less of the model kept to yourself."""
+    """Let edges have the weights of so many of the first decoder layers, and run these themselves:
+    more privacy for them, less of the model kept to yourself."""
     edge_last: int = 0
     """The same for the last layers."""
     max_tokens: int = 16_384
@@ -58,15 +60,23 @@ class ServeSettings:
     keys: Path | None = None
     """Folder of `dlora keys`: its server certificate and its identities."""
     tls_cert: Path | None = None
-    """Server certificate, as a PEM file, in place of that of `keys`. A changed file is taken up without restart."""
+    """Server certificate, as a PEM file, in place of that of `keys`. A changed file is taken up
+    without restart.
+    """
     tls_key: Path | None = None
     """Its key."""
     client_ca: Path | None = None
-    """Authority of client certificates, as a PEM file: every edge then has to show one (mutual TLS)."""
+    """Authority of client certificates, as a PEM file: every edge then has to show one (mutual
+    TLS).
+    """
     identities: Path | None = None
-    """File of tenants, tokens and certificates, in place of that of `keys`. Changes are taken up within a second."""
+    """File of tenants, tokens and certificates, in place of that of `keys`. Changes are taken up
+    within a second.
+    """
     insecure: bool = False
-    """Agree that anybody on the network can read what travels, and use the server: only inside a tunnel."""
+    """Agree that anybody on the network can read what travels, and use the server: only inside a
+    tunnel.
+    """
     audit_log: Path | None = None
     """File that gets a JSON line for every stream: who, how much, how it ended; never content."""
     drain_s: float = 30.0
@@ -74,10 +84,12 @@ class ServeSettings:
     metrics_port: int | None = None
     """Port for Prometheus metrics and readiness, on loopback (needs the extra `server`)."""
     replicas: int = 0
-    """Over 0: so many servers of the model, placed and supervised by Ray (needs the extra `ray`), behind this address.
-    SIGHUP replaces them one by one."""
+    """Over 0: so many servers of the model, placed and supervised by Ray (needs the extra `ray`),
+    behind this address. SIGHUP replaces them one by one."""
     max_replicas: int | None = None
-    """With replicas: up to so many while streams wait for compute slots; default: no more than `replicas`."""
+    """With replicas: up to so many while streams wait for compute slots; default: no more than
+    `replicas`.
+    """
     replica_ports: str = "0-0"
     """With replicas: their ports, as FIRST-LAST, which edges have to reach; 0-0: any."""
     ray_address: str | None = None
@@ -93,19 +105,26 @@ class ServeSettings:
         found = re.fullmatch(r"(\d{1,5})-(\d{1,5})", self.replica_ports)
         first, last = map(int, found.groups()) if found else (1, 0)
         if not 0 <= first <= last < 65536:
-            raise UsageError(f"replica_ports: got {self.replica_ports!r}, want FIRST-LAST, for example 50100-50199")
+            raise UsageError(
+                f"replica_ports: got {self.replica_ports!r}, want FIRST-LAST, for example "
+                "50100-50199"
+            )
         return first, last
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
         _ = self.ports
-        if self.replicas < 0 or (self.max_replicas is not None and self.max_replicas < max(1, self.replicas)):
+        if self.replicas < 0 or (
+            self.max_replicas is not None and self.max_replicas < max(1, self.replicas)
+        ):
             raise UsageError(
-                f"replicas: got {self.replicas}, max_replicas {self.max_replicas}; want 0 or more, and no less"
+                f"replicas: got {self.replicas}, max_replicas {self.max_replicas}; want 0 or more, "
+                "and no less"
             )
         if self.replicas and self.metrics_port is not None:
             raise UsageError(
-                "metrics_port is of a single server: with replicas Ray's own metrics and the audit log remain"
+                "metrics_port is of a single server: with replicas Ray's own metrics and the audit "
+                "log remain"
             )
         if (self.tls_cert is None) != (self.tls_key is None):
             raise UsageError("tls_cert and tls_key go together: give both or neither")
@@ -117,17 +136,29 @@ class ServeSettings:
         if not is_loopback(self.host) and not self.insecure:
             if not encrypted:
                 raise UsageError(
-                    f"host: {self.host} is not loopback, and everybody on the way could read and change what travels: "
-                    "give keys (make them with `dlora keys init`) or tls_cert and tls_key; or agree with --insecure"
+                    f"host: {self.host} is not loopback, and everybody on the way could read and "
+                    "change what travels: "
+                    "give keys (make them with `dlora keys init`) or tls_cert and tls_key; or "
+                    "agree with --insecure"
                 )
             if self.keys is None and self.identities is None and self.client_ca is None:
                 raise UsageError(
-                    f"host: {self.host} is not loopback, and anybody could use the server: give keys, identities or "
+                    f"host: {self.host} is not loopback, and anybody could use the server: give "
+                    "keys, identities or "
                     "client_ca; or agree with --insecure"
                 )
         if self.client_ca is not None and self.keys is None and self.identities is None:
-            raise UsageError("client_ca needs identities: a certificate counts only if it is listed there")
-        for name in ("max_tokens", "max_length", "max_message_mib", "max_inflight_mib", "max_streams", "compute_slots"):
+            raise UsageError(
+                "client_ca needs identities: a certificate counts only if it is listed there"
+            )
+        for name in (
+            "max_tokens",
+            "max_length",
+            "max_message_mib",
+            "max_inflight_mib",
+            "max_streams",
+            "compute_slots",
+        ):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: got {getattr(self, name)}, want at least 1")
         if not 0 <= self.port < 65536:
@@ -141,14 +172,17 @@ class KeysSettings:
     """Settings of `dlora keys`."""
 
     action: Literal["init", "server", "tenant", "token", "certificate", "revoke", "list"]
-    """init: a new folder with authority and server certificate. server: a new server certificate. tenant: set a
-    tenant's limits. token, certificate: give a tenant a new one. revoke: take back one, or all of a tenant. list."""
+    """init: a new folder with authority and server certificate. server: a new server certificate.
+    tenant: set a tenant's limits. token, certificate: give a tenant a new one. revoke: take back
+    one, or all of a tenant. list."""
     folder: Path = Path("keys")
     """Folder of keys; keep it on the server, and open to nobody else."""
     tenant: str | None = None
     """Name of the tenant."""
     hosts: str = "localhost,127.0.0.1"
-    """With init and server: names and addresses by which edges reach the server, separated by commas."""
+    """With init and server: names and addresses by which edges reach the server, separated by
+    commas.
+    """
     days: int = 90
     """How long certificate or token are valid."""
     id: str | None = None

@@ -1,6 +1,7 @@
 """What tenants use of a server, and what they may: quotas, fair compute slots, counters.
 
-A message that a tenant sees speaks of its own use alone, or of none: it must not tell that others exist.
+A message that a tenant sees speaks of its own use alone, or of none: it must not tell that others
+exist.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ __all__ = ["Busy", "FairSlots", "Tenancy", "Tenant"]
 
 _HOUR_S = 3600.0
 _MIB = 2**20
-_NO_QUOTA = TenantLimits(max_streams=2**31, max_inflight_mib=2**31)  # the server's own limits are reached first
+_NO_QUOTA = TenantLimits(
+    max_streams=2**31, max_inflight_mib=2**31
+)  # the server's own limits are reached first
 
 
 class Busy(PeerLost):
@@ -86,12 +89,18 @@ class Tenancy:
             self._refill(tenant)
             if tenant.streams >= tenant.limits.max_streams:
                 self._refuse(
-                    tenant, "streams", f"busy: your quota of {tenant.limits.max_streams} streams is taken", 1.0
+                    tenant,
+                    "streams",
+                    f"busy: your quota of {tenant.limits.max_streams} streams is taken",
+                    1.0,
                 )
             if tenant.limits.mib_per_hour and tenant.allowance <= 0:
                 wait = max(1.0, -tenant.allowance / (tenant.limits.mib_per_hour * _MIB / _HOUR_S))
                 self._refuse(
-                    tenant, "traffic", f"your quota of {tenant.limits.mib_per_hour:g} MiB an hour is used", wait
+                    tenant,
+                    "traffic",
+                    f"your quota of {tenant.limits.mib_per_hour:g} MiB an hour is used",
+                    wait,
                 )
             if self.streams >= self.max_streams:
                 self._refuse(tenant, "server", "busy: all streams are taken", 1.0)
@@ -114,15 +123,24 @@ class Tenancy:
             most = tenant.limits.max_inflight_mib * _MIB
             if wanted > most:
                 raise UsageError(
-                    f"this needs {wanted / _MIB:.0f} MiB of activations, your quota is {most / _MIB:.0f} MiB: use a "
+                    f"this needs {wanted / _MIB:.0f} MiB of activations, your quota is "
+                    f"{most / _MIB:.0f} MiB: use a "
                     "smaller batch or shorter sequences"
                 )
             if wanted > held and tenant.inflight_bytes - held + wanted > most:
                 self._refuse(
-                    tenant, "memory", f"busy: your quota of {most / _MIB:.0f} MiB of activations is taken", 0.5
+                    tenant,
+                    "memory",
+                    f"busy: your quota of {most / _MIB:.0f} MiB of activations is taken",
+                    0.5,
                 )
             if wanted > held and self.inflight_bytes - held + wanted > self.max_inflight_bytes:
-                self._refuse(tenant, "server", f"busy: no room now for {wanted / _MIB:.0f} MiB of activations", 0.5)
+                self._refuse(
+                    tenant,
+                    "server",
+                    f"busy: no room now for {wanted / _MIB:.0f} MiB of activations",
+                    0.5,
+                )
             tenant.inflight_bytes += wanted - held
             self.inflight_bytes += wanted - held
 
@@ -137,7 +155,9 @@ class Tenancy:
     def count_compute(
         self, tenant: Tenant, *, compute_s: float = 0.0, wait_s: float = 0.0, queue_s: float = 0.0
     ) -> None:
-        """Seconds with a compute slot, seconds of waiting for the edge, seconds of waiting for a slot."""
+        """Seconds with a compute slot, seconds of waiting for the edge, seconds of waiting for a
+        slot.
+        """
         with self._lock:
             tenant.compute_s += compute_s
             tenant.wait_s += wait_s
@@ -155,7 +175,9 @@ class Tenancy:
 
     def _refill(self, tenant: Tenant) -> None:
         now, rate = self._clock(), tenant.limits.mib_per_hour * _MIB
-        tenant.allowance = min(rate, tenant.allowance + (now - tenant.allowance_at) * rate / _HOUR_S)
+        tenant.allowance = min(
+            rate, tenant.allowance + (now - tenant.allowance_at) * rate / _HOUR_S
+        )
         tenant.allowance_at = now
 
     def _refuse(self, tenant: Tenant, reason: str, message: str, wait_s: float) -> None:
@@ -164,10 +186,12 @@ class Tenancy:
 
 
 class FairSlots:
-    """Compute slots, given to the waiting tenant that has computed least (start-time fair queueing).
+    """Compute slots, given to the waiting tenant that has computed least (start-time fair
+    queueing).
 
-    A tenant's clock runs by the seconds it computes over its weight. One that comes back from a pause
-    starts at the clock of those that compete now: it saved nothing up. Streams of one tenant go in turn.
+    A tenant's clock runs by the seconds it computes over its weight. One that comes back from a
+    pause starts at the clock of those that compete now: it saved nothing up. Streams of one tenant
+    go in turn.
     """
 
     def __init__(self, slots: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -185,9 +209,16 @@ class FairSlots:
         return len(self._waiting)
 
     def acquire(
-        self, tenant: str, weight: float, ticket: object, timeout_s: float, cancelled: Callable[[], bool]
+        self,
+        tenant: str,
+        weight: float,
+        ticket: object,
+        timeout_s: float,
+        cancelled: Callable[[], bool],
     ) -> bool:
-        """Wait for a slot, up to so long and not `cancelled`; `ticket` names the stream. False: there was none."""
+        """Wait for a slot, up to so long and not `cancelled`; `ticket` names the stream. False:
+        there was none.
+        """
         with self._changed:
             self._waiting.append((tenant, ticket))
             self._virtual[tenant] = max(self._virtual.get(tenant, 0.0), self._now)
@@ -216,4 +247,6 @@ class FairSlots:
             return seconds
 
     def _next(self) -> object:
-        return min(self._waiting, key=lambda one: self._virtual[one[0]])[1]  # the first of equals came first
+        return min(self._waiting, key=lambda one: self._virtual[one[0]])[
+            1
+        ]  # the first of equals came first

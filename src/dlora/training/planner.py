@@ -1,8 +1,9 @@
 """What a training step will cost, before anything is trained: bytes, round trips, seconds.
 
-Bytes and round trips follow from shapes. Seconds are put together from what was measured here over random tokens:
-a forward pass at all planned sites, a training step at the lowest of them alone, one site's share of work on this
-machine, and a link that is given or measured. No data and no adapter are needed.
+Bytes and round trips follow from shapes. Seconds are put together from what was measured here over
+random tokens: a forward pass at all planned sites, a training step at the lowest of them alone, one
+site's share of work on this machine, and a link that is given or measured. No data and no adapter
+are needed.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class Prediction:
     wire_s: float
     """Tensors to messages and back on the edge; what the cloud does of it is in `cloud_s`."""
     link_s: float
-    """Round trips and transfer, in which both halves wait: as measured, or as given where that is slower."""
+    """Round trips and transfer, in which both halves wait: as measured, or as given where that is
+    slower.
+    """
 
     @property
     def seconds(self) -> float:
@@ -69,14 +72,22 @@ def plan(settings: PlanSettings, link: Link) -> tuple[SplitModel, Prediction]:
     if settings.sites is not None:
         if not 1 <= settings.sites <= len(model.sites):
             raise UsageError(f"sites: got {settings.sites}, this adapter has {len(model.sites)}")
-        chosen = [model.sites[int((i + 0.5) * len(model.sites) / settings.sites)] for i in range(settings.sites)]
+        chosen = [
+            model.sites[int((i + 0.5) * len(model.sites) / settings.sites)]
+            for i in range(settings.sites)
+        ]
         model.set_active([name for site in chosen for name in site.names])
     return model, _predict(settings, model)
 
 
 def _predict(settings: PlanSettings, model: SplitModel) -> Prediction:
-    """Predict a step of `batch_size` rows of `length` tokens, of which `supervised` have a label."""
-    rows, supervised = settings.batch_size * settings.length, settings.batch_size * settings.supervised
+    """Predict a step of `batch_size` rows of `length` tokens, of which `supervised` have a
+    label.
+    """
+    rows, supervised = (
+        settings.batch_size * settings.length,
+        settings.batch_size * settings.supervised,
+    )
     held = model.held
     kept = rows if held.last else supervised
     active = [(site, _active(model, site)) for site in model.sites]
@@ -85,7 +96,10 @@ def _predict(settings: PlanSettings, model: SplitModel) -> Prediction:
     input_grad = any(layer_of(name) < held.first for name, _ in model.held_adapters())
     widths = (description.embedding_width, description.hidden_width)
     entry_width, exit_width = (description.layers.width,) * 2 if held else widths
-    shapes = [(site.in_features, [(layer.out_features, settings.r) for layer in layers]) for site, layers in active]
+    shapes = [
+        (site.in_features, [(layer.out_features, settings.r) for layer in layers])
+        for site, layers in active
+    ]
     sent, received = step_traffic(
         rows,
         kept,
@@ -99,16 +113,21 @@ def _predict(settings: PlanSettings, model: SplitModel) -> Prediction:
     if not (active or input_grad):  # then the cloud has no backward
         sent -= payload_bytes(WIRE_DTYPES[settings.wire_dtype], kept, exit_width)
     answers = sum(len(layers) for _, layers in active) * (2 if settings.wire == "factored" else 1)
-    # Forward: deltas up, x down. Backward: dx up, delta gradients down. Ends: Begin, hidden and its gradient, Done.
+    # Forward: deltas up, x down. Backward: dx up, delta gradients down. Ends: Begin, hidden and its
+    # gradient, Done.
     sent += (answers + len(active) + 1) * _TENSOR_BYTES + (2 * len(active) + 1) * _FRAME_BYTES
     received += (answers + len(active) + 1) * _TENSOR_BYTES
     received += (2 * len(active) + 1) * _FRAME_BYTES + (2 * len(active) + 2) * _COMPUTE_BYTES
-    sent += rows + len(description.fingerprint) + 2 * kept + 40  # mask, fingerprint, kept positions, the rest of Begin
+    sent += (
+        rows + len(description.fingerprint) + 2 * kept + 40
+    )  # mask, fingerprint, kept positions, the rest of Begin
     round_trips = 2 * len(active) + 1 + input_grad
     found = _calibrate(settings, model, active[0][0] if active else None)
     now_s = _measured_rtt(model.link)
     # What is left of waiting when round trips are taken off.
-    per_byte = max(0.0, found.transfer_s - found.round_trips * now_s) / found.bytes if found.bytes else 0.0
+    per_byte = (
+        max(0.0, found.transfer_s - found.round_trips * now_s) / found.bytes if found.bytes else 0.0
+    )
     link_s = round_trips * (now_s if settings.rtt_ms is None else settings.rtt_ms / 1000)
     for size, mbit in ((sent, settings.up_mbit), (received, settings.down_mbit)):
         link_s += size * max(per_byte, 8 / (mbit * 1e6) if mbit else 0.0)
@@ -128,13 +147,17 @@ def _predict(settings: PlanSettings, model: SplitModel) -> Prediction:
 
 
 def check(settings: PlanSettings, model: SplitModel) -> tuple[Meter, float]:
-    """Run a step over random tokens: what it cost, and seconds. The adapter's gradients are thrown away."""
+    """Run a step over random tokens: what it cost, and seconds. The adapter's gradients are thrown
+    away.
+    """
     batch = _random_batch(settings, model, settings.supervised)
     runs = [_run(model, batch, training=True) for _ in range(3)]
     return runs[-1][1], min(seconds for seconds, _ in runs)
 
 
-def _random_batch(settings: PlanSettings, model: SplitModel, supervised: int) -> dict[str, torch.Tensor]:
+def _random_batch(
+    settings: PlanSettings, model: SplitModel, supervised: int
+) -> dict[str, torch.Tensor]:
     """Rows of random tokens, of which the last so many have a label."""
     vocab = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(0, vocab, (settings.batch_size, settings.length)).to(model.device)
@@ -143,7 +166,9 @@ def _random_batch(settings: PlanSettings, model: SplitModel, supervised: int) ->
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def _run(model: SplitModel, batch: dict[str, torch.Tensor], *, training: bool) -> tuple[float, Meter]:
+def _run(
+    model: SplitModel, batch: dict[str, torch.Tensor], *, training: bool
+) -> tuple[float, Meter]:
     """Seconds and cost of a training step without an update, or of its forward pass alone."""
     model.train()
     before, start = model.meter.copy(), time.perf_counter()
@@ -191,7 +216,9 @@ class _Measured:
     held_s: float = 0.0
     """Forward of layers that the edge holds."""
     transfer_s: float = math.inf
-    """Of a forward pass with so many bytes and round trips: what the edge waited and the cloud did not compute."""
+    """Of a forward pass with so many bytes and round trips: what the edge waited and the cloud did
+    not compute.
+    """
     bytes: int = 0
     round_trips: int = 0
 
@@ -199,11 +226,14 @@ class _Measured:
 def _calibrate(settings: PlanSettings, model: SplitModel, lowest: ActiveSite | None) -> _Measured:
     """Measure what the plan's time is made of; `lowest` is the lowest active site.
 
-    What sites cost the cloud beside the layers' own work shows in forward, where all of them are, against one;
-    backward is taken to pay the same. How much longer backward takes than forward shows in a training step with one
-    site alone, the lowest. The adapter is a fresh one: what is idle meanwhile loses nothing.
+    What sites cost the cloud beside the layers' own work shows in forward, where all of them are,
+    against one; backward is taken to pay the same. How much longer backward takes than forward
+    shows in a training step with one site alone, the lowest. The adapter is a fresh one: what is
+    idle meanwhile loses nothing.
     """
-    batch = _random_batch(settings, model, supervised=1)  # the edge's head has nothing to do with this
+    batch = _random_batch(
+        settings, model, supervised=1
+    )  # the edge's head has nothing to do with this
     whole, found = model.active_modules, _Measured()
     forward_s = math.inf
     for _ in range(3):
@@ -218,7 +248,10 @@ def _calibrate(settings: PlanSettings, model: SplitModel, lowest: ActiveSite | N
         for _ in range(3):
             _, cost = _run(model, batch, training=True)
             found.cloud_s = min(found.cloud_s, cost.cloud_s)
-            one_s = min(one_s, sum(wait.cloud_s for wait in model.waits[: 2 if lowest else 1]) or cost.cloud_s)
+            one_s = min(
+                one_s,
+                sum(wait.cloud_s for wait in model.waits[: 2 if lowest else 1]) or cost.cloud_s,
+            )
     finally:
         model.set_active(whole)
     found.cloud_s += 2 * max(0.0, forward_s - one_s)
@@ -230,7 +263,9 @@ def _calibrate(settings: PlanSettings, model: SplitModel, lowest: ActiveSite | N
 
 
 def _edge_site(settings: PlanSettings, site: ActiveSite, rows: int) -> float:
-    """Seconds of this machine for one site, forward and backward, conversion for the wire left out."""
+    """Seconds of this machine for one site, forward and backward, conversion for the wire left
+    out.
+    """
     x = torch.randn(rows, site.in_features, device=settings.device, requires_grad=True)
     best = math.inf
     for _ in range(3):
@@ -254,7 +289,9 @@ def _edge_head(model: SplitModel, kept: int) -> float:
         return 0.0
     best = math.inf
     for _ in range(2):
-        hidden = torch.randn(kept, head.weight.shape[1], device=head.weight.device, requires_grad=True)
+        hidden = torch.randn(
+            kept, head.weight.shape[1], device=head.weight.device, requires_grad=True
+        )
         start = time.perf_counter()
         logits = head(hidden.to(head.weight.dtype))
         torch.nn.functional.cross_entropy(

@@ -1,6 +1,8 @@
-"""Figures of finished or running training runs: one HTML file that needs nothing else, and a PNG a figure.
+"""Figures of finished or running training runs: one HTML file that needs nothing else, and a PNG a
+figure.
 
-Reads what `dlora train` leaves in a run's folder: run.json, log.jsonl, and kr.jsonl where there is one.
+Reads what `dlora train` leaves in a run's folder: run.json, log.jsonl, and kr.jsonl where there is
+one.
 """
 
 from __future__ import annotations
@@ -49,11 +51,16 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
     """
     runs = [load_run(folder) for folder in folders]
     if len({run.name for run in runs}) < len(runs):
-        runs = [Run(**(vars(run) | {"name": str(folder)})) for run, folder in zip(runs, folders, strict=True)]
+        runs = [
+            Run(**(vars(run) | {"name": str(folder)}))
+            for run, folder in zip(runs, folders, strict=True)
+        ]
     try:
         import matplotlib
     except ImportError as error:
-        raise UsageError('`dlora report` draws with matplotlib: pip install "dlora[report]"') from error
+        raise UsageError(
+            '`dlora report` draws with matplotlib: pip install "dlora[report]"'
+        ) from error
     matplotlib.use("agg")
     from jinja2 import Environment
     from matplotlib import pyplot
@@ -62,8 +69,14 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
     figures, files = [], []
     drawn = [
         ("learning", "Loss and accuracy", _learning(runs), _LEARNING),
-        *((f"units-{i}", f"Change of every unit: {run.name}", _units(run), _UNITS) for i, run in enumerate(runs, 1)),
-        *((f"step-{i}", f"Time line of one step: {run.name}", _step(run), _STEP) for i, run in enumerate(runs, 1)),
+        *(
+            (f"units-{i}", f"Change of every unit: {run.name}", _units(run), _UNITS)
+            for i, run in enumerate(runs, 1)
+        ),
+        *(
+            (f"step-{i}", f"Time line of one step: {run.name}", _step(run), _STEP)
+            for i, run in enumerate(runs, 1)
+        ),
         ("costs", "Compute and traffic", _costs(runs), _COSTS),
     ]
     for name, title, figure, caption in drawn:
@@ -113,7 +126,10 @@ def _rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         ("evaluation loss", [loss(run, "eval_loss") for run in runs]),
         ("traffic", [counted(run.traffic / 1e6, first.traffic / 1e6, "MB") for run in runs]),
         ("round trips", [f"{run.cost.get('round_trips', 0):,}" for run in runs]),
-        ("edge, adapters", [counted(flops(run, edge[0]), flops(first, edge[0]), "GFLOP") for run in runs]),
+        (
+            "edge, adapters",
+            [counted(flops(run, edge[0]), flops(first, edge[0]), "GFLOP") for run in runs],
+        ),
         ("edge, all", [counted(flops(run, *edge), flops(first, *edge), "GFLOP") for run in runs]),
         ("cloud", [counted(flops(run, *cloud), flops(first, *cloud), "GFLOP") for run in runs]),
         ("time", [f"{run.record.get('seconds', 0):,.0f} s" for run in runs]),
@@ -121,8 +137,10 @@ def _rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 _LEARNING: Final = (
-    "Loss in nats a supervised token, and the share of supervised tokens that were the likeliest. Thin lines: "
-    "training; points: evaluation. The same curves against steps, megabytes that crossed the network, and seconds."
+    "Loss in nats a supervised token, and the share of supervised tokens that were the likeliest. "
+    "Thin lines: "
+    "training; points: evaluation. The same curves against steps, megabytes that crossed the "
+    "network, and seconds."
 )
 
 
@@ -130,20 +148,34 @@ def _learning(runs: Sequence[Run]) -> Any:
     from matplotlib import pyplot
 
     measures = [("loss", "loss"), ("mean_token_accuracy", "token accuracy")]
-    measures = [one for one in measures if any(one[0] in entry for run in runs for entry in run.log)]
+    measures = [
+        one for one in measures if any(one[0] in entry for run in runs for entry in run.log)
+    ]
     if not measures:
         return None
     figure, axes = pyplot.subplots(
-        len(measures), 3, figsize=(13, 3.4 * len(measures)), squeeze=False, sharey="row", layout="constrained"
+        len(measures),
+        3,
+        figsize=(13, 3.4 * len(measures)),
+        squeeze=False,
+        sharey="row",
+        layout="constrained",
     )
     for row, (key, title) in zip(axes, measures, strict=True):
         for panel, name in zip(row, ("step", "MB", "seconds"), strict=True):
             for number, run in enumerate(runs):
                 places = run.axis(name)
-                for kind, style in ((key, {"alpha": 0.8, "lw": 1.1}), (f"eval_{key}", {"marker": "o", "ms": 5})):
-                    points = [(x, e[kind]) for x, e in zip(places, run.log, strict=True) if kind in e]
+                for kind, style in (
+                    (key, {"alpha": 0.8, "lw": 1.1}),
+                    (f"eval_{key}", {"marker": "o", "ms": 5}),
+                ):
+                    points = [
+                        (x, e[kind]) for x, e in zip(places, run.log, strict=True) if kind in e
+                    ]
                     label = run.name if kind == key else None
-                    panel.plot(*zip(*points, strict=True), color=f"C{number}", label=label, **style) if points else None
+                    panel.plot(
+                        *zip(*points, strict=True), color=f"C{number}", label=label, **style
+                    ) if points else None
             panel.set_xlabel(name)
             panel.grid(alpha=0.3)
         row[0].set_ylabel(title)
@@ -154,8 +186,10 @@ def _learning(runs: Sequence[Run]) -> Any:
 
 
 _UNITS: Final = (
-    "A row is a unit, the lowest layer at the bottom; a column is a decision. Colour: how much the unit changed since "
-    "the decision before (by the run's signal); light grey: idle, nothing was exchanged. Red crosses: killed at this "
+    "A row is a unit, the lowest layer at the bottom; a column is a decision. Colour: how much the "
+    "unit changed since "
+    "the decision before (by the run's signal); light grey: idle, nothing was exchanged. Red "
+    "crosses: killed at this "
     "decision; blue triangles: revived; grey points: trained from the first step on."
 )
 
@@ -179,27 +213,38 @@ def _units(run: Run) -> Any:
         if active[row, column] and line["score"] is not None and line["score"] > 0:
             scores[row, column] = line["score"]
     height = max(3.0, 0.16 * len(units))
-    figure, panel = pyplot.subplots(figsize=(max(6.0, 0.45 * len(steps) + 3), height), layout="constrained")
+    figure, panel = pyplot.subplots(
+        figsize=(max(6.0, 0.45 * len(steps) + 3), height), layout="constrained"
+    )
     panel.set_facecolor("#ececec")
     if np.isfinite(scores).any():
         top = np.nanmax(scores)
         image = panel.pcolormesh(
-            np.ma.masked_invalid(scores), norm=LogNorm(max(np.nanmin(scores), top / 1e3), top), cmap="viridis"
+            np.ma.masked_invalid(scores),
+            norm=LogNorm(max(np.nanmin(scores), top / 1e3), top),
+            cmap="viridis",
         )
         signal = run.record.get("kill_revive", {}).get("config", {}).get("signal", "score")
         figure.colorbar(image, label=f"{signal} over the interval", shrink=0.8)
-    for now, before, marker, colour in ((False, True, "x", "#e41a1c"), (True, False, "^", "#377eb8")):
+    for now, before, marker, colour in (
+        (False, True, "x", "#e41a1c"),
+        (True, False, "^", "#377eb8"),
+    ):
         rows, columns = np.nonzero((active[:, 1:] == now) & (active[:, :-1] == before))
         if columns.size and not (run.decisions[0]["step"] == 0 and now):
             panel.scatter(columns + 0.5, rows + 0.5, marker=marker, color=colour, s=22, lw=1.4)
         elif columns.size:
             late = columns > 0
             panel.scatter(columns[late] + 0.5, rows[late] + 0.5, marker=marker, color=colour, s=22)
-            panel.scatter(columns[~late] + 0.5, rows[~late] + 0.5, marker="o", color="#555555", s=10)
+            panel.scatter(
+                columns[~late] + 0.5, rows[~late] + 0.5, marker="o", color="#555555", s=10
+            )
     every = max(1, len(steps) // 14)
     panel.set_xticks(np.arange(len(steps))[::every] + 0.5, [str(step) for step in steps[::every]])
     few = max(1, len(units) // 40)
-    panel.set_yticks(np.arange(len(units))[::few] + 0.5, [_short(unit) for unit in units[::few]], fontsize=7)
+    panel.set_yticks(
+        np.arange(len(units))[::few] + 0.5, [_short(unit) for unit in units[::few]], fontsize=7
+    )
     panel.set_xlabel("decision before step")
     return figure
 
@@ -213,7 +258,8 @@ def _short(unit: str) -> str:
 
 
 _STEP: Final = (
-    "The newest training micro-batch of the run: who computed when. The halves take turns; grey is the network, and "
+    "The newest training micro-batch of the run: who computed when. The halves take turns; grey is "
+    "the network, and "
     "waiting for a place in the cloud's queue."
 )
 
@@ -231,14 +277,17 @@ def _step(run: Run) -> Any:
         spans = [(start, end - start) for who, start, end in parts if who == name]
         panel.broken_barh(spans, (place - 0.4, 0.8), color=_COLOURS[name])
     totals = [sum(end - start for who, start, end in parts if who == name) for name in names]
-    panel.set_yticks(range(3), [f"{name}, {total:.2f} s" for name, total in zip(names, totals, strict=True)])
+    panel.set_yticks(
+        range(3), [f"{name}, {total:.2f} s" for name, total in zip(names, totals, strict=True)]
+    )
     panel.set_xlabel("seconds")
     panel.set_xlim(0, parts[-1][2])
     return figure
 
 
 _COSTS: Final = (
-    "What the whole runs cost, warm-up, probes and evaluations included: traffic in both directions, and matrix "
+    "What the whole runs cost, warm-up, probes and evaluations included: traffic in both "
+    "directions, and matrix "
     "products on the edge and in the cloud."
 )
 
@@ -247,17 +296,26 @@ def _costs(runs: Sequence[Run]) -> Any:
     """Bars of traffic and compute, run beside run. After Figure 5 of arXiv:2404.05182."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 1.2 + 0.45 * len(runs)), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, 3, figsize=(13, 1.2 + 0.45 * len(runs)), sharey=True, layout="constrained"
+    )
     edge: tuple[tuple[str, str, str], ...]
     edge = (("adapter_flops", "adapters", "#1b9e77"), ("head_flops", "head and loss", "#b2df8a"))
     if any(run.cost.get("held_flops") for run in runs):
         edge += (("held_flops", "held layers", "#66a61e"),)
     panels = (
-        ("traffic, MB", 1e6, (("sent_bytes", "up", "#d95f02"), ("received_bytes", "down", "#1f78b4"))),
+        (
+            "traffic, MB",
+            1e6,
+            (("sent_bytes", "up", "#d95f02"), ("received_bytes", "down", "#1f78b4")),
+        ),
         ("edge, GFLOP", 1e9, edge),
         (
             *("cloud, GFLOP", 1e9),
-            (("cloud_forward_flops", "forward", "#6a3d9a"), ("cloud_backward_flops", "backward", "#cab2d6")),
+            (
+                ("cloud_forward_flops", "forward", "#6a3d9a"),
+                ("cloud_backward_flops", "backward", "#cab2d6"),
+            ),
         ),
     )
     names = [run.name for run in runs]
@@ -272,6 +330,8 @@ def _costs(runs: Sequence[Run]) -> Any:
             panel.text(total, place, f" {total:,.0f}{share}", va="center", fontsize=8)
         panel.set_xlim(0, max(left) * 1.3 or 1)
         panel.set_title(title, fontsize=10)
-        panel.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
+        panel.legend(
+            frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2
+        )
     axes[0].invert_yaxis()
     return figure

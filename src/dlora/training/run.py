@@ -2,10 +2,11 @@
 
 output/adapter_config.json, adapter_model.safetensors   the adapter, as peft writes it
 output/run.json                                          settings, versions, costs, how it ended
-output/log.jsonl                                         one line for every record of the trainer, loss and costs
-output/recording/                                        with --record: frames and truth, see recording.py
-output/kr.jsonl                                          with Kill and Revive: why each unit is active or not
-output/checkpoints/checkpoint-N/                         what --resume continues from
+output/log.jsonl                                         one line for every record of the trainer,
+loss and costs output/recording/                                        with --record: frames and
+truth, see recording.py output/kr.jsonl                                          with Kill and
+Revive: why each unit is active or not output/checkpoints/checkpoint-N/                         what
+--resume continues from
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ def train(settings: TrainSettings, link: Link) -> dict[str, Any]:
         recorder.watch(model)
         if not recorder.active:
             log.warning(
-                "nothing is recorded: the checkpoint is %d micro-batches into the run, and `record` asks for the first "
+                "nothing is recorded: the checkpoint is %d micro-batches into the run, and "
+                "`record` asks for the first "
                 "%d",
                 *(recorder.number, recorder.count),
             )
@@ -103,7 +105,9 @@ def train(settings: TrainSettings, link: Link) -> dict[str, Any]:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except BaseException as error:
         record["status"] = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        record["error"] = str(error).splitlines()[0] if isinstance(error, DLoRAError) else type(error).__name__
+        record["error"] = (
+            str(error).splitlines()[0] if isinstance(error, DLoRAError) else type(error).__name__
+        )
         write_json(settings.output / "run.json", record | _summary(trainer, started))
         raise
     trainer.save_model(str(settings.output))
@@ -123,7 +127,9 @@ class SplitTrainer(SFTTrainer):
     _lines_written: int | None = None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add bytes, round trips, waiting and FLOPs since the last record: those of steps, or of an evaluation."""
+        """Add bytes, round trips, waiting and FLOPs since the last record: those of steps, or of an
+        evaluation.
+        """
         if self.accounting is not None and ("loss" in logs or "eval_loss" in logs):
             logs.update(self.accounting.since_last_log())
         if self.kill_revive is not None and self.kill_revive.reviver is not None and "loss" in logs:
@@ -175,34 +181,55 @@ class AccountingCallback(TrainerCallback):
             "cloud_gflops": (cost.cloud_forward_flops + cost.cloud_backward_flops) / 1e9,
         }
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any
+    ) -> None:
         """Take up the meter of the checkpoint that this run continues from."""
         file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _METER_FILE
         if state.global_step and file.is_file():
             self.before = Meter(**json.loads(file.read_text()))
-        self.start, self.last, self.last_time = self.meter.copy(), self.meter.copy(), time.monotonic()
+        self.start, self.last, self.last_time = (
+            self.meter.copy(),
+            self.meter.copy(),
+            time.monotonic(),
+        )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
         """Keep the meter with the checkpoint."""
-        write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / _METER_FILE, asdict(self.total))
+        write_json(
+            Path(args.output_dir) / f"checkpoint-{state.global_step}" / _METER_FILE,
+            asdict(self.total),
+        )
 
 
 class _Progress(ProgressCallback):
     """The trainer's bar, with the last record behind it instead of a line for each."""
 
     def on_log(
-        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **_: Any
+        self,
+        args: Any,
+        state: TrainerState,
+        control: Any,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
     ) -> None:
         if self.training_bar is None or logs is None:
             return
         if "loss" in logs:
             self.training_bar.set_postfix_str(
                 f"loss {float(logs['loss']):.3f}, {logs.get('tokens_per_second', 0):.0f} tok/s, "
-                f"up {logs.get('sent_mb', 0):.1f} MB, down {logs.get('received_mb', 0):.1f} MB a step"
-                + (f", {logs['active_units']} active, {logs['cost_share']:.0%} of FT" if "cost_share" in logs else "")
+                f"up {logs.get('sent_mb', 0):.1f} MB, down {logs.get('received_mb', 0):.1f} MB a "
+                "step"
+                + (
+                    f", {logs['active_units']} active, {logs['cost_share']:.0%} of FT"
+                    if "cost_share" in logs
+                    else ""
+                )
             )
         elif "eval_loss" in logs:
-            self.training_bar.write(f"step {state.global_step}: eval loss {float(logs['eval_loss']):.4f}")
+            self.training_bar.write(
+                f"step {state.global_step}: eval loss {float(logs['eval_loss']):.4f}"
+            )
 
 
 class _StopOnSignal(TrainerCallback):
@@ -221,12 +248,18 @@ class _StopOnDivergence(TrainerCallback):
     """Refuse an update with gradients that are not finite: the adapter stays as it was."""
 
     def on_pre_optimizer_step(
-        self, args: Any, state: TrainerState, control: Any, model: torch.nn.Module | None = None, **_: Any
+        self,
+        args: Any,
+        state: TrainerState,
+        control: Any,
+        model: torch.nn.Module | None = None,
+        **_: Any,
     ) -> None:
         for name, parameter in model.named_parameters() if model is not None else ():
             if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
                 raise DivergedError(
-                    f"step {state.global_step + 1}: the gradient of {name} is not finite. No update was made with it, "
+                    f"step {state.global_step + 1}: the gradient of {name} is not finite. No "
+                    "update was made with it, "
                     "and saved checkpoints are fine. Lower learning_rate, or use wire_dtype fp32."
                 )
 
@@ -237,7 +270,11 @@ def _stop_on_signals(trainer: SplitTrainer) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    stop = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, _StopOnSignal))
+    stop = next(
+        callback
+        for callback in trainer.callback_handler.callbacks
+        if isinstance(callback, _StopOnSignal)
+    )
 
     def handle(number: int, frame: Any) -> None:
         if stop.asked:
@@ -266,7 +303,9 @@ def _build_model(settings: TrainSettings, link: Link) -> SplitModel:
     else:
         model = get_peft_model(link, _config(settings), **options)
     model.head_positions = "supervised"
-    model.noise = Noise(entry=settings.noise_entry, tail=settings.noise_tail, clip=settings.noise_clip)
+    model.noise = Noise(
+        entry=settings.noise_entry, tail=settings.noise_tail, clip=settings.noise_clip
+    )
     model.hide_lengths = settings.pad_to > 0
     return model
 
@@ -278,7 +317,9 @@ def _config(settings: TrainSettings) -> peft.LoraConfig:
         "target_modules": settings.targets,
     }
     if settings.kind != "lora":
-        return BottleneckConfig(kind=settings.kind, activation=settings.activation, scale=settings.scale, **common)
+        return BottleneckConfig(
+            kind=settings.kind, activation=settings.activation, scale=settings.scale, **common
+        )
     return peft.LoraConfig(
         lora_alpha=settings.lora_alpha,
         use_rslora=settings.use_rslora,
@@ -289,14 +330,18 @@ def _config(settings: TrainSettings) -> peft.LoraConfig:
 
 
 def _micro_batches_before(trainer: SplitTrainer, checkpoint: Path | None) -> int:
-    """Training micro-batches that the steps before a checkpoint took; an epoch's last step may take fewer."""
+    """Training micro-batches that the steps before a checkpoint took; an epoch's last step may take
+    fewer.
+    """
     steps = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     each, an_epoch = trainer.args.gradient_accumulation_steps, len(trainer.get_train_dataloader())
     epochs, rest = divmod(steps, max(1, math.ceil(an_epoch / each)))
     return epochs * an_epoch + rest * each
 
 
-def _build_trainer(settings: TrainSettings, model: SplitModel, tokenizer: PreTrainedTokenizerBase) -> SplitTrainer:
+def _build_trainer(
+    settings: TrainSettings, model: SplitModel, tokenizer: PreTrainedTokenizerBase
+) -> SplitTrainer:
     rows, origins = load_rows(settings.data)
     eval_rows, eval_origins = load_rows(settings.eval_data) if settings.eval_data else (None, [])
     try:
@@ -315,15 +360,30 @@ def _build_trainer(settings: TrainSettings, model: SplitModel, tokenizer: PreTra
             processing_class=tokenizer,
             callbacks=callbacks,
         )
-    except (RuntimeError, ValueError) as error:  # a logger that is not installed, a tokenizer without chat template
+    except (
+        RuntimeError,
+        ValueError,
+    ) as error:  # a logger that is not installed, a tokenizer without chat template
         raise UsageError(f"the trainer refused: {str(error).splitlines()[0]}") from error
     limits = model.link.description.limits
     trainer.train_dataset = _fit_length(trainer.train_dataset, origins, settings)
     pad_to = trainer.args.pad_to_multiple_of
-    _check_room(trainer.train_dataset, trainer.args.per_device_train_batch_size, pad_to, limits, training=True)
+    _check_room(
+        trainer.train_dataset,
+        trainer.args.per_device_train_batch_size,
+        pad_to,
+        limits,
+        training=True,
+    )
     if trainer.eval_dataset is not None:
         trainer.eval_dataset = _fit_length(trainer.eval_dataset, eval_origins, settings)
-        _check_room(trainer.eval_dataset, trainer.args.per_device_eval_batch_size, pad_to, limits, training=False)
+        _check_room(
+            trainer.eval_dataset,
+            trainer.args.per_device_eval_batch_size,
+            pad_to,
+            limits,
+            training=False,
+        )
     return trainer
 
 
@@ -382,46 +442,76 @@ def _fit_length(rows: Dataset, origins: list[str], settings: TrainSettings) -> D
         return rows
     if settings.overlong == "error":
         raise DataError(
-            f"{origins[over[0]]}: {lengths[over[0]]} tokens, max_length is {settings.max_length}; {len(over)} of "
-            f"{len(rows)} rows are longer (the longest has {max(lengths)} tokens). Raise max_length, or set overlong "
+            f"{origins[over[0]]}: {lengths[over[0]]} tokens, max_length is {settings.max_length}; "
+            f"{len(over)} of "
+            f"{len(rows)} rows are longer (the longest has {max(lengths)} tokens). Raise "
+            "max_length, or set overlong "
             "to drop or truncate."
         )
     log.warning(
-        "%d of %d rows are over max_length %d: %s", len(over), len(rows), settings.max_length, settings.overlong
+        "%d of %d rows are over max_length %d: %s",
+        len(over),
+        len(rows),
+        settings.max_length,
+        settings.overlong,
     )
     if settings.overlong == "truncate":
         columns = [
-            name for name in ("input_ids", "completion_mask", "assistant_masks", "labels") if name in rows.column_names
+            name
+            for name in ("input_ids", "completion_mask", "assistant_masks", "labels")
+            if name in rows.column_names
         ]
         limit = settings.max_length
-        rows = rows.map(lambda row: {name: row[name][:limit] for name in columns}, desc="Truncating")
-        if "completion_mask" in columns and (empty := sum(not any(mask) for mask in rows["completion_mask"])):
-            log.warning("%d truncated rows have lost their whole completion and teach nothing", empty)
+        rows = rows.map(
+            lambda row: {name: row[name][:limit] for name in columns}, desc="Truncating"
+        )
+        if "completion_mask" in columns and (
+            empty := sum(not any(mask) for mask in rows["completion_mask"])
+        ):
+            log.warning(
+                "%d truncated rows have lost their whole completion and teach nothing", empty
+            )
         return rows
-    rows = rows.select([index for index, length in enumerate(lengths) if length <= settings.max_length])
+    rows = rows.select(
+        [index for index, length in enumerate(lengths) if length <= settings.max_length]
+    )
     if not len(rows):
-        raise DataError(f"every row is longer than max_length {settings.max_length}: nothing is left")
+        raise DataError(
+            f"every row is longer than max_length {settings.max_length}: nothing is left"
+        )
     return rows
 
 
-def _check_room(rows: Dataset, batch_size: int, pad_to: int | None, limits: pb.Limits, *, training: bool) -> None:
+def _check_room(
+    rows: Dataset, batch_size: int, pad_to: int | None, limits: pb.Limits, *, training: bool
+) -> None:
     """Raises UsageError if a batch of the longest rows, padded, is more than the server takes."""
     longest = max(len(ids) for ids in rows["input_ids"])
     padded = math.ceil(longest / pad_to) * pad_to if pad_to else longest
-    says = f"the longest row has {longest} tokens" + (f", {padded} with pad_to {pad_to}" if pad_to else "")
+    says = f"the longest row has {longest} tokens" + (
+        f", {padded} with pad_to {pad_to}" if pad_to else ""
+    )
     if padded > limits.max_length:
         raise UsageError(
-            f"{says}; this server takes sequences of up to {limits.max_length}: lower max_length and set overlong to "
+            f"{says}; this server takes sequences of up to {limits.max_length}: lower max_length "
+            "and set overlong to "
             "drop or truncate" + (", or lower pad_to" if pad_to else "")
         )
     batch = min(batch_size, len(rows))
     tokens = batch * padded
-    cost = pass_bytes(batch, padded, limits.bytes_per_token, limits.bytes_per_token_squared) if training else 0.0
+    cost = (
+        pass_bytes(batch, padded, limits.bytes_per_token, limits.bytes_per_token_squared)
+        if training
+        else 0.0
+    )
     if tokens > limits.max_tokens or cost > limits.max_inflight_bytes:
         raise UsageError(
-            f"{says}; a batch of {batch} x {padded} makes {tokens} tokens and this server takes {limits.max_tokens} a "
-            f"micro-batch; it needs {cost / _MIB:.0f} MiB of activations of {limits.max_inflight_bytes / _MIB:.0f}: "
-            "lower batch_size" + (" (and raise gradient_accumulation_steps as much)" if training else "")
+            f"{says}; a batch of {batch} x {padded} makes {tokens} tokens and this server takes "
+            f"{limits.max_tokens} a "
+            f"micro-batch; it needs {cost / _MIB:.0f} MiB of activations of "
+            f"{limits.max_inflight_bytes / _MIB:.0f}: "
+            "lower batch_size"
+            + (" (and raise gradient_accumulation_steps as much)" if training else "")
         )
 
 
@@ -434,22 +524,30 @@ def _prepare_output(settings: TrainSettings, link: Link) -> dict[str, Any]:
     values = settings.as_dict()
     if file.is_file():
         if not settings.resume:
-            raise UsageError(f"{settings.output} already holds a run: continue it with --resume, or use another folder")
+            raise UsageError(
+                f"{settings.output} already holds a run: continue it with --resume, or use another "
+                "folder"
+            )
         try:
             saved = json.loads(file.read_text())
         except json.JSONDecodeError as error:
             raise UsageError(f"{file} cannot be read: {error}") from error
         if changed := settings.differences(saved.get("settings", {})):
             raise UsageError(
-                f"--resume continues the same run, but these settings differ from {file}: {', '.join(changed)}"
+                f"--resume continues the same run, but these settings differ from {file}: "
+                f"{', '.join(changed)}"
             )
         if saved.get("fingerprint") != link.description.fingerprint:
             raise UsageError(
-                f"--resume: the run was made with {saved.get('model_id')} ({str(saved.get('fingerprint'))[:12]}), "
-                f"{link.address} now serves {link.description.model_id} ({link.description.fingerprint[:12]})"
+                f"--resume: the run was made with {saved.get('model_id')} "
+                f"({str(saved.get('fingerprint'))[:12]}), "
+                f"{link.address} now serves {link.description.model_id} "
+                f"({link.description.fingerprint[:12]})"
             )
         if saved.get("status") == "finished":
-            raise UsageError(f"the run in {settings.output} is finished: there is nothing to resume")
+            raise UsageError(
+                f"the run in {settings.output} is finished: there is nothing to resume"
+            )
     elif settings.resume and not (settings.output / "checkpoints").is_dir():
         raise UsageError(f"--resume: {settings.output} holds no run")
     elif settings.output.is_dir() and any(settings.output.iterdir()):
@@ -461,7 +559,10 @@ def _prepare_output(settings: TrainSettings, link: Link) -> dict[str, Any]:
         "model_id": link.description.model_id,
         "fingerprint": link.description.fingerprint,
         "settings": values,
-        "versions": {name: version(name) for name in ("dlora", "torch", "transformers", "peft", "trl", "grpcio")},
+        "versions": {
+            name: version(name)
+            for name in ("dlora", "torch", "transformers", "peft", "trl", "grpcio")
+        },
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
     }
@@ -498,14 +599,18 @@ def _summary(trainer: SplitTrainer, started: float) -> dict[str, Any]:
         "best_eval_loss": trainer.state.best_metric,
         "best_checkpoint": trainer.state.best_model_checkpoint,
         "cost": asdict(total),
-        "micro_batch": time_line(trainer.model.waits) if isinstance(trainer.model, SplitModel) else [],
+        "micro_batch": time_line(trainer.model.waits)
+        if isinstance(trainer.model, SplitModel)
+        else [],
     } | _kill_revive_summary(trainer)
 
 
 def time_line(waits: Sequence[Wait]) -> list[list[Any]]:
-    """The newest training micro-batch as [who, from, to] in seconds: the edge, the cloud, or the link between them.
+    """The newest training micro-batch as [who, from, to] in seconds: the edge, the cloud, or the
+    link between them.
 
-    What the cloud did not compute of a wait is the link's (or a queue's), half of it before and half after.
+    What the cloud did not compute of a wait is the link's (or a queue's), half of it before and
+    half after.
     """
     found: list[list[Any]] = []
     for wait, before in zip(waits, (None, *waits[:-1]), strict=True):

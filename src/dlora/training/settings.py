@@ -15,8 +15,10 @@ __all__ = ["PlanSettings", "ReportSettings", "TrainSettings"]
 
 # Handed to the trainer by `TrainSettings.trainer_arguments`, or fixed because the split needs it.
 _RESERVED: Final = frozenset(
-    "output_dir fp16 bf16 gradient_checkpointing packing padding_free max_length remove_unused_columns "
-    "resume_from_checkpoint completion_only_loss assistant_only_loss dataloader_num_workers push_to_hub".split()
+    "output_dir fp16 bf16 gradient_checkpointing packing padding_free max_length "
+    "remove_unused_columns "
+    "resume_from_checkpoint completion_only_loss assistant_only_loss dataloader_num_workers "
+    "push_to_hub".split()
 )
 
 
@@ -25,8 +27,8 @@ class TrainSettings(EdgeSettings):
     """Settings of `dlora train`."""
 
     data: str
-    """Training data: a .jsonl or .csv file, or a Hugging Face data set id (org/name or org/name:split). Rows have
-    `prompt` and `completion`, or `messages`, or `text`."""
+    """Training data: a .jsonl or .csv file, or a Hugging Face data set id (org/name or
+    org/name:split). Rows have `prompt` and `completion`, or `messages`, or `text`."""
     output: Path
     """Folder for the adapter, run.json and checkpoints."""
     eval_data: str | None = None
@@ -34,7 +36,9 @@ class TrainSettings(EdgeSettings):
     adapter: Path | None = None
     """An existing LoRA adapter folder to start from; its own LoRA settings then hold."""
     kind: Literal["lora", "series", "parallel"] = "lora"
-    """LoRA, or bottleneck adapters: behind the outputs of target_modules (series), or beside these (parallel)."""
+    """LoRA, or bottleneck adapters: behind the outputs of target_modules (series), or beside these
+    (parallel).
+    """
     activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
     """Of bottleneck adapters."""
     scale: float = 1.0
@@ -46,8 +50,8 @@ class TrainSettings(EdgeSettings):
     lora_dropout: float = 0.0
     """Dropout on the input of the LoRA modules, in [0, 1)."""
     target_modules: list[str] | str | None = None
-    """Linear modules to adapt: names such as q_proj,v_proj (or a list), all-linear, or a regular expression over full
-    names. Default: peft's for this architecture."""
+    """Linear modules to adapt: names such as q_proj,v_proj (or a list), all-linear, or a regular
+    expression over full names. Default: peft's for this architecture."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -55,19 +59,28 @@ class TrainSettings(EdgeSettings):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Alphas for modules whose name matches a pattern."""
     noise_tail: float = 0.0
-    """Normal noise on the gradient of the last hidden states, as a share of its rows' median length: blurs labels."""
+    """Normal noise on the gradient of the last hidden states, as a share of its rows' median
+    length: blurs labels.
+    """
     pad_to: int = 0
-    """Over 0: pad rows to a multiple of so many tokens, fill the padding with other tokens of the batch, and let all
-    positions travel. Masks then tell no lengths; gradients still do, without noise_tail. Results stay the same."""
+    """Over 0: pad rows to a multiple of so many tokens, fill the padding with other tokens of the
+    batch, and let all positions travel. Masks then tell no lengths; gradients still do, without
+    noise_tail. Results stay the same."""
     wire: Literal["plain", "factored"] = "plain"
-    """How deltas travel. factored: as two exact factors, several times fewer bytes; shows the cloud the factor B of
-    every module, which it could solve for on the plain wire too."""
+    """How deltas travel. factored: as two exact factors, several times fewer bytes; shows the cloud
+    the factor B of every module, which it could solve for on the plain wire too."""
     kr: Literal["off", "on", "paper"] = "off"
-    """Kill and Revive: train few modules at a time, send little. paper: the paper's words taken literally."""
+    """Kill and Revive: train few modules at a time, send little. paper: the paper's words taken
+    literally.
+    """
     kr_options: dict[str, Any] = field(default_factory=dict)
-    """Settings of Kill and Revive by name: budget, interval, idle, policy, ... as in docs/kill-and-revive.md."""
+    """Settings of Kill and Revive by name: budget, interval, idle, policy, ... as in
+    docs/kill-and-revive.md.
+    """
     upload_consent: bool = False
-    """Agree that idle modules are uploaded, frozen, for the cloud to apply: kr_options {idle: cloud} needs it."""
+    """Agree that idle modules are uploaded, frozen, for the cloud to apply: kr_options {idle:
+    cloud} needs it.
+    """
     learning_rate: float = 1e-3
     """Peak learning rate."""
     optim: str = "adamw_torch"
@@ -113,8 +126,9 @@ class TrainSettings(EdgeSettings):
     resume: bool = False
     """Continue the run in `output` from its last checkpoint."""
     record: int = 0
-    """Record what crosses the wire in the first so many micro-batches, with the text they came from, into
-    `output`/recording, for `dlora audit`. The folder holds private data. 24 batches of 16 rows are enough."""
+    """Record what crosses the wire in the first so many micro-batches, with the text they came
+    from, into `output`/recording, for `dlora audit`. The folder holds private data. 24 batches of
+    16 rows are enough."""
     trainer: dict[str, Any] = field(default_factory=dict)
     """More arguments for trl.SFTConfig, by name."""
 
@@ -138,11 +152,14 @@ class TrainSettings(EdgeSettings):
                 raise UsageError(f"{name}: got {value}, want at least 1")
         if self.kind != "lora" and self.adapter is None and self.target_modules is None:
             raise UsageError(
-                f"kind={self.kind} wants target_modules: the linears that end attention and MLP are o_proj,down_proj "
+                f"kind={self.kind} wants target_modules: the linears that end attention and MLP "
+                "are o_proj,down_proj "
                 "in Llama, out_proj,fc2 in OPT, dense,dense_4h_to_h in BLOOM, c_proj in GPT-2"
             )
         if self.kind != "lora" and (self.use_rslora or self.rank_pattern or self.alpha_pattern):
-            raise UsageError(f"kind={self.kind}: use_rslora, rank_pattern and alpha_pattern are of LoRA")
+            raise UsageError(
+                f"kind={self.kind}: use_rslora, rank_pattern and alpha_pattern are of LoRA"
+            )
         if self.pad_to < 0:
             raise UsageError(f"pad_to: got {self.pad_to}, want 0 or more")
         if not 0 <= self.lora_dropout < 1:
@@ -154,16 +171,27 @@ class TrainSettings(EdgeSettings):
         if self.early_stopping_patience is not None and self.eval_data is None:
             raise UsageError("early_stopping_patience needs eval_data")
         best = self.eval_data is not None and self.keep_best
-        if best and self.save_steps and (self.eval_steps is None or self.save_steps % self.eval_steps):
+        if (
+            best
+            and self.save_steps
+            and (self.eval_steps is None or self.save_steps % self.eval_steps)
+        ):
             raise UsageError(
-                f"save_steps: got {self.save_steps} with eval_steps {self.eval_steps}; keep_best needs checkpoints at "
-                "evaluations: give eval_steps, and a multiple of it as save_steps, or keep_best false"
+                f"save_steps: got {self.save_steps} with eval_steps {self.eval_steps}; keep_best "
+                "needs checkpoints at "
+                "evaluations: give eval_steps, and a multiple of it as save_steps, or keep_best "
+                "false"
             )
         if self.output.exists() and not self.output.is_dir():
             raise UsageError(f"output: {self.output} is a file, want a folder")
-        if self.kill_revive is not None and self.kill_revive.idle == "cloud" and not self.upload_consent:
+        if (
+            self.kill_revive is not None
+            and self.kill_revive.idle == "cloud"
+            and not self.upload_consent
+        ):
             raise UsageError(
-                "kr_options idle=cloud uploads killed modules to the cloud, which then holds part of the adapter: "
+                "kr_options idle=cloud uploads killed modules to the cloud, which then holds part "
+                "of the adapter: "
                 "agree with --upload_consent true, or use idle=drop"
             )
         if self.kr == "off" and self.kr_options:
@@ -188,12 +216,18 @@ class TrainSettings(EdgeSettings):
         """
         free = {"resume", "server", "give_up_after_s", "output", "report_to", "device", "record"}
         free |= {field.name for field in dataclasses.fields(AccessSettings)}
-        return [name for name, value in self.as_dict().items() if name not in free and other.get(name) != value]
+        return [
+            name
+            for name, value in self.as_dict().items()
+            if name not in free and other.get(name) != value
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as they go into run.json."""
         values = dataclasses.asdict(self)
-        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        return {
+            name: str(value) if isinstance(value, Path) else value for name, value in values.items()
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +241,9 @@ class PlanSettings(EdgeSettings):
     wire: Literal["plain", "factored"] = "plain"
     """How deltas travel."""
     sites: int | None = None
-    """So many active sites, evenly spread; default: all. Kill and Revive at 1/8 of the bytes has about an eighth."""
+    """So many active sites, evenly spread; default: all. Kill and Revive at 1/8 of the bytes has
+    about an eighth.
+    """
     batch_size: int = 8
     """Rows of a micro-batch."""
     length: int = 128
@@ -217,7 +253,9 @@ class PlanSettings(EdgeSettings):
     rtt_ms: float | None = None
     """Round trip time of a link in place of the one there is; default: measured."""
     up_mbit: float | None = None
-    """Bandwidth towards the server in Mbit/s, of a link that is slower than the one there is; default: as measured."""
+    """Bandwidth towards the server in Mbit/s, of a link that is slower than the one there is;
+    default: as measured.
+    """
     down_mbit: float | None = None
     """The same for what comes from the server."""
     steps: int = 1000
@@ -248,6 +286,8 @@ class ReportSettings:
     """Settings of `dlora report`."""
 
     runs: list[Path]
-    """Folders of runs, as `dlora train` writes them; the first is the one that others are compared with."""
+    """Folders of runs, as `dlora train` writes them; the first is the one that others are compared
+    with.
+    """
     output: Path = Path("report")
     """Folder for report.html and the figures as PNG files."""
