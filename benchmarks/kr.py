@@ -331,7 +331,7 @@ def one(spec: dict[str, Any], link: Any, tokenizer: Any, data: Path) -> dict[str
     from transformers import get_linear_schedule_with_warmup
 
     import dlora
-    from dlora.kill_revive.apply import KillReviver
+    from dlora.kill_revive.apply import KillAndRevive
     from dlora.kill_revive.config import from_options
 
     targets, rank, wire, options, _ = ARMS[spec["arm"]]
@@ -357,7 +357,9 @@ def one(spec: dict[str, Any], link: Any, tokenizer: Any, data: Path) -> dict[str
         preset = options.pop("preset", "on")
         if share := options.pop("share_of_ft", None):
             options["budget"] = budget(model, share)
-        reviver = KillReviver(model, from_options(preset, options | {"seed": spec["seed"]}), STEPS)
+        reviver = KillAndRevive(
+            model, from_options(preset, options | {"seed": spec["seed"]}), STEPS
+        )
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=spec["learning_rate"],

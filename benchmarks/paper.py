@@ -329,7 +329,7 @@ def one(
     from peft import LoraConfig
 
     import dlora
-    from dlora.kill_revive.apply import KillReviver
+    from dlora.kill_revive.apply import KillAndRevive
     from dlora.kill_revive.config import from_options
 
     settings, arm = spec["settings"], spec["settings"]["arm"]
@@ -374,7 +374,7 @@ def one(
             preset = options.pop("preset", "on")
             if share := options.pop("share_of_ft", None):
                 options["budget"] = kr.budget(model, share)
-            reviver = KillReviver(
+            reviver = KillAndRevive(
                 model, from_options(preset, {"seed": spec["seed"]} | options), len(made)
             )
         trained = train(

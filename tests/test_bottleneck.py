@@ -21,7 +21,7 @@ from dlora.edge.bottleneck import BottleneckConfig, apply_bottleneck
 from dlora.edge.meter import step_traffic
 from dlora.embedded import InProcessLink
 from dlora.errors import UsageError
-from dlora.kill_revive.apply import KillReviver
+from dlora.kill_revive.apply import KillAndRevive
 from dlora.kill_revive.config import KillReviveConfig
 from dlora.server.server import Server
 
@@ -199,7 +199,7 @@ def test_kill_and_revive_runs_on_them(cloud_models: Any, policy: str) -> None:
     options = KillReviveConfig(
         policy=policy, budget=0.5, warmup=1, interval=2, revive="random", average=False
     )
-    reviver = KillReviver(model, options, 8)
+    reviver = KillAndRevive(model, options, 8)
     optimizer = torch.optim.AdamW(adapter(model).values(), lr=1e-3)
     sent = []
     for step, batch in enumerate(batches(8)):

@@ -270,7 +270,7 @@ def test_long_sequences_are_read_in_slices(tmp_path: Path) -> None:
         cache = dlora.CloudCache()
         first = generated(split, batch, past_key_values=cache, **GREEDY)
         assert torch.equal(first, generated(local, batch, **GREEDY))
-        cache._talk.stream.call.cancel()
+        cache._responder.stream.call.cancel()
         mask = torch.cat([batch["attention_mask"], torch.ones(3, 8, dtype=torch.int64)], dim=1)
         longer = {"input_ids": first, "attention_mask": mask[:, : first.shape[1]]}
         assert torch.equal(

@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from dlora.cloud.model import CloudModel
 from dlora.embedded import InProcessLink
 from dlora.errors import UsageError
-from dlora.kill_revive.apply import KillReviveCallback, KillReviver, costs_of, units_of
+from dlora.kill_revive.apply import KillAndRevive, KillReviveCallback, costs_of, units_of
 from dlora.kill_revive.decide import (
     PAPER,
     Costs,
@@ -255,10 +255,10 @@ def link(
     made.close()
 
 
-def loop(split: Any, config: KillReviveConfig, steps: int = 16) -> KillReviver:
+def loop(split: Any, config: KillReviveConfig, steps: int = 16) -> KillAndRevive:
     """A plain training loop."""
     optimizer = torch.optim.AdamW(list(adapter(split).values()), lr=1e-2, weight_decay=0.0)
-    reviver = KillReviver(split, config, steps)
+    reviver = KillAndRevive(split, config, steps)
     for step, batch in enumerate(batches(steps)):
         reviver.before_step(step)
         split(**batch).loss.backward()
@@ -304,7 +304,7 @@ def test_every_policy_trains_and_measures(link: InProcessLink, policy: Any, unit
 def test_signals_score_what_changed(link: InProcessLink, signal: Any) -> None:
     """Every signal is 0 for a unit that did not change, and larger for one that changed more."""
     split = make_split(link, lora(init_lora_weights=True))
-    reviver = KillReviver(split, KillReviveConfig(signal=signal, unit="module", **FAST), 10)
+    reviver = KillAndRevive(split, KillReviveConfig(signal=signal, unit="module", **FAST), 10)
     first, second, third = split.adapted_modules[:3]
     with torch.no_grad():
         for name, size in ((second, 0.01), (third, 0.1)):
@@ -323,7 +323,7 @@ def test_relative_change_is_that_of_the_product(link: InProcessLink) -> None:
     definition.
     """
     split = make_split(link, lora())
-    reviver = KillReviver(split, KillReviveConfig(unit="module", **FAST), 10)
+    reviver = KillAndRevive(split, KillReviveConfig(unit="module", **FAST), 10)
     name = split.adapted_modules[1]
     layer = reviver.layers[name]
     old = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
@@ -342,7 +342,7 @@ def test_dropped_units_fade_and_revived_ones_start_anew(link: InProcessLink) -> 
     """
     split = make_split(link, lora())
     optimizer = torch.optim.AdamW(list(adapter(split).values()), lr=1e-2, weight_decay=0.0)
-    reviver = KillReviver(
+    reviver = KillAndRevive(
         split, KillReviveConfig(policy="random", idle="drop", **(FAST | {"budget": 0.4})), 100
     )
     data = iter(batches(12))

@@ -90,7 +90,7 @@ def test_real_generation_matches_local(link: GrpcLink) -> None:
 
     def lose(text: str) -> None:
         if not lost:
-            lost.append(cache._talk.stream.call.cancel())
+            lost.append(cache._responder.stream.call.cancel())
 
     got = split.generate(**one, **options, past_key_values=cache, streamer=Pieces(tokenizer, lose))
     assert split.meter.retries == 1

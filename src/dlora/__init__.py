@@ -25,17 +25,24 @@ from dlora.errors import (
 from dlora.version import __version__
 
 if TYPE_CHECKING:
+    from dlora.edge.bottleneck import BottleneckConfig, apply_bottleneck
     from dlora.edge.grpc_link import connect
     from dlora.edge.kv_cache import CloudCache
     from dlora.edge.link import RetryPolicy
     from dlora.edge.model import SplitModel, get_peft_model, load_adapter, load_tokenizer
     from dlora.embedded import in_process
+    from dlora.kill_revive.apply import KillAndRevive, KillReviveCallback
+    from dlora.kill_revive.config import KillReviveConfig
 
 __all__ = [
+    "BottleneckConfig",
     "CloudCache",
     "DLoRAError",
     "DataError",
     "DivergedError",
+    "KillAndRevive",
+    "KillReviveCallback",
+    "KillReviveConfig",
     "ModelError",
     "PeerError",
     "PeerLost",
@@ -44,6 +51,7 @@ __all__ = [
     "UsageError",
     "WireError",
     "__version__",
+    "apply_bottleneck",
     "connect",
     "get_peft_model",
     "in_process",
@@ -55,6 +63,9 @@ _HOMES = {
     "BottleneckConfig": "dlora.edge.bottleneck",
     "apply_bottleneck": "dlora.edge.bottleneck",
     "CloudCache": "dlora.edge.kv_cache",
+    "KillAndRevive": "dlora.kill_revive.apply",
+    "KillReviveCallback": "dlora.kill_revive.apply",
+    "KillReviveConfig": "dlora.kill_revive.config",
     "RetryPolicy": "dlora.edge.link",
     "SplitModel": "dlora.edge.model",
     "connect": "dlora.edge.grpc_link",
@@ -72,3 +83,8 @@ def __getattr__(name: str) -> Any:
 
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'dlora' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, whether imported yet or not."""
+    return sorted(__all__)

@@ -349,7 +349,12 @@ def print_result(record: dict[str, Any], output: Path) -> None:
     if record["eval_loss"] is not None:
         best = record["best_eval_loss"] or record["eval_loss"]
         loss += f", eval loss {record['eval_loss']:.4f} (best {best:.4f})"
-    edge = cost["adapter_flops"] + cost["head_flops"] + cost["embedding_flops"] + cost["held_flops"]
+    edge = (
+        cost["adapter_flops"]
+        + cost["head_flops"]
+        + cost["embedding_flops"]
+        + cost["edge_layer_flops"]
+    )
     cloud = cost["cloud_forward_flops"] + cost["cloud_backward_flops"]
     print(f"{record['status']} after {record['steps']} steps and {record['seconds']:.0f} s: {loss}")
     print(

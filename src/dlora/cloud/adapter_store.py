@@ -26,7 +26,7 @@ class AdapterStore:
 
     def __init__(self, max_bytes: int, device: torch.device) -> None:
         self.max_bytes, self.device = max_bytes, device
-        self.held_bytes = 0
+        self.stored_bytes = 0
         self._modules: OrderedDict[tuple[str, bytes], tuple[Tensor, Tensor]] = OrderedDict()
         self._owned: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -63,12 +63,12 @@ class AdapterStore:
         with self._lock:
             if key not in self._modules:
                 self._modules[key] = (a.to(self.device), b.to(self.device))
-                self.held_bytes += size
+                self.stored_bytes += size
                 self._owned[owner] = self._owned.get(owner, 0) + size
             self._modules.move_to_end(key)
             while self._owned[owner] > most:
                 self._drop(next(other for other in self._modules if other[0] == owner))
-            while self.held_bytes > self.max_bytes:
+            while self.stored_bytes > self.max_bytes:
                 largest_owner = max(self._owned, key=lambda name: self._owned[name])
                 self._drop(next(other for other in self._modules if other[0] == largest_owner))
         return key[1]
@@ -83,5 +83,5 @@ class AdapterStore:
 
     def _drop(self, key: tuple[str, bytes]) -> None:
         a, b = self._modules.pop(key)
-        self.held_bytes -= a.nbytes + b.nbytes
+        self.stored_bytes -= a.nbytes + b.nbytes
         self._owned[key[0]] -= a.nbytes + b.nbytes

@@ -247,8 +247,8 @@ class CloudModel:
                 )
         if begin.wire_dtype not in WIRE_DTYPES.values():
             raise WireError(f"wire dtype number {begin.wire_dtype} is not known")
-        held = self._check_held(begin)
-        active = self._check_active(begin.sites, held)
+        edge_layers = self._check_edge_layers(begin)
+        active = self._check_active(begin.sites, edge_layers)
         if begin.probe and not (begin.training and active):
             raise WireError("probe: wants a training step with an active site")
         if begin.wants_input_grad and not begin.training:
@@ -265,29 +265,29 @@ class CloudModel:
                 rows_N=None,
                 keep=torch.empty(0, dtype=torch.int64),
                 active=active,
-                idle=self._check_idle(begin.idle, active, owner, held),
-                probe=self._check_active(begin.probe, held),
+                idle=self._check_idle(begin.idle, active, owner, edge_layers),
+                probe=self._check_active(begin.probe, edge_layers),
                 embeddings=begin.embeddings,
                 factored=begin.factored,
                 cache_length=begin.cache_length,
                 rollback=begin.rollback,
-                held=held,
+                edge_layers=edge_layers,
                 wants_input_grad=begin.wants_input_grad,
             ),
         )
 
-    def _check_held(self, begin: pb.Begin) -> EdgeLayers:
+    def _check_edge_layers(self, begin: pb.Begin) -> EdgeLayers:
         """The layers that this edge runs itself. Raises UsageError for more than this server
         allows.
         """
-        held = EdgeLayers(begin.edge_first, begin.edge_last, self.num_layers)
-        if held.first > self.limits.edge_first or held.last > self.limits.edge_last:
+        edge_layers = EdgeLayers(begin.edge_first, begin.edge_last, self.num_layers)
+        if edge_layers.first > self.limits.edge_first or edge_layers.last > self.limits.edge_last:
             raise UsageError(
                 f"this server lets edges hold the first {self.limits.edge_first} and the last "
                 f"{self.limits.edge_last} "
-                f"layers, got {held.first} and {held.last}"
+                f"layers, got {edge_layers.first} and {edge_layers.last}"
             )
-        return held
+        return edge_layers
 
     def extend(self, before: Plan, message: pb.Extend) -> Plan:
         """The same for an `Extend`, after the pass `before`."""
@@ -403,7 +403,7 @@ class CloudModel:
         entries: Sequence[pb.IdleModule],
         active: tuple[tuple[Site, tuple[int, ...]], ...],
         owner: str,
-        held: EdgeLayers,
+        edge_layers: EdgeLayers,
     ) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
         """The frozen modules that a step refers to. Raises AdapterMissing if one is not here (any
         more).
@@ -423,7 +423,7 @@ class CloudModel:
                     f"idle: site {entry.site} has {len(site.modules)} modules, got {entry.module}"
                 )
             module = site.modules[entry.module]
-            if not module.allowed or not held.in_cloud(module.layer):
+            if not module.allowed or not edge_layers.in_cloud(module.layer):
                 raise UsageError(f"this server does not allow adapters on {module.name}")
             pair = self.adapters.get(entry.hash, owner)
             if pair is None:
@@ -446,7 +446,7 @@ class CloudModel:
         )
 
     def _check_active(
-        self, entries: Sequence[pb.ActiveSite], held: EdgeLayers
+        self, entries: Sequence[pb.ActiveSite], edge_layers: EdgeLayers
     ) -> tuple[tuple[Site, tuple[int, ...]], ...]:
         active = []
         previous = -1
@@ -467,7 +467,7 @@ class CloudModel:
                     f"site {entry.site}: got modules {modules[:8]}, want ascending, 1 to "
                     f"{len(site.modules)}"
                 )
-            if not held.in_cloud(site.modules[0].layer):
+            if not edge_layers.in_cloud(site.modules[0].layer):
                 raise WireError(f"site {entry.site} is in a layer that the edge holds")
             for index in modules:
                 if not site.modules[index].allowed:
@@ -535,9 +535,9 @@ class CloudModel:
         """
         tokens = plan.batch * plan.length
         attention = attention_flops(self.model.config, plan.batch, plan.length, plan.past)
-        sites = [site for site in self.sites if plan.held.in_cloud(site.modules[0].layer)]
+        sites = [site for site in self.sites if plan.edge_layers.in_cloud(site.modules[0].layer)]
         forward = forward_flops(sites, tokens) + attention * sum(
-            map(plan.held.in_cloud, self.layers)
+            map(plan.edge_layers.in_cloud, self.layers)
         )
         if not plan.has_backward:
             return forward, 0
@@ -639,7 +639,7 @@ class CloudModel:
             if self._mirror is not None:
                 return self._mirror
             step = current_step()
-            return step if step is not None and step.plan.held else None
+            return step if step is not None and step.plan.edge_layers else None
 
         wrap_layers(layers, runner, self.layers_in_tuple)
 
@@ -678,18 +678,20 @@ class CloudModel:
             | {(first, last)}
         )
         for split in sorted(splits):
-            held = EdgeLayers(*split, self.num_layers)
-            entry, end = entries[held.first].flatten(0, 1), ends[held.end - 1]
+            edge_layers = EdgeLayers(*split, self.num_layers)
+            entry, end = entries[edge_layers.first].flatten(0, 1), ends[edge_layers.end - 1]
             answers = _ZeroEdge()
-            active = tuple(one for one in plan.active if held.in_cloud(one[0].modules[0].layer))
+            active = tuple(
+                one for one in plan.active if edge_layers.in_cloud(one[0].modules[0].layer)
+            )
             self.run(
                 dataclasses.replace(
-                    plan, held=held, active=active, embeddings=encode(entry, pb.FP32)
+                    plan, edge_layers=edge_layers, active=active, embeddings=encode(entry, pb.FP32)
                 ),
                 answers,
             )
             got = decode(answers.hidden, [ids_BT.numel(), self.layer_width], "hidden").to(end)
-            self._mirror = KnownCloud(held, end)
+            self._mirror = KnownCloud(edge_layers, end)
             try:
                 with torch.no_grad():
                     pairs = [("cloud", got, end.flatten(0, 1)), ("edge", decode_all(), whole)]
@@ -698,7 +700,7 @@ class CloudModel:
             for half, found, want in pairs:
                 if gap := _gap(found - want, want):
                     raise ModelError(
-                        f"edges cannot hold the first {held.first} and the last {held.last} layers "
+                        f"edges cannot hold the first {edge_layers.first} and the last {edge_layers.last} layers "
                         "of "
                         f"{type(self.model).__name__}: the {half}'s half differs by {gap}. Its "
                         "layers share more than "

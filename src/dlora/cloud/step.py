@@ -81,7 +81,7 @@ class Plan:
     """Cached tokens to forget before the pass; `past` is without them."""
     order: Tensor | None = None
     """Rows of the cache, in their new order."""
-    held: EdgeLayers = field(default_factory=EdgeLayers)
+    edge_layers: EdgeLayers = field(default_factory=EdgeLayers)
     """Layers that the edge runs; `embeddings` are then hidden states before the cloud's first
     layer.
     """
@@ -165,7 +165,7 @@ class Step:
         if plan.probe or plan.wants_input_grad:  # all the way down
             entry_BTD.requires_grad_(True)
         inputs: dict[str, Any] = {"inputs_embeds": entry_BTD}
-        if plan.held:
+        if plan.edge_layers:
             self._entry = entry_BTD
             inputs["inputs_embeds"] = self.embedding.new_zeros(
                 plan.batch, plan.length, self.embedding.shape[1]
@@ -195,7 +195,7 @@ class Step:
     def _receive_entry(self) -> Tensor:
         """[B, T, D]: embeddings, or hidden states before the cloud's first layer."""
         plan, width = self.plan, self.embedding.shape[1]
-        if plan.held:
+        if plan.edge_layers:
             width = self.layer_width
         rows = decode(plan.embeddings, (plan.num_rows, width), "embeddings")
         return self._scatter(rows.to(self.embedding.dtype))
@@ -210,13 +210,13 @@ class Step:
         """Skip the layers that the edge holds; put its hidden states in before the others, and note
         what comes out.
         """
-        held = self.plan.held
-        if not held.in_cloud(index):
+        edge_layers = self.plan.edge_layers
+        if not edge_layers.in_cloud(index):
             return skip(hidden_BTD)
-        if index == held.first and self._entry is not None:
+        if index == edge_layers.first and self._entry is not None:
             hidden_BTD, self._entry = self._entry, None
         output = run(hidden_BTD)
-        if index == held.end - 1:
+        if index == edge_layers.end - 1:
             self._exit = first_output(output)
         return output
 

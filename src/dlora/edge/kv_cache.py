@@ -21,7 +21,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from dlora.edge.link import RetryPolicy
-from dlora.edge.responder import Conversation, begin
+from dlora.edge.responder import Responder, begin
 from dlora.errors import AdapterMissing, PeerLost, UsageError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.wire import encode, pack_mask
@@ -100,7 +100,7 @@ class CloudCache(Cache):
         super().__init__(layers=[])
         self.expected_length = expected_length
         self._local: DynamicCache | None = None  # of the layers that the edge holds
-        self._talk: Conversation | None = None
+        self._responder: Responder | None = None
         self._site_key: tuple[object, ...] = ()
         self._past: list[Pass] = []
         self._recording = False
@@ -167,8 +167,8 @@ class CloudCache(Cache):
 
     def close(self) -> None:
         """Free the cloud's cache. The next use makes it again from what is known here."""
-        if self._talk is not None:
-            self._talk.close()
+        if self._responder is not None:
+            self._responder.close()
         self._drop, self._order = 0, None
 
     # ----------------------------------------------------------------- layers that the edge holds
@@ -208,7 +208,7 @@ class CloudCache(Cache):
 
     # ----------------------------------------------------------------- a forward pass
 
-    def bind(self, talk: Conversation, here: Iterable[LoraLayer] = ()) -> None:
+    def bind(self, responder: Responder, here: Iterable[LoraLayer] = ()) -> None:
         """Use this conversation; another one than before only if nothing else changed.
 
         `here`: LoRA layers in use inside layers that the edge holds. Raises UsageError if other
@@ -220,14 +220,14 @@ class CloudCache(Cache):
                 *site.modules,
                 *((id(layer), *layer.active_adapters) for layer in site.layers),
             )
-            for site in talk.sites.values()
+            for site in responder.sites.values()
         )
-        key += (talk.wire_dtype, *(frozen.hash for frozen in talk.frozen))
-        key += (talk.held, *((id(layer), *layer.active_adapters) for layer in here))
-        if self._talk is None or not self._past:
+        key += (responder.wire_dtype, *(frozen.hash for frozen in responder.frozen))
+        key += (responder.edge_layers, *((id(layer), *layer.active_adapters) for layer in here))
+        if self._responder is None or not self._past:
             self.close()
-            self._talk, self._site_key = talk, key
-        elif key != self._site_key or self._talk.link is not talk.link:
+            self._responder, self._site_key = responder, key
+        elif key != self._site_key or self._responder.link is not responder.link:
             raise UsageError(
                 "this KV cache was filled with other adapters or another server: start a new one"
             )
@@ -248,20 +248,20 @@ class CloudCache(Cache):
         If the cloud is lost, or closed the stream of an edge that was silent for long, the whole
         sequence is sent again on a new stream.
         """
-        talk = self._talk
-        if talk is None:
+        responder = self._responder
+        if responder is None:
             raise AssertionError("bind() comes first")
         for wait in retry.attempts():
             try:
                 try:
-                    hidden = self._attempt(talk, new)
+                    hidden = self._attempt(responder, new)
                 except AdapterMissing as missing:
-                    talk.put_frozen(missing)
-                    hidden = self._attempt(talk, new)
+                    responder.put_frozen(missing)
+                    hidden = self._attempt(responder, new)
                 break
             except PeerLost as error:
                 self.close()
-                talk.meter.retries += 1
+                responder.meter.retries += 1
                 log.info("the KV cache is made again: %s", error)
                 wait(error)
             except BaseException:
@@ -269,39 +269,39 @@ class CloudCache(Cache):
                 raise
         return hidden
 
-    def _attempt(self, talk: Conversation, new: Pass) -> Tensor:
+    def _attempt(self, responder: Responder, new: Pass) -> Tensor:
         """Send the new tokens, or everything on a new stream, in slices that the server takes."""
         length = self.get_seq_length() + new.keep_BT.shape[1]
-        limits = talk.link.description.limits
+        limits = responder.link.description.limits
         too_deep = self._drop > self._last_length and not limits.deep_rollback
-        if talk.stream is not None and (length > self._reserved or too_deep):
+        if responder.stream is not None and (length > self._reserved or too_deep):
             self.close()
-        begins = talk.stream is None
+        begins = responder.stream is None
         whole = _joined([*self._past, new]) if begins and self._past else new
         if begins:
             room = length if length <= self.expected_length else 2 * length + _HEADROOM
             self._reserved = max(
                 length, min(max(room, self.expected_length), int(limits.max_length))
             )
-            talk.stream = talk.link.open()
+            responder.stream = responder.link.open()
         hidden, positions = [], []
-        step = _slice_length(talk, whole.keep_BT.shape[0])
+        step = _slice_length(responder, whole.keep_BT.shape[0])
         for start in range(0, whole.keep_BT.shape[1], step):
             part = _cut(whole, slice(None), slice(start, start + step))
-            fields = part.fields(talk.wire_dtype)
+            fields = part.fields(responder.wire_dtype)
             if begins and not start:
-                frame = pb.EdgeFrame(begin=self._begin(talk, part, fields))
+                frame = pb.EdgeFrame(begin=self._begin(responder, part, fields))
             else:
                 order = [] if self._order is None or start else self._order.tolist()
                 frame = pb.EdgeFrame(
                     extend=pb.Extend(drop=0 if start else self._drop, order=order, **fields)
                 )
             rows = fields["embeddings"].shape[0]
-            kept, flops = talk.ask(frame, rows, len(fields["keep"]), training=False)
+            kept, flops = responder.ask(frame, rows, len(fields["keep"]), training=False)
             hidden.append(kept)
             positions += [(row, start + column) for row, column in part.keep_BT.nonzero().tolist()]
-            talk.meter.cloud_forward_flops += flops
-            talk.meter.passes += 1
+            responder.meter.cloud_forward_flops += flops
+            responder.meter.passes += 1
         # From here on the cloud has these tokens.
         self._past.append(
             Pass(
@@ -319,13 +319,13 @@ class CloudCache(Cache):
             return hidden[0]
         return torch.cat(hidden)[sorted(range(len(positions)), key=positions.__getitem__)]
 
-    def _begin(self, talk: Conversation, part: Pass, fields: dict[str, Any]) -> pb.Begin:
+    def _begin(self, responder: Responder, part: Pass, fields: dict[str, Any]) -> pb.Begin:
         return begin(
-            talk.link,
-            list(talk.sites.values()),
-            talk.frozen,
-            talk.held,
-            talk.wire_dtype,
+            responder.link,
+            list(responder.sites.values()),
+            responder.frozen,
+            responder.edge_layers,
+            responder.wire_dtype,
             batch=part.keep_BT.shape[0],
             cache_length=self._reserved,
             rollback=self._recording,
@@ -333,13 +333,13 @@ class CloudCache(Cache):
         )
 
 
-def _slice_length(talk: Conversation, batch: int) -> int:
+def _slice_length(responder: Responder, batch: int) -> int:
     """Tokens a sequence that fit one pass: by the server's tokens, and by half of its largest
     message.
     """
-    description = talk.link.description
-    widths = [description.embedding_width, talk.hidden_width]
-    for site in talk.sites.values():
+    description = responder.link.description
+    widths = [description.embedding_width, responder.hidden_width]
+    for site in responder.sites.values():
         widths += [site.in_features, sum(layer.out_features for layer in site.layers)]
     by_message = description.limits.max_message_bytes // (8 * max(widths))
     return max(1, min(int(description.limits.max_tokens), by_message) // batch)

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from typing import Any, Final
 
 from dlora.protocol.wire import WIRE_DTYPES, payload_bytes
 
 __all__ = ["Meter", "adapter_flops", "step_traffic"]
+
+
+_EARLIER: Final = {"held_flops": "edge_layer_flops"}
 
 
 @dataclass
@@ -38,7 +42,7 @@ class Meter:
     head_flops: int = 0
     embedding_flops: int = 0
     """Always 0: an embedding is a look-up. Kept so that the sum of the edge is complete."""
-    held_flops: int = 0
+    edge_layer_flops: int = 0
     """Decoder layers that run on the edge, forward and backward, without their LoRA modules."""
     cloud_forward_flops: int = 0
     cloud_backward_flops: int = 0
@@ -46,7 +50,12 @@ class Meter:
     @property
     def edge_flops(self) -> int:
         """All FLOPs on the edge."""
-        return self.adapter_flops + self.head_flops + self.embedding_flops + self.held_flops
+        return self.adapter_flops + self.head_flops + self.embedding_flops + self.edge_layer_flops
+
+    @classmethod
+    def from_saved(cls, values: dict[str, Any]) -> Meter:
+        """The meter that `asdict` was taken of; names of earlier versions are known."""
+        return cls(**{_EARLIER.get(name, name): value for name, value in values.items()})
 
     def copy(self) -> Meter:
         """A snapshot."""

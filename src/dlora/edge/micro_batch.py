@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dlora.edge.link import Link, RetryPolicy
 from dlora.edge.meter import Meter
 from dlora.edge.noise import Noise
-from dlora.edge.responder import ActiveSite, Conversation, Frozen
+from dlora.edge.responder import ActiveSite, FrozenModule, Responder
 from dlora.errors import AdapterMissing, PeerError, PeerLost, WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.layers import EdgeLayers
@@ -27,7 +27,7 @@ __all__ = ["MicroBatch", "SplitForward", "check_finite"]
 log = logging.getLogger(__name__)
 
 
-class MicroBatch(Conversation):
+class MicroBatch(Responder):
     """Forward and backward of one micro-batch over a link, run again as a whole if the cloud is
     lost.
 
@@ -43,8 +43,8 @@ class MicroBatch(Conversation):
         begin: pb.Begin,
         sites: Sequence[ActiveSite],
         device: torch.device,
-        frozen: Sequence[Frozen] = (),
-        held: EdgeLayers | None = None,
+        frozen: Sequence[FrozenModule] = (),
+        edge_layers: EdgeLayers | None = None,
     ) -> None:
         super().__init__(
             link,
@@ -54,7 +54,7 @@ class MicroBatch(Conversation):
             device,
             factored=begin.factored,
             frozen=frozen,
-            held=held,
+            edge_layers=edge_layers,
         )
         self.input_grad: Tensor | None = None
         """After backward, where `begin` asks for it: the gradient of what went into the cloud, [N,

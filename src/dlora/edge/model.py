@@ -39,9 +39,17 @@ from dlora.edge.link import Link, RetryPolicy
 from dlora.edge.meter import Meter
 from dlora.edge.micro_batch import MicroBatch, SplitForward, check_finite
 from dlora.edge.noise import Noise, fill_padding, is_right_padded
-from dlora.edge.responder import ActiveSite, Conversation, Frozen, Wait, begin, freeze, layer_flops
+from dlora.edge.responder import (
+    ActiveSite,
+    FrozenModule,
+    Responder,
+    Wait,
+    begin,
+    freeze,
+    layer_flops,
+)
 from dlora.edge.sites import allowed_names, match_sites, shared_sites
-from dlora.edge.skeleton import build_skeleton, decoder_of, drop_stand_ins, held_layers_of
+from dlora.edge.skeleton import build_skeleton, decoder_of, drop_stand_ins, edge_layers_of
 from dlora.errors import DLoRAError, ModelError, UsageError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.layers import EdgeLayers, KnownCloud, find_layers, layer_of, wrap_layers
@@ -101,11 +109,11 @@ class SplitModel(PeftModelForCausalLM):
         link: Link,
         wire_dtype: str,
         retry: RetryPolicy,
-        held: EdgeLayers | None = None,
+        edge_layers: EdgeLayers | None = None,
     ) -> None:
         super().__init__(base, config, adapter_name="default")
         make_bottleneck(self, "default")
-        self.held = held or EdgeLayers()
+        self.edge_layers = edge_layers or EdgeLayers()
         """Decoder layers that run here; their adapters need no exchange and are always trained."""
         self.link = link
         self.retry = retry
@@ -119,16 +127,16 @@ class SplitModel(PeftModelForCausalLM):
         still do, without noise on the tail. Left padding and KV caches are as ever."""
         self.meter = Meter()
         self._match_sites()
-        self._held_sites = [
+        self._edge_layer_sites = [
             site
             for site in shared_sites(link.description)
-            if not self.held.in_cloud(site.modules[0].layer)
+            if not self.edge_layers.in_cloud(site.modules[0].layer)
         ]
         self._request = _Request()
         self.idle: Idle = "drop"
         """What becomes of adapted modules that are not active."""
         self._active: frozenset[str] | None = None  # None: all
-        self._frozen: dict[str, Frozen] = {}
+        self._frozen: dict[str, FrozenModule] = {}
         self.probe_modules: Sequence[str] = ()
         """Modules whose norm of g^T x every training micro-batch asks for, into `probe_norms`."""
         self.probe_norms: list[dict[str, float]] = []
@@ -141,14 +149,14 @@ class SplitModel(PeftModelForCausalLM):
         )
         self._signature = inspect.signature(self.forward)
         self._cloud_pass: Callable[[Tensor], Tensor] | None = (
-            None  # of the forward that runs now, with held layers
+            None  # of the forward that runs now, with layers on the edge
         )
         self._known: KnownCloud | None = None  # instead of the cloud
-        if self.held:
-            layers = find_layers(decoder_of(base), self.held.count)
+        if self.edge_layers:
+            layers = find_layers(decoder_of(base), self.edge_layers.count)
             if layers is None:
                 raise ModelError(
-                    f"found no list of {self.held.count} layers in "
+                    f"found no list of {self.edge_layers.count} layers in "
                     f"{type(decoder_of(base)).__name__}"
                 )
             wrap_layers(layers, lambda: self._known or self, link.description.layers.in_tuple)
@@ -233,18 +241,18 @@ class SplitModel(PeftModelForCausalLM):
             )
         positions_BT = self._position_ids(position_ids, batch, length)
         # The last layers look at every token; without any, only what is asked for comes back.
-        wanted_BT = attended_BT | keep_BT if self.held.last or self.hide_lengths else keep_BT
+        wanted_BT = attended_BT | keep_BT if self.edge_layers.last or self.hide_lengths else keep_BT
 
         def cloud(entry_BTD: Tensor) -> Tensor:
             new = Pass(self.noise.on_entry(entry_BTD), columns_BT, positions_BT, wanted_BT)
             return self._through_cloud(new, cache)
 
-        if not self.held:
+        if not self.edge_layers:
             kept_KD = cloud(embeddings_BTD)
             if wanted_BT is not keep_BT:
                 kept_KD = kept_KD[keep_BT[wanted_BT].to(kept_KD.device)]
         else:
-            hidden_BTD = self._run_held(
+            hidden_BTD = self._run_edge_layers(
                 embeddings_BTD,
                 mask_BT,
                 position_ids,
@@ -279,16 +287,22 @@ class SplitModel(PeftModelForCausalLM):
                 raise UsageError(
                     "a KV cache in the cloud keeps no gradients: use torch.no_grad(), or no cache"
                 )
-            talk = Conversation(
-                self.link, self.meter, sites, wire_dtype, device, frozen=frozen, held=self.held
+            responder = Responder(
+                self.link,
+                self.meter,
+                sites,
+                wire_dtype,
+                device,
+                frozen=frozen,
+                edge_layers=self.edge_layers,
             )
-            cache.bind(talk, [layer for _, layer in self.held_adapters()])
+            cache.bind(responder, [layer for _, layer in self.edge_layer_adapters()])
             return cache.forward(new, self.retry)
         first = begin(
             self.link,
             sites,
             frozen,
-            self.held,
+            self.edge_layers,
             wire_dtype,
             training=training,
             batch=new.keep_BT.shape[0],
@@ -298,7 +312,7 @@ class SplitModel(PeftModelForCausalLM):
             **new.fields(wire_dtype),
         )
         micro_batch = MicroBatch(
-            self.link, self.retry, self.meter, first, sites, device, frozen, self.held
+            self.link, self.retry, self.meter, first, sites, device, frozen, self.edge_layers
         )
         if first.probe:
             micro_batch.on_probe = self._note_probe
@@ -313,7 +327,7 @@ class SplitModel(PeftModelForCausalLM):
 
     # ----------------------------------------------------------------- layers that run here
 
-    def _run_held(
+    def _run_edge_layers(
         self,
         embeddings_BTD: Tensor,
         mask_BT: Tensor | None,
@@ -343,7 +357,7 @@ class SplitModel(PeftModelForCausalLM):
             raise
         finally:
             self._cloud_pass = None
-        self._count_held(batch, length, past, training=hidden_BTD.requires_grad)
+        self._count_edge_layers(batch, length, past, training=hidden_BTD.requires_grad)
         return hidden_BTD
 
     def run_layer(
@@ -353,12 +367,12 @@ class SplitModel(PeftModelForCausalLM):
         run: Callable[[Tensor], Any],
         skip: Callable[[Tensor], Any],
     ) -> Any:
-        """Run a held layer; at the first of the others go through the cloud, which runs them
+        """Run an edge layer; at the first of the others go through the cloud, which runs them
         all.
         """
-        if not self.held.in_cloud(index):
+        if not self.edge_layers.in_cloud(index):
             return run(hidden_BTD)
-        if index == self.held.first:
+        if index == self.edge_layers.first:
             if self._cloud_pass is None:
                 raise AssertionError("layers run inside a forward of the decoder")
             hidden_BTD = self._cloud_pass(hidden_BTD)
@@ -370,11 +384,11 @@ class SplitModel(PeftModelForCausalLM):
         Where the edge holds layers that is the final norm, in float32; else the rows themselves.
         Raises UsageError where last layers run here: they look at more than one row.
         """
-        if self.held.last:
+        if self.edge_layers.last:
             raise UsageError(
                 "last_hidden: the last layers run here, and look at all tokens of a sequence"
             )
-        if not self.held:
+        if not self.edge_layers:
             return exit_ND
         decoder = decoder_of(self.get_base_model())
         embedding = self.get_input_embeddings()
@@ -391,7 +405,7 @@ class SplitModel(PeftModelForCausalLM):
             for name, p in module.named_parameters(recurse=False)
         ]
         self._known = KnownCloud(
-            EdgeLayers(count=self.held.count), exit_ND[:, None].float()
+            EdgeLayers(count=self.edge_layers.count), exit_ND[:, None].float()
         )  # and no layer runs
         try:
             for module, name, p in weights:  # not in place: a backward pass may follow
@@ -406,25 +420,25 @@ class SplitModel(PeftModelForCausalLM):
                 module._parameters[name] = p
         return hidden[:, 0]
 
-    def _count_held(self, batch: int, length: int, past: int, *, training: bool) -> None:
-        """FLOPs of held layers and of the LoRA modules in them; padding is computed too."""
-        sites = self._held_sites
+    def _count_edge_layers(self, batch: int, length: int, past: int, *, training: bool) -> None:
+        """FLOPs of edge layers and of the LoRA modules in them; padding is computed too."""
+        sites = self._edge_layer_sites
         attention = attention_flops(self.config, batch, length, past)
-        tokens, layers = batch * length, self.held.first + self.held.last
-        self.meter.held_flops += forward_flops(sites, tokens) + attention * layers
-        adapted = dict(self.held_adapters())
+        tokens, layers = batch * length, self.edge_layers.first + self.edge_layers.last
+        self.meter.edge_layer_flops += forward_flops(sites, tokens) + attention * layers
+        adapted = dict(self.edge_layer_adapters())
         trained = [site for site in sites if any(one.name in adapted for one in site.modules)]
         lowest = trained[0].index if trained else None
         if training:
             # Below the lowest adapter here nothing asks for gradients; above it, and above the
             # cloud's, all does.
-            first = [site for site in sites if site.modules[0].layer < self.held.first]
-            last = [site for site in sites if site.modules[0].layer >= self.held.end]
+            first = [site for site in sites if site.modules[0].layer < self.edge_layers.first]
+            last = [site for site in sites if site.modules[0].layer >= self.edge_layers.end]
             from_below = bool(self._active_sites()) or any(site in first for site in trained)
             for part, below in ((first, False), (last, from_below)):
                 if part and (below or any(site in part for site in trained)):
                     bottom = None if below else next(site.index for site in trained if site in part)
-                    self.meter.held_flops += backward_flops(part, bottom, tokens, attention)
+                    self.meter.edge_layer_flops += backward_flops(part, bottom, tokens, attention)
         for site in trained:
             for one in site.modules:
                 if (layer := adapted.get(one.name)) is not None:
@@ -434,18 +448,24 @@ class SplitModel(PeftModelForCausalLM):
 
     def _trains_below(self) -> bool:
         """Whether anything before the cloud's first layer is trained here."""
-        adapters = (one for name, one in self.held_adapters() if layer_of(name) < self.held.first)
+        adapters = (
+            one
+            for name, one in self.edge_layer_adapters()
+            if layer_of(name) < self.edge_layers.first
+        )
         embedding = self.get_input_embeddings()
         return any(
             p.requires_grad for module in (embedding, *adapters) for p in module.parameters()
         )
 
     def _match_sites(self) -> None:
-        """Find where the adapters sit: at sites of the cloud, or in held layers, whose gradients
+        """Find where the adapters sit: at sites of the cloud, or in edge layers, whose gradients
         autograd makes.
         """
-        self.sites, self._held_layers = match_sites(self, self.link.description, self.held)
-        for name, layer in self._held_layers.items():
+        self.sites, self._edge_layer_adapters = match_sites(
+            self, self.link.description, self.edge_layers
+        )
+        for name, layer in self._edge_layer_adapters.items():
             for parameter in (*layer.lora_A.parameters(), *layer.lora_B.parameters()):
                 if not getattr(parameter, "dlora_checks_gradient", False):
                     parameter.dlora_checks_gradient = True
@@ -458,9 +478,9 @@ class SplitModel(PeftModelForCausalLM):
                     )
                     parameter.requires_grad_(trained)
 
-    def held_adapters(self) -> Iterator[tuple[str, LoraLayer]]:
-        """LoRA layers inside held layers, those in use."""
-        for name, layer in self._held_layers.items():
+    def edge_layer_adapters(self) -> Iterator[tuple[str, LoraLayer]]:
+        """LoRA layers inside edge layers, those in use."""
+        for name, layer in self._edge_layer_adapters.items():
             if not layer.disable_adapters:
                 yield name, layer
 
@@ -564,7 +584,7 @@ class SplitModel(PeftModelForCausalLM):
                 )
         return active
 
-    def _applied_by_cloud(self) -> list[Frozen]:
+    def _applied_by_cloud(self) -> list[FrozenModule]:
         """Idle modules that the cloud applies now, in its order."""
         return [
             self._frozen[name]
@@ -683,11 +703,11 @@ def get_peft_model(
         raise UsageError(
             f"wire dtype: {link.address} does not know {wire_dtype!r}, only {', '.join(known)}"
         )
-    held = held_layers_of(link, edge_layers)
-    base = build_skeleton(link, held)
+    here = edge_layers_of(link, edge_layers)
+    base = build_skeleton(link, here)
     config.base_model_name_or_path = description.model_id
     try:
-        model = SplitModel(base, config, link, wire_dtype, retry or RetryPolicy(), held)
+        model = SplitModel(base, config, link, wire_dtype, retry or RetryPolicy(), here)
     except ValueError as error:
         if isinstance(error, DLoRAError):
             raise

@@ -26,9 +26,9 @@ from dlora.protocol.wire import PROTOCOL_VERSION, content_hash, decode, encode, 
 
 __all__ = [
     "ActiveSite",
-    "Conversation",
     "Frozen",
     "Record",
+    "Responder",
     "Wait",
     "begin",
     "freeze",
@@ -66,7 +66,7 @@ class ActiveSite:
 
 
 @dataclass(frozen=True)
-class Frozen:
+class FrozenModule:
     """An idle module that the cloud applies: where, and what."""
 
     site: int
@@ -106,18 +106,18 @@ def layer_flops(
     )
 
 
-def freeze(site: int, module: int, layer: LoraLayer) -> Frozen:
+def freeze(site: int, module: int, layer: LoraLayer) -> FrozenModule:
     """The sum of a layer's active adapters as one frozen module, exact in float32."""
     a, b = product_of(layer)
     message = pb.FrozenModule(a=encode(a, pb.FP32), b=encode(b, pb.FP32))
-    return Frozen(site, module, message, content_hash(message))
+    return FrozenModule(site, module, message, content_hash(message))
 
 
 def begin(
     link: Link,
     sites: Sequence[ActiveSite],
-    frozen: Sequence[Frozen],
-    held: EdgeLayers,
+    frozen: Sequence[FrozenModule],
+    edge_layers: EdgeLayers,
     wire_dtype: pb.DType,
     **fields: Any,
 ) -> pb.Begin:
@@ -128,8 +128,8 @@ def begin(
         wire_dtype=wire_dtype,
         sites=[pb.ActiveSite(site=site.index, modules=site.modules) for site in sites],
         idle=[pb.IdleModule(site=one.site, module=one.module, hash=one.hash) for one in frozen],
-        edge_first=held.first,
-        edge_last=held.last,
+        edge_first=edge_layers.first,
+        edge_last=edge_layers.last,
         **fields,
     )
 
@@ -200,7 +200,7 @@ def _square(delta: Tensor, factor: Tensor | None) -> float:
     return float(((delta.T @ delta) * (factor.T @ factor)).sum())
 
 
-class Conversation:
+class Responder:
     """One stream with the cloud at a time, and the answers to what it asks."""
 
     def __init__(
@@ -212,10 +212,10 @@ class Conversation:
         device: torch.device,
         *,
         factored: bool = False,
-        frozen: Sequence[Frozen] = (),
-        held: EdgeLayers | None = None,
+        frozen: Sequence[FrozenModule] = (),
+        edge_layers: EdgeLayers | None = None,
     ) -> None:
-        self.held = held or EdgeLayers()
+        self.edge_layers = edge_layers or EdgeLayers()
         self.link, self.meter, self.wire_dtype, self.device = link, meter, wire_dtype, device
         self.factored, self.frozen = factored, frozen
         self.output_squares: dict[tuple[int, int], float] | None = None
@@ -242,7 +242,7 @@ class Conversation:
         layers.
         """
         description = self.link.description
-        return int(description.layers.width if self.held else description.hidden_width)
+        return int(description.layers.width if self.edge_layers else description.hidden_width)
 
     def put_frozen(self, error: AdapterMissing) -> None:
         """Give the cloud the frozen modules that it does not hold. Raises PeerError if it keeps

@@ -31,7 +31,7 @@ def shared_sites(description: pb.Description) -> list[Site]:
 
 
 def match_sites(
-    model: PeftModel, description: pb.Description, held: EdgeLayers
+    model: PeftModel, description: pb.Description, edge_layers: EdgeLayers
 ) -> tuple[tuple[ActiveSite, ...], dict[str, LoraLayer]]:
     """Pair every LoRA layer with the cloud's sites; return those, and the layers that the edge runs
     itself, by name.
@@ -43,7 +43,9 @@ def match_sites(
         for name, one in model.get_base_model().named_modules()
         if isinstance(one, LoraLayer)
     }
-    here = {name: layers.pop(name) for name in list(layers) if not held.in_cloud(layer_of(name))}
+    here = {
+        name: layers.pop(name) for name in list(layers) if not edge_layers.in_cloud(layer_of(name))
+    }
     in_series = is_series(model.peft_config["default"])
     sites = []
     inputs = shared_sites(description)

@@ -27,12 +27,12 @@ from dlora.protocol.layers import (
     without_dropout,
 )
 
-__all__ = ["build_skeleton", "decoder_of", "drop_stand_ins", "held_layers_of"]
+__all__ = ["build_skeleton", "decoder_of", "drop_stand_ins", "edge_layers_of"]
 
 log = logging.getLogger(__name__)
 
 
-def held_layers_of(link: Link, edge_layers: tuple[int, int]) -> EdgeLayers:
+def edge_layers_of(link: Link, edge_layers: tuple[int, int]) -> EdgeLayers:
     """The layers to hold, of so many (first, last). Raises UsageError for more than the server
     allows.
     """
@@ -54,7 +54,7 @@ def held_layers_of(link: Link, edge_layers: tuple[int, int]) -> EdgeLayers:
     return EdgeLayers(first, last, offer.count)
 
 
-def build_skeleton(link: Link, held: EdgeLayers) -> PreTrainedModel:
+def build_skeleton(link: Link, edge_layers: EdgeLayers) -> PreTrainedModel:
     """The architecture's own class: real embedding, head and held layers, else a decoder with
     shapes but no memory.
     """
@@ -65,7 +65,9 @@ def build_skeleton(link: Link, held: EdgeLayers) -> PreTrainedModel:
         raise ModelError(
             f"this transformers does not know model type {model_type!r}: upgrade transformers"
         )
-    config = CONFIG_MAPPING[model_type].from_dict(without_dropout(values) if held else values)
+    config = CONFIG_MAPPING[model_type].from_dict(
+        without_dropout(values) if edge_layers else values
+    )
     # Buffers keep their values (Gemma scales its embedding with one); parameters get no memory.
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -87,8 +89,8 @@ def build_skeleton(link: Link, held: EdgeLayers) -> PreTrainedModel:
         head.weight = embedding.weight
     _fill(head, weights, "head.", skip=("weight",) if tied else ())
     here = {id(parameter) for module in (embedding, head) for parameter in module.parameters()}
-    if held:
-        names = files_for(held)
+    if edge_layers:
+        names = files_for(edge_layers)
         files, wanted = link.layer_files(names), values_by_file(model, model.get_decoder())
         for file in names:
             try:

@@ -1,6 +1,6 @@
 """Kill and Revive on a split model: measures units, applies decisions, keeps within the budget.
 
-kr = KillReviver(model, KillReviveConfig(), total_steps)
+kr = KillAndRevive(model, KillReviveConfig(), total_steps)
 for step, batch in enumerate(batches):     # `KillReviveCallback` does it in Trainer
     kr.before_step(step)
     model(**batch).loss.backward()
@@ -32,7 +32,7 @@ from dlora.kill_revive.config import KillReviveConfig
 from dlora.kill_revive.decide import Costs, Decision, Record, Unit, decide, is_due, needs_probe
 from dlora.protocol.layers import layer_of
 
-__all__ = ["KillReviveCallback", "KillReviver", "units_of"]
+__all__ = ["KillAndRevive", "KillReviveCallback", "units_of"]
 
 _STATE_FILE: Final = "dlora_kr.json"
 _TENSOR_FILE: Final = "dlora_kr.safetensors"
@@ -64,15 +64,15 @@ def costs_of(
             added[name] = out if model.wire == "plain" else max(1, round(rank * (1 + out / tokens)))
         sites.append((site.in_features, added))
     description = model.link.description
-    if model.held:
+    if model.edge_layers:
         between = description.layers.width
-        ends = round(2 * between + 2 * (1.0 if model.held.last else supervised) * between)
+        ends = round(2 * between + 2 * (1.0 if model.edge_layers.last else supervised) * between)
     else:
         ends = round(description.embedding_width + 2 * supervised * description.hidden_width)
     return Costs(tuple(sites), ends, kind)
 
 
-class KillReviver:
+class KillAndRevive:
     """Kill and Revive for a training loop: call its three methods around every optimizer step.
 
     `records` says for every decision and unit why it is as it is. `state_dict` and
@@ -406,7 +406,7 @@ class KillReviveCallback(TrainerCallback):
 
     def __init__(self, config: KillReviveConfig, log: Path | None = None) -> None:
         self.config, self.log = config, log
-        self.reviver: KillReviver | None = None
+        self.reviver: KillAndRevive | None = None
         self._written = 0
 
     def on_train_begin(
@@ -420,7 +420,7 @@ class KillReviveCallback(TrainerCallback):
         """Bind to the model; take up the state of the checkpoint that the run continues from."""
         if not isinstance(model, SplitModel):
             raise UsageError(f"Kill and Revive wants a split model, got {type(model).__name__}")
-        self.reviver = KillReviver(model, self.config, state.max_steps)
+        self.reviver = KillAndRevive(model, self.config, state.max_steps)
         if state.global_step:
             self.reviver.load(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         self._write(new=True)

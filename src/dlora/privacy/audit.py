@@ -339,11 +339,11 @@ def _public_texts(
 
 def _any_module(link: Link, begin: pb.Begin) -> list[str]:
     """A module of the cloud's layers, where the run had no adapter there."""
-    held = EdgeLayers(begin.edge_first, begin.edge_last, link.description.layers.count)
+    edge_layers = EdgeLayers(begin.edge_first, begin.edge_last, link.description.layers.count)
     modules = [
         module for site in link.description.sites for module in site.modules if module.allowed
     ]
-    return [module.name for module in modules if held.in_cloud(layer_of(module.name))][:1]
+    return [module.name for module in modules if edge_layers.in_cloud(layer_of(module.name))][:1]
 
 
 def _attackers_model(

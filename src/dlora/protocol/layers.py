@@ -147,8 +147,8 @@ def _check_output(fits: bool, index: int, in_tuple: bool) -> None:
 class KnownCloud:
     """A `LayerRunner`: held layers run, and what comes out of the cloud's is known, [B, T, D]."""
 
-    def __init__(self, held: EdgeLayers, exit_BTD: Tensor) -> None:
-        self.held, self.exit_BTD = held, exit_BTD
+    def __init__(self, edge_layers: EdgeLayers, exit_BTD: Tensor) -> None:
+        self.edge_layers, self.exit_BTD = edge_layers, exit_BTD
 
     def run_layer(
         self,
@@ -160,9 +160,9 @@ class KnownCloud:
         """Run a held layer; hand on what is known at the first of the others, and what comes at the
         rest.
         """
-        if not self.held.in_cloud(index):
+        if not self.edge_layers.in_cloud(index):
             return run(hidden_BTD)
-        return skip(self.exit_BTD if index == self.held.first else hidden_BTD)
+        return skip(self.exit_BTD if index == self.edge_layers.first else hidden_BTD)
 
 
 def layer_weights(
@@ -209,8 +209,8 @@ def layer_file(index: int) -> str:
 
 def files_for(layers: EdgeLayers) -> list[str]:
     """The files that an edge wants for these layers."""
-    held = (*range(layers.first), *range(layers.end, layers.count))
-    return ["decoder.safetensors", *map(layer_file, held)] if layers else []
+    edge_layers = (*range(layers.first), *range(layers.end, layers.count))
+    return ["decoder.safetensors", *map(layer_file, edge_layers)] if layers else []
 
 
 def check_weights(

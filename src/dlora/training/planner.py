@@ -88,14 +88,14 @@ def _predict(settings: PlanSettings, model: SplitModel) -> Prediction:
         settings.batch_size * settings.length,
         settings.batch_size * settings.supervised,
     )
-    held = model.held
-    kept = rows if held.last else supervised
+    edge_layers = model.edge_layers
+    kept = rows if edge_layers.last else supervised
     active = [(site, _active(model, site)) for site in model.sites]
     active = [(site, modules) for site, modules in active if modules]
     description = model.link.description
-    input_grad = any(layer_of(name) < held.first for name, _ in model.held_adapters())
+    input_grad = any(layer_of(name) < edge_layers.first for name, _ in model.edge_layer_adapters())
     widths = (description.embedding_width, description.hidden_width)
-    entry_width, exit_width = (description.layers.width,) * 2 if held else widths
+    entry_width, exit_width = (description.layers.width,) * 2 if edge_layers else widths
     shapes = [
         (site.in_features, [(layer.out_features, settings.r) for layer in layers])
         for site, layers in active
@@ -140,7 +140,7 @@ def _predict(settings: PlanSettings, model: SplitModel) -> Prediction:
         # The input gradients of held layers cost about what their forward does.
         edge_s=sum(_edge_site(settings, site, rows) for site, _ in active[:1]) * len(active)
         + _edge_head(model, supervised)
-        + 2 * found.held_s,
+        + 2 * found.edge_layers_s,
         wire_s=(sent + received) * _conversion(settings, rows, entry_width),
         link_s=link_s,
     )
@@ -213,7 +213,7 @@ class _Measured:
 
     cloud_s: float = math.inf
     """A training step: forward and backward of the cloud, with what it does at each site."""
-    held_s: float = 0.0
+    edge_layers_s: float = 0.0
     """Forward of layers that the edge holds."""
     transfer_s: float = math.inf
     """Of a forward pass with so many bytes and round trips: what the edge waited and the cloud did
@@ -255,10 +255,10 @@ def _calibrate(settings: PlanSettings, model: SplitModel, lowest: ActiveSite | N
     finally:
         model.set_active(whole)
     found.cloud_s += 2 * max(0.0, forward_s - one_s)
-    if model.held:
+    if model.edge_layers:
         with model.disable_adapter():
             passes = [_run(model, batch, training=False) for _ in range(3)]
-        found.held_s = min(took - cost.wait_s for took, cost in passes)
+        found.edge_layers_s = min(took - cost.wait_s for took, cost in passes)
     return found
 
 

@@ -114,7 +114,7 @@ def _rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         targets = settings.get("target_modules") or "peft's default"
         return f"{targets if isinstance(targets, str) else ', '.join(targets)}; rank {settings.get('r')}"
 
-    edge = ("adapter_flops", "head_flops", "embedding_flops", "held_flops")
+    edge = ("adapter_flops", "head_flops", "embedding_flops", "edge_layer_flops")
     cloud = ("cloud_forward_flops", "cloud_backward_flops")
     return [
         ("model", [str(run.record.get("model_id", "")) for run in runs]),
@@ -301,8 +301,8 @@ def _costs(runs: Sequence[Run]) -> Any:
     )
     edge: tuple[tuple[str, str, str], ...]
     edge = (("adapter_flops", "adapters", "#1b9e77"), ("head_flops", "head and loss", "#b2df8a"))
-    if any(run.cost.get("held_flops") for run in runs):
-        edge += (("held_flops", "held layers", "#66a61e"),)
+    if any(run.cost.get("edge_layer_flops") for run in runs):
+        edge += (("edge_layer_flops", "layers on the edge", "#66a61e"),)
     panels = (
         (
             "traffic, MB",

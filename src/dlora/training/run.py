@@ -1,12 +1,11 @@
 """A training run: settings in, adapter folder and run.json out, on trl's SFTTrainer.
 
 output/adapter_config.json, adapter_model.safetensors   the adapter, as peft writes it
-output/run.json                                          settings, versions, costs, how it ended
-output/log.jsonl                                         one line for every record of the trainer,
-loss and costs output/recording/                                        with --record: frames and
-truth, see recording.py output/kr.jsonl                                          with Kill and
-Revive: why each unit is active or not output/checkpoints/checkpoint-N/                         what
---resume continues from
+output/run.json                       settings, versions, costs, how it ended
+output/log.jsonl                      one line for every log entry of the trainer, loss and costs
+output/recording/                     with --record: frames and truth, see privacy/recording.py
+output/kr.jsonl                       with Kill and Revive: why each unit is active or not
+output/checkpoints/checkpoint-N/      what --resume continues from
 """
 
 from __future__ import annotations
@@ -187,7 +186,7 @@ class AccountingCallback(TrainerCallback):
         """Take up the meter of the checkpoint that this run continues from."""
         file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _METER_FILE
         if state.global_step and file.is_file():
-            self.before = Meter(**json.loads(file.read_text()))
+            self.before = Meter.from_saved(json.loads(file.read_text()))
         self.start, self.last, self.last_time = (
             self.meter.copy(),
             self.meter.copy(),

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import dlora
 from dlora.cloud.model import CloudModel, Limits
-from dlora.edge.responder import Conversation
+from dlora.edge.responder import Responder
 from dlora.edge.skeleton import drop_stand_ins
 from dlora.embedded import InProcessLink
 from dlora.errors import ModelError, PeerError, UsageError
@@ -168,7 +168,7 @@ def test_accounting_counts_held_layers(held: Any) -> None:
     with FlopCount() as count:
         model(**batch).loss.backward()
     cost = model.meter - before
-    assert cost.held_flops > 0
+    assert cost.edge_layer_flops > 0
     # torch also counts the small product that makes rotary angles.
     assert cost.edge_flops == pytest.approx(count.total, rel=2e-3)
 
@@ -211,7 +211,7 @@ def test_the_provider_decides(held: Any, links: Any) -> None:
         make_split(links("llama"), lora(), edge_layers=(1, 0))
     assert list(links("llama").description.layers.files) == []
     model = make_split(links("llama"), lora())
-    model.held = held("llama", (1, 0)).held
+    model.edge_layers = held("llama", (1, 0)).edge_layers
     model.sites = ()  # so that nothing but the number of layers is wrong
     with pytest.raises(PeerError, match="lets edges hold the first 0"):
         model._through_cloud(_entry(model), None)
@@ -351,13 +351,13 @@ def test_gradients_of_held_layers_are_checked(
     config = lora(layers_to_transform=[0])
     model = make_split(honest, config, edge_layers=(1, 0))
     model.add_adapter("second", config)
-    decode = Conversation.decode
+    decode = Responder.decode
 
     def huge(self: Any, message: Any, shape: Any, what: str) -> torch.Tensor:
         found = decode(self, message, shape, what)
         return torch.full_like(found, 3e38) if what == "gradient of the cloud's input" else found
 
-    monkeypatch.setattr(Conversation, "decode", huge)
+    monkeypatch.setattr(Responder, "decode", huge)
     for adapter_name in ("default", "second"):
         model.set_adapter(adapter_name)
         with pytest.raises(PeerError, match=r"a gradient of .*layers\.0\..* is not finite"):
@@ -411,17 +411,17 @@ def test_turns_go_back_behind_a_held_window(sliding: Any) -> None:
     one does.
     """
     split, local = pair(sliding)
-    talk, base = (
+    responder, base = (
         Continuing(split),
         torch.randint(5, 300, (1, 20), generator=torch.Generator().manual_seed(6)),
     )
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     for same in (20, 16, 9, 3, 20):
         ids = torch.cat([base[:, :same], torch.full((1, 2), 7 + same)], dim=1)
-        got = talk.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        got = responder.generate(ids, attention_mask=torch.ones_like(ids), **options)
         want = local.generate(ids, attention_mask=torch.ones_like(ids), **options)
         assert got.tolist() == want.tolist(), same
-    talk.close()
+    responder.close()
 
 
 def test_a_pass_that_fails_above_the_cloud_leaves_both_caches(
