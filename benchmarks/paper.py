@@ -460,13 +460,16 @@ def train(
         losses.append(round(kr.take_step(model, made[step], step, optimizer, rate, reviver), 5))
     spent = spent + (model.meter - before)
     checkpoint.unlink(missing_ok=True)
-    parts = ("adapter", "head", "embedding", "held", "cloud_forward", "cloud_backward")
+    parts = {
+        part: f"{part}_flops"
+        for part in ("adapter", "head", "embedding", "cloud_forward", "cloud_backward")
+    } | {"held": "edge_layer_flops"}  # the key of the committed results
     return {
         "steps": len(made),
         "losses": losses,
         "train_loss": statistics.fmean(losses[-10:]),
         "bytes": {"sent": spent.sent_bytes, "received": spent.received_bytes},
-        "flops": {part: getattr(spent, f"{part}_flops") for part in parts},
+        "flops": {part: getattr(spent, name) for part, name in parts.items()},
         "round_trips": spent.round_trips,
         "tokens": spent.tokens,
         "seconds": round(seconds + time.monotonic() - began, 1),
