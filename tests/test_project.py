@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 
 import dlora
-from dlora.cli.demo import data_file
+from dlora.cli.demo import data_file, show_end
+from dlora.cli.settings import DemoSettings
 from dlora.protocol.wire import PROTOCOL_VERSION
 
 SOURCE = Path(dlora.__file__).parent
+ROOT = SOURCE.parents[1]
 
 
 def test_generated_stubs_are_not_stale(tmp_path: Path) -> None:
@@ -56,12 +58,29 @@ def test_wire_document_states_the_protocol_version() -> None:
 )
 def test_benchmark_document_shows_the_result_file(name: str, document: str) -> None:
     """The tables of a document are those that the benchmark makes of its committed result."""
-    root = SOURCE.parents[1]
+    root = ROOT
     spec = spec_from_file_location(name, root / f"benchmarks/{name}.py")
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     read = getattr(module, "load_results", lambda: json.loads(module.RESULT.read_text()))
-    assert module.table(read()) in (root / f"docs/{document}.md").read_text()
+    text = (root / f"docs/{document}.md").read_text()
+    assert " ".join(module.table(read()).split()) in " ".join(text.split())
+
+
+def test_readme_shows_the_end_of_the_committed_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    """The README's first screen shows what the demo prints of its committed result."""
+    run = json.loads((ROOT / "benchmarks/results/demo.json").read_text())
+    show_end(DemoSettings(), run)
+    assert capsys.readouterr().out.strip() in (ROOT / "README.md").read_text()
+
+
+def test_documents_keep_to_100_columns() -> None:
+    """Prose and code blocks of README and docs can be read in a narrow window; tables cannot."""
+    files = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    for file in files:
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            is_url = re.fullmatch(r"\S+|.*\]: \S+", line.strip())
+            assert len(line) <= 100 or line.startswith("|") or is_url, f"{file.name}:{number}"
 
 
 def demo_rows(name: str) -> list[tuple[list[str], str]]:

@@ -143,7 +143,6 @@ def _show(
     before: list[str],
     after: list[str],
 ) -> None:
-    demo, cost = record["demo"], record["cost"]
     print(f"\nHeld-out messages (never trained on), {settings.examples} of {len(heldout)}:")
     for row, old, new in list(zip(heldout, before, after, strict=True))[: settings.examples]:
         message = row["prompt"].removeprefix("Message: ").removesuffix("\nDesk:")
@@ -155,25 +154,20 @@ def _show(
         print(
             f"  {message}\n      before: {' '.join(old.split())[:60]!r:64} after: {new!r} ({mark})"
         )
-    print(
-        f"\nexact match    before {demo['exact_match_before']:.1%}, after "
-        f"{demo['exact_match_after']:.1%}"
-    )
-    print(
-        f"crossed        {cost['sent_bytes'] / 1e6:.0f} MB up, {cost['received_bytes'] / 1e6:.0f} "
-        "MB down in "
-        f"{record['steps']} steps: activations and gradients, no text and no labels"
-    )
-    print(
-        "               (this is not confidentiality against a cloud that records it: see the "
-        "README)"
-    )
-    print(
-        f"adapter        {settings.output}: PeftModel.from_pretrained(base, "
-        f"{str(settings.output)!r})"
-    )
+    show_end(settings, record)
+
+
+def show_end(settings: DemoSettings, run: dict[str, Any]) -> None:
+    """The last lines of the demo: what it reached, what it cost, what to do next."""
+    demo, cost = run["demo"], run["cost"]
+    sent_mb, received_mb = cost["sent_bytes"] / 1e6, cost["received_bytes"] / 1e6
+    before, after = demo["exact_match_before"], demo["exact_match_after"]
+
+    print(f"\nexact match    before {before:.1%}, after {after:.1%}")
+    print(f"crossed        {sent_mb:.0f} MB up, {received_mb:.0f} MB down in {run['steps']} steps:")
+    print("               activations and gradients, no text and no labels (which is not")
+    print("               confidentiality against a cloud that records them: see the README)")
+    print(f"adapter        {settings.output}: PeftModel.from_pretrained(base, '{settings.output}')")
     print(f"use it         dlora serve --model {DEMO_MODEL}, and in another terminal:")
-    print(
-        f"               dlora generate --server 127.0.0.1:50051 --adapter {settings.output} "
-        "--prompt ..."
-    )
+    print("               dlora generate --server 127.0.0.1:50051 \\")
+    print(f"                   --adapter {settings.output} --prompt ...")
