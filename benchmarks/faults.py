@@ -38,7 +38,7 @@ from dlora.cloud.model import CloudModel
 from dlora.edge.grpc_link import Access
 from dlora.edge.link import RetryPolicy
 from dlora.server import keys
-from dlora.server.server import Server, TlsFiles
+from dlora.server.server import Server, ServerOptions, TlsFiles
 
 RESULT = Path(__file__).parent / "results" / "faults.json"
 MORTAL = Path(__file__).parents[1] / "tests" / "mortal_server.py"
@@ -200,7 +200,7 @@ def relayed(name: str, cloud: CloudModel, folder: Path, want: torch.Tensor) -> d
         if encrypted
         else None
     )
-    with Server(cloud, tls=tls) as server:
+    with Server(cloud, tls=tls, options=ServerOptions(drain_s=0.0)) as server:
         relay = Relay(("127.0.0.1", server.port), **always)
         access = Access(ca=folder / "ca.pem") if encrypted else Access()
         # Half-open connections are noticed by keepalive after 30 s; here a frame may take 1.5 s.
@@ -322,7 +322,7 @@ def run(names: list[str] | None = None) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "keys"
         keys.make_authority(folder, ["127.0.0.1"], 1)
-        with Server(cloud) as server:
+        with Server(cloud, options=ServerOptions(drain_s=0.0)) as server:
             link = dlora.connect(server.address)
             want, _ = train(link, lambda step: None)
             link.close()

@@ -41,9 +41,10 @@ import dlora
 from dlora.cloud.model import CloudModel
 from dlora.edge.grpc_link import GrpcLink
 from dlora.edge.model import SplitModel
-from dlora.server.server import Server
+from dlora.server.server import Server, ServerOptions
 
 VOCAB = 300
+NO_DRAIN = ServerOptions(drain_s=0.0)  # a server of a test does not wait for open streams
 _COMMON = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _LLAMA_LIKE = _COMMON | {
     "hidden_size": 64,
@@ -187,7 +188,7 @@ def links(
 
     def get(family: str) -> GrpcLink:
         if family not in made:
-            server = Server(cloud_models(family))
+            server = Server(cloud_models(family), options=NO_DRAIN)
             server.start()
             servers.append(server)
             made[family] = dlora.connect(server.address, cache=cache)

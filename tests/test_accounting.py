@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, batches, lora, make_base, make_split
+from conftest import FAMILIES, NO_DRAIN, batches, lora, make_base, make_split
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
@@ -60,7 +60,7 @@ class Relay:
 @contextmanager
 def relayed(cloud: CloudModel, cache: Path) -> Iterator[tuple[Any, Relay]]:
     """A link to a real server through a counting relay."""
-    with Server(cloud) as server:
+    with Server(cloud, options=NO_DRAIN) as server:
         relay = Relay(server.port)
         link = dlora.connect(relay.address, cache=cache)
         yield link, relay

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, adapter, batches, lora, make_local, make_split
+from conftest import FAMILIES, NO_DRAIN, adapter, batches, lora, make_local, make_split
 from peft.tuners.lora import LoraLayer
 from test_accounting import FlopCount
 
@@ -168,7 +168,7 @@ def test_forgotten_modules_are_put_again(
     """
     batch = batches()[0]
     cloud = cloud_models("llama")
-    with Server(cloud) as server:
+    with Server(cloud, options=NO_DRAIN) as server:
         link = dlora.connect(server.address, cache=tmp_path)
         split = make_split(link, lora())
         want = split(**batch).loss.item()

@@ -14,7 +14,7 @@ from typing import Any
 import openai
 import pytest
 import torch
-from conftest import lora, make_local, make_split
+from conftest import NO_DRAIN, lora, make_local, make_split
 from transformers import PreTrainedTokenizerFast
 
 import dlora
@@ -35,7 +35,7 @@ def split(
     cloud_models: Callable[[str], Any], tokenizer: PreTrainedTokenizerFast, tmp_path_factory: Any
 ) -> Iterator[Any]:
     """A split model over a real socket, on the exact wire."""
-    with Server(cloud_models("llama"), tokenizer) as server:
+    with Server(cloud_models("llama"), tokenizer, options=NO_DRAIN) as server:
         link = dlora.connect(server.address, cache=tmp_path_factory.mktemp("cache"))
         model = make_split(link, lora()).eval()
         model.generation_config.suppress_tokens = unreadable(tokenizer)
@@ -277,7 +277,7 @@ def test_command_serves_until_it_is_told_to_stop(
     """`dlora api` prints its URL, answers OpenAI's client with a private adapter, and SIGTERM ends
     it with code 0.
     """
-    with Server(cloud_models("llama"), tokenizer) as server:
+    with Server(cloud_models("llama"), tokenizer, options=NO_DRAIN) as server:
         link = dlora.connect(server.address, cache=tmp_path)
         make_split(link, lora()).save_pretrained(tmp_path / "mine")
         link.close()

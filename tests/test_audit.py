@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCAB, batches, lora, make_base, make_split
+from conftest import NO_DRAIN, VOCAB, batches, lora, make_base, make_split
 from test_training import same
 from transformers import PreTrainedTokenizerFast
 
@@ -562,7 +562,7 @@ def server(
     cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[Server]:
     """The model of the run behind gRPC."""
-    with Server(cloud_models("llama"), tokenizer) as running:
+    with Server(cloud_models("llama"), tokenizer, options=NO_DRAIN) as running:
         yield running
 
 

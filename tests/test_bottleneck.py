@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import adapter, batches, lora, make_base, make_split
+from conftest import NO_DRAIN, adapter, batches, lora, make_base, make_split
 from peft import PeftModel
 from test_accounting import FlopCount
 
@@ -251,7 +251,7 @@ def test_command_line(
             json.dumps({"prompt": "the desk " * n, "completion": "of"}) + "\n" for n in (1, 2, 3, 4)
         )
     )
-    with Server(cloud_models("llama"), tokenizer) as server:
+    with Server(cloud_models("llama"), tokenizer, options=NO_DRAIN) as server:
         words = [
             "train",
             "--server",

@@ -12,7 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import FAMILIES, adapter, batches, lora, make_base, make_local, make_split
+from conftest import FAMILIES, NO_DRAIN, adapter, batches, lora, make_base, make_local, make_split
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from test_accounting import FlopCount
@@ -178,9 +178,8 @@ def test_over_the_network_and_into_a_folder(tmp_path: Path) -> None:
     peft loads.
     """
     limits = Limits(edge_first=1, edge_last=1)
-    with Server(
-        CloudModel(make_base("llama"), model_id="example-org/llama", limits=limits)
-    ) as server:
+    cloud = CloudModel(make_base("llama"), model_id="example-org/llama", limits=limits)
+    with Server(cloud, options=NO_DRAIN) as server:
         link = dlora.connect(server.address, cache=tmp_path / "cache")
         model = make_split(link, lora(), edge_layers=(1, 1))
         assert (

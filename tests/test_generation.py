@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, batches, lora, make_base, make_local, make_split
+from conftest import FAMILIES, NO_DRAIN, batches, lora, make_base, make_local, make_split
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast, TextStreamer
 
@@ -263,7 +263,7 @@ def test_long_sequences_are_read_in_slices(tmp_path: Path) -> None:
     cloud = CloudModel(
         make_base("llama"), model_id="example-org/llama", limits=Limits(max_tokens=10)
     )
-    with Server(cloud) as server:
+    with Server(cloud, options=NO_DRAIN) as server:
         link = dlora.connect(server.address, cache=tmp_path)
         local, split = make_local("llama", lora()).eval(), make_split(link, lora()).eval()
         batch = prompts(3)
@@ -295,18 +295,20 @@ def test_idle_cache_is_made_again(
     cloud_models: Callable[[str], CloudModel], tmp_path: Path
 ) -> None:
     """A cloud that gave up on a silent edge gets the sequence again at the edge's next word."""
-    with Server(cloud_models("llama"), options=ServerOptions(edge_timeout_s=0.3)) as server:
+    with Server(
+        cloud_models("llama"), options=ServerOptions(edge_timeout_s=0.3, drain_s=0.0)
+    ) as server:
         link = dlora.connect(server.address, cache=tmp_path)
         split = make_split(link, lora()).eval()
         cache = dlora.CloudCache()
         first = generated(split, ECHO, past_key_values=cache, **GREEDY)
         deadline = time.monotonic() + 20
         while (
-            server._servicer.pipes or server._servicer.tenancy.inflight_bytes
+            server._service.pipes or server._service.tenancy.inflight_bytes
         ) and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert not server._servicer.pipes
-        assert server._servicer.tenancy.inflight_bytes == 0
+        assert not server._service.pipes
+        assert server._service.tenancy.inflight_bytes == 0
         longer = one_prompt([*first[0].tolist(), 17])
         got = generated(split, longer, past_key_values=cache, **GREEDY)
         assert split.meter.retries == 1
@@ -333,7 +335,7 @@ def test_answer_frees_the_cloud(
 
         def end(self) -> None: ...
 
-    with Server(cloud_models("llama")) as server:
+    with Server(cloud_models("llama"), options=NO_DRAIN) as server:
         link = dlora.connect(server.address, cache=tmp_path)
         split = make_split(link, lora()).eval()
         generated(split, ECHO, **GREEDY)
@@ -341,10 +343,10 @@ def test_answer_frees_the_cloud(
             generated(split, ECHO, streamer=Stop(), **GREEDY)
         deadline = time.monotonic() + 20
         while (
-            server._servicer.pipes or server._servicer.tenancy.inflight_bytes
+            server._service.pipes or server._service.tenancy.inflight_bytes
         ) and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert not server._servicer.pipes and server._servicer.tenancy.inflight_bytes == 0
+        assert not server._service.pipes and server._service.tenancy.inflight_bytes == 0
         link.close()
 
 
@@ -358,7 +360,7 @@ def test_cache_is_charged_before_it_is_made(tmp_path: Path) -> None:
     assert (
         cloud.cache_bytes_per_token == 2 * 2 * 16 * 4 * 3
     )  # keys and values, heads, width, fp32, layers
-    with Server(cloud) as server:
+    with Server(cloud, options=NO_DRAIN) as server:
         link = dlora.connect(server.address, cache=tmp_path)
         split = make_split(link, lora()).eval()
         with pytest.raises(PeerError, match="over this server's limits"):
@@ -368,11 +370,11 @@ def test_cache_is_charged_before_it_is_made(tmp_path: Path) -> None:
             split(**ECHO, past_key_values=cache, use_cache=True)
         deadline = time.monotonic() + 20  # while the edge thinks, the cache alone is reserved
         while (
-            server._servicer.tenancy.inflight_bytes != 250 * cloud.cache_bytes_per_token
+            server._service.tenancy.inflight_bytes != 250 * cloud.cache_bytes_per_token
             and time.monotonic() < deadline
         ):
             time.sleep(0.02)
-        assert server._servicer.tenancy.inflight_bytes == 250 * cloud.cache_bytes_per_token
+        assert server._service.tenancy.inflight_bytes == 250 * cloud.cache_bytes_per_token
         split.retry = dlora.RetryPolicy(give_up_after_s=0.1)
         other = dlora.CloudCache(expected_length=250)
         with torch.no_grad(), pytest.raises(PeerLost, match="busy"):

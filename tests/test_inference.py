@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, lora, make_local, make_split
+from conftest import FAMILIES, NO_DRAIN, lora, make_local, make_split
 from transformers import PreTrainedTokenizerFast
 
 import dlora
@@ -37,7 +37,7 @@ def server(
     cloud_models: Callable[[str], Any], tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[Server]:
     """A server with a tokenizer."""
-    with Server(cloud_models("llama"), tokenizer) as running:
+    with Server(cloud_models("llama"), tokenizer, options=NO_DRAIN) as running:
         yield running
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import adapter, batches, lora, make_base, make_split
+from conftest import NO_DRAIN, adapter, batches, lora, make_base, make_split
 
 from dlora.cloud.model import CloudModel, Limits
 from dlora.edge.noise import Noise
@@ -155,7 +155,7 @@ def test_command_line(
             for n in (1, 2, 3)
         )
     )
-    with Server(watched[0].cloud, tokenizer) as server:
+    with Server(watched[0].cloud, tokenizer, options=NO_DRAIN) as server:
         words = [
             "train",
             "--server",

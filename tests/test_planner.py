@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_base
+from conftest import NO_DRAIN, make_base
 from transformers import PreTrainedTokenizerFast
 
 import dlora
@@ -24,7 +24,7 @@ def server(
     cloud_models: Callable[[str], Any], tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[Server]:
     """A tiny Llama behind gRPC."""
-    with Server(cloud_models("llama"), tokenizer) as running:
+    with Server(cloud_models("llama"), tokenizer, options=NO_DRAIN) as running:
         yield running
 
 
@@ -77,7 +77,7 @@ def test_held_layers_are_planned(
     cloud = CloudModel(
         make_base("llama"), model_id="x", limits=Limits(edge_first=first, edge_last=last)
     )
-    with Server(cloud) as server:
+    with Server(cloud, options=NO_DRAIN) as server:
         link = dlora.connect(server.address, cache=tmp_path)
         targets = (
             "all-linear"

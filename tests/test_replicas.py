@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from conftest import adapter, batches, lora, make_split
 
 import dlora
 from dlora.errors import PeerError, UsageError
-from dlora.server.replicas import Front, ReplicaSettings, Scaling, scale
-from dlora.server.server import ServerOptions
-from dlora.server.settings import ServeSettings
+from dlora.proto import dlora_pb2 as pb
+from dlora.server.replica import Replica, ReplicaSettings
+from dlora.server.replicas import Front, _Known
+from dlora.server.scaling import Scaling, scale
+from dlora.server.settings import ServerOptions, ServeSettings
 
 
 def settings(folder: Path, **changes: Any) -> ReplicaSettings:
@@ -104,6 +107,56 @@ def test_scaling_follows_the_queue() -> None:
     assert scale(scaling, 1, queued=0, streams=0, busy_s=0, idle_s=999) == 1
     with pytest.raises(UsageError, match="the least first"):
         Scaling(least=2, most=1)
+
+
+def test_a_replica_serves_without_ray(model_folder: Path, tmp_path: Path) -> None:
+    """What Ray runs is a plain object: it serves the model at the address it gives, and drains."""
+    replica = Replica(settings(model_folder))
+    address, message = replica.describe()
+    link = dlora.connect(address, cache=tmp_path)
+    assert pb.Description.FromString(message).fingerprint == link.description.fingerprint
+    assert replica.load() == (address, 0, 0)
+    link.close()
+    replica.drain()
+    assert not replica.server.is_ready
+
+
+def test_supervision_outlives_what_fails(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A replica that does not answer, and one that cannot be started, end neither the front's
+    supervision nor its other replicas.
+    """
+    pytest.importorskip("ray")
+    monkeypatch.setattr("dlora.server.replicas._POLL_S", 0.01)
+    front = Front(settings(model_folder), Scaling(least=1, most=2, queue=1.0, patience_s=0.0))
+
+    class Broken:
+        """Ray whose every answer is an error without words."""
+
+        def __init__(self) -> None:
+            self.asked = 0
+
+        def get(self, *_: Any, **__: Any) -> Any:
+            self.asked += 1
+            raise RuntimeError
+
+        def remote(self, *_: Any, **__: Any) -> Any:
+            raise RuntimeError("no room on any node")
+
+    front.ray = Broken()
+    busy = _Known(MagicMock(), "127.0.0.1:1", streams=9, queued=9)
+    front.replicas = [busy]
+    front._supervising.start()
+    deadline = time.monotonic() + 10
+    while front.ray.asked < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert front._supervising.is_alive() and front.ray.asked >= 3
+    front._stop.set()
+    front._supervising.join()
+    front._loop.close()
+    assert front.replicas == [busy] and busy.address == ""
+    assert "scaling failed: no room on any node" in caplog.text
 
 
 def test_settings_of_replicas_are_checked() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 import pytest
 import torch
-from conftest import adapter, batches, lora, make_split
+from conftest import NO_DRAIN, adapter, batches, lora, make_split
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import dlora
@@ -57,12 +57,13 @@ def access(folder: Path, token: str | None = None) -> Access:
 
 @pytest.fixture
 def secured(folder: Path, cloud_models: Callable[[str], CloudModel]) -> Iterator[Server]:
-    """A server with TLS, identities and an audit log, for the folder of this test."""
+    """A server with TLS, identities and an access log, for the folder of this test."""
     with Server(
         cloud_models("llama"),
         tls=tls(folder),
         identities=Identities(folder / "identities.json"),
-        audit=folder / "audit.jsonl",
+        access_log=folder / "access.jsonl",
+        options=NO_DRAIN,
     ) as server:
         yield server
 
@@ -115,7 +116,7 @@ def test_nothing_but_health_answers_strangers(secured: Server, folder: Path) -> 
 def test_training_over_tls_with_a_token_is_the_same(
     secured: Server, folder: Path, links: Callable[[str], Any], tmp_path: Path
 ) -> None:
-    """Loss and gradients over TLS equal those over plaintext; the audit log says who and how much,
+    """Loss and gradients over TLS equal those over plaintext; the access log says who and how much,
     and no more.
     """
     name, token = keys.add_token(folder, "alice", 1)
@@ -130,14 +131,14 @@ def test_training_over_tls_with_a_token_is_the_same(
         assert torch.equal(one.grad, other.grad)
     link.close()
     time.sleep(0.3)
-    text = (folder / "audit.jsonl").read_text()
+    text = (folder / "access.jsonl").read_text()
     line = json.loads(text.splitlines()[-1])
     assert (line["tenant"], line["identity"], line["status"]) == ("alice", name, "OK")
     assert (
         line["tokens"] == int(batches()[0]["attention_mask"].sum())
         and line["received_bytes"] > 1000
     )
-    assert token not in text and (folder / "audit.jsonl").stat().st_mode & 0o077 == 0
+    assert token not in text and (folder / "access.jsonl").stat().st_mode & 0o077 == 0
 
 
 def test_mutual_tls(
@@ -148,7 +149,7 @@ def test_mutual_tls(
     name, file = keys.add_certificate(folder, "alice", 1)
     identities = Identities(folder / "identities.json")
     with Server(
-        cloud_models("llama"), tls=tls(folder, mutual=True), identities=identities
+        cloud_models("llama"), tls=tls(folder, mutual=True), identities=identities, options=NO_DRAIN
     ) as server:
         mine = Access(
             ca=folder / "ca.pem",
@@ -195,7 +196,7 @@ def test_revoked_token_is_refused_and_its_streams_are_cut(
     assert time.monotonic() - start < 5
     with pytest.raises(PeerError, match="does not know this edge"):
         dlora.connect(secured.address, access=access(folder, token), cache=tmp_path)
-    assert len(secured._servicer.pipes) == 1
+    assert len(secured._service.pipes) == 1
     for stream in streams:
         stream.close()
 
@@ -275,6 +276,7 @@ def test_serving_beyond_loopback_needs_protection(folder: Path) -> None:
     ):
         with pytest.raises(UsageError, match=message):
             ServeSettings(model="m", host="0.0.0.0", **options)
+    assert ServeSettings(model="m").drain_s == ServerOptions().drain_s == 30.0
     for fine in ({"insecure": True}, {"keys": folder}):
         ServeSettings(model="m", host="0.0.0.0", **fine)
 
@@ -295,6 +297,85 @@ def test_broken_identities_change_nothing(folder: Path) -> None:
     keys.write_private(folder / "identities.json", good.encode())
     with pytest.raises(UsageError, match="want letters"):
         keys.add_token(folder, "../alice", 1)
+
+
+def test_a_file_that_no_parser_expects_locks_nobody_out(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nesting without end, or a hash that is no ASCII, ends no look at the file and no call; what
+    stays wrong is logged once.
+    """
+    token = keys.add_token(folder, "alice", 1)[1]
+    content = json.loads((folder / "identities.json").read_text())
+    content["tokens"] = {"odd": {**next(iter(content["tokens"].values())), "sha256": "\u00e9"}} | (
+        content["tokens"]
+    )
+    keys.write_private(folder / "identities.json", json.dumps(content).encode())
+    identities = Identities(folder / "identities.json")
+    assert identities.authenticate(token, None) == Credential(
+        "alice", next(name for name in content["tokens"] if name != "odd")
+    )
+    keys.write_private(folder / "identities.json", b"[" * 100_000)
+    for _ in range(3):
+        identities.refresh()
+        assert identities.authenticate(token, None) is not None
+    assert caplog.text.count("identities are as they were") == 1
+
+
+def test_an_unforeseen_error_does_not_end_the_watch(
+    secured: Server,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A server whose look at the identities fails keeps the last good ones, logs each kind of error
+    once, and takes up a revocation when looking works again.
+    """
+    name, token = keys.add_token(folder, "alice", 1)
+    time.sleep(1.5)
+    link = dlora.connect(secured.address, access=access(folder, token), cache=tmp_path)
+    stream = link.open()
+    stream.send(pb.EdgeFrame(begin=begin(link)))
+    assert stream.receive().WhichOneof("kind") == "input"
+
+    failed = []
+
+    def fail() -> None:
+        failed.append(None)
+        raise ZeroDivisionError("nobody thought of this")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dlora.server.service._REFRESH_S", 0.05)
+        patch.setattr(secured._service.identities, "refresh", fail)
+        deadline = time.monotonic() + 10
+        while len(failed) < 3 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert len(failed) >= 3 and caplog.text.count("were not looked at") == 1
+        dlora.connect(secured.address, access=access(folder, token), cache=tmp_path).close()
+
+    keys.revoke(folder, name)
+    with pytest.raises(PeerError, match="no longer valid"):
+        stream.receive()
+    stream.close()
+    link.close()
+
+
+def test_a_full_disk_under_the_access_log_ends_no_stream(
+    folder: Path,
+    cloud_models: Callable[[str], CloudModel],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Lines that cannot be written are lost, which the server's own log says once; edges go on."""
+    with Server(cloud_models("llama"), access_log=Path("/dev/full"), options=NO_DRAIN) as server:
+        link = dlora.connect(server.address, cache=tmp_path)
+        split = make_split(link, lora())
+        for _ in range(2):
+            split(**batches()[0]).loss.backward()
+        link.close()
+        assert split.meter.retries == 0
+    assert caplog.text.count("No space left on device; its lines are lost") == 1
 
 
 def test_keys_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -385,7 +466,7 @@ def test_adapter_room_is_each_owners() -> None:
     store = AdapterStore(64 * 5, torch.device("cpu"))
     bobs = [store.put(module(seed), "bob", 64 * 2) for seed in range(2)]
     alices = [store.put(module(seed), "alice", 64 * 4) for seed in range(4)]
-    assert all(store.get(key, "bob") for key in bobs) and store.held_bytes == 64 * 5
+    assert all(store.get(key, "bob") for key in bobs) and store.stored_bytes == 64 * 5
     assert [store.get(key, "alice") is not None for key in alices] == [False, True, True, True]
     third = store.put(module(9), "bob", 64 * 2)
     assert store.get(bobs[0], "bob") is None and store.get(third, "bob")
@@ -488,7 +569,7 @@ def test_metrics_and_status(
         assert main(["status", "--metrics-port", str(port)]) == 0
         shown = capsys.readouterr().out
         assert "ready" in shown and "alice" in shown and str(rows) in shown
-        secured._servicer.draining = True
+        secured._service.draining = True
         assert read_status(port)[0].startswith("draining")
     assert main(["status", "--metrics-port", str(port)]) == 1
 
@@ -504,7 +585,7 @@ def test_drain_lets_streams_finish_and_sends_new_ones_elsewhere(
     cloud = cloud_models("llama")
     first = Server(cloud, options=ServerOptions(drain_s=20.0))
     first.start()
-    with Server(cloud) as second:
+    with Server(cloud, options=NO_DRAIN) as second:
         both = dlora.connect(f"{first.address},{second.address}", cache=tmp_path)
         split = make_split(both, lora())
         loss = split(**batches()[0]).loss  # a stream is open: it waits for backward
@@ -534,9 +615,9 @@ def test_another_model_behind_the_second_address_is_refused(
     """An edge that moves to a server of another model stops with both fingerprints, instead of
     training on it.
     """
-    first = Server(cloud_models("llama"))
+    first = Server(cloud_models("llama"), options=NO_DRAIN)
     first.start()
-    with Server(cloud_models("opt")) as second:
+    with Server(cloud_models("opt"), options=NO_DRAIN) as second:
         both = dlora.connect(f"{first.address},{second.address}", cache=tmp_path)
         split = make_split(both, lora())
         first.stop()

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import pytest
 import torch
-from conftest import adapter, batches, lora, make_base, make_split
+from conftest import NO_DRAIN, adapter, batches, lora, make_base, make_split
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import dlora
@@ -32,7 +32,7 @@ NO_PATIENCE = RetryPolicy(give_up_after_s=0.0)
 def server(cloud_models: Callable[[str], CloudModel]) -> Iterator[Server]:
     """A server that waits only a second for its edges."""
     with Server(
-        cloud_models("llama"), options=ServerOptions(edge_timeout_s=1.0, max_streams=4)
+        cloud_models("llama"), options=ServerOptions(edge_timeout_s=1.0, max_streams=4, drain_s=0.0)
     ) as running:
         yield running
 
@@ -174,12 +174,12 @@ def test_flood_is_cut_off(link: GrpcLink, server: Server) -> None:
 
 def assert_idle(server: Server) -> None:
     """Within seconds no stream, no held activation, no taken slot is left."""
-    servicer = server._servicer
+    service = server._service
     deadline = time.monotonic() + 10
-    while (servicer.pipes or servicer.tenancy.inflight_bytes) and time.monotonic() < deadline:
+    while (service.pipes or service.tenancy.inflight_bytes) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert not servicer.pipes and servicer.tenancy.inflight_bytes == 0
-    assert servicer.slots.free == servicer.options.compute_slots
+    assert not service.pipes and service.tenancy.inflight_bytes == 0
+    assert service.slots.free == service.options.compute_slots
 
 
 def test_silent_edge_is_dropped(link: GrpcLink, server: Server) -> None:
@@ -248,7 +248,7 @@ def test_memory_limit_is_known_before_computing(tmp_path: Path) -> None:
     cloud = CloudModel(
         make_base("llama"), model_id="x/y", limits=Limits(max_inflight_bytes=1 << 20)
     )
-    with Server(cloud) as server:
+    with Server(cloud, options=NO_DRAIN) as server:
         link = dlora.connect(server.address, cache=tmp_path)
         split = dlora.get_peft_model(link, lora(), wire_dtype="fp32", retry=NO_PATIENCE)
         with pytest.raises(PeerError, match="lower the batch size"):
@@ -275,7 +275,7 @@ def test_memory_limit_is_known_before_computing(tmp_path: Path) -> None:
 def test_message_over_the_limit_is_refused_before_it_is_sent(tmp_path: Path) -> None:
     """An edge knows the server's message limit and says what to do, instead of a broken stream."""
     cloud = CloudModel(make_base("llama"), model_id="x/y", limits=Limits(max_message_bytes=50_000))
-    with Server(cloud) as server:
+    with Server(cloud, options=NO_DRAIN) as server:
         link = dlora.connect(server.address, cache=tmp_path)
         split = make_split(link, lora())
         with pytest.raises(
@@ -313,7 +313,7 @@ def test_shutdown_ends_streams_with_a_clear_status(
     """Streams in flight end with UNAVAILABLE and the reason; the edge may try elsewhere or
     later.
     """
-    server = Server(cloud_models("llama"))
+    server = Server(cloud_models("llama"), options=NO_DRAIN)
     server.start()
     link = dlora.connect(server.address, cache=tmp_path)
     stream = link.open()
@@ -339,7 +339,7 @@ def test_taken_port_is_a_clear_error(
 ) -> None:
     """A second server on the port is refused instead of sharing it unnoticed."""
     with pytest.raises(UsageError, match=f"cannot listen on 127.0.0.1:{server.port}"):
-        Server(cloud_models("llama"), port=server.port).start()
+        Server(cloud_models("llama"), port=server.port, options=NO_DRAIN).start()
 
 
 def test_two_edges_at_once_get_what_they_get_alone(
@@ -357,7 +357,9 @@ def test_two_edges_at_once_get_what_they_get_alone(
             optimizer.zero_grad()
         return [parameter.detach().clone() for parameter in adapter(split).values()]
 
-    with Server(cloud_models("llama"), options=ServerOptions(compute_slots=2)) as server:
+    with Server(
+        cloud_models("llama"), options=ServerOptions(compute_slots=2, drain_s=0.0)
+    ) as server:
         link = dlora.connect(server.address, cache=tmp_path)
         alone = [run(make_split(link, lora(), seed=seed), seed) for seed in (1, 2)]
         links = [link, dlora.connect(server.address, cache=tmp_path)]
@@ -501,7 +503,7 @@ def test_forbidden_and_unknown_targets_are_named(tmp_path: Path) -> None:
     cloud = CloudModel(
         make_base("llama"), model_id="x/y", allowed=lambda name: name.endswith(("q_proj", "v_proj"))
     )
-    with Server(cloud) as server:
+    with Server(cloud, options=NO_DRAIN) as server:
         link = dlora.connect(server.address, cache=tmp_path)
         make_split(link, lora(target_modules=["q_proj", "v_proj"]))(**batches()[0]).loss.backward()
         with pytest.raises(UsageError, match=r"k_proj\. It allows: q_proj, v_proj"):

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_base
+from conftest import NO_DRAIN, make_base
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, TrainerCallback
@@ -48,7 +48,7 @@ def server(
     cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[Server]:
     """The same behind gRPC, for the command line."""
-    with Server(cloud_models("llama"), tokenizer) as running:
+    with Server(cloud_models("llama"), tokenizer, options=NO_DRAIN) as running:
         yield running
 
 

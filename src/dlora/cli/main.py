@@ -200,7 +200,7 @@ def _serve(values: dict[str, Any]) -> int:
         options=_server_options(settings),
         tls=tls,
         identities=None if identities is None else Identities(identities),
-        audit=settings.audit_log,
+        access_log=settings.access_log,
     )
     with ExitStack() as stack:
         if settings.metrics_port is not None:
@@ -289,7 +289,9 @@ def _protection(settings: ServeSettings) -> dict[str, Any]:
 
 
 def _serve_replicas(settings: ServeSettings) -> int:
-    from dlora.server.replicas import Front, ReplicaSettings, Scaling
+    from dlora.server.replica import ReplicaSettings
+    from dlora.server.replicas import Front
+    from dlora.server.scaling import Scaling
 
     replica = ReplicaSettings(
         load=_model(settings),
@@ -297,7 +299,7 @@ def _serve_replicas(settings: ServeSettings) -> int:
         options=_server_options(settings),
         host=settings.host,
         ports=settings.ports,
-        audit=settings.audit_log,
+        access_log=settings.access_log,
         threads=settings.threads,
         num_cpus=settings.replica_cpus,
         num_gpus=settings.replica_gpus,

@@ -26,7 +26,7 @@ from dlora.protocol.wire import PROTOCOL_VERSION, content_hash, decode, encode, 
 
 __all__ = [
     "ActiveSite",
-    "Frozen",
+    "FrozenModule",
     "Record",
     "Responder",
     "Wait",

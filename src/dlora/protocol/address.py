@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["LOOPBACK", "is_loopback"]
+__all__ = ["LOOPBACK", "LOOPBACK_ADDRESS", "LOOPBACK_NAME", "is_loopback"]
 
-LOOPBACK: Final = ("127.0.0.1", "localhost", "::1", "[::1]")
+LOOPBACK_ADDRESS: Final = "127.0.0.1"
+LOOPBACK_NAME: Final = "localhost"
+LOOPBACK: Final = (LOOPBACK_ADDRESS, LOOPBACK_NAME, "::1", "[::1]")
 
 
 def is_loopback(address: str) -> bool:

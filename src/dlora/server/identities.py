@@ -1,5 +1,4 @@
-"""Who may use a server: tenants with their limits, and the tokens and certificates that belong to
-them.
+"""Who may use a server: tenants with their limits, and their tokens and certificates.
 
 One JSON file, written by `dlora keys` and read again when it changes, so that nothing needs a
 restart:
@@ -8,8 +7,8 @@ restart:
  "tokens":       {ID: {"tenant": NAME, "sha256": DIGEST, "expires": ISO TIME}, ...},
  "certificates": {FINGERPRINT: {"tenant": NAME, "expires": ISO TIME}, ...}}
 
-A token is 32 random bytes, so a plain SHA-256 of it cannot be turned back. What is not in the file
-is refused.
+A token is 32 random bytes, so a plain SHA-256 of it cannot be turned back. Whoever is not in the
+file is refused.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class TenantLimits:
     mib_per_hour: float = 0.0
     """Traffic in both directions, in MiB an hour, with an hour's worth of burst; 0: no limit."""
     adapter_mib: int = 256
-    """Frozen modules kept for the tenant, in MiB."""
+    """Frozen modules that the cloud keeps for the tenant, in MiB."""
     weight: float = 1.0
     """Share of compute against other tenants that want it at the same time."""
 
@@ -66,6 +65,7 @@ class Credential:
 
     tenant: str
     id: str
+    """Name of the token, or fingerprint of the certificate: never the secret itself."""
 
 
 LOCAL: Final = Credential("local", "none")
@@ -73,36 +73,43 @@ LOCAL: Final = Credential("local", "none")
 
 
 def hash_token(token: str) -> str:
-    """What of a token is kept."""
+    """SHA-256 of a token, in hex: all of it that is kept."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 class Identities:
-    """The file in memory. `refresh` takes up its changes; all methods may be called from any
-    thread.
+    """The file in memory; `refresh` takes up its changes.
+
+    All methods may be called from any thread.
     """
 
     def __init__(self, file: Path) -> None:
+        """Raises UsageError for a file that cannot be read, is open to others, or is none."""
         self.file = file
         self._lock = threading.Lock()
-        self._seen: tuple[int, int, int] | None = None
+        self._read_at: tuple[int, int, int] | None = None
+        self._complaint = ""  # about the file as it is now; logged already
         self._tenants: dict[str, TenantLimits] = {}
         self._entries: dict[str, dict[str, Any]] = {kind: {} for kind in _KINDS}
         check_private(file)
         self._read()
 
     def refresh(self) -> None:
-        """Read the file again if it has changed. One that cannot be read changes nothing and is
-        logged.
+        """Read the file again if it has changed.
 
-        A file that is gone or open to others is such a one too: revoking is done by changing it.
+        A file that cannot be read, is gone, or is open to others changes nothing: revoking is done
+        by changing it. The log says so once.
         """
         try:
-            if self._stamp() != self._seen:
+            if self._stamp() != self._read_at:
                 check_private(self.file)
                 self._read()
-        except (UsageError, OSError) as error:
-            log.error("identities are as they were: %s", error)
+            self._complaint = ""
+        except Exception as error:  # whatever a file can do to a parser: nobody may be locked out
+            complaint = str(error) or type(error).__name__
+            if complaint != self._complaint:
+                log.error("identities are as they were: %s", complaint)
+            self._complaint = complaint
 
     def limits(self, tenant: str) -> TenantLimits:
         """A tenant's limits; defaults for one that has none of its own."""
@@ -113,10 +120,12 @@ class Identities:
         """Whose token or client certificate this is; None if it is nobody's, revoked or expired."""
         with self._lock:
             if token is not None:
-                digest = hash_token(token)
+                digest = hash_token(token).encode()
                 for name, entry in self._entries["tokens"].items():
-                    if hmac.compare_digest(entry["sha256"], digest) and _alive(entry):
+                    # As bytes: text that is not ASCII cannot be compared, whoever wrote it.
+                    if hmac.compare_digest(entry["sha256"].encode(), digest) and _alive(entry):
                         return Credential(entry["tenant"], name)
+
             if certificate_pem:
                 name = fingerprint(certificate_pem)
                 entry = self._entries["certificates"].get(name)
@@ -125,12 +134,12 @@ class Identities:
         return None
 
     def is_valid(self, credential: Credential) -> bool:
-        """Whether it still is: not revoked, not expired."""
+        """Whether it still is: not revoked, not expired, and of the same tenant."""
         with self._lock:
-            found = [self._entries[kind].get(credential.id) for kind in _KINDS]
+            entries = [self._entries[kind].get(credential.id) for kind in _KINDS]
         return any(
             entry is not None and entry["tenant"] == credential.tenant and _alive(entry)
-            for entry in found
+            for entry in entries
         )
 
     def _stamp(self) -> tuple[int, int, int]:
@@ -141,17 +150,18 @@ class Identities:
         stamp = self._stamp()
         try:
             tenants, entries = parse(json.loads(self.file.read_text()))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UsageError(
                 f"{self.file} is no identities file: {type(error).__name__}: {error}"
             ) from error
         with self._lock:
-            self._tenants, self._entries, self._seen = tenants, entries, stamp
+            self._tenants, self._entries, self._read_at = tenants, entries, stamp
 
 
 def parse(content: Mapping[str, Any]) -> tuple[dict[str, TenantLimits], dict[str, dict[str, Any]]]:
-    """Check what an identities file holds. Raises UsageError, ValueError, TypeError, KeyError or
-    AttributeError.
+    """Check what an identities file holds; return (tenants, kind -> entries).
+
+    Raises UsageError, ValueError, TypeError, KeyError or AttributeError.
     """
     known = {field.name for field in fields(TenantLimits)}
     tenants = {}
@@ -162,6 +172,7 @@ def parse(content: Mapping[str, Any]) -> tuple[dict[str, TenantLimits], dict[str
                 f"{sorted(known)}"
             )
         tenants[name] = TenantLimits(**values)
+
     entries: dict[str, dict[str, Any]] = {}
     for kind in _KINDS:
         entries[kind] = {
@@ -181,8 +192,9 @@ def fingerprint(certificate_pem: bytes) -> str:
 
 
 def _time(text: str) -> datetime:
-    found = datetime.fromisoformat(text)
-    return found if found.tzinfo else found.replace(tzinfo=UTC)
+    """A moment; without a zone it is UTC."""
+    moment = datetime.fromisoformat(text)
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def _alive(entry: Mapping[str, Any]) -> bool:

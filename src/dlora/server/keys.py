@@ -1,9 +1,12 @@
 """Certificates and tokens for a server of one's own: what `dlora keys` does.
 
-FOLDER/ca.pem, ca.key           the authority that edges trust; ca.pem is given to them
-FOLDER/server.pem, server.key   the server's; made again by `dlora keys server`, taken up without
-restart FOLDER/identities.json          tenants, hashed tokens, certificates: what `dlora serve
---keys` reads FOLDER/edges/NAME.pem, .key     a tenant's client certificate, to be handed over
+FOLDER/ca.pem, ca.key           the authority that edges trust; they are given ca.pem
+FOLDER/server.pem, server.key   the server's; `dlora keys server` makes new ones, and a running
+                                server takes them up
+FOLDER/identities.json          tenants, hashed tokens, certificates
+FOLDER/edges/NAME.pem, .key     a tenant's client certificate, to be handed over
+
+`dlora serve --keys FOLDER` reads server.pem, server.key and identities.json.
 
 For a real deployment take server certificates from an authority that your users trust already.
 """
@@ -45,8 +48,10 @@ _EMPTY: dict[str, Any] = {"tenants": {}, "tokens": {}, "certificates": {}}
 
 
 def make_authority(folder: Path, hosts: Sequence[str], days: int) -> None:
-    """A new folder with authority, server certificate and no identities. Raises UsageError if there
-    is one.
+    """A new folder with authority, server certificate and no identities.
+
+    `hosts` are names and addresses by which edges reach the server; `days` is how long its
+    certificate is valid. Raises UsageError if the folder already holds keys.
     """
     if (folder / "ca.key").exists():
         raise UsageError(
@@ -54,6 +59,8 @@ def make_authority(folder: Path, hosts: Sequence[str], days: int) -> None:
             "certificate"
         )
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    # It signs certificates, and none that could sign further ones (path length 0).
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "DLoRA development authority")])
     usage = x509.KeyUsage(
@@ -67,25 +74,26 @@ def make_authority(folder: Path, hosts: Sequence[str], days: int) -> None:
         encipher_only=False,
         decipher_only=False,
     )
-    builder = (
+
+    certificate = (
         _builder(name, name, key.public_key(), _AUTHORITY_DAYS)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(usage, critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA256())
     )
+
+    pem = certificate.public_bytes(serialization.Encoding.PEM)
     write_private(folder / "ca.key", _private(key))
-    write_private(
-        folder / "ca.pem",
-        builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM),
-        0o644,
-    )
+    write_private(folder / "ca.pem", pem, 0o644)
     make_server_certificate(folder, hosts, days)
     write_private(folder / "identities.json", json.dumps(_EMPTY, indent=2).encode())
 
 
 def make_server_certificate(folder: Path, hosts: Sequence[str], days: int) -> None:
-    """A new key and certificate for the server's names and addresses; a running server takes it
-    up.
+    """A new key and certificate for the server's names and addresses.
+
+    A running server takes it up.
     """
     names: list[x509.GeneralName] = []
     for host in hosts:
@@ -93,6 +101,7 @@ def make_server_certificate(folder: Path, hosts: Sequence[str], days: int) -> No
             names.append(x509.IPAddress(ipaddress.ip_address(host)))
         except ValueError:
             names.append(x509.DNSName(host))
+
     if not names:
         raise UsageError(
             "hosts: got none, want the names and addresses by which edges reach the server"
@@ -134,7 +143,10 @@ def add_certificate(folder: Path, tenant: str, days: int) -> tuple[str, Path]:
 
 
 def revoke(folder: Path, which: str) -> int:
-    """Take back a token or certificate by its id, or everything of a tenant; return how many."""
+    """Take back a token or certificate by its id, or everything of a tenant; return how many.
+
+    Raises UsageError if there is none.
+    """
     count = 0
     with _changing(folder) as content:
         for kind in ("tokens", "certificates"):
@@ -167,7 +179,7 @@ def _issue(
     usage: x509.ObjectIdentifier,
     names: list[x509.GeneralName],
 ) -> bytes:
-    """Make a key and have the authority sign a certificate for it."""
+    """Make FILE.key and FILE.pem, signed by the authority; return the certificate as PEM."""
     try:
         authority = x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes())
         signer = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
@@ -177,6 +189,7 @@ def _issue(
         ) from error
     if not isinstance(signer, ec.EllipticCurvePrivateKey):
         raise UsageError(f"{folder}/ca.key is not a key of `dlora keys`")
+
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     authority_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key())
@@ -188,6 +201,7 @@ def _issue(
         .add_extension(authority_id, critical=False)
         .sign(signer, hashes.SHA256())
     )
+
     pem = certificate.public_bytes(serialization.Encoding.PEM)
     write_private(file.with_name(file.name + ".key"), _private(key))
     write_private(file.with_name(file.name + ".pem"), pem, 0o644)
@@ -197,6 +211,7 @@ def _issue(
 def _builder(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
 ) -> Any:
+    """What all certificates have in common."""
     start = datetime.now(UTC) - timedelta(minutes=5)  # clocks differ
     return (
         x509.CertificateBuilder()
@@ -210,18 +225,21 @@ def _builder(
 
 
 def _private(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """A private key as PEM."""
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
 
 
 def _end(days: int) -> datetime:
+    """When something that is made now and valid for `days` ends. Raises UsageError."""
     if days < 1:
         raise UsageError(f"days: got {days}, want at least 1")
     return datetime.now(UTC) + timedelta(days=days)
 
 
 def _checked(tenant: str) -> str:
+    """A name that is safe as part of a file name. Raises UsageError for another."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", tenant):
         raise UsageError(
             f"tenant: got {tenant!r}, want letters, digits, and . _ - between them, up to 63"
@@ -242,7 +260,7 @@ def _load(folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _changing(folder: Path) -> Iterator[dict[str, Any]]:
-    """Change identities.json at once or not at all, one writer at a time."""
+    """Change identities.json at once or not at all, one writer at a time. Raises UsageError."""
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder: begin with `dlora keys init`")
     with FileLock(folder / ".lock"):

@@ -14,6 +14,7 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 from dlora.errors import PeerLost, UsageError
+from dlora.protocol.address import LOOPBACK_ADDRESS
 from dlora.server.tenants import Tenancy, Tenant
 
 __all__ = ["read_status", "serve_metrics"]
@@ -42,7 +43,7 @@ _GAUGES: dict[str, tuple[str, Callable[[Tenant], float]]] = {
 
 
 class _Collector:
-    """Prometheus reads the tenancy whenever it is asked: nothing is counted twice."""
+    """Reads the tenancy whenever Prometheus asks: nothing is counted twice."""
 
     def __init__(self, tenancy: Tenancy, queue_length: Callable[[], int]) -> None:
         self.tenancy, self.queue_length = tenancy, queue_length
@@ -51,12 +52,14 @@ class _Collector:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         tenants = list(self.tenancy.tenants.values())
+
         for families, kind in ((_COUNTERS, CounterMetricFamily), (_GAUGES, GaugeMetricFamily)):
             for name, (text, value) in families.items():
                 family = kind(name, text, labels=["tenant"])
                 for tenant in tenants:
                     family.add_metric([tenant.name], value(tenant))
                 yield family
+
         for name, text, label in (
             ("dlora_finished_streams", "Streams that ended, by status.", "status"),
             ("dlora_refusals", "Refusals, by reason.", "reason"),
@@ -67,22 +70,25 @@ class _Collector:
                 for key, count in list(counts.items()):
                     family.add_metric([tenant.name, key], count)
             yield family
+
         yield GaugeMetricFamily(
             "dlora_queue_length", "Streams that wait for a slot.", value=self.queue_length()
         )
 
 
 class _Quiet(WSGIRequestHandler):
+    """The standard handler without its line on stderr for every request."""
+
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing for every request."""
+        """Write nothing."""
 
 
 @contextmanager
 def serve_metrics(server: Any, port: int) -> Iterator[int]:
-    """/metrics, /healthz (the process lives) and /readyz (it takes new streams) of a `Server`;
-    yields the port.
+    """/metrics, /healthz and /readyz of a `Server`, on loopback; yields the port.
 
-    Raises UsageError if prometheus_client is not installed or the port is taken.
+    healthz: the process lives. readyz: it takes new streams. Raises UsageError if prometheus_client
+    is not installed or the port is taken.
     """
     try:
         from prometheus_client import CollectorRegistry, make_wsgi_app
@@ -90,6 +96,7 @@ def serve_metrics(server: Any, port: int) -> Iterator[int]:
         raise UsageError(
             'metrics_port needs prometheus_client: pip install "dlora[server]"'
         ) from error
+
     registry = CollectorRegistry()
     registry.register(_Collector(server.tenancy, lambda: server.queue_length))
     metrics = make_wsgi_app(registry)
@@ -97,21 +104,19 @@ def serve_metrics(server: Any, port: int) -> Iterator[int]:
     def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
         if path == "/metrics":
-            found: Iterable[bytes] = metrics(environ, start_response)
-            return found
-        ready = path == "/healthz" or (path == "/readyz" and server.is_ready)
-        status = (
-            "200 OK"
-            if ready
-            else "503 Service Unavailable"
-            if path == "/readyz"
-            else "404 Not Found"
-        )
+            page: Iterable[bytes] = metrics(environ, start_response)
+            return page
+
+        status = "404 Not Found"
+        if path == "/healthz" or (path == "/readyz" and server.is_ready):
+            status = "200 OK"
+        elif path == "/readyz":
+            status = "503 Service Unavailable"
         start_response(status, [("Content-Type", "text/plain")])
         return [f"{status[4:].lower()}\n".encode()]
 
     try:
-        httpd = make_server("127.0.0.1", port, app, handler_class=_Quiet)
+        httpd = make_server(LOOPBACK_ADDRESS, port, app, handler_class=_Quiet)
     except OSError as error:
         raise UsageError(f"metrics_port {port}: {error.strerror}") from error
     thread = threading.Thread(target=httpd.serve_forever, name="dlora-metrics", daemon=True)
@@ -125,50 +130,66 @@ def serve_metrics(server: Any, port: int) -> Iterator[int]:
 
 
 def read_status(port: int) -> list[str]:
-    """Lines for a person, from the metrics of a server on this machine. Raises PeerLost if there is
-    none.
-    """
-    from prometheus_client.parser import text_string_to_metric_families
+    """Lines for a person, from the metrics of a server on this machine.
 
-    text, ready = "", "draining"
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
-            text = answer.read().decode()
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5):
-            ready = "ready"
-    except urllib.error.HTTPError:
-        pass
-    except OSError as error:
-        raise PeerLost(
-            f"no metrics at 127.0.0.1:{port} ({error}): is `dlora serve --metrics_port {port}` "
-            "running?"
-        ) from (error)
-    found: dict[str, dict[str, float]] = {}
-    queue = 0.0
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.name == "dlora_queue_length":
-                queue = sample.value
-            elif (tenant := sample.labels.get("tenant")) is not None and not sample.name.endswith(
-                "_created"
-            ):
-                row = found.setdefault(tenant, {})
-                row[sample.name] = row.get(sample.name, 0.0) + sample.value
-    lines = [f"{ready}, {queue:.0f} streams wait for a compute slot"]
-    lines.append(
+    Raises PeerLost if there is none, UsageError if prometheus_client is not installed.
+    """
+    text, ready = _fetch(port)
+    tenants, queue_length = _by_tenant(text)
+    lines = [
+        f"{ready}, {queue_length:.0f} streams wait for a compute slot",
         f"{'tenant':20} {'streams':>7} {'MiB held':>9} {'tokens':>11} {'compute s':>10} "
-        f"{'MB in, out':>17} refused"
-    )
-    for tenant, row in sorted(found.items()):
-        received, sent = (
-            row.get(f"dlora_{way}_bytes_total", 0) / 1e6 for way in ("received", "sent")
-        )
-        traffic = f"{received:.1f}, {sent:.1f}"
+        f"{'MB in, out':>17} refused",
+    ]
+
+    for tenant, values in sorted(tenants.items()):
+        received_mb = values.get("dlora_received_bytes_total", 0) / 1e6
+        sent_mb = values.get("dlora_sent_bytes_total", 0) / 1e6
+        traffic = f"{received_mb:.1f}, {sent_mb:.1f}"
         lines.append(
-            f"{tenant:20} {row.get('dlora_streams', 0):7.0f} "
-            f"{row.get('dlora_inflight_bytes', 0) / 2**20:9.0f} "
-            f"{row.get('dlora_tokens_total', 0):11.0f} "
-            f"{row.get('dlora_compute_seconds_total', 0):10.1f} {traffic:>17} "
-            f"{row.get('dlora_refusals_total', 0):.0f}"
+            f"{tenant:20} {values.get('dlora_streams', 0):7.0f} "
+            f"{values.get('dlora_inflight_bytes', 0) / 2**20:9.0f} "
+            f"{values.get('dlora_tokens_total', 0):11.0f} "
+            f"{values.get('dlora_compute_seconds_total', 0):10.1f} {traffic:>17} "
+            f"{values.get('dlora_refusals_total', 0):.0f}"
         )
     return lines
+
+
+def _fetch(port: int) -> tuple[str, str]:
+    """(metrics, "ready" or "draining") of a server on this machine. Raises PeerLost."""
+    text, address = "", f"{LOOPBACK_ADDRESS}:{port}"
+    try:
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as answer:
+            text = answer.read().decode()
+        with urllib.request.urlopen(f"http://{address}/readyz", timeout=5):
+            return text, "ready"
+    except urllib.error.HTTPError:
+        return text, "draining"
+    except OSError as error:
+        raise PeerLost(
+            f"no metrics at {address} ({error}): is `dlora serve --metrics_port {port}` running?"
+        ) from error
+
+
+def _by_tenant(text: str) -> tuple[dict[str, dict[str, float]], float]:
+    """(tenant -> name of a sample -> value, length of the queue), from Prometheus' text form."""
+    try:
+        from prometheus_client.parser import text_string_to_metric_families
+    except ImportError as error:
+        raise UsageError(
+            '`dlora status` needs prometheus_client: pip install "dlora[server]"'
+        ) from error
+
+    tenants: dict[str, dict[str, float]] = {}
+    queue_length = 0.0
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            tenant = sample.labels.get("tenant")
+            if sample.name == "dlora_queue_length":
+                queue_length = sample.value
+            elif tenant is not None and not sample.name.endswith("_created"):
+                # Samples with one more label, such as refusals by reason, are summed.
+                values = tenants.setdefault(tenant, {})
+                values[sample.name] = values.get(sample.name, 0.0) + sample.value
+    return tenants, queue_length

@@ -1,4 +1,8 @@
-"""Settings of `dlora serve`, `keys` and `status`. No torch here."""
+"""Settings of a server, and of `dlora serve`, `keys` and `status`. No torch here.
+
+`ServerOptions` is what a `Server` takes; `ServeSettings` is what the command takes, with the same
+defaults.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,26 @@ from pathlib import Path
 from typing import Literal
 
 from dlora.errors import UsageError
-from dlora.protocol.address import is_loopback
+from dlora.protocol.address import LOOPBACK_ADDRESS, LOOPBACK_NAME, is_loopback
 
-__all__ = ["KeysSettings", "ServeSettings", "StatusSettings"]
+__all__ = ["KeysSettings", "ServeSettings", "ServerOptions", "StatusSettings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """Limits of the server as a whole; those of one micro-batch are `cloud.Limits`."""
+
+    max_streams: int = 64
+    """Micro-batches in flight."""
+    compute_slots: int = 1
+    """Micro-batches that compute at the same moment; the others wait or talk with their edge."""
+    edge_timeout_s: float = 120.0
+    """How long a micro-batch waits for its edge before it is dropped, in seconds."""
+    drain_s: float = 30.0
+    """How long shutdown lets streams in flight go on while it refuses new ones, in seconds; 0: not
+    at all."""
+    grace_s: float = 5.0
+    """How long shutdown then waits for the last streams to end with a status, in seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +41,9 @@ class ServeSettings:
     model: str
     """Hugging Face id, local folder, .gguf file, or smollm2 (the model of the demo)."""
     model_id: str | None = None
-    """Public name that adapters will carry; default: the hub id or the name of the file or
-    folder.
+    """Public name that adapters will carry; default: the hub id, or the name of the file or folder.
     """
-    host: str = "127.0.0.1"
+    host: str = LOOPBACK_ADDRESS
     """Address to listen on. Anything but loopback wants TLS, or `insecure`."""
     port: int = 50051
     """Port to listen on; 0 picks a free one."""
@@ -37,8 +57,8 @@ class ServeSettings:
     allow_modules: str = ".*"
     """Regular expression over full module names: what edges may adapt."""
     edge_first: int = 0
-    """Let edges have the weights of so many of the first decoder layers, and run these themselves:
-    more privacy for them, less of the model kept to yourself."""
+    """Let edges have the weights of this many of the first decoder layers, and run these
+    themselves: more privacy for them, less of the model kept to yourself."""
     edge_last: int = 0
     """The same for the last layers."""
     max_tokens: int = 16_384
@@ -48,12 +68,12 @@ class ServeSettings:
     max_message_mib: int = 256
     """Largest message in MiB."""
     max_inflight_mib: int = 8_192
-    """Activations held for all micro-batches in flight, in MiB."""
-    max_streams: int = 64
+    """Activations kept for all micro-batches in flight, in MiB."""
+    max_streams: int = ServerOptions.max_streams
     """Micro-batches in flight."""
-    compute_slots: int = 1
+    compute_slots: int = ServerOptions.compute_slots
     """Micro-batches that compute at the same moment."""
-    edge_timeout_s: float = 120.0
+    edge_timeout_s: float = ServerOptions.edge_timeout_s
     """How long a micro-batch waits for its edge, in seconds."""
     threads: int | None = None
     """CPU threads for computing; default: PyTorch's."""
@@ -61,35 +81,30 @@ class ServeSettings:
     """Folder of `dlora keys`: its server certificate and its identities."""
     tls_cert: Path | None = None
     """Server certificate, as a PEM file, in place of that of `keys`. A changed file is taken up
-    without restart.
-    """
+    without restart."""
     tls_key: Path | None = None
     """Its key."""
     client_ca: Path | None = None
-    """Authority of client certificates, as a PEM file: every edge then has to show one (mutual
-    TLS).
-    """
+    """Authority of client certificates, as a PEM file: every edge then has to show a certificate
+    (mutual TLS)."""
     identities: Path | None = None
     """File of tenants, tokens and certificates, in place of that of `keys`. Changes are taken up
-    within a second.
-    """
+    within a second."""
     insecure: bool = False
     """Agree that anybody on the network can read what travels, and use the server: only inside a
-    tunnel.
-    """
-    audit_log: Path | None = None
+    tunnel."""
+    access_log: Path | None = None
     """File that gets a JSON line for every stream: who, how much, how it ended; never content."""
-    drain_s: float = 30.0
+    drain_s: float = ServerOptions.drain_s
     """After Ctrl-C or SIGTERM: how long streams in flight may go on while new ones are refused."""
     metrics_port: int | None = None
     """Port for Prometheus metrics and readiness, on loopback (needs the extra `server`)."""
     replicas: int = 0
-    """Over 0: so many servers of the model, placed and supervised by Ray (needs the extra `ray`),
+    """Over 0: this many servers of the model, placed and supervised by Ray (needs the extra `ray`),
     behind this address. SIGHUP replaces them one by one."""
     max_replicas: int | None = None
-    """With replicas: up to so many while streams wait for compute slots; default: no more than
-    `replicas`.
-    """
+    """With replicas: up to this many while streams wait for compute slots; default: no more than
+    `replicas`."""
     replica_ports: str = "0-0"
     """With replicas: their ports, as FIRST-LAST, which edges have to reach; 0-0: any."""
     ray_address: str | None = None
@@ -102,8 +117,8 @@ class ServeSettings:
     @property
     def ports(self) -> tuple[int, int]:
         """`replica_ports` as numbers. Raises UsageError."""
-        found = re.fullmatch(r"(\d{1,5})-(\d{1,5})", self.replica_ports)
-        first, last = map(int, found.groups()) if found else (1, 0)
+        numbers = re.fullmatch(r"(\d{1,5})-(\d{1,5})", self.replica_ports)
+        first, last = map(int, numbers.groups()) if numbers else (1, 0)
         if not 0 <= first <= last < 65536:
             raise UsageError(
                 f"replica_ports: got {self.replica_ports!r}, want FIRST-LAST, for example "
@@ -113,44 +128,54 @@ class ServeSettings:
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
+        self._check_replicas()
+        self._check_protection()
+        self._check_numbers()
+
+    def _check_replicas(self) -> None:
         _ = self.ports
-        if self.replicas < 0 or (
-            self.max_replicas is not None and self.max_replicas < max(1, self.replicas)
-        ):
+        most = self.max_replicas
+        if self.replicas < 0 or (most is not None and most < max(1, self.replicas)):
             raise UsageError(
-                f"replicas: got {self.replicas}, max_replicas {self.max_replicas}; want 0 or more, "
-                "and no less"
+                f"replicas: got {self.replicas}, max_replicas {most}; want 0 or more, and no less"
             )
+
         if self.replicas and self.metrics_port is not None:
             raise UsageError(
-                "metrics_port is of a single server: with replicas Ray's own metrics and the audit "
-                "log remain"
+                "metrics_port is of a single server: with replicas Ray's own metrics and the "
+                "access log remain"
             )
+
+    def _check_protection(self) -> None:
+        """Plaintext, or access for everybody, beyond loopback has to be asked for."""
         if (self.tls_cert is None) != (self.tls_key is None):
             raise UsageError("tls_cert and tls_key go together: give both or neither")
-        if self.drain_s < 0:
-            raise UsageError(f"drain_s: got {self.drain_s}, want 0 or more")
         encrypted = self.keys is not None or self.tls_cert is not None
         if self.client_ca is not None and not encrypted:
             raise UsageError("client_ca needs TLS: give keys, or tls_cert and tls_key")
+
+        lists_tenants = self.keys is not None or self.identities is not None
         if not is_loopback(self.host) and not self.insecure:
             if not encrypted:
                 raise UsageError(
                     f"host: {self.host} is not loopback, and everybody on the way could read and "
-                    "change what travels: "
-                    "give keys (make them with `dlora keys init`) or tls_cert and tls_key; or "
-                    "agree with --insecure"
+                    "change what travels: give keys (make them with `dlora keys init`) or tls_cert "
+                    "and tls_key; or agree with --insecure"
                 )
-            if self.keys is None and self.identities is None and self.client_ca is None:
+            if not lists_tenants and self.client_ca is None:
                 raise UsageError(
                     f"host: {self.host} is not loopback, and anybody could use the server: give "
-                    "keys, identities or "
-                    "client_ca; or agree with --insecure"
+                    "keys, identities or client_ca; or agree with --insecure"
                 )
-        if self.client_ca is not None and self.keys is None and self.identities is None:
+
+        if self.client_ca is not None and not lists_tenants:
             raise UsageError(
                 "client_ca needs identities: a certificate counts only if it is listed there"
             )
+
+    def _check_numbers(self) -> None:
+        if self.drain_s < 0:
+            raise UsageError(f"drain_s: got {self.drain_s}, want 0 or more")
         for name in (
             "max_tokens",
             "max_length",
@@ -161,6 +186,7 @@ class ServeSettings:
         ):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: got {getattr(self, name)}, want at least 1")
+
         if not 0 <= self.port < 65536:
             raise UsageError(f"port: got {self.port}, want 0 to 65535")
         if self.max_message_mib > 2047:
@@ -173,18 +199,17 @@ class KeysSettings:
 
     action: Literal["init", "server", "tenant", "token", "certificate", "revoke", "list"]
     """init: a new folder with authority and server certificate. server: a new server certificate.
-    tenant: set a tenant's limits. token, certificate: give a tenant a new one. revoke: take back
-    one, or all of a tenant. list."""
+    tenant: set a tenant's limits. token, certificate: give a tenant a new token or certificate.
+    revoke: take back one of them, or all of a tenant. list."""
     folder: Path = Path("keys")
     """Folder of keys; keep it on the server, and open to nobody else."""
     tenant: str | None = None
     """Name of the tenant."""
-    hosts: str = "localhost,127.0.0.1"
+    hosts: str = f"{LOOPBACK_NAME},{LOOPBACK_ADDRESS}"
     """With init and server: names and addresses by which edges reach the server, separated by
-    commas.
-    """
+    commas."""
     days: int = 90
-    """How long certificate or token are valid."""
+    """How many days a certificate or token is valid."""
     id: str | None = None
     """With revoke: id of a token or certificate; default: everything of `tenant`."""
     limits: dict[str, float] = field(default_factory=dict)

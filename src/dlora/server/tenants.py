@@ -1,6 +1,6 @@
 """What tenants use of a server, and what they may: quotas, fair compute slots, counters.
 
-A message that a tenant sees speaks of its own use alone, or of none: it must not tell that others
+A message that a tenant sees speaks of its own use alone, or of none: it must not reveal that others
 exist.
 """
 
@@ -18,9 +18,8 @@ __all__ = ["Busy", "FairSlots", "Tenancy", "Tenant"]
 
 _HOUR_S = 3600.0
 _MIB = 2**20
-_NO_QUOTA = TenantLimits(
-    max_streams=2**31, max_inflight_mib=2**31
-)  # the server's own limits are reached first
+# The server's own limits are reached first.
+_NO_QUOTA = TenantLimits(max_streams=2**31, max_inflight_mib=2**31)
 
 
 class Busy(PeerLost):
@@ -40,15 +39,20 @@ class Tenant:
     limits: TenantLimits
     streams: int = 0
     inflight_bytes: int = 0
+    """Activations and KV caches reserved for its streams."""
     allowance: float = 0.0
     """Bytes that may still travel before the tenant has to wait; below 0: too many have."""
     allowance_at: float = 0.0
+    """When the allowance was last brought up to date, on the tenancy's clock."""
     received_bytes: int = 0
     sent_bytes: int = 0
     tokens: int = 0
+    """Rows of finished passes."""
     compute_s: float = 0.0
     wait_s: float = 0.0
+    """For the edge's frames."""
     queue_s: float = 0.0
+    """For compute slots."""
     finished: dict[str, int] = field(default_factory=dict)
     """Status -> streams that ended so."""
     refused: dict[str, int] = field(default_factory=dict)
@@ -76,73 +80,64 @@ class Tenancy:
         """A tenant's use, with its limits as they are now."""
         with self._lock:
             limits = _NO_QUOTA if self._limits is None else self._limits(name)
-            found = self.tenants.get(name)
-            if found is None:
-                found = self.tenants[name] = Tenant(name, limits, allowance_at=self._clock())
-                found.allowance = limits.mib_per_hour * _MIB
-            found.limits = limits
-            return found
+            tenant = self.tenants.get(name)
+            if tenant is None:
+                tenant = self.tenants[name] = Tenant(name, limits, allowance_at=self._clock())
+                tenant.allowance = limits.mib_per_hour * _MIB
+            tenant.limits = limits
+            return tenant
 
     def open_stream(self, tenant: Tenant) -> None:
         """Count a stream in. Raises Busy if there is no room for it, or too much has travelled."""
         with self._lock:
             self._refill(tenant)
-            if tenant.streams >= tenant.limits.max_streams:
-                self._refuse(
-                    tenant,
-                    "streams",
-                    f"busy: your quota of {tenant.limits.max_streams} streams is taken",
-                    1.0,
-                )
-            if tenant.limits.mib_per_hour and tenant.allowance <= 0:
-                wait = max(1.0, -tenant.allowance / (tenant.limits.mib_per_hour * _MIB / _HOUR_S))
-                self._refuse(
-                    tenant,
-                    "traffic",
-                    f"your quota of {tenant.limits.mib_per_hour:g} MiB an hour is used",
-                    wait,
-                )
+            limits = tenant.limits
+            if tenant.streams >= limits.max_streams:
+                message = f"busy: your quota of {limits.max_streams} streams is taken"
+                self._refuse(tenant, "streams", message, 1.0)
+
+            # Whoever is over comes back when the hourly rate has made up for it.
+            if limits.mib_per_hour and tenant.allowance <= 0:
+                wait_s = max(1.0, -tenant.allowance / (limits.mib_per_hour * _MIB / _HOUR_S))
+                message = f"your quota of {limits.mib_per_hour:g} MiB an hour is used"
+                self._refuse(tenant, "traffic", message, wait_s)
+
             if self.streams >= self.max_streams:
                 self._refuse(tenant, "server", "busy: all streams are taken", 1.0)
             tenant.streams += 1
             self.streams += 1
 
     def close_stream(self, tenant: Tenant, status: str) -> None:
-        """Count it out."""
+        """Count a stream out that ended with a status."""
         with self._lock:
             tenant.streams -= 1
             self.streams -= 1
             tenant.finished[status] = tenant.finished.get(status, 0) + 1
 
-    def reserve(self, tenant: Tenant, held: int, wanted: int) -> None:
-        """Let a stream hold `wanted` bytes instead of `held`.
+    def reserve(self, tenant: Tenant, reserved_bytes: int, wanted_bytes: int) -> None:
+        """Let a stream have `wanted_bytes` of memory instead of `reserved_bytes`.
 
-        Raises Busy if they are not free now, UsageError if the tenant may never have so many.
+        Raises Busy if they are not free now, UsageError if the tenant may never have this many.
         """
         with self._lock:
-            most = tenant.limits.max_inflight_mib * _MIB
-            if wanted > most:
+            quota = tenant.limits.max_inflight_mib * _MIB
+            more = wanted_bytes - reserved_bytes
+            if wanted_bytes > quota:
                 raise UsageError(
-                    f"this needs {wanted / _MIB:.0f} MiB of activations, your quota is "
-                    f"{most / _MIB:.0f} MiB: use a "
-                    "smaller batch or shorter sequences"
+                    f"this needs {wanted_bytes / _MIB:.0f} MiB of activations, your quota is "
+                    f"{quota / _MIB:.0f} MiB: use a smaller batch or shorter sequences"
                 )
-            if wanted > held and tenant.inflight_bytes - held + wanted > most:
-                self._refuse(
-                    tenant,
-                    "memory",
-                    f"busy: your quota of {most / _MIB:.0f} MiB of activations is taken",
-                    0.5,
-                )
-            if wanted > held and self.inflight_bytes - held + wanted > self.max_inflight_bytes:
-                self._refuse(
-                    tenant,
-                    "server",
-                    f"busy: no room now for {wanted / _MIB:.0f} MiB of activations",
-                    0.5,
-                )
-            tenant.inflight_bytes += wanted - held
-            self.inflight_bytes += wanted - held
+
+            # Giving back is always possible, also for a tenant whose quota has shrunk.
+            if more > 0 and tenant.inflight_bytes + more > quota:
+                message = f"busy: your quota of {quota / _MIB:.0f} MiB of activations is taken"
+                self._refuse(tenant, "memory", message, 0.5)
+            if more > 0 and self.inflight_bytes + more > self.max_inflight_bytes:
+                message = f"busy: no room now for {wanted_bytes / _MIB:.0f} MiB of activations"
+                self._refuse(tenant, "server", message, 0.5)
+
+            tenant.inflight_bytes += more
+            self.inflight_bytes += more
 
     def count_traffic(self, tenant: Tenant, received: int = 0, sent: int = 0) -> None:
         """Bytes that have travelled."""
@@ -155,9 +150,7 @@ class Tenancy:
     def count_compute(
         self, tenant: Tenant, *, compute_s: float = 0.0, wait_s: float = 0.0, queue_s: float = 0.0
     ) -> None:
-        """Seconds with a compute slot, seconds of waiting for the edge, seconds of waiting for a
-        slot.
-        """
+        """Seconds with a compute slot, of waiting for the edge, and of waiting for a slot."""
         with self._lock:
             tenant.compute_s += compute_s
             tenant.wait_s += wait_s
@@ -174,6 +167,7 @@ class Tenancy:
             tenant.refused[reason] = tenant.refused.get(reason, 0) + 1
 
     def _refill(self, tenant: Tenant) -> None:
+        """Bring the allowance up to date; an hour's worth is the most."""
         now, rate = self._clock(), tenant.limits.mib_per_hour * _MIB
         tenant.allowance = min(
             rate, tenant.allowance + (now - tenant.allowance_at) * rate / _HOUR_S
@@ -181,17 +175,17 @@ class Tenancy:
         tenant.allowance_at = now
 
     def _refuse(self, tenant: Tenant, reason: str, message: str, wait_s: float) -> None:
+        """Count a refusal and raise it as Busy."""
         tenant.refused[reason] = tenant.refused.get(reason, 0) + 1
         raise Busy(message, retry_after_s=wait_s, reason=reason)
 
 
 class FairSlots:
-    """Compute slots, given to the waiting tenant that has computed least (start-time fair
-    queueing).
+    """Compute slots, given to the waiting tenant that has computed least.
 
-    A tenant's clock runs by the seconds it computes over its weight. One that comes back from a
-    pause starts at the clock of those that compete now: it saved nothing up. Streams of one tenant
-    go in turn.
+    This is start-time fair queueing: a tenant's clock advances by the seconds that it computes,
+    divided by its weight. A tenant that comes back from a pause starts at the clock of those that
+    compete now: it saved nothing up. Streams of one tenant go in turn.
     """
 
     def __init__(self, slots: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -216,12 +210,14 @@ class FairSlots:
         timeout_s: float,
         cancelled: Callable[[], bool],
     ) -> bool:
-        """Wait for a slot, up to so long and not `cancelled`; `ticket` names the stream. False:
-        there was none.
+        """Wait for a slot, up to `timeout_s` and while not `cancelled`; return whether it is there.
+
+        `ticket` names the stream.
         """
         with self._changed:
             self._waiting.append((tenant, ticket))
             self._virtual[tenant] = max(self._virtual.get(tenant, 0.0), self._now)
+
             end = time.monotonic() + timeout_s
             try:
                 while not (self.free > 0 and self._next() is ticket):
@@ -231,13 +227,14 @@ class FairSlots:
             finally:
                 self._waiting.remove((tenant, ticket))
                 self._changed.notify_all()
+
             self.free -= 1
             self._now = max(self._now, self._virtual[tenant])
             self._holding[ticket] = (tenant, weight, self._clock())
             return True
 
     def release(self, ticket: object) -> float:
-        """Give the slot back; return the seconds it was held."""
+        """Give the slot back; return the seconds since it was acquired."""
         with self._changed:
             tenant, weight, start = self._holding.pop(ticket)
             seconds = self._clock() - start
@@ -247,6 +244,6 @@ class FairSlots:
             return seconds
 
     def _next(self) -> object:
-        return min(self._waiting, key=lambda one: self._virtual[one[0]])[
-            1
-        ]  # the first of equals came first
+        """The ticket that is next; of equal clocks the one that came first."""
+        _, ticket = min(self._waiting, key=lambda waiting: self._virtual[waiting[0]])
+        return ticket
