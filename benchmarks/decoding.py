@@ -92,7 +92,7 @@ def make(link: Any, num_sites: int | None = None) -> Any:
     from peft import LoraConfig
 
     import dlora
-    from dlora.edge.model import load_base
+    from dlora.edge.load import load_base
 
     if num_sites == 0:
         return load_base(link, wire_dtype=CONFIG["wire_dtype"])

@@ -346,7 +346,7 @@ def one(spec: dict[str, Any], link: Any, tokenizer: Any, data: Path) -> dict[str
     torch.manual_seed(spec["seed"])
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
     model = dlora.get_peft_model(link, config, wire=wire)
-    model.head_positions = "supervised"
+    model.set_options(head_positions="supervised")
     base = (
         measure(model, tokenizer, held) if spec["stage"] == "task" and spec["arm"] == "FT" else {}
     )

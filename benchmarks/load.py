@@ -50,7 +50,7 @@ def edge(
         torch.manual_seed(seed)
         config = LoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj"])
         model = dlora.get_peft_model(link, config)
-    model.head_positions = "supervised"
+    model.set_options(head_positions="supervised")
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
     vocab = model.get_input_embeddings().weight.shape[0]

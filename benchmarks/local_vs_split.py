@@ -62,7 +62,7 @@ def arm(kind: str, head: str, address: str) -> dict[str, Any]:
         model = dlora.get_peft_model(
             dlora.connect(address), config, wire_dtype=CONFIG["wire_dtype"]
         )
-        model.head_positions = head
+        model.set_options(head_positions=head)
     generator = torch.Generator().manual_seed(CONFIG["seed"])
     ids = torch.randint(
         100, 40_000, (CONFIG["batch_size"] * CONFIG["steps"], CONFIG["length"]), generator=generator

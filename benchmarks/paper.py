@@ -357,7 +357,7 @@ def one(
     model = dlora.get_peft_model(
         link, adapter, wire=arm.get("wire", "plain"), wire_dtype=settings["wire_dtype"]
     )
-    model.head_positions = "supervised"
+    model.set_options(head_positions="supervised")
     held = {
         task: read(data, task, "eval", settings)[: settings["eval_rows"]]
         for task in dict.fromkeys(map(base_task, spec["task"].split("+")))

@@ -155,7 +155,7 @@ def accuracy(setting: str, data: Path) -> dict[str, Any]:
     targets = str(CONFIG["target_modules"]).split(",")
     config = LoraConfig(r=CONFIG["r"], lora_alpha=2 * CONFIG["r"], target_modules=targets)
     model = dlora.get_peft_model(link, config, wire_dtype=wire_dtype).train()
-    model.head_positions, model.noise = "supervised", Noise(entry=entry, tail=tail)
+    model.set_options(head_positions="supervised", noise=Noise(entry=entry, tail=tail))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
     rows = kr.read(data, "banking77", "train")

@@ -77,7 +77,7 @@ def learner(link: Any) -> tuple[Any, Any]:
         task_type="CAUSAL_LM",
     )
     model = dlora.get_peft_model(link, config, wire_dtype=CONFIG["wire_dtype"])
-    model.head_positions = "supervised"
+    model.set_options(head_positions="supervised")
     trained = [p for p in model.parameters() if p.requires_grad]
     return model, torch.optim.AdamW(trained, lr=CONFIG["learning_rate"], weight_decay=0.0)
 

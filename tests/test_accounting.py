@@ -151,7 +151,7 @@ def test_edge_flops_equal_torchs_count(
     """Adapter and head FLOPs are exactly those that torch counts on the edge's thread."""
     link = InProcessLink(cloud_models("llama"))
     split = make_split(link, lora(target_modules=targets), wire=wire)
-    split.head_positions = positions
+    split.set_options(head_positions=positions)
     with FlopCount() as count:
         split(**batches()[0]).loss.backward()
     assert split.meter.edge_flops == count.total

@@ -175,7 +175,7 @@ def test_forgotten_modules_are_put_again(
         split.set_active(split.adapted_modules[:1], "cloud")
         for _ in range(2):
             cloud.adapters._modules.clear()
-            cloud.adapters.held_bytes = 0
+            cloud.adapters.stored_bytes = 0
             assert split(**batch).loss.item() == pytest.approx(want, rel=1e-6)
         assert split.meter.retries == 0
         link.close()
@@ -189,11 +189,11 @@ def test_too_small_a_store_is_said(tmp_path: Path) -> None:
     cloud = CloudModel(make_base("llama"), model_id="x/y", limits=Limits(max_adapter_bytes=2 * one))
     link = InProcessLink(cloud)
     split = make_split(link, lora())
-    split.retry = dlora.RetryPolicy(sleep=lambda _: None)
+    split.set_options(retry=dlora.RetryPolicy(sleep=lambda _: None))
     split.set_active([], "cloud")
     with torch.no_grad(), pytest.raises(PeerError, match="room for adapters too small"):
         split(**batches()[0])
-    assert cloud.adapters.held_bytes <= 2 * one
+    assert cloud.adapters.stored_bytes <= 2 * one
     tiny = CloudModel(make_base("llama"), model_id="x/y", limits=Limits(max_adapter_bytes=one - 1))
     with pytest.raises(UsageError, match="over this server's limit"):
         tiny.adapters.put(

@@ -258,7 +258,7 @@ def test_a_micro_batch_that_ran_twice_is_recorded_once(link: InProcessLink, tmp_
     """
     recorder = Recorder(tmp_path / "recording", 3)
     model = make_split(recorder.link(_Dropping(link)), lora())
-    model.retry = RetryPolicy(sleep=lambda _: None)
+    model.set_options(retry=RetryPolicy(sleep=lambda _: None))
     recorder.watch(model)
     model(**batches()[0]).loss.backward()
     assert model.meter.retries == 1

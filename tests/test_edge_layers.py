@@ -211,7 +211,7 @@ def test_the_provider_decides(held: Any, links: Any) -> None:
     assert list(links("llama").description.layers.files) == []
     model = make_split(links("llama"), lora())
     model.edge_layers = held("llama", (1, 0)).edge_layers
-    model.sites = ()  # so that nothing but the number of layers is wrong
+    model.active_set.sites = ()  # so that nothing but the number of layers is wrong
     with pytest.raises(PeerError, match="lets edges hold the first 0"):
         model._through_cloud(_entry(model), None)
     with pytest.raises(UsageError, match="at least to stay in the cloud"):
@@ -219,10 +219,10 @@ def test_the_provider_decides(held: Any, links: Any) -> None:
 
 
 def _entry(model: Any) -> Any:
-    from dlora.edge.kv_cache import Pass
+    from dlora.edge.passes import PassInput
 
     keep = torch.ones(1, 4, dtype=torch.bool)
-    return Pass(torch.zeros(1, 4, 64), None, None, keep)
+    return PassInput(torch.zeros(1, 4, 64), None, None, keep)
 
 
 def test_layers_that_share_more_are_refused() -> None:

@@ -383,7 +383,7 @@ def test_budget_holds_for_measured_bytes(link: InProcessLink) -> None:
     shares = []
     for policy in ("all", "kr"):
         split = make_split(link, lora(target_modules="all-linear"), wire_dtype="fp32")
-        split.head_positions = "supervised"
+        split.set_options(head_positions="supervised")
         options = FAST | {"budget": 0.4, "warmup": 4, "revive": "random"}
         reviver = loop(split, KillReviveConfig(policy=policy, idle="cloud", **options), steps=40)
         shares.append(split.meter.sent_bytes + split.meter.received_bytes)
@@ -519,7 +519,7 @@ def test_units_and_costs_come_from_the_model(link: InProcessLink) -> None:
     assert len(sites) == 3 and len(modules) == 9
     assert sites[1].layer == 1 and len(sites[1].modules) == 3
     plain = costs_of(split)
-    split.wire = "factored"
+    split.set_options(wire="factored")
     factored = costs_of(split)
     one = [sites[2].modules[0]]
     assert plain.sites[2][1][one[0]] == 64 and factored.sites[2][1][one[0]] < 10

@@ -13,6 +13,7 @@ from dlora.embedded import InProcessLink
 from dlora.errors import UsageError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.wire import decode
+from dlora.training.settings import TrainSettings
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def watched() -> Iterator[tuple[InProcessLink, list[pb.Begin]]]:
 def step(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, torch.Tensor]:
     """Loss and all adapter gradients."""
     model.train()
-    model.head_positions = "supervised"
+    model.set_options(head_positions="supervised")
     model.zero_grad()
     loss = model(**batch).loss
     loss.backward()
@@ -54,7 +55,7 @@ def test_hidden_lengths_change_no_gradient(watched: Any, split: tuple[int, int])
     (batch,) = batches()
     want_loss, want = step(model, batch)
     assert 0 in begins[-1].attention_mask and len(begins[-1].keep) < batch["input_ids"].numel()
-    model.hide_lengths = True
+    model.set_options(hide_lengths=True)
     loss, got = step(model, batch)
     assert not begins[-1].attention_mask
     assert len(begins[-1].keep) == begins[-1].embeddings.shape[0] == batch["input_ids"].numel()
@@ -66,7 +67,7 @@ def test_padding_looks_like_tokens(watched: Any) -> None:
     """Were padding sent as the padding token, its embedding would tell the lengths after all."""
     link, begins = watched
     model = make_split(link, lora())
-    model.hide_lengths = True
+    model.set_options(hide_lengths=True)
     (batch,) = batches()
     step(model, batch)
     sent = decode(begins[-1].embeddings, begins[-1].embeddings.shape, "embeddings")
@@ -82,7 +83,7 @@ def test_left_padding_travels_as_it_is(watched: Any) -> None:
     batch["attention_mask"] = batch["attention_mask"].flip(1)
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     want = step(model, batch)
-    model.hide_lengths = True
+    model.set_options(hide_lengths=True)
     got = step(model, batch)
     assert got[0] == pytest.approx(want[0], rel=1e-6) and 0 in begins[-1].attention_mask
 
@@ -126,7 +127,7 @@ def test_noise_reaches_the_wire_and_training_goes_on(watched: Any, which: str) -
     (batch,) = batches()
     _, want = step(model, batch)
     sent = begins[-1].embeddings.data
-    model.noise = Noise(**{which: 0.05})
+    model.set_options(noise=Noise(**{which: 0.05}))
     _, got = step(model, batch)
     assert (begins[-1].embeddings.data != sent) == (which == "entry")
     assert 0.001 < (got - want).norm() / want.norm() < 0.5
@@ -137,6 +138,43 @@ def test_values_that_cannot_work_are_refused(values: dict[str, float]) -> None:
     """Noise without sense is an error, not silence."""
     with pytest.raises(UsageError, match="noise"):
         Noise(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ({"noise_entry": -1.0}, "noise entry: got -1.0, want 0 or more"),
+        ({"noise_tail": float("nan")}, "noise tail: got nan"),
+        ({"noise_clip": 0.5}, "noise clip: got 0.5, want 1 or more"),
+        ({"edge_first": -1}, "edge layers: got the first -1 and the last 0, want 0 or more"),
+        ({"edge_last": -2}, "edge layers: got the first 0 and the last -2, want 0 or more"),
+    ],
+)
+def test_settings_refuse_them_before_there_is_a_server(
+    tmp_path: Any, values: dict[str, float], error: str
+) -> None:
+    """A command with such a value stops at once, with the error that the library gives."""
+    with pytest.raises(UsageError, match=error):
+        TrainSettings(server="x:1", data="rows.jsonl", output=tmp_path, **values)
+
+
+def test_options_are_given_at_construction_and_changed_in_one_way(watched: Any) -> None:
+    """Noise that is assigned to the model, where nothing reads it, is an error and not silence."""
+    link, _ = watched
+    noise = Noise(tail=0.5)
+    model = make_split(link, lora(), noise=noise, hide_lengths=True, head_positions="supervised")
+    assert model.options.noise is noise and model.options.hide_lengths
+    model.set_options(hide_lengths=False, wire_dtype="fp16")
+    assert (model.options.hide_lengths, model.options.wire_dtype) == (False, "fp16")
+    assert model.options.noise is noise and model.options.head_positions == "supervised"
+
+    with pytest.raises(UsageError, match=r"noise is an option: call model.set_options\(noise"):
+        model.noise = Noise()
+    for wrong in ({"wire": "thin"}, {"wire_dtype": "fp8"}, {"head_positions": "few"}):
+        with pytest.raises(UsageError, match=f"{next(iter(wrong.values()))}"):
+            model.set_options(**wrong)
+    with pytest.raises(UsageError, match="loaded when the model is built"):
+        model.set_options(edge_layers=(1, 0))
 
 
 def test_command_line(

@@ -206,7 +206,7 @@ def test_choices_score_the_same_one_token_or_many(
     )
     torch.manual_seed(0)
     model = dlora.get_peft_model(link, config, wire_dtype="fp32")
-    model.head_positions = "supervised"
+    model.set_options(head_positions="supervised")
     rows = kr.read(tmp_path / "data", "arc_easy", "eval")
     for number, row in enumerate(rows):
         row["choices"] = ["answer1", "answer2", "answer3"][: 2 + number % 2]

@@ -166,7 +166,7 @@ def test_supervised_head_and_full_head_agree(links: Links) -> None:
     grads = []
     for positions in ("supervised", "all"):
         split = make_split(links("llama"), lora())
-        split.head_positions = positions
+        split.set_options(head_positions=positions)
         split(**batches()[0]).loss.backward()
         grads.append(split)
     assert_same_grads(*grads)

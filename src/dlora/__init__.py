@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from dlora.edge.grpc_link import connect
     from dlora.edge.kv_cache import CloudCache
     from dlora.edge.link import RetryPolicy
-    from dlora.edge.model import SplitModel, get_peft_model, load_adapter, load_tokenizer
+    from dlora.edge.load import get_peft_model, load_adapter, load_tokenizer
+    from dlora.edge.model import SplitModel
+    from dlora.edge.noise import Noise
+    from dlora.edge.options import SplitOptions
     from dlora.embedded import in_process
     from dlora.kill_revive.apply import KillAndRevive, KillReviveCallback
     from dlora.kill_revive.config import KillReviveConfig
@@ -44,10 +47,12 @@ __all__ = [
     "KillReviveCallback",
     "KillReviveConfig",
     "ModelError",
+    "Noise",
     "PeerError",
     "PeerLost",
     "RetryPolicy",
     "SplitModel",
+    "SplitOptions",
     "UsageError",
     "WireError",
     "__version__",
@@ -67,12 +72,14 @@ _HOMES = {
     "KillReviveCallback": "dlora.kill_revive.apply",
     "KillReviveConfig": "dlora.kill_revive.config",
     "RetryPolicy": "dlora.edge.link",
+    "Noise": "dlora.edge.noise",
     "SplitModel": "dlora.edge.model",
+    "SplitOptions": "dlora.edge.options",
     "connect": "dlora.edge.grpc_link",
-    "get_peft_model": "dlora.edge.model",
+    "get_peft_model": "dlora.edge.load",
     "in_process": "dlora.embedded",
-    "load_adapter": "dlora.edge.model",
-    "load_tokenizer": "dlora.edge.model",
+    "load_adapter": "dlora.edge.load",
+    "load_tokenizer": "dlora.edge.load",
 }
 
 

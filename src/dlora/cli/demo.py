@@ -22,7 +22,8 @@ from transformers.utils import logging as transformers_logging
 from dlora.cli.settings import DemoSettings
 from dlora.cloud.load import DEMO_MODEL
 from dlora.edge.grpc_link import connect
-from dlora.edge.model import SplitModel, load_adapter, load_tokenizer
+from dlora.edge.load import load_adapter, load_tokenizer
+from dlora.edge.model import SplitModel
 from dlora.errors import PeerLost, UsageError
 from dlora.files import write_json
 from dlora.inference.answer import Prompt, complete

@@ -406,8 +406,7 @@ def _loaded(settings: EdgeSettings, adapter: Path | None) -> Iterator[tuple[Any,
     from transformers.utils import logging as transformers_logging
 
     from dlora.edge.grpc_link import Access, connect
-    from dlora.edge.model import load_tokenizer
-    from dlora.edge.noise import Noise
+    from dlora.edge.load import load_tokenizer
     from dlora.inference.answer import load_for_inference
 
     transformers_logging.set_verbosity_error()
@@ -422,7 +421,7 @@ def _loaded(settings: EdgeSettings, adapter: Path | None) -> Iterator[tuple[Any,
             device=settings.device,
             edge_layers=settings.edge_layers,
         )
-        model.noise = Noise(entry=settings.noise_entry, clip=settings.noise_clip)
+        model.set_options(noise=settings.noise)
         yield model, tokenizer
     finally:
         link.close()

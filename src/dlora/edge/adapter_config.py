@@ -16,17 +16,17 @@ __all__ = ["checked_config", "read_adapter_config"]
 # Options of LoraConfig that need nothing but A and B. Every other option must be at its default.
 _SUPPORTED_OPTIONS: Final = frozenset(
     "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
-    "r target_modules "
-    "exclude_modules lora_alpha lora_dropout fan_in_fan_out use_rslora init_lora_weights "
-    "layers_to_transform "
-    "layers_pattern rank_pattern alpha_pattern kind activation scale".split()
+    "r target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out use_rslora "
+    "init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern "
+    "kind activation scale".split()
 )
 _SUPPORTED_INITS: Final = (True, False, "gaussian", "orthogonal")
 
 
 def read_adapter_config(folder: str | Path) -> LoraConfig:
-    """The configuration of a local adapter folder. Raises UsageError if there is none; asks no
-    hub.
+    """The configuration of a local adapter folder; asks no hub.
+
+    Raises UsageError if there is none, and for adapters of another kind.
     """
     bottleneck = load_bottleneck_config(folder)
     if bottleneck is not None:
@@ -47,6 +47,7 @@ def checked_config(config: LoraConfig) -> LoraConfig:
     if not isinstance(config, LoraConfig):
         raise UsageError(f"got a {type(config).__name__}, want a peft.LoraConfig")
     config = dataclasses.replace(config, task_type=TaskType.CAUSAL_LM)
+
     plain = type(config)()
     for option in dataclasses.fields(config):
         value = getattr(config, option.name)
@@ -55,6 +56,7 @@ def checked_config(config: LoraConfig) -> LoraConfig:
                 f"LoraConfig.{option.name}={value!r} is not supported: the edge has no base "
                 "weights, only B(A(x))"
             )
+
     if isinstance(config, BottleneckConfig) and (
         config.rank_pattern or config.alpha_pattern or config.use_rslora
     ):
@@ -65,7 +67,6 @@ def checked_config(config: LoraConfig) -> LoraConfig:
     if config.init_lora_weights not in _SUPPORTED_INITS:
         raise UsageError(
             f"LoraConfig.init_lora_weights={config.init_lora_weights!r} needs the base weights, "
-            "which stay in the "
-            f"cloud: use one of {_SUPPORTED_INITS}"
+            f"which stay in the cloud: use one of {_SUPPORTED_INITS}"
         )
     return config

@@ -7,10 +7,11 @@ output.
 
 They live in peft's LoRA layers, with biases and an activation between the two matrices, so that
 everything that works on those (optimizers, trainers, Kill and Revive, accounting, checkpoints)
-works on them. The folder that `save_pretrained` writes holds `bottleneck_config.json` and
-`adapter_model.safetensors`, whose lora_A is W_down [size, width], with a bias, and lora_B is W_up
-[width, size], with a bias; peft itself cannot read it, by design, as it would leave the activation
-out.
+works on them.
+
+The folder that `save_pretrained` writes holds `bottleneck_config.json` and
+`adapter_model.safetensors`. In it lora_A is W_down [R, D], with a bias, and lora_B is W_up [O, R],
+with a bias. peft itself cannot read the folder, by design, as it would leave the activation out.
 
 Shapes: N rows, D width of what is read, R size of the bottleneck, O width of the linear's output.
 """
@@ -62,8 +63,9 @@ _SAVED: Final = (
 
 @dataclass
 class BottleneckConfig(LoraConfig):
-    """Bottleneck adapters on `target_modules`, each of size `r`. Raises UsageError for what there
-    is not.
+    """Bottleneck adapters on `target_modules`, each of size `r`.
+
+    Raises UsageError for a kind or an activation that there is not.
     """
 
     kind: str = field(default="series", metadata={"help": "series or parallel"})
@@ -112,8 +114,7 @@ def is_series(config: LoraConfig) -> bool:
 
 
 def make_bottleneck(model: PeftModel, adapter: str) -> None:
-    """Turn the fresh LoRA layers of an adapter with a `BottleneckConfig` into bottlenecks; leave
-    others alone.
+    """Turn the fresh LoRA layers of a `BottleneckConfig` into bottlenecks; leave others alone.
 
     W_up keeps peft's initial value (zero by default, so that nothing changes at first), biases are
     zero.
@@ -128,10 +129,12 @@ def make_bottleneck(model: PeftModel, adapter: str) -> None:
             layer.lora_A[adapter] = _Down(
                 width, old_up.in_features, config.activation, old_down.weight
             )
+
             up = nn.Linear(old_up.in_features, old_up.out_features).to(old_up.weight)
             up.weight.data.copy_(old_up.weight.data)
             nn.init.zeros_(up.bias)
             layer.lora_B[adapter] = up
+
             if config.kind == "series":
                 layer.lora_variant[adapter] = _Series()
             if config.inference_mode:
@@ -157,8 +160,9 @@ def save_bottleneck(model: PeftModel, folder: Path) -> None:
 
 
 def load_bottleneck_config(folder: str | Path) -> BottleneckConfig | None:
-    """The configuration of a bottleneck adapter's folder; None if it holds none. Raises UsageError
-    for a broken one.
+    """The configuration of a bottleneck adapter's folder; None if it holds none.
+
+    Raises UsageError for a broken one.
     """
     file = Path(folder) / CONFIG_FILE
     if not file.is_file():
@@ -178,10 +182,12 @@ def apply_bottleneck(model: PreTrainedModel, adapter: BottleneckConfig | str | P
     config = adapter if isinstance(adapter, BottleneckConfig) else load_bottleneck_config(adapter)
     if config is None:
         raise UsageError(f"{adapter} holds no bottleneck adapter: {CONFIG_FILE} is missing")
+
     config = copy(config)
     config.base_model_name_or_path, config.task_type = None, TaskType.CAUSAL_LM
     wrapped = get_peft_model(model, config)
     make_bottleneck(wrapped, "default")
+
     if not isinstance(adapter, BottleneckConfig):
         try:
             result = set_peft_model_state_dict(wrapped, load_file(Path(adapter) / WEIGHTS_FILE))

@@ -1,6 +1,4 @@
-"""Training data on the edge: files or hub data sets, checked row by row, in the forms that trl
-takes.
-"""
+"""Data on the edge: files or hub data sets, checked row by row, in the forms that trl takes."""
 
 from __future__ import annotations
 
@@ -22,9 +20,9 @@ _WANT: Final = "want columns `prompt` and `completion`, or `messages`, or `text`
 
 
 def load_rows(source: str) -> tuple[Dataset, list[str]]:
-    """Load a data file or hub data set: (rows for trl, where each came from, such as
-    "file.jsonl:3").
+    """Load a data file or hub data set, for training: rows for trl, and where each came from.
 
+    Where is, for example, "file.jsonl:3".
     `messages` become prompt (all but the last) and completion (the last, which must be the
     assistant's): the loss is on completions wherever they exist, else on the whole text.
     Raises DataError, naming file and line.
@@ -32,14 +30,14 @@ def load_rows(source: str) -> tuple[Dataset, list[str]]:
     return check_rows(read_rows(source))
 
 
-def check_rows(found: list[tuple[str, dict[str, Any]]]) -> tuple[Dataset, list[str]]:
+def check_rows(located: list[tuple[str, dict[str, Any]]]) -> tuple[Dataset, list[str]]:
     """The same for rows that are already read."""
-    where, first = found[0]
+    where, first = located[0]
     form = next((form for form in FORMS if all(name in first for name in form)), None)
     if form is None:
         raise DataError(f"{where}: got columns {', '.join(first) or 'none'}; {_WANT}")
-    rows = [_check_row(where, row, form) for where, row in found]
-    return Dataset.from_list(rows), [where for where, _ in found]
+    rows = [_check_row(where, row, form) for where, row in located]
+    return Dataset.from_list(rows), [where for where, _ in located]
 
 
 def read_rows(source: str) -> list[tuple[str, dict[str, Any]]]:
@@ -49,12 +47,12 @@ def read_rows(source: str) -> list[tuple[str, dict[str, Any]]]:
         if not path.is_file():
             raise DataError(f"{source}: no such file")
         reader = _read_csv if path.suffix == ".csv" else _read_jsonl
-        found = list(reader(path))
+        located = list(reader(path))
     else:
-        found = list(_read_hub(source))
-    if not found:
+        located = list(_read_hub(source))
+    if not located:
         raise DataError(f"{source}: no rows. {_WANT[0].upper() + _WANT[1:]}.")
-    return found
+    return located
 
 
 @dataclass(frozen=True)
@@ -66,19 +64,21 @@ class ChoiceRow:
     answer: int
 
 
-def check_choices(found: list[tuple[str, dict[str, Any]]]) -> list[ChoiceRow]:
+def check_choices(located: list[tuple[str, dict[str, Any]]]) -> list[ChoiceRow]:
     """Rows with `prompt`, `choices` and `answer`. Raises DataError, naming file and line."""
     rows = []
-    for where, row in found:
+    for where, row in located:
         prompt, choices, answer = row.get("prompt"), row.get("choices"), row.get("answer")
         if not isinstance(prompt, str) or not prompt:
             raise DataError(f"{where}: `prompt` is missing or not text")
+
         if (
             not isinstance(choices, list)
             or len(choices) < 2
             or not all(isinstance(c, str) and c for c in choices)
         ):
             raise DataError(f"{where}: `choices` must be a list of at least two texts")
+
         if isinstance(answer, str) and answer in choices:
             answer = choices.index(answer)
         if (
@@ -145,18 +145,20 @@ def _read_hub(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _check_row(where: str, row: dict[str, Any], form: tuple[str, ...]) -> dict[str, Any]:
+    """The row as trl takes it. Raises DataError."""
     missing = [name for name in form if row.get(name) in (None, "", [])]
     if missing:
         raise DataError(
             f"{where}: `{missing[0]}` is missing or empty; the first row has {' and '.join(form)}"
         )
+
     if form == ("messages",):
         messages = row["messages"]
         fine = isinstance(messages, list) and all(
-            isinstance(one, dict)
-            and isinstance(one.get("role"), str)
-            and isinstance(one.get("content"), str)
-            for one in messages
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+            for message in messages
         )
         if not fine:
             raise DataError(
@@ -164,8 +166,9 @@ def _check_row(where: str, row: dict[str, Any], form: tuple[str, ...]) -> dict[s
             )
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise DataError(f"{where}: the last of at least two messages must have role assistant")
-        plain = [{"role": one["role"], "content": one["content"]} for one in messages]
+        plain = [{"role": part["role"], "content": part["content"]} for part in messages]
         return {"prompt": plain[:-1], "completion": plain[-1:]}
+
     for name in form:
         if not isinstance(row[name], str):
             raise DataError(f"{where}: `{name}` is a {type(row[name]).__name__}, want text")

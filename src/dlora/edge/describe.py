@@ -1,6 +1,4 @@
-"""What a server serves, what an adapter folder holds, and whether the two fit: lines for a
-person.
-"""
+"""What a server serves, what an adapter folder holds, and whether the two fit: lines to read."""
 
 from __future__ import annotations
 
@@ -10,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 
 from dlora.edge.adapter_config import read_adapter_config
@@ -23,132 +22,125 @@ __all__ = ["describe_adapter", "describe_server"]
 
 def describe_server(address: str, description: pb.Description) -> Iterator[tuple[str, str]]:
     """(name, value) pairs: model, sites, limits."""
-    limits = description.limits
-    modules = [module for site in description.sites for module in site.modules]
-    allowed = sum(module.allowed for module in modules)
     config = json.loads(description.config_json)
-    cache = limits.cache_bytes_per_token
-    yield (
-        "server",
-        f"{address}, software {description.software_version}, protocol "
-        f"{description.protocol_version}",
-    )
-    yield (
-        "model",
-        f"{description.model_id} ({config.get('model_type')}), {description.compute_dtype}",
-    )
+    software, protocol = description.software_version, description.protocol_version
+    yield "server", f"{address}, software {software}, protocol {protocol}"
+    model_type = config.get("model_type")
+    yield "model", f"{description.model_id} ({model_type}), {description.compute_dtype}"
     yield "fingerprint", description.fingerprint
     yield "widths", f"embedding {description.embedding_width}, hidden {description.hidden_width}"
-    yield (
-        "adapters",
-        f"{allowed} of {len(modules)} modules at {len(description.sites)} sites may be adapted",
-    )
+
+    modules = [module for site in description.sites for module in site.modules]
+    allowed = sum(module.allowed for module in modules)
+    num_sites = len(description.sites)
+    yield "adapters", f"{allowed} of {len(modules)} modules at {num_sites} sites may be adapted"
     yield "targets", allowed_names(description)
+
+    limits = description.limits
     yield "lengths", f"{limits.max_length} tokens a sequence, {limits.max_tokens} a micro-batch"
-    yield (
-        "memory",
-        (
-            f"{limits.max_inflight_bytes / 2**20:.0f} MiB for all streams; "
-            f"{limits.bytes_per_token / 2**10:.0f} KiB a "
-            "training token"
-        ),
-    )
-    yield (
-        "KV cache",
-        f"{cache / 2**10:.1f} KiB a token"
-        if cache
-        else "none: generation computes every token anew",
-    )
+    per_token = f"{limits.bytes_per_token / 2**10:.0f} KiB a training token"
+    yield "memory", f"{limits.max_inflight_bytes / 2**20:.0f} MiB for all streams; {per_token}"
+    if cache := limits.cache_bytes_per_token:
+        yield "KV cache", f"{cache / 2**10:.1f} KiB a token"
+    else:
+        yield "KV cache", "none: generation computes every token anew"
     yield "messages", f"up to {limits.max_message_bytes / 2**20:.0f} MiB"
-    files = ", ".join(sorted(file.name for file in description.edge_files))
+    yield from _describe_files(description)
+
+
+def _describe_files(description: pb.Description) -> Iterator[tuple[str, str]]:
+    """What an edge may fetch."""
     layers = description.layers
     if layers.max_first or layers.max_last:
         size = sum(file.size for file in layers.files) / 2**20
         yield (
             "edge layers",
             f"edges may hold up to the first {layers.max_first} and the last {layers.max_last} of "
-            f"{layers.count} "
-            f"({size:.0f} MiB)",
+            f"{layers.count} ({size:.0f} MiB)",
         )
     else:
         yield "edge layers", f"none: all {layers.count} stay in the cloud"
-    yield (
-        "edge files",
-        f"{sum(file.size for file in description.edge_files) / 2**20:.1f} MiB: {files}",
-    )
+
+    names = ", ".join(sorted(file.name for file in description.edge_files))
+    size = sum(file.size for file in description.edge_files) / 2**20
+    yield "edge files", f"{size:.1f} MiB: {names}"
 
 
 def describe_adapter(
     folder: Path, description: pb.Description | None = None
 ) -> Iterator[tuple[str, str]]:
-    """(name, value) pairs: base, modules, size, the run that made it; with a server, whether they
-    fit.
+    """(name, value) pairs: base, modules, size, the run that made it; whether it fits.
 
     Raises UsageError for a folder without adapter.
     """
     config = read_adapter_config(folder)
     shapes = _shapes(folder)
     names = sorted({name.split(".lora_")[0].removeprefix("base_model.model.") for name in shapes})
-    parameters = sum(math.prod(shape) for shape in shapes.values())
-    kinds = sorted({name.rpartition(".")[2] for name in names})
-    scale = "alpha / sqrt(r)" if config.use_rslora else "alpha / r"
-    if isinstance(config, BottleneckConfig):
-        what = f"bottleneck in {config.kind}" if config.kind == "series" else "parallel bottleneck"
-        yield (
-            "adapter",
-            f"{folder}, {what}, size {config.r}, {config.activation}, scaled by {config.scale:g}",
-        )
-    else:
-        yield (
-            "adapter",
-            f"{folder}, LoRA, rank {config.r}, alpha {config.lora_alpha}, scaled by {scale}",
-        )
+    yield "adapter", f"{folder}, {_kind_of(config)}"
     yield "base", config.base_model_name_or_path or "not named"
+
+    kinds = sorted({name.rpartition(".")[2] for name in names})
     yield "modules", f"{len(names)}: {', '.join(kinds)}"
-    yield (
-        "size",
-        f"{parameters} parameters, "
-        f"{sum(f.stat().st_size for f in folder.glob('adapter_model.*')) / 2**20:.1f} MiB",
-    )
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    size = sum(file.stat().st_size for file in folder.glob("adapter_model.*"))
+    yield "size", f"{parameters} parameters, {size / 2**20:.1f} MiB"
+
     if description is not None:
-        series = is_series(config)
-        sites = [
-            site
-            for site in description.sites
-            if any(module.name in names for module in site.modules)
-        ]
-        num_sites = len(names) if series else len(sites)
-        found = {
-            module.name: (module.out_features if series else site.in_features, module.out_features)
-            for site in description.sites
-            for module in site.modules
-            if module.allowed
-        }
-        missing = [name for name in names if name not in found]
-        other = [name for name in names if name in found and _widths(shapes, name) != found[name]]
-        yield "sites", f"{num_sites} active: {num_sites + 1} round trips a generated token"
-        if config.base_model_name_or_path != description.model_id:
-            yield (
-                "note",
-                f"made for {config.base_model_name_or_path}, this server has "
-                f"{description.model_id}",
-            )
-        if missing:
-            yield (
-                "fit",
-                f"no: this server has no {missing[0]} that may be adapted ({len(missing)} such)",
-            )
-        elif other:
-            yield (
-                "fit",
-                f"no: {other[0]} has widths {_widths(shapes, other[0])}, here {found[other[0]]}",
-            )
-        else:
-            yield "fit", "yes"
+        yield from _describe_fit(config, names, shapes, description)
     yield from _describe_run(folder)
 
 
+def _kind_of(config: LoraConfig) -> str:
+    """What an adapter is, in words."""
+    if isinstance(config, BottleneckConfig):
+        series = config.kind == "series"
+        kind = "bottleneck in series" if series else "parallel bottleneck"
+        return f"{kind}, size {config.r}, {config.activation}, scaled by {config.scale:g}"
+    scale = "alpha / sqrt(r)" if config.use_rslora else "alpha / r"
+    return f"LoRA, rank {config.r}, alpha {config.lora_alpha}, scaled by {scale}"
+
+
+def _describe_fit(
+    config: LoraConfig,
+    names: list[str],
+    shapes: dict[str, tuple[int, ...]],
+    description: pb.Description,
+) -> Iterator[tuple[str, str]]:
+    """Whether the modules of an adapter are on the server, and as wide."""
+    in_series = is_series(config)
+    sites = [
+        site for site in description.sites if any(module.name in names for module in site.modules)
+    ]
+    num_sites = len(names) if in_series else len(sites)
+    yield "sites", f"{num_sites} active: {num_sites + 1} round trips a generated token"
+
+    made_for, served = config.base_model_name_or_path, description.model_id
+    if made_for != served:
+        yield "note", f"made for {made_for}, this server has {served}"
+
+    # (in, out) of what may be adapted; in series an adapter reads the output.
+    offered = {
+        module.name: (module.out_features if in_series else site.in_features, module.out_features)
+        for site in description.sites
+        for module in site.modules
+        if module.allowed
+    }
+    missing = [name for name in names if name not in offered]
+    misfits = [name for name in names if name in offered and _widths(shapes, name) != offered[name]]
+    if missing:
+        yield (
+            "fit",
+            f"no: this server has no {missing[0]} that may be adapted ({len(missing)} such)",
+        )
+    elif misfits:
+        name = misfits[0]
+        yield "fit", f"no: {name} has widths {_widths(shapes, name)}, here {offered[name]}"
+    else:
+        yield "fit", "yes"
+
+
 def _describe_run(folder: Path) -> Iterator[tuple[str, str]]:
+    """The run that made an adapter, where run.json is beside it."""
     file = folder / "run.json"
     if not file.is_file():
         yield "run", "unknown: no run.json beside it"
@@ -160,14 +152,12 @@ def _describe_run(folder: Path) -> Iterator[tuple[str, str]]:
             f"{run['status']}, started {run['started']}, {run.get('steps', 0)} steps, "
             f"{run.get('seconds', 0):.0f} s",
         )
-        loss = run.get("train_loss")
-        yield (
-            "loss",
-            ("none yet" if loss is None else f"{loss:.4f}")
-            + (f", eval {run['eval_loss']:.4f}" if run.get("eval_loss") is not None else ""),
-        )
-        settings = run["settings"]
-        yield "data", str(settings["data"])
+
+        loss, eval_loss = run.get("train_loss"), run.get("eval_loss")
+        text = "none yet" if loss is None else f"{loss:.4f}"
+        yield "loss", text if eval_loss is None else f"{text}, eval {eval_loss:.4f}"
+
+        yield "data", str(run["settings"]["data"])
         yield "trained on", f"{run['model_id']}, fingerprint {run['fingerprint']}"
         yield "versions", ", ".join(f"{name} {number}" for name, number in run["versions"].items())
     except (ValueError, KeyError, TypeError) as error:

@@ -1,37 +1,33 @@
-"""The edge's gRPC connection to a cloud."""
+"""The edge's gRPC connection to a cloud: one server, or several of the same model.
+
+A channel reconnects by itself. What a link adds is the choice of a server: where one is lost, the
+next is taken, and where all were lost the first address is asked again for its replicas.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import queue
 import re
-import socket
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tqdm.auto import tqdm
 
+from dlora.edge.file_cache import cached_files
+from dlora.edge.grpc_errors import call_error, connect_error
 from dlora.errors import AdapterMissing, PeerError, PeerLost, UsageError, WireError
 from dlora.files import check_private, default_cache
 from dlora.proto import dlora_pb2 as pb
 from dlora.proto import dlora_pb2_grpc as rpc
 from dlora.protocol.address import is_loopback
 from dlora.protocol.files import ALLOWED_FILES, LAYER_FILE
-from dlora.protocol.wire import (
-    PROTOCOL_VERSION,
-    RETRY_AFTER_KEY,
-    TOKEN_KEY,
-    TOKEN_PREFIX,
-    channel_options,
-)
+from dlora.protocol.wire import PROTOCOL_VERSION, TOKEN_KEY, TOKEN_PREFIX, channel_options
 
 __all__ = ["Access", "GrpcLink", "connect"]
 
@@ -39,16 +35,8 @@ log = logging.getLogger(__name__)
 
 # Longer than the server's own wait for an edge, so that the server's clearer status comes first.
 _FRAME_TIMEOUT_S: Final = 180.0
-_MAX_EDGE_FILES_BYTES: Final = 32 * 2**30
 _ADDRESS: Final = r"\[?[\w.:-]+\]?:\d{1,5}"
 _MAX_REPLICAS: Final = 64
-_TRY_AGAIN: Final = (
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
-    grpc.StatusCode.CANCELLED,
-    grpc.StatusCode.ABORTED,
-    grpc.StatusCode.UNKNOWN,  # never ours: gRPC's word for a connection that broke
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +44,7 @@ class Access:
     """How an edge shows who it is, and knows whom it talks to."""
 
     tls: bool = False
-    """Encrypt, and trust the authorities that gRPC comes with. Any of the files below says so as
-    well.
-    """
+    """Encrypt, and trust the authorities that gRPC comes with. Any file below encrypts as well."""
     ca: Path | None = None
     """PEM file of the authority to trust instead."""
     certificate: Path | None = None
@@ -68,8 +54,9 @@ class Access:
     """Bearer token; sent over TLS, or to this machine itself, and never else."""
 
     def channel(self, address: str) -> tuple[grpc.Channel, tuple[tuple[str, str], ...]]:
-        """A channel and the metadata of its calls. Raises UsageError for files that cannot be
-        used.
+        """A channel and the metadata of its calls.
+
+        Raises UsageError for files that cannot be used, and for a token without TLS.
         """
         options = [
             *channel_options(),
@@ -85,20 +72,20 @@ class Access:
                     "tls_ca or tls"
                 )
             return grpc.insecure_channel(address, options), metadata
+
         if (self.certificate is None) != (self.key is None):
             raise UsageError("a client certificate and its key go together: give both or neither")
         if self.key is not None:
             check_private(self.key)
         try:
             ca, key, certificate = (
-                None if one is None else one.read_bytes()
-                for one in (self.ca, self.key, self.certificate)
+                None if file is None else file.read_bytes()
+                for file in (self.ca, self.key, self.certificate)
             )
         except OSError as error:
             raise UsageError(f"{error.filename}: {error.strerror}") from error
-        return grpc.secure_channel(
-            address, grpc.ssl_channel_credentials(ca, key, certificate), options
-        ), metadata
+        credentials = grpc.ssl_channel_credentials(ca, key, certificate)
+        return grpc.secure_channel(address, credentials, options), metadata
 
 
 def connect(
@@ -116,19 +103,17 @@ def connect(
     (default ~/.cache/dlora, or $DLORA_CACHE). Raises PeerLost if nothing answers within
     `timeout_s`, PeerError if what answers is no DLoRA server of this version, or refuses.
     """
-    addresses = [one.strip() for one in address.split(",")]
-    for one in addresses:
-        if not re.fullmatch(_ADDRESS, one):
-            raise UsageError(f"server: got {one!r}, want host:port, for example 127.0.0.1:50051")
+    addresses = [part.strip() for part in address.split(",")]
+    for part in addresses:
+        if not re.fullmatch(_ADDRESS, part):
+            raise UsageError(f"server: got {part!r}, want host:port, for example 127.0.0.1:50051")
     return GrpcLink(
         addresses, access or Access(), timeout_s, frame_timeout_s, cache or default_cache()
     )
 
 
 class GrpcLink:
-    """A `Link` over gRPC. One channel for each server; reconnects by itself, and `open` works again
-    when it has.
-    """
+    """A `Link` over gRPC, with one channel for each server."""
 
     def __init__(
         self,
@@ -140,8 +125,10 @@ class GrpcLink:
     ) -> None:
         self.frame_timeout_s, self._timeout_s, self._access = frame_timeout_s, timeout_s, access
         self.cache = cache
-        self._asked = [_Server(one, access) for one in addresses]
+        self._asked = [_Server(address, access) for address in addresses]
+        """The servers that were named."""
         self._servers = self._asked
+        """Those in use: the same, or the replicas that one of them names."""
         self._current = self._losses = 0
         try:
             self.description = self._find(timeout_s)
@@ -150,38 +137,36 @@ class GrpcLink:
             raise
 
     def _find(self, timeout_s: float) -> pb.Description:
-        """The description of the first server that answers; where it names replicas, these are used
-        from now on.
-        """
+        """The description of the first server that answers; where it has replicas, use these."""
         for number, server in enumerate(self._asked):
             try:
-                found = server.describe(timeout_s)
+                description = server.describe(timeout_s)
             except PeerLost:
                 if number == len(self._asked) - 1:
                     raise
                 continue
-            if not found.replicas:
+            if not description.replicas:
                 self._servers, self._current = self._asked, number
             else:
-                self._use_replicas(list(found.replicas))
-            return found
+                self._use_replicas(list(description.replicas))
+            return description
         raise UsageError("server: got no address")
 
     def _use_replicas(self, addresses: list[str]) -> None:
         """Open channels to these, keep those that are open, close the others."""
-        for one in addresses:
-            if not re.fullmatch(_ADDRESS, one):
+        for address in addresses:
+            if not re.fullmatch(_ADDRESS, address):
                 raise PeerError(
-                    f"{self._asked[0].address} names a replica {one[:80]!r}, which is no address"
+                    f"{self._asked[0].address} names a replica {address[:80]!r}, which is no "
+                    "address"
                 )
-        kept = (
-            {}
-            if self._servers is self._asked
-            else {server.address: server for server in self._servers}
-        )
+
+        kept: dict[str, _Server] = {}
+        if self._servers is not self._asked:
+            kept = {server.address: server for server in self._servers}
         self._servers = [
-            kept.pop(one) if one in kept else _Server(one, self._access)
-            for one in addresses[:_MAX_REPLICAS]
+            kept.pop(address) if address in kept else _Server(address, self._access)
+            for address in addresses[:_MAX_REPLICAS]
         ]
         for server in kept.values():
             server.channel.close()
@@ -193,10 +178,8 @@ class GrpcLink:
         return self._servers[self._current].address
 
     def open(self) -> _GrpcStream:
-        if self._servers is not self._asked and self._losses >= len(
-            self._servers
-        ):  # all were tried: are there others?
-            self._losses = 0
+        if self._servers is not self._asked and self._losses >= len(self._servers):
+            self._losses = 0  # all replicas were tried: are there others?
             with contextlib.suppress(PeerLost):
                 self._find(self._timeout_s)
         return _GrpcStream(self._servers[self._current], self.frame_timeout_s, self._lost)
@@ -215,9 +198,10 @@ class GrpcLink:
         try:
             server.stub.PutAdapter(request, timeout=self.frame_timeout_s, metadata=server.metadata)
         except grpc.RpcError as error:
-            if isinstance(found := _stream_error(error, server.address), PeerLost):
+            meaning = call_error(error, server.address)
+            if isinstance(meaning, PeerLost):
                 self._lost(server)
-            raise found from error
+            raise meaning from error
 
     def ping(self) -> None:
         """Ask for the health of the server."""
@@ -226,7 +210,7 @@ class GrpcLink:
                 health_pb2.HealthCheckRequest(), timeout=self.frame_timeout_s
             )
         except grpc.RpcError as error:
-            raise _stream_error(error, self.address) from error
+            raise call_error(error, self.address) from error
 
     def edge_files(self) -> Path:
         """Fetch the edge files once for each content; later calls and runs use the cache."""
@@ -250,64 +234,23 @@ class GrpcLink:
         return self._cached([offered[name] for name in names], "decoder layers", names)
 
     def _cached(self, infos: Sequence[pb.FileInfo], title: str, names: Sequence[str] = ()) -> Path:
-        infos = sorted(infos, key=lambda info: info.name)
-        digest = hashlib.sha256(
-            "".join(f"{info.name} {info.sha256}\n" for info in infos).encode()
-        ).hexdigest()
-        folder = self.cache / "edge" / digest[:32]
-        if not folder.is_dir():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix="partial-") as partial:
-                self._fetch(infos, files := Path(partial) / "files", title, names)
-                try:
-                    files.rename(folder)  # at once or not at all
-                except OSError:
-                    if not folder.is_dir():  # else another process was faster with the same content
-                        raise
-        return folder
+        """A folder with these files; fetched where the cache does not have them."""
 
-    def _fetch(
-        self, infos: list[pb.FileInfo], folder: Path, title: str, names: Sequence[str]
-    ) -> None:
-        folder.mkdir()
-        wanted = {info.name: info for info in infos}
-        total = sum(info.size for info in infos)
-        if total > _MAX_EDGE_FILES_BYTES:
-            raise WireError(
-                f"{self.address} offers {total} bytes of edge files, over {_MAX_EDGE_FILES_BYTES}"
+        def chunks() -> Iterator[pb.FileChunk]:
+            server = self._servers[self._current]
+            request = pb.FetchEdgeFilesRequest(
+                fingerprint=self.description.fingerprint, names=names
             )
-        got = dict.fromkeys(wanted, 0)
-        hashes = {name: hashlib.sha256() for name in wanted}
-        request = pb.FetchEdgeFilesRequest(fingerprint=self.description.fingerprint, names=names)
-        with tqdm(total=total, unit="B", unit_scale=True, desc=title) as bar:
+            # Enough for a slow line of 50 kB/s; a cloud that stalls for longer is not waited for.
+            timeout_s = 120 + sum(info.size for info in infos) / 50_000
             try:
-                # Enough for a slow line of 50 kB/s; a cloud that stalls for longer is not waited
-                # for.
-                server = self._servers[self._current]
-                timeout_s = 120 + total / 50_000
-                for chunk in server.stub.FetchEdgeFiles(
+                yield from server.stub.FetchEdgeFiles(
                     request, timeout=timeout_s, metadata=server.metadata
-                ):
-                    if (
-                        chunk.name not in wanted
-                        or got[chunk.name] + len(chunk.data) > wanted[chunk.name].size
-                    ):
-                        raise WireError(
-                            f"{self.address} sent more of {chunk.name[:80]!r} than it had announced"
-                        )
-                    with (folder / chunk.name).open("ab") as file:
-                        file.write(chunk.data)
-                    got[chunk.name] += len(chunk.data)
-                    hashes[chunk.name].update(chunk.data)
-                    bar.update(len(chunk.data))
-            except grpc.RpcError as error:
-                raise _stream_error(error, self.address) from error
-        for name, info in wanted.items():
-            if hashes[name].hexdigest() != info.sha256:
-                raise WireError(
-                    f"{name} from {self.address}: {got[name]} of {info.size} bytes, SHA-256 does "
-                    "not match"
                 )
+            except grpc.RpcError as error:
+                raise call_error(error, self.address) from error
+
+        return cached_files(self.cache / "edge", infos, chunks, self.address, title)
 
     def close(self) -> None:
         for server in {*self._servers, *self._asked}:
@@ -322,42 +265,36 @@ class _Server:
         self.connect()
 
     def connect(self) -> None:
-        """A channel of its own: also away from a connection that is half-open, which gRPC would go
-        on using.
-        """
+        """Make a channel: at first, and to leave a half-open connection, which gRPC would keep."""
         self.channel, self.metadata = self._access.channel(self.address)
         self.stub = rpc.DLoRAStub(self.channel)
 
     def describe(self, timeout_s: float) -> pb.Description:
-        """What is served there. Raises PeerLost if nothing answers, PeerError if what answers will
-        not do.
+        """What is served there.
+
+        Raises PeerLost if nothing answers, PeerError if what answers will not do.
         """
         try:
             request = pb.DescribeRequest(protocol_version=PROTOCOL_VERSION)
-            found: pb.Description = self.stub.Describe(
+            description: pb.Description = self.stub.Describe(
                 request, timeout=timeout_s, wait_for_ready=True, metadata=self.metadata
             )
         except grpc.RpcError as error:
-            raise _connect_error(error, self.address) from error
-        if found.protocol_version != PROTOCOL_VERSION:
+            raise connect_error(error, self.address) from error
+        if description.protocol_version != PROTOCOL_VERSION:
             raise PeerError(
-                f"{self.address} speaks protocol {found.protocol_version}, this edge "
-                f"{PROTOCOL_VERSION}: "
-                "upgrade the older of the two"
+                f"{self.address} speaks protocol {description.protocol_version}, this edge "
+                f"{PROTOCOL_VERSION}: upgrade the older of the two"
             )
-        return found
+        return description
 
 
 class _GrpcStream:
     """One `Step` call. A reader thread takes replies, so that every wait has a deadline."""
 
     def __init__(self, server: _Server, timeout_s: float, lost: Callable[[_Server], None]) -> None:
-        self.server, self.address, self.timeout_s, self.lost = (
-            server,
-            server.address,
-            timeout_s,
-            lost,
-        )
+        self.server, self.address = server, server.address
+        self.timeout_s, self.lost = timeout_s, lost
         self.outbox: queue.SimpleQueue[pb.EdgeFrame | None] = queue.SimpleQueue()
         self.inbox: queue.SimpleQueue[pb.CloudFrame | Exception] = queue.SimpleQueue()
         self.call = server.stub.Step(self._requests(), metadata=server.metadata)
@@ -373,7 +310,7 @@ class _GrpcStream:
                 self.inbox.put(frame)
             self.inbox.put(PeerLost(f"{self.address} ended the stream"))
         except grpc.RpcError as error:
-            self.inbox.put(_stream_error(error, self.address))
+            self.inbox.put(call_error(error, self.address))
 
     def send(self, frame: pb.EdgeFrame) -> None:
         self.outbox.put(frame)
@@ -395,56 +332,3 @@ class _GrpcStream:
     def close(self) -> None:
         self.outbox.put(None)
         self.call.cancel()
-
-
-def _connect_error(error: Any, address: str) -> Exception:
-    code, details = error.code(), error.details()
-    if code == grpc.StatusCode.DEADLINE_EXCEEDED or code == grpc.StatusCode.UNAVAILABLE:
-        if _listens(address):
-            return PeerLost(
-                f"{address} is there, but does not answer as a DLoRA server: does it want TLS "
-                "(tls_ca or tls), another "
-                "authority, a client certificate, or none of these? Does its certificate name this "
-                "address?"
-            )
-        return PeerLost(
-            f"no DLoRA server answers at {address}: is `dlora serve` running there, and is the "
-            "port right?"
-        )
-    if code == grpc.StatusCode.UNAUTHENTICATED:
-        return PeerError(
-            f"{address} does not know this edge ({details}): give token_file, or a client "
-            "certificate"
-        )
-    if code == grpc.StatusCode.UNIMPLEMENTED:
-        return PeerError(
-            f"{address} is a gRPC server, but not a DLoRA server of this version: check host and "
-            "port"
-        )
-    return PeerError(f"{address} refused: {details}")
-
-
-def _listens(address: str) -> bool:
-    """Whether anything accepts connections there."""
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=1.0):
-            return True
-    except OSError:
-        return False
-
-
-def _stream_error(error: Any, address: str) -> PeerError | PeerLost:
-    """What a failed call means to the edge: try again, or not."""
-    code, details = error.code(), error.details() or ""
-    message = f"{address}: {details or code.name}"
-    if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
-        hint = dict(error.trailing_metadata() or ()).get(RETRY_AFTER_KEY)
-        if hint is not None and hint.isdigit():
-            return PeerLost(message, retry_after_s=int(hint) / 1000)
-        return PeerError(f"{message}. Use a smaller batch or shorter sequences.")
-    if code == grpc.StatusCode.NOT_FOUND:
-        return AdapterMissing(message)
-    if code in _TRY_AGAIN or "RST_STREAM" in details:
-        return PeerLost(message)
-    return PeerError(message)

@@ -41,7 +41,7 @@ class Link(Protocol):
         """Start a micro-batch."""
 
     def put_adapter(self, modules: Sequence[pb.FrozenModule]) -> None:
-        """Let the cloud hold frozen modules, for steps that refer to them by hash."""
+        """Let the cloud hold frozen modules, for streams that refer to them by hash."""
 
     def ping(self) -> None:
         """A call that does nothing. Raises PeerLost if nobody answers."""

@@ -1,5 +1,9 @@
 """One training micro-batch as the edge runs it: forward, backward, and again if the cloud is lost.
 
+Autograd sees a single node, `SplitForward`. Its forward and backward drive a `MicroBatch`, which
+holds the stream and what backward needs. A stream that is lost at any point is replaced by a new
+one, on which forward runs again with the same random numbers.
+
 Shapes: N rows that travel (attended tokens), K kept rows of the last hidden states.
 """
 
@@ -14,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from dlora.edge.link import Link, RetryPolicy
+from dlora.edge.lora import FrozenModule
 from dlora.edge.meter import Meter
 from dlora.edge.noise import Noise
-from dlora.edge.responder import ActiveSite, FrozenModule, Responder
+from dlora.edge.responder import Responder, SiteForward
+from dlora.edge.sites import ActiveSite
 from dlora.errors import AdapterMissing, PeerError, PeerLost, WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.layers import EdgeLayers
@@ -28,11 +34,10 @@ log = logging.getLogger(__name__)
 
 
 class MicroBatch(Responder):
-    """Forward and backward of one micro-batch over a link, run again as a whole if the cloud is
-    lost.
+    """Forward and backward of one micro-batch, run again as a whole if the cloud is lost.
 
-    `begin` is the complete first frame. A repeated run starts from the same random state, so
-    that LoRA dropout draws the same masks.
+    `begin` is the complete first frame. A repeated run starts from the same random state, so that
+    LoRA dropout draws the same masks.
     """
 
     def __init__(
@@ -56,16 +61,14 @@ class MicroBatch(Responder):
             frozen=frozen,
             edge_layers=edge_layers,
         )
+        self.retry, self.begin = retry, begin
+        self.rng = _rng_state(device)
         self.input_grad: Tensor | None = None
-        """After backward, where `begin` asks for it: the gradient of what went into the cloud, [N,
-        D].
-        """
+        """After backward, where `begin` asks for it: gradient of what went in, [N, D]."""
         self.on_probe: Callable[[Sequence[pb.ActiveSite], Sequence[float]], None] | None = None
         """Called with the modules of `Begin.probe` and their norms of g^T x, after backward."""
         self.noise = Noise()
         """What is added to the gradient of the kept hidden states."""
-        self.retry, self.begin = retry, begin
-        self.rng = _rng_state(device)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -97,7 +100,7 @@ class MicroBatch(Responder):
                 wait(error)
         raise AssertionError("unreachable: attempts() ends by raising")
 
-    # ----------------------------------------------------------------- one attempt
+    # -------------------------------------- one attempt
 
     def _forward(self) -> Tensor:
         try:
@@ -112,10 +115,10 @@ class MicroBatch(Responder):
         self.stream = self.link.open()
         try:
             rows, kept = int(self.begin.embeddings.shape[0]), len(self.begin.keep)
-            hidden, _ = self.ask(
-                pb.EdgeFrame(begin=self.begin), rows, kept, training=self.begin.training
-            )
-            if not (self.begin.training and (self.sites or self.begin.wants_input_grad)):
+            frame = pb.EdgeFrame(begin=self.begin)
+            hidden, _ = self.ask(frame, rows, kept, training=self.begin.training)
+            has_backward = bool(self.sites) or self.begin.wants_input_grad
+            if not (self.begin.training and has_backward):
                 self._finish()
         except BaseException:
             self.close()
@@ -129,10 +132,9 @@ class MicroBatch(Responder):
             self.send(pb.EdgeFrame(hidden_grad=pb.HiddenGrad(grad=encode(grad, self.wire_dtype))))
             for _ in range(len(self.sites)):
                 frame = self.receive()
-                if frame.WhichOneof("kind") != "delta_grads":
-                    raise WireError(
-                        f"the cloud sent frame {frame.WhichOneof('kind')!r} in backward"
-                    )
+                kind = frame.WhichOneof("kind")
+                if kind != "delta_grads":
+                    raise WireError(f"the cloud sent frame {kind!r} in backward")
                 self._answer_backward(frame.delta_grads, grads)
             self._finish()
         except BaseException:
@@ -141,20 +143,22 @@ class MicroBatch(Responder):
         return grads
 
     def _finish(self) -> None:
+        """Take the last frame, with what the cloud has counted and measured."""
         frame = self.receive()
         if frame.WhichOneof("kind") != "done":
             raise WireError(f"the cloud sent frame {frame.WhichOneof('kind')!r}, want 'done'")
         self.meter.cloud_forward_flops += frame.done.forward_flops
         self.meter.cloud_backward_flops += frame.done.backward_flops
+
         if self.on_probe is not None:
+            norms = frame.done.probe
             probed = sum(len(entry.modules) for entry in self.begin.probe)
-            if len(frame.done.probe) != probed:
-                raise WireError(
-                    f"the cloud sent {len(frame.done.probe)} probe norms, want {probed}"
-                )
-            if not all(0 <= norm < math.inf for norm in frame.done.probe):
+            if len(norms) != probed:
+                raise WireError(f"the cloud sent {len(norms)} probe norms, want {probed}")
+            if not all(0 <= norm < math.inf for norm in norms):
                 raise WireError("the cloud sent a probe norm that is negative or not finite")
-            self.on_probe(self.begin.probe, frame.done.probe)
+            self.on_probe(self.begin.probe, norms)
+
         if self.begin.wants_input_grad:
             shape = tuple(self.begin.embeddings.shape)
             self.meter.round_trips += 1  # the last gradient is waited for
@@ -165,39 +169,29 @@ class MicroBatch(Responder):
         self.close()
 
     def _answer_backward(self, message: pb.DeltaGrads, grads: dict[nn.Parameter, Tensor]) -> None:
-        site = self.site(message.site, done=message.site not in self.records)
-        record = self.records.pop(site.index)
+        """Take one site's gradients, note those of its parameters, send that of its input."""
+        site = self.site(message.site, done=message.site not in self.forwards)
+        forward = self.forwards.pop(site.index)
         messages = [*message.grads, *message.factor_grads]
-        if len(messages) != len(record.answers):
+        if len(messages) != len(forward.answers):
             raise WireError(
-                f"site {site.index}: got {len(messages)} gradients, want {len(record.answers)}"
+                f"site {site.index}: got {len(messages)} gradients, want {len(forward.answers)}"
             )
         received = [
-            self.decode(one, tuple(answer.shape), f"delta gradient at site {site.index}")
-            for one, answer in zip(messages, record.answers, strict=True)
+            self.decode(part, tuple(answer.shape), f"delta gradient at site {site.index}")
+            for part, answer in zip(messages, forward.answers, strict=True)
         ]
+
         parameters = site.parameters
-        inputs: list[Tensor] = [*([record.x] if record.wants_input_grad else []), *parameters]
-        found: list[Tensor] = []
-        if inputs:
-            outputs = [
-                (answer, one)
-                for answer, one in zip(record.answers, received, strict=True)
-                if answer.requires_grad
-            ]
-            found = list(
-                torch.autograd.grad(
-                    [answer for answer, _ in outputs],
-                    inputs,
-                    [one.to(answer.dtype) for answer, one in outputs],
-                )
-            )
-        for one in found:
-            check_finite(one, f"a gradient at site {site.index}")
-        if record.wants_input_grad:
-            x_grad = encode(found.pop(0), self.wire_dtype)
+        inputs = [*([forward.x_ND] if forward.wants_input_grad else []), *parameters]
+        computed = _gradients(forward, received, inputs)
+        for grad in computed:
+            check_finite(grad, f"a gradient at site {site.index}")
+
+        if forward.wants_input_grad:
+            x_grad = encode(computed.pop(0), self.wire_dtype)
             self.send(pb.EdgeFrame(input_grad=pb.InputGrad(site=site.index, grad=x_grad)))
-        grads.update(zip(parameters, found, strict=True))
+        grads.update(zip(parameters, computed, strict=True))
 
     def _lost(self, error: PeerLost) -> None:
         self.close()
@@ -206,10 +200,10 @@ class MicroBatch(Responder):
 
 
 class SplitForward(torch.autograd.Function):
-    """The whole remote decoder as one node: its input and adapter parameters in, kept hidden states
-    out.
+    """The whole remote decoder as one node.
 
-    Gradients leave as this node's own, so that a repeated micro-batch cannot count twice.
+    Its input and the adapter's parameters go in, kept hidden states come out. Gradients leave as
+    this node's own, so that a repeated micro-batch cannot count twice.
     """
 
     @staticmethod
@@ -226,19 +220,35 @@ class SplitForward(torch.autograd.Function):
         return (
             None,
             None if entry is None else entry.to(ctx.dtype),
-            *(grads.get(one) for one in ctx.parameters),
+            *(grads.get(parameter) for parameter in ctx.parameters),
         )
 
 
+def _gradients(
+    forward: SiteForward, received: Sequence[Tensor], inputs: list[Tensor]
+) -> list[Tensor]:
+    """Gradients of a site's inputs, from those of its answers, through what forward kept."""
+    if not inputs:
+        return []
+    outputs = [
+        (answer, grad)
+        for answer, grad in zip(forward.answers, received, strict=True)
+        if answer.requires_grad
+    ]
+    answers = [answer for answer, _ in outputs]
+    grads = [grad.to(answer.dtype) for answer, grad in outputs]
+    return list(torch.autograd.grad(answers, inputs, grads))
+
+
 def check_finite(grad: Tensor, what: str) -> None:
-    """Raises PeerError: values of the cloud that are finite can still be so large that what follows
-    is not.
+    """Raises PeerError unless all values are finite.
+
+    Those of the cloud are, but may be so large that what follows from them is not.
     """
     if not math.isfinite(largest(grad)):
         raise PeerError(
             f"{what} is not finite: the learning rate is too high, or the cloud sent values "
-            "without sense. The adapter "
-            "is unchanged. Try a lower learning rate, or another server."
+            "without sense. The adapter is unchanged. Try a lower learning rate, or another server."
         )
 
 

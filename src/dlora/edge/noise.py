@@ -1,22 +1,23 @@
-"""What can be changed in what leaves the edge, so that less can be read from it.
+"""Noise on what leaves the edge, so that less can be read from it. Loads no torch.
 
-Embeddings (or hidden states, where the edge holds layers) and the gradient of the last hidden
-states are all that the edge says about its text and labels: everything else that travels follows
-from these and the adapter.
+Embeddings (or hidden states, where layers run here) and the gradient of the last hidden states are
+all that the edge says about its text and labels. Everything else that travels follows from these
+and the adapter.
 
-Shapes: B batch, T tokens, N rows, D width.
+Shapes: K kept rows, D width.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dlora.errors import UsageError
 
-__all__ = ["Noise", "fill_padding", "is_right_padded"]
+if TYPE_CHECKING:  # settings check noise too, and load no torch
+    from torch import Tensor
+
+__all__ = ["Noise"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,15 +25,16 @@ class Noise:
     """Clipped Gaussian noise on rows that leave the edge.
 
     A row longer than `clip` times the median length of its micro-batch is shortened to that. Then
-    normal noise is added, whose expected length is `entry` times the row's own length (what goes
-    into the cloud's first layer), or `tail` times the median length (the gradient of what comes out
-    of its last, so that rows without label look like others). The noise follows the data's own
-    scale and composes over steps: this is no differential privacy, and what it hides has to be
-    measured.
+    normal noise is added. The noise follows the data's own scale and composes over steps: this is
+    no differential privacy, and what it hides has to be measured.
     """
 
     entry: float = 0.0
+    """On what goes into the cloud's first layer: expected length as a share of the row's own."""
     tail: float = 0.0
+    """On the gradient of what comes out of its last: expected length as a share of the median, so
+    that rows without a label look like others.
+    """
     clip: float = 3.0
 
     def __post_init__(self) -> None:
@@ -49,41 +51,28 @@ class Noise:
             return rows
         rows = self._clipped(rows)
         lengths = rows.detach().norm(dim=-1, keepdim=True)
-        return rows + torch.randn_like(rows) * lengths * (self.entry / rows.shape[-1] ** 0.5)
+        return rows + _normal(rows) * lengths * (self.entry / rows.shape[-1] ** 0.5)
 
     def on_tail(self, grad_KD: Tensor) -> Tensor:
         """Noisy gradient [K, D] of the kept hidden states."""
         if not self.tail or not grad_KD.numel():
             return grad_KD
         grad_KD = self._clipped(grad_KD)
-        return grad_KD + torch.randn_like(grad_KD) * _median_length(grad_KD) * (
-            self.tail / grad_KD.shape[-1] ** 0.5
-        )
+        length = _median_length(grad_KD)
+        return grad_KD + _normal(grad_KD) * length * (self.tail / grad_KD.shape[-1] ** 0.5)
 
     def _clipped(self, rows: Tensor) -> Tensor:
         lengths = rows.detach().norm(dim=-1, keepdim=True)
         return rows * (self.clip * _median_length(rows) / lengths.clamp(min=1e-30)).clamp(max=1.0)
 
 
+def _normal(like: Tensor) -> Tensor:
+    """Standard normal values in the shape of another tensor."""
+    return like.detach().clone().normal_()
+
+
 def _median_length(rows: Tensor) -> Tensor:
-    """Of the rows that are not zero; 0 where there is none."""
+    """The median length of the rows that are not zero; 0 where all are."""
     lengths = rows.detach().norm(dim=-1).flatten()
     lengths = lengths[lengths > 0]
     return lengths.median() if len(lengths) else lengths.new_zeros(())
-
-
-def is_right_padded(mask_BT: Tensor) -> bool:
-    """Whether no attended token follows a padded one."""
-    return not bool((mask_BT[:, 1:] > mask_BT[:, :-1]).any())
-
-
-def fill_padding(embeddings_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-    """Put random attended tokens of the batch in place of the padding: on the right no real token
-    looks at them.
-    """
-    attended_BT = mask_BT.bool().to(embeddings_BTD.device)
-    real_ND = embeddings_BTD[attended_BT]
-    filled = embeddings_BTD.clone()
-    count = int((~attended_BT).sum())
-    filled[~attended_BT] = real_ND[torch.randint(len(real_ND), (count,)).to(real_ND.device)]
-    return filled

@@ -1,8 +1,11 @@
 """The edge's end of a stream: sends frames, answers the cloud at every active site, counts.
 
-What training (`micro_batch.py`) and generation (`kv_cache.py`) have in common.
+What training (`micro_batch.py`) and generation (`kv_cache.py`) have in common. A frame that starts
+a forward pass goes out; the cloud asks for deltas, site by site, and in the end sends the hidden
+states that were asked for: that is one `ask`.
 
-Shapes: N rows that travel (attended tokens), K kept rows of the last hidden states.
+Shapes: N rows that travel (attended tokens), K kept rows of the last hidden states, D width of a
+site's input, R rank, O width of a module's output.
 """
 
 from __future__ import annotations
@@ -14,103 +17,43 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 from dlora.edge.link import Link, Stream
-from dlora.edge.meter import Meter, adapter_flops
+from dlora.edge.lora import FrozenModule, delta, factors, layer_flops
+from dlora.edge.meter import Meter
+from dlora.edge.sites import ActiveSite
 from dlora.errors import AdapterMissing, PeerError, PeerLost, WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.layers import EdgeLayers
-from dlora.protocol.wire import PROTOCOL_VERSION, content_hash, decode, encode, largest
+from dlora.protocol.wire import PROTOCOL_VERSION, decode, encode, largest
 
-__all__ = [
-    "ActiveSite",
-    "FrozenModule",
-    "Record",
-    "Responder",
-    "Wait",
-    "begin",
-    "freeze",
-    "layer_flops",
-    "product_of",
-]
+__all__ = ["Responder", "SiteForward", "Wait", "begin"]
 
 _PUT_BYTES: Final = 32 * 2**20  # frozen modules travel in messages of about this size
 _MOST_PUTS: Final = 3
 
 
-@dataclass(frozen=True, kw_only=True)
-class ActiveSite:
-    """The adapted modules of one site, in the cloud's order."""
-
-    index: int
-    in_features: int
-    modules: tuple[int, ...]
-    """Indices into the cloud's list of this site's modules."""
-    layers: tuple[LoraLayer, ...]
-    names: tuple[str, ...]
-    """Full names of the modules."""
-    depth: int
-    """Its place in the forward pass, among the sites that read an input."""
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """The trainable LoRA parameters of this site, in a fixed order."""
-        found: list[nn.Parameter] = []
-        for layer in self.layers:
-            for name in layer.active_adapters:
-                if name in layer.lora_A:
-                    found += [*layer.lora_A[name].parameters(), *layer.lora_B[name].parameters()]
-        return [parameter for parameter in found if parameter.requires_grad]
-
-
 @dataclass(frozen=True)
-class FrozenModule:
-    """An idle module that the cloud applies: where, and what."""
+class Wait:
+    """One wait of the edge: start and end on its clock, and how long the cloud says it computed.
 
-    site: int
-    module: int
-    message: pb.FrozenModule
-    hash: bytes
-
-
-def product_of(layer: LoraLayer) -> tuple[Tensor, Tensor]:
-    """A [R, in] and scaled B [out, R] of the sum of a layer's active adapters, detached,
-    float32.
+    All in seconds.
     """
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    a = torch.cat([layer.lora_A[name].weight.detach().float() for name in names])
-    b = torch.cat(
-        [layer.lora_B[name].weight.detach().float() * layer.scaling[name] for name in names], dim=1
-    )
-    return a, b
+
+    start: float
+    end: float
+    cloud_s: float
 
 
-def layer_flops(
-    layer: LoraLayer, rows: int, *, training: bool, input_grad: bool, factored: bool = False
-) -> int:
-    """FLOPs of a layer's active adapters on so many rows."""
-    return sum(
-        adapter_flops(
-            rows,
-            layer.lora_A[name].in_features,
-            layer.r[name],
-            layer.lora_B[name].out_features,
-            training=training,
-            input_grad=input_grad,
-            factored=factored,
-        )
-        for name in layer.active_adapters
-        if name in layer.lora_A
-    )
+@dataclass
+class SiteForward:
+    """What backward needs of one site's forward."""
 
-
-def freeze(site: int, module: int, layer: LoraLayer) -> FrozenModule:
-    """The sum of a layer's active adapters as one frozen module, exact in float32."""
-    a, b = product_of(layer)
-    message = pb.FrozenModule(a=encode(a, pb.FP32), b=encode(b, pb.FP32))
-    return FrozenModule(site, module, message, content_hash(message))
+    x_ND: Tensor
+    answers: list[Tensor]
+    """What the cloud has gradients for: deltas, or all Z and then all B."""
+    wants_input_grad: bool
 
 
 def begin(
@@ -127,77 +70,14 @@ def begin(
         fingerprint=link.description.fingerprint,
         wire_dtype=wire_dtype,
         sites=[pb.ActiveSite(site=site.index, modules=site.modules) for site in sites],
-        idle=[pb.IdleModule(site=one.site, module=one.module, hash=one.hash) for one in frozen],
+        idle=[
+            pb.IdleModule(site=module.site, module=module.module, hash=module.hash)
+            for module in frozen
+        ],
         edge_first=edge_layers.first,
         edge_last=edge_layers.last,
         **fields,
     )
-
-
-@dataclass(frozen=True)
-class Wait:
-    """One wait of the edge: from and to when on its clock, in seconds, and how long the cloud says
-    it computed.
-    """
-
-    start: float
-    end: float
-    cloud_s: float
-
-
-@dataclass
-class Record:
-    """What backward needs of one site's forward."""
-
-    x: Tensor
-    answers: list[Tensor]
-    """What the cloud has gradients for: deltas, or all Z and then all B."""
-    wants_input_grad: bool
-
-
-def delta(layer: LoraLayer, x: Tensor) -> Tensor:
-    """What the layer's active adapters add to its base output: sum of scaling *
-    B(A(dropout(x))).
-    """
-    total: Tensor | None = None
-    for name in layer.active_adapters:
-        if name in layer.lora_A:
-            lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
-            part = (
-                lora_B(lora_A(layer.lora_dropout[name](x.to(lora_A.weight.dtype))))
-                * layer.scaling[name]
-            )
-            total = part if total is None else total + part
-    if total is None:
-        raise WireError("a site without an active adapter was asked for a delta")
-    return total
-
-
-def factors(layer: LoraLayer, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The same sum as Z [N, R] and scaled B [O, R], with Z B^T the delta; R sums the active
-    adapters' ranks.
-    """
-    zs, bs = [], []
-    for name in layer.active_adapters:
-        if name in layer.lora_A:
-            lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
-            zs.append(lora_A(layer.lora_dropout[name](x.to(lora_A.weight.dtype))))
-            bs.append(lora_B.weight * layer.scaling[name])
-            if lora_B.bias is not None:  # one column more, of ones
-                zs.append(zs[-1].new_ones(len(x), 1))
-                bs.append(lora_B.bias[:, None] * layer.scaling[name])
-    if not zs:
-        raise WireError("a site without an active adapter was asked for a delta")
-    return (zs[0], bs[0]) if len(zs) == 1 else (torch.cat(zs, dim=1), torch.cat(bs, dim=1))
-
-
-def _square(delta: Tensor, factor: Tensor | None) -> float:
-    """Sum of squares of a delta, or of Z B^T without making it."""
-    delta = delta.detach()
-    if factor is None:
-        return float(delta.square().sum())
-    factor = factor.detach()
-    return float(((delta.T @ delta) * (factor.T @ factor)).sum())
 
 
 class Responder:
@@ -215,17 +95,20 @@ class Responder:
         frozen: Sequence[FrozenModule] = (),
         edge_layers: EdgeLayers | None = None,
     ) -> None:
-        self.edge_layers = edge_layers or EdgeLayers()
         self.link, self.meter, self.wire_dtype, self.device = link, meter, wire_dtype, device
+        self.sites = {site.index: site for site in sites}
         self.factored, self.frozen = factored, frozen
+        self.edge_layers = edge_layers or EdgeLayers()
+
         self.output_squares: dict[tuple[int, int], float] | None = None
         """If not None: sums of squared deltas of each (site, module) are added here."""
         self.waits: list[Wait] | None = None
         """If not None: every wait is noted here."""
-        self.times_put = 0
-        self.sites = {site.index: site for site in sites}
+
         self.stream: Stream | None = None
-        self.records: dict[int, Record] = {}
+        self.forwards: dict[int, SiteForward] = {}
+        """By site: what was answered in the forward pass that runs or ran last."""
+        self.times_put = 0
 
     def close(self) -> None:
         """Drop the stream, if any: the cloud frees what it holds for it."""
@@ -238,16 +121,12 @@ class Responder:
 
     @property
     def hidden_width(self) -> int:
-        """Width of the hidden states that come back: the decoder's last, or those between
-        layers.
-        """
+        """Width of the hidden states that come back: the decoder's last, or between layers."""
         description = self.link.description
         return int(description.layers.width if self.edge_layers else description.hidden_width)
 
     def put_frozen(self, error: AdapterMissing) -> None:
-        """Give the cloud the frozen modules that it does not hold. Raises PeerError if it keeps
-        losing them.
-        """
+        """Give the cloud its frozen modules again. Raises PeerError if it keeps losing them."""
         self.close()
         self.times_put += 1
         if self.times_put > _MOST_PUTS:
@@ -255,9 +134,10 @@ class Responder:
                 f"{error}. It was put there {_MOST_PUTS} times: is the server's room for adapters "
                 "too small?"
             )
+
         group: list[pb.FrozenModule] = []
-        for one in self.frozen:
-            group.append(one.message)
+        for module in self.frozen:
+            group.append(module.message)
             if sum(message.ByteSize() for message in group) > _PUT_BYTES:
                 self._put(group)
                 group = []
@@ -274,56 +154,61 @@ class Responder:
     ) -> tuple[Tensor, int]:
         """Send a frame that starts a forward pass, and answer until the cloud is through.
 
-        Returns the kept last hidden states, float32 [K, hidden_width], and the cloud's FLOPs
-        where it tells them here. Raises PeerLost, PeerError or WireError.
+        Returns the kept last hidden states, float32 [K, hidden_width], and the FLOPs that the
+        cloud's last frame says. Raises PeerLost, PeerError or WireError.
         """
-        self.records.clear()
+        self.forwards.clear()
         self.send(frame)
         while (kind := (reply := self.receive()).WhichOneof("kind")) == "input":
             self._answer(reply.input, num_rows, training)
         if kind != "hidden":
             raise WireError(f"the cloud sent frame {kind!r} in forward")
+
         shape = (num_kept, self.hidden_width)
-        hidden = self.decode(reply.hidden.hidden, shape, "last hidden states")
+        hidden_KD = self.decode(reply.hidden.hidden, shape, "last hidden states")
         self.meter.tokens += num_rows
-        return hidden, reply.hidden.forward_flops
+        return hidden_KD, reply.hidden.forward_flops
 
     def _answer(self, message: pb.SiteInput, num_rows: int, training: bool) -> None:
-        site = self.site(message.site, done=message.site in self.records)
-        x = self.decode(message.x, (num_rows, site.in_features), f"input of site {site.index}")
+        """Send the deltas of one site, or their factors, and keep what backward needs."""
+        site = self.site(message.site, done=message.site in self.forwards)
+        shape = (num_rows, site.in_features)
+        x_ND = self.decode(message.x, shape, f"input of site {site.index}")
         wants = training and message.wants_input_grad
         with torch.set_grad_enabled(training):
-            x.requires_grad_(wants)
+            x_ND.requires_grad_(wants)
             if self.factored:
-                pairs = [factors(layer, x) for layer in site.layers]
-                answers = [z for z, _ in pairs] + [b for _, b in pairs]
+                pairs = [factors(layer, x_ND) for layer in site.layers]
+                answers = [z_NR for z_NR, _ in pairs] + [b_OR for _, b_OR in pairs]
             else:
-                answers = [delta(layer, x) for layer in site.layers]
-        self.records[site.index] = Record(
-            x if training else x[:0], answers if training else [], wants
+                answers = [delta(layer, x_ND) for layer in site.layers]
+        self.forwards[site.index] = (
+            SiteForward(x_ND, answers, wants) if training else SiteForward(x_ND[:0], [], wants)
         )
-        messages, count = [encode(one, self.wire_dtype) for one in answers], len(site.layers)
+
         if self.output_squares is not None:
-            for number, module in enumerate(site.modules):
-                key = (site.index, module)
-                size = _square(answers[number], answers[count + number] if self.factored else None)
-                self.output_squares[key] = self.output_squares.get(key, 0.0) + size
-        self.send(
-            pb.EdgeFrame(
-                deltas=pb.SiteDeltas(
-                    site=site.index, deltas=messages[:count], factors=messages[count:]
-                )
-            )
-        )
+            self._add_squares(self.output_squares, site, answers)
+        messages = [encode(answer, self.wire_dtype) for answer in answers]
+        count = len(site.layers)
+        deltas = pb.SiteDeltas(site=site.index, deltas=messages[:count], factors=messages[count:])
+        self.send(pb.EdgeFrame(deltas=deltas))
+
         for layer in site.layers:
             self.meter.adapter_flops += layer_flops(
                 layer, num_rows, training=training, input_grad=wants, factored=self.factored
             )
 
+    def _add_squares(
+        self, sums: dict[tuple[int, int], float], site: ActiveSite, answers: Sequence[Tensor]
+    ) -> None:
+        """Add the sum of squares of each module's delta."""
+        for number, module in enumerate(site.modules):
+            factor = answers[len(site.layers) + number] if self.factored else None
+            key = (site.index, module)
+            sums[key] = sums.get(key, 0.0) + _square(answers[number], factor)
+
     def site(self, index: int, *, done: bool) -> ActiveSite:
-        """The active site that the cloud speaks of. Raises WireError if there is none or it was
-        done before.
-        """
+        """The active site that the cloud speaks of. Raises WireError if none, or done before."""
         if index not in self.sites or done:
             raise WireError(
                 f"the cloud asked for site {index}, which is {'done' if done else 'not active'}"
@@ -331,15 +216,15 @@ class Responder:
         return self.sites[index]
 
     def decode(self, message: pb.Tensor, shape: tuple[int, ...], what: str) -> Tensor:
-        """A tensor of the cloud, on the edge's device. Raises WireError, or PeerError if it is not
-        finite.
+        """A tensor of the cloud, on the edge's device.
+
+        Raises WireError for another shape, and PeerError for values that are not finite.
         """
         values = decode(message, shape, what).to(self.device)
         if not math.isfinite(largest(values)):
             raise PeerError(
                 f"{what}: the cloud sent values that are not finite. The adapter is unchanged. Try "
-                "wire dtype fp32 or "
-                "bf16, a lower learning rate, or another server."
+                "wire dtype fp32 or bf16, a lower learning rate, or another server."
             )
         return values
 
@@ -350,8 +235,7 @@ class Responder:
         if size > limit:
             raise PeerError(
                 f"a message of {size / 2**20:.0f} MiB is over the server's limit of "
-                f"{limit / 2**20:.0f} MiB: "
-                "use a smaller batch or shorter sequences"
+                f"{limit / 2**20:.0f} MiB: use a smaller batch or shorter sequences"
             )
         self.meter.sent_bytes += size
         self._open_stream().send(frame)
@@ -364,13 +248,13 @@ class Responder:
             cloud_s = frame.compute_s
         finally:
             end = time.perf_counter()
-            wait = Wait(
-                start, end, min(cloud_s, end - start) if cloud_s > 0 else 0.0
-            )  # not a number: 0
+            # The cloud's word may be anything, "not a number" among it: that becomes 0.
+            wait = Wait(start, end, min(cloud_s, end - start) if cloud_s > 0 else 0.0)
             if self.waits is not None:
                 self.waits.append(wait)
             self.meter.wait_s += end - start
             self.meter.cloud_s += wait.cloud_s
+
         self.meter.received_bytes += frame.ByteSize()
         if frame.WhichOneof("kind") != "done":  # comes with what went before: no trip of its own
             self.meter.round_trips += 1
@@ -380,3 +264,12 @@ class Responder:
         if self.stream is None:
             raise PeerLost("the stream is closed")
         return self.stream
+
+
+def _square(delta: Tensor, factor: Tensor | None) -> float:
+    """Sum of squares of a delta, or of Z B^T without making it."""
+    delta = delta.detach()
+    if factor is None:
+        return float(delta.square().sum())
+    factor = factor.detach()
+    return float(((delta.T @ delta) * (factor.T @ factor)).sum())

@@ -1,6 +1,4 @@
-"""Settings of every command that talks to a server, and of those on the edge alone. No torch
-here.
-"""
+"""Settings of every command that talks to a server, and of those on the edge. Loads no torch."""
 
 from __future__ import annotations
 
@@ -10,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dlora.edge.link import RetryPolicy
+from dlora.edge.noise import Noise
+from dlora.edge.options import check_edge_layers
 from dlora.errors import UsageError
 from dlora.files import read_secret
 
@@ -21,7 +22,7 @@ class AccessSettings:
     """How an edge shows who it is, and knows whom it talks to."""
 
     tls: bool = False
-    """Encrypt, and trust the public authorities; tls_ca says so as well."""
+    """Encrypt, and trust the public authorities; tls_ca encrypts as well."""
     tls_ca: Path | None = None
     """Authority to trust instead, as a PEM file: ca.pem of `dlora keys`."""
     tls_cert: Path | None = None
@@ -33,8 +34,9 @@ class AccessSettings:
 
     @property
     def access(self) -> dict[str, Any]:
-        """Keyword arguments of `client.Access`. Raises UsageError for a token file that others can
-        read.
+        """Keyword arguments of `grpc_link.Access`.
+
+        Raises UsageError for a token file that others can read.
         """
         token = (
             os.environ.get("DLORA_TOKEN")
@@ -61,20 +63,30 @@ class EdgeSettings(AccessSettings):
     """How tensors travel. fp32 is exact; fp16 and bf16 halve the traffic; int8 (a scale for each
     token) halves it again, and int4 (a scale for 32 values) almost once more, at the price of
     noise."""
-    give_up_after_s: float = 600.0
+    give_up_after_s: float = RetryPolicy.give_up_after_s
     """How long a lost server is waited for, in seconds."""
     device: str = "cpu"
     """Device of the edge's half."""
     edge_first: int = 0
-    """Run so many of the first decoder layers here, where the server allows it: tokens are then
+    """Run this many of the first decoder layers here, where the server allows it: tokens are then
     harder to read from what leaves. Costs their weights and compute."""
     edge_last: int = 0
     """The same for the last layers: labels are then harder to read from gradients."""
-    noise_entry: float = 0.0
+    noise_entry: float = Noise.entry
     """Normal noise on every row that goes into the cloud, as a share of the row's length.
     docs/privacy.md says what it hides and what it costs; it is no differential privacy."""
-    noise_clip: float = 3.0
-    """With noise: rows longer than so many times the median are shortened first."""
+    noise_clip: float = Noise.clip
+    """With noise: rows longer than this many times the median are shortened first."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work with any server."""
+        check_edge_layers(self.edge_first, self.edge_last)
+        _ = self.noise  # checks itself
+
+    @property
+    def noise(self) -> Noise:
+        """What is added to what leaves."""
+        return Noise(entry=self.noise_entry, clip=self.noise_clip)
 
     @property
     def edge_layers(self) -> tuple[int, int]:

@@ -1,18 +1,59 @@
-"""Which of the cloud's sites an adapter sits at."""
+"""Which of the cloud's sites an adapter sits at.
+
+The cloud describes its sites: groups of modules that read the same tensor. Here peft's LoRA layers
+are paired with them by full name. A LoRA layer inside a decoder layer that runs on the edge has no
+site: nothing of it is exchanged.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from torch import nn
 
 from dlora.edge.bottleneck import is_series
-from dlora.edge.responder import ActiveSite
+from dlora.edge.lora import active_names
 from dlora.errors import UsageError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.layers import EdgeLayers, layer_of
 from dlora.protocol.sites import Module, Site, output_sites
 
-__all__ = ["allowed_names", "match_sites", "shared_sites"]
+__all__ = [
+    "ActiveSite",
+    "allowed_names",
+    "entries_of",
+    "match_sites",
+    "names_of",
+    "shared_sites",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActiveSite:
+    """The adapted modules of one site, in the cloud's order."""
+
+    index: int
+    in_features: int
+    modules: tuple[int, ...]
+    """Indices into the cloud's list of this site's modules."""
+    layers: tuple[LoraLayer, ...]
+    names: tuple[str, ...]
+    """Full names of the modules."""
+    depth: int
+    """Its place in the forward pass, among the sites that read an input."""
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable LoRA parameters of this site, in a fixed order."""
+        parameters: list[nn.Parameter] = []
+        for layer in self.layers:
+            for name in active_names(layer):
+                parameters += layer.lora_A[name].parameters()
+                parameters += layer.lora_B[name].parameters()
+        return [parameter for parameter in parameters if parameter.requires_grad]
 
 
 def shared_sites(description: pb.Description) -> list[Site]:
@@ -22,8 +63,8 @@ def shared_sites(description: pb.Description) -> list[Site]:
             index=index,
             in_features=site.in_features,
             modules=tuple(
-                Module(name=one.name, out_features=one.out_features, allowed=one.allowed)
-                for one in site.modules
+                Module(name=module.name, out_features=module.out_features, allowed=module.allowed)
+                for module in site.modules
             ),
         )
         for index, site in enumerate(description.sites)
@@ -33,22 +74,23 @@ def shared_sites(description: pb.Description) -> list[Site]:
 def match_sites(
     model: PeftModel, description: pb.Description, edge_layers: EdgeLayers
 ) -> tuple[tuple[ActiveSite, ...], dict[str, LoraLayer]]:
-    """Pair every LoRA layer with the cloud's sites; return those, and the layers that the edge runs
-    itself, by name.
+    """Pair every LoRA layer with the cloud's sites.
 
-    Raises UsageError for layers that the cloud cannot serve.
+    Returns the sites that have adapters, and, by name, the LoRA layers inside edge layers. Raises
+    UsageError for LoRA layers that the cloud cannot serve.
     """
     layers = {
-        name: one
-        for name, one in model.get_base_model().named_modules()
-        if isinstance(one, LoraLayer)
+        name: module
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, LoraLayer)
     }
     here = {
         name: layers.pop(name) for name in list(layers) if not edge_layers.in_cloud(layer_of(name))
     }
+
+    inputs = shared_sites(description)
     in_series = is_series(model.peft_config["default"])
     sites = []
-    inputs = shared_sites(description)
     for site in output_sites(inputs) if in_series else inputs:
         modules = [i for i, module in enumerate(site.modules) if module.name in layers]
         for i in modules:
@@ -57,6 +99,7 @@ def match_sites(
                     f"this server does not allow adapters on {site.modules[i].name}. It allows: "
                     f"{allowed_names(description)}."
                 )
+
         if modules:
             names = tuple(site.modules[i].name for i in modules)
             sites.append(
@@ -69,11 +112,11 @@ def match_sites(
                     depth=site.place,
                 )
             )
-    if layers:
+
+    if layers:  # those that no site took
         raise UsageError(
             f"target module {next(iter(layers))} cannot be adapted from the edge: it is not a "
-            "linear module of the "
-            "decoder that runs once for each token. This server allows: "
+            "linear module of the decoder that runs once for each token. This server allows: "
             f"{allowed_names(description)}."
         )
     return tuple(sites), here
@@ -88,3 +131,20 @@ def allowed_names(description: pb.Description) -> str:
         if module.allowed
     }
     return ", ".join(names) or "none"
+
+
+def entries_of(description: pb.Description, names: Iterable[str]) -> list[pb.ActiveSite]:
+    """Modules by their full names, as the cloud numbers them; the inverse of `names_of`."""
+    wanted = set(names)
+    entries = []
+    for index, site in enumerate(description.sites):
+        modules = [i for i, module in enumerate(site.modules) if module.name in wanted]
+        if modules:
+            entries.append(pb.ActiveSite(site=index, modules=modules))
+    return entries
+
+
+def names_of(description: pb.Description, entries: Sequence[pb.ActiveSite]) -> list[str]:
+    """Full names of modules that are given by the cloud's numbers."""
+    sites = description.sites
+    return [sites[entry.site].modules[i].name for entry in entries for i in entry.modules]

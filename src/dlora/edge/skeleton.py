@@ -1,5 +1,7 @@
-"""The architecture's own class on the edge: what it holds is real, the rest has shapes and no
-memory.
+"""The architecture's own class on the edge, without most of its weights.
+
+Embedding, LM head and the layers that run here are real. All other parameters are stand-ins: while
+peft puts its adapter on the model they have shapes and no memory; afterwards they are empty.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dlora.edge.link import Link
+from dlora.edge.options import check_edge_layers
 from dlora.errors import ModelError, UsageError
+from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.layers import (
     EdgeLayers,
     check_weights,
@@ -33,18 +37,15 @@ log = logging.getLogger(__name__)
 
 
 def edge_layers_of(link: Link, edge_layers: tuple[int, int]) -> EdgeLayers:
-    """The layers to hold, of so many (first, last). Raises UsageError for more than the server
-    allows.
-    """
+    """The layers that run here, of (first, last). Raises UsageError for more than are allowed."""
+    check_edge_layers(*edge_layers)
     first, last = edge_layers
     offer = link.description.layers
-    if first < 0 or last < 0 or first > offer.max_first or last > offer.max_last:
+    if first > offer.max_first or last > offer.max_last:
         raise UsageError(
             f"edge layers: got the first {first} and the last {last}, {link.address} lets edges "
-            "hold up to the first "
-            f"{offer.max_first} and the last {offer.max_last}: its provider decides (`dlora serve "
-            "--edge_first ... "
-            "--edge_last ...`)"
+            f"hold up to the first {offer.max_first} and the last {offer.max_last}: its provider "
+            "decides (`dlora serve --edge_first ... --edge_last ...`)"
         )
     if (first or last) and first + last >= offer.count:
         raise UsageError(
@@ -55,22 +56,12 @@ def edge_layers_of(link: Link, edge_layers: tuple[int, int]) -> EdgeLayers:
 
 
 def build_skeleton(link: Link, edge_layers: EdgeLayers) -> PreTrainedModel:
-    """The architecture's own class: real embedding, head and held layers, else a decoder with
-    shapes but no memory.
+    """The architecture's own class: real embedding, head and edge layers, the rest without memory.
+
+    Raises ModelError for a model type or for weights that do not fit.
     """
     description, folder = link.description, link.edge_files()
-    values = json.loads(description.config_json)
-    model_type = values.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        raise ModelError(
-            f"this transformers does not know model type {model_type!r}: upgrade transformers"
-        )
-    config = CONFIG_MAPPING[model_type].from_dict(
-        without_dropout(values) if edge_layers else values
-    )
-    # Buffers keep their values (Gemma scales its embedding with one); parameters get no memory.
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model = _empty_model(description, for_edge_layers=bool(edge_layers))
     if (folder / "generation_config.json").is_file():
         model.generation_config = type(model.generation_config).from_pretrained(folder)
     if not description.limits.cache_bytes_per_token:
@@ -78,6 +69,7 @@ def build_skeleton(link: Link, edge_layers: EdgeLayers) -> PreTrainedModel:
         model.generation_config.use_cache = False
     model.config._name_or_path = description.model_id
     model.name_or_path = description.model_id
+
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     try:
         weights = load_file(folder / "edge.safetensors")
@@ -88,27 +80,60 @@ def build_skeleton(link: Link, edge_layers: EdgeLayers) -> PreTrainedModel:
     if tied:
         head.weight = embedding.weight
     _fill(head, weights, "head.", skip=("weight",) if tied else ())
-    here = {id(parameter) for module in (embedding, head) for parameter in module.parameters()}
-    if edge_layers:
-        names = files_for(edge_layers)
-        files, wanted = link.layer_files(names), values_by_file(model, model.get_decoder())
-        for file in names:
-            try:
-                layer = load_file(files / file)
-                check_weights(wanted.get(file, {}), embedding.weight.dtype, layer)
-                here |= {id(parameter) for parameter in fill(model, layer)}
-            except (KeyError, ValueError, AttributeError, SafetensorError) as error:
-                raise ModelError(f"{file} from {link.address} does not fit: {error}") from error
+
     dtype = embedding.weight.dtype
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in here:
-                # The right shape on the CPU with one element of memory: peft reads shape, dtype
-                # and device here, and so draws the very numbers it draws on the full model.
-                stand_in = torch.zeros(1, dtype=dtype).expand(parameter.shape)
-                setattr(module, name, nn.Parameter(stand_in, requires_grad=False))
+    real = [*embedding.parameters(), *head.parameters()]
+    if edge_layers:
+        real += _fill_edge_layers(link, model, edge_layers, dtype)
+    _put_stand_ins(model, {id(parameter) for parameter in real}, dtype)
     model.requires_grad_(False)
     return model
+
+
+def _empty_model(description: pb.Description, *, for_edge_layers: bool) -> PreTrainedModel:
+    """The served architecture; buffers have their values, parameters no memory."""
+    values = json.loads(description.config_json)
+    model_type = values.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise ModelError(
+            f"this transformers does not know model type {model_type!r}: upgrade transformers"
+        )
+    values = without_dropout(values) if for_edge_layers else values
+    config = CONFIG_MAPPING[model_type].from_dict(values)
+    # Buffers keep their values (Gemma scales its embedding with one).
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return model
+
+
+def _fill_edge_layers(
+    link: Link, model: PreTrainedModel, edge_layers: EdgeLayers, dtype: torch.dtype
+) -> list[nn.Parameter]:
+    """Fetch and put in the weights of edge layers; return them."""
+    filled: list[nn.Parameter] = []
+    names = files_for(edge_layers)
+    files, wanted = link.layer_files(names), values_by_file(model, model.get_decoder())
+    for file in names:
+        try:
+            layer = load_file(files / file)
+            check_weights(wanted.get(file, {}), dtype, layer)
+            filled += fill(model, layer)
+        except (KeyError, ValueError, AttributeError, SafetensorError) as error:
+            raise ModelError(f"{file} from {link.address} does not fit: {error}") from error
+    return filled
+
+
+def _put_stand_ins(model: nn.Module, real: set[int], dtype: torch.dtype) -> None:
+    """Give every parameter that is not real (by id) its shape with one element of memory.
+
+    peft reads shape, dtype and device here, and so draws the very numbers it draws on the full
+    model.
+    """
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in real:
+                stand_in = torch.zeros(1, dtype=dtype).expand(parameter.shape)
+                setattr(module, name, nn.Parameter(stand_in, requires_grad=False))
 
 
 def _fill(

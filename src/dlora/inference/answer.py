@@ -18,8 +18,9 @@ from transformers.generation.streamers import BaseStreamer
 from dlora.edge.data import read_rows
 from dlora.edge.kv_cache import CloudCache
 from dlora.edge.link import Link, RetryPolicy
+from dlora.edge.load import load_adapter, load_base
 from dlora.edge.meter import Meter
-from dlora.edge.model import SplitModel, load_adapter, load_base
+from dlora.edge.model import SplitModel
 from dlora.errors import DataError, DLoRAError, UsageError
 
 __all__ = [

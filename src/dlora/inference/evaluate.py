@@ -21,7 +21,8 @@ from trl import SFTConfig, SFTTrainer
 
 from dlora.edge.data import ChoiceRow, check_choices, check_rows, read_rows
 from dlora.edge.kv_cache import CloudCache
-from dlora.edge.model import IGNORE, SplitModel
+from dlora.edge.labels import IGNORE
+from dlora.edge.model import SplitModel
 from dlora.errors import DataError, UsageError
 from dlora.inference.answer import complete, pad_token
 from dlora.inference.settings import EvalSettings
@@ -73,7 +74,8 @@ def _loss(
 ) -> dict[str, Any]:
     """Mean loss over all supervised tokens, tokenised and batched as in training."""
     total, count = 0.0, 0
-    positions, model.head_positions = model.head_positions, "supervised"
+    positions = model.options.head_positions
+    model.set_options(head_positions="supervised")
     try:
         for batch in tqdm(_batches(model, tokenizer, data, batch_size), desc="loss"):
             labels = batch["labels"]
@@ -83,7 +85,7 @@ def _loss(
                     total += model(**batch).loss.item() * num_tokens
                 count += num_tokens
     finally:
-        model.head_positions = positions
+        model.set_options(head_positions=positions)
     if not count:
         raise DataError("no row has a token to predict")
     loss = total / count

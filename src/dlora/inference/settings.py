@@ -42,6 +42,7 @@ class SamplingSettings(EdgeSettings):
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
+        super().__post_init__()
         if self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens: got {self.max_new_tokens}, want at least 1")
         if self.temperature < 0:
@@ -140,6 +141,7 @@ class EvalSettings(EdgeSettings):
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
+        super().__post_init__()
         for name in ("batch_size", "max_new_tokens", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -169,6 +171,7 @@ class ApiSettings(EdgeSettings):
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
+        super().__post_init__()
         if not 0 <= self.port < 65536:
             raise UsageError(f"port: got {self.port}, want 0 to 65535")
         if self.max_new_tokens < 1:

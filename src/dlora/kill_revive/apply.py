@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dlora.edge.lora import product_of
 from dlora.edge.model import SplitModel
-from dlora.edge.responder import product_of
 from dlora.errors import UsageError
 from dlora.kill_revive.config import KillReviveConfig
 from dlora.kill_revive.decide import Costs, Decision, Record, Unit, decide, is_due, needs_probe
@@ -61,7 +61,8 @@ def costs_of(
         for name, layer in zip(site.names, site.layers, strict=True):
             rank = sum(layer.r[adapter] for adapter in layer.active_adapters if adapter in layer.r)
             out = layer.out_features
-            added[name] = out if model.wire == "plain" else max(1, round(rank * (1 + out / tokens)))
+            plain = model.options.wire == "plain"
+            added[name] = out if plain else max(1, round(rank * (1 + out / tokens)))
         sites.append((site.in_features, added))
     description = model.link.description
     if model.edge_layers:

@@ -27,8 +27,10 @@ from transformers import PreTrainedTokenizerBase
 
 from dlora.edge.bottleneck import BottleneckConfig
 from dlora.edge.data import load_rows
+from dlora.edge.labels import IGNORE
 from dlora.edge.link import Link, RetryPolicy
-from dlora.edge.model import IGNORE, SplitModel, get_peft_model, load_tokenizer
+from dlora.edge.load import get_peft_model, load_tokenizer
+from dlora.edge.model import SplitModel
 from dlora.edge.noise import Noise
 from dlora.edge.sites import shared_sites
 from dlora.errors import UsageError
@@ -99,11 +101,12 @@ def audit(settings: AuditSettings, link: Link) -> dict[str, Any]:
     known, attacked = _split(victim, settings.rows, settings.seed)
     model = _attackers_model(link, names, first.begin, settings.give_up_after_s, series=series)
     # Who knows that there is noise learns from text with such noise.
-    model.noise = Noise(
+    noise = Noise(
         entry=given.get("noise_entry") or 0.0,
         tail=given.get("noise_tail") or 0.0,
-        clip=given.get("noise_clip") or 3.0,
+        clip=given.get("noise_clip") or Noise.clip,
     )
+    model.set_options(noise=noise)
     texts, source = _public_texts(settings.public, load_tokenizer(link))
     public = collect(_public(model, texts), sites)
     attackers = {"in-domain": known, "out-of-domain": public}
@@ -365,8 +368,8 @@ def _attackers_model(
         wire_dtype=dtype,
         retry=retry,
         edge_layers=(begin.edge_first, begin.edge_last),
+        head_positions="supervised",
     )
-    model.head_positions = "supervised"
     return model
 
 

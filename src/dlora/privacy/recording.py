@@ -27,9 +27,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dlora.edge.bottleneck import BottleneckConfig
+from dlora.edge.labels import IGNORE
 from dlora.edge.link import Link, Stream
-from dlora.edge.model import IGNORE, SplitModel
-from dlora.edge.responder import product_of
+from dlora.edge.lora import product_of
+from dlora.edge.model import SplitModel
 from dlora.errors import UsageError, WireError
 from dlora.files import write_private
 from dlora.proto import dlora_pb2 as pb

@@ -16,10 +16,13 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
+from dlora.edge.labels import IGNORE
 from dlora.edge.link import Link
+from dlora.edge.load import get_peft_model
+from dlora.edge.lora import delta, factors
 from dlora.edge.meter import Meter, step_traffic
-from dlora.edge.model import IGNORE, SplitModel, get_peft_model
-from dlora.edge.responder import ActiveSite, delta, factors
+from dlora.edge.model import SplitModel
+from dlora.edge.sites import ActiveSite
 from dlora.errors import UsageError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.layers import layer_of
@@ -67,8 +70,8 @@ def plan(settings: PlanSettings, link: Link) -> tuple[SplitModel, Prediction]:
         wire_dtype=settings.wire_dtype,
         device=settings.device,
         edge_layers=settings.edge_layers,
+        head_positions="supervised",
     )
-    model.head_positions = "supervised"
     if settings.sites is not None:
         if not 1 <= settings.sites <= len(model.sites):
             raise UsageError(f"sites: got {settings.sites}, this adapter has {len(model.sites)}")

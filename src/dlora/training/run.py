@@ -44,9 +44,9 @@ from trl import SFTConfig, SFTTrainer
 from dlora.edge.bottleneck import BottleneckConfig
 from dlora.edge.data import load_rows
 from dlora.edge.link import Link, RetryPolicy
+from dlora.edge.load import get_peft_model, load_adapter, load_tokenizer
 from dlora.edge.meter import Meter
-from dlora.edge.model import SplitModel, get_peft_model, load_adapter, load_tokenizer
-from dlora.edge.noise import Noise
+from dlora.edge.model import SplitModel
 from dlora.edge.responder import Wait
 from dlora.errors import DataError, DivergedError, DLoRAError, UsageError
 from dlora.files import write_json
@@ -296,17 +296,13 @@ def _build_model(settings: TrainSettings, link: Link) -> SplitModel:
         "retry": RetryPolicy(give_up_after_s=settings.give_up_after_s),
         "device": settings.device,
         "edge_layers": settings.edge_layers,
+        "noise": settings.noise,
+        "hide_lengths": settings.pad_to > 0,
+        "head_positions": "supervised",
     }
     if settings.adapter is not None:
-        model = load_adapter(link, settings.adapter, **options)
-    else:
-        model = get_peft_model(link, _config(settings), **options)
-    model.head_positions = "supervised"
-    model.noise = Noise(
-        entry=settings.noise_entry, tail=settings.noise_tail, clip=settings.noise_clip
-    )
-    model.hide_lengths = settings.pad_to > 0
-    return model
+        return load_adapter(link, settings.adapter, **options)
+    return get_peft_model(link, _config(settings), **options)
 
 
 def _config(settings: TrainSettings) -> peft.LoraConfig:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from dlora.edge.noise import Noise
+from dlora.edge.options import SplitOptions
 from dlora.edge.settings import AccessSettings, EdgeSettings, target_names
 from dlora.errors import UsageError
 from dlora.kill_revive.config import KillReviveConfig, from_options
@@ -58,7 +60,7 @@ class TrainSettings(EdgeSettings):
     """Ranks for modules whose name matches a pattern."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Alphas for modules whose name matches a pattern."""
-    noise_tail: float = 0.0
+    noise_tail: float = Noise.tail
     """Normal noise on the gradient of the last hidden states, as a share of its rows' median
     length: blurs labels.
     """
@@ -66,7 +68,7 @@ class TrainSettings(EdgeSettings):
     """Over 0: pad rows to a multiple of so many tokens, fill the padding with other tokens of the
     batch, and let all positions travel. Masks then tell no lengths; gradients still do, without
     noise_tail. Results stay the same."""
-    wire: Literal["plain", "factored"] = "plain"
+    wire: Literal["plain", "factored"] = SplitOptions.wire
     """How deltas travel. factored: as two exact factors, several times fewer bytes; shows the cloud
     the factor B of every module, which it could solve for on the plain wire too."""
     kr: Literal["off", "on", "paper"] = "off"
@@ -134,6 +136,7 @@ class TrainSettings(EdgeSettings):
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work, all checks here and nowhere else."""
+        super().__post_init__()
         for name in (
             "r",
             "batch_size",
@@ -200,6 +203,11 @@ class TrainSettings(EdgeSettings):
             raise UsageError(f"trainer: {', '.join(reserved)} cannot be set here")
 
     @property
+    def noise(self) -> Noise:
+        """What is added to what leaves."""
+        return Noise(entry=self.noise_entry, tail=self.noise_tail, clip=self.noise_clip)
+
+    @property
     def kill_revive(self) -> KillReviveConfig | None:
         """Settings of Kill and Revive; None: all modules are trained all the time."""
         return None if self.kr == "off" else from_options(self.kr, self.kr_options)
@@ -238,7 +246,7 @@ class PlanSettings(EdgeSettings):
     """Linear modules to adapt, as for training. Default: peft's for this architecture."""
     r: int = 8
     """LoRA rank."""
-    wire: Literal["plain", "factored"] = "plain"
+    wire: Literal["plain", "factored"] = SplitOptions.wire
     """How deltas travel."""
     sites: int | None = None
     """So many active sites, evenly spread; default: all. Kill and Revive at 1/8 of the bytes has
@@ -265,6 +273,7 @@ class PlanSettings(EdgeSettings):
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
+        super().__post_init__()
         for name in ("r", "batch_size", "length", "steps"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: got {getattr(self, name)}, want at least 1")

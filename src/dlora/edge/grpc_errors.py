@@ -1,0 +1,75 @@
+"""What gRPC's status codes mean to an edge: give up, or try again."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any, Final
+
+import grpc
+
+from dlora.errors import AdapterMissing, PeerError, PeerLost
+from dlora.protocol.wire import RETRY_AFTER_KEY
+
+__all__ = ["call_error", "connect_error"]
+
+_TRY_AGAIN: Final = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.UNKNOWN,  # never ours: gRPC's word for a connection that broke
+)
+
+
+def connect_error(error: Any, address: str) -> PeerError | PeerLost:
+    """What a failed first call means, in words that help to mend it."""
+    code, details = error.code(), error.details()
+    if code == grpc.StatusCode.DEADLINE_EXCEEDED or code == grpc.StatusCode.UNAVAILABLE:
+        if _listens(address):
+            return PeerLost(
+                f"{address} is there, but does not answer as a DLoRA server: does it want TLS "
+                "(tls_ca or tls), another authority, a client certificate, or none of these? Does "
+                "its certificate name this address?"
+            )
+        return PeerLost(
+            f"no DLoRA server answers at {address}: is `dlora serve` running there, and is the "
+            "port right?"
+        )
+
+    if code == grpc.StatusCode.UNAUTHENTICATED:
+        return PeerError(
+            f"{address} does not know this edge ({details}): give token_file, or a client "
+            "certificate"
+        )
+    if code == grpc.StatusCode.UNIMPLEMENTED:
+        return PeerError(
+            f"{address} is a gRPC server, but not a DLoRA server of this version: check host and "
+            "port"
+        )
+    return PeerError(f"{address} refused: {details}")
+
+
+def _listens(address: str) -> bool:
+    """Whether anything accepts connections there."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=1.0):
+            return True
+    except OSError:
+        return False
+
+
+def call_error(error: Any, address: str) -> PeerError | PeerLost:
+    """What any later failed call means: try again, or not."""
+    code, details = error.code(), error.details() or ""
+    message = f"{address}: {details or code.name}"
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
+        hint = dict(error.trailing_metadata() or ()).get(RETRY_AFTER_KEY)
+        if hint is not None and hint.isdigit():
+            return PeerLost(message, retry_after_s=int(hint) / 1000)
+        return PeerError(f"{message}. Use a smaller batch or shorter sequences.")
+    if code == grpc.StatusCode.NOT_FOUND:
+        return AdapterMissing(message)
+    if code in _TRY_AGAIN or "RST_STREAM" in details:
+        return PeerLost(message)
+    return PeerError(message)

@@ -1,0 +1,81 @@
+"""What a caller may choose about a split model, given when it is built. Loads no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Final, Literal, TypedDict, Unpack, get_args
+
+from dlora.edge.link import RetryPolicy
+from dlora.edge.noise import Noise
+from dlora.errors import UsageError
+
+__all__ = ["OPTION_NAMES", "OptionArguments", "SplitOptions", "check_edge_layers"]
+
+Wire = Literal["plain", "factored"]
+HeadPositions = Literal["auto", "supervised", "all"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitOptions:
+    """Choices about a split model: `model.options`; `SplitModel.set_options` replaces them."""
+
+    wire: Wire = "plain"
+    """How deltas travel in training: "plain", or as exact factors ("factored"), which takes several
+    times fewer bytes and shows B to the cloud, which could solve for it anyway.
+    """
+    wire_dtype: str = "fp16"
+    """fp32 (exact), fp16, bf16, int8 or int4."""
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+    """How long a lost cloud is waited for."""
+    noise: Noise = field(default_factory=Noise)
+    """What is added to what leaves."""
+    hide_lengths: bool = False
+    """Let right padding travel as other tokens of the batch, and ask for every position's hidden
+    state. Masks then reveal neither lengths nor which tokens have a label; zero gradients still do,
+    without noise on the tail. Left padding and KV caches are as ever.
+    """
+    head_positions: HeadPositions = "auto"
+    """Where logits are computed: "supervised" (only where a label asks for it; logits then have
+    shape [1, K + 1, vocab]), "all", or "auto": supervised while training, all otherwise. Without
+    labels it is always all.
+    """
+    edge_layers: tuple[int, int] = (0, 0)
+    """This many of the first and of the last decoder layers run here, where the server allows it:
+    less of what leaves can be read. Fixed when the model is built.
+    """
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work with any server."""
+        if self.wire not in get_args(Wire):
+            raise UsageError(f"wire: got {self.wire!r}, want plain or factored")
+        if self.head_positions not in get_args(HeadPositions):
+            raise UsageError(
+                f"head_positions: got {self.head_positions!r}, want auto, supervised or all"
+            )
+        check_edge_layers(*self.edge_layers)
+
+    def changed(self, **changes: Unpack[OptionArguments]) -> SplitOptions:
+        """These options with some replaced; None leaves one as it is."""
+        given: dict[str, Any] = {name: new for name, new in changes.items() if new is not None}
+        return replace(self, **given)
+
+
+class OptionArguments(TypedDict, total=False):
+    """The fields of `SplitOptions` as keyword arguments; what is left out keeps its value."""
+
+    wire: Wire
+    wire_dtype: str
+    retry: RetryPolicy | None
+    noise: Noise
+    hide_lengths: bool
+    head_positions: HeadPositions
+    edge_layers: tuple[int, int]
+
+
+OPTION_NAMES: Final = frozenset(option.name for option in fields(SplitOptions))
+
+
+def check_edge_layers(first: int, last: int) -> None:
+    """Raises UsageError for numbers of edge layers that no server can allow."""
+    if first < 0 or last < 0:
+        raise UsageError(f"edge layers: got the first {first} and the last {last}, want 0 or more")
