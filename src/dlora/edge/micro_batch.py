@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,8 @@ class MicroBatch(Responder):
         """
         self.on_probe: Callable[[Sequence[pb.ActiveSite], Sequence[float]], None] | None = None
         """Called with the modules of `Begin.probe` and their norms of g^T x, after backward."""
+        self.on_outputs: Callable[[Mapping[tuple[int, int], float]], None] | None = None
+        """Called with `output_squares`, after backward."""
         self.noise = Noise()
         """What is added to the gradient of the kept hidden states."""
         self.retry, self.begin = retry, begin
@@ -161,6 +163,9 @@ class MicroBatch(Responder):
             self.input_grad = self.decode(
                 frame.done.input_grad, shape, "gradient of the cloud's input"
             )
+        # Only now, as a micro-batch that the cloud lost runs again and must not count twice.
+        if self.on_outputs is not None and self.output_squares is not None:
+            self.on_outputs(self.output_squares)
         self.meter.micro_batches += 1
         self.close()
 

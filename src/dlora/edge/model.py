@@ -14,7 +14,7 @@ import dataclasses
 import inspect
 import logging
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -141,7 +141,7 @@ class SplitModel(PeftModelForCausalLM):
         """Modules whose norm of g^T x every training micro-batch asks for, into `probe_norms`."""
         self.probe_norms: list[dict[str, float]] = []
         self.output_squares: dict[tuple[int, int], float] | None = None
-        """If not None: sums of squared deltas by (site, module), over training micro-batches."""
+        """If not None: sums of squared deltas by (site, module), over finished micro-batches."""
         self.waits: list[Wait] = []
         """Of the newest training micro-batch: where its time went."""
         self.accepts_position_ids = (
@@ -318,7 +318,8 @@ class SplitModel(PeftModelForCausalLM):
             micro_batch.on_probe = self._note_probe
         if not training:
             return micro_batch.forward()
-        micro_batch.output_squares = self.output_squares
+        if self.output_squares is not None:
+            micro_batch.output_squares, micro_batch.on_outputs = {}, self._note_outputs
         micro_batch.waits = self.waits = []
         micro_batch.noise = self.noise
         entry_ND = new.entry_ND if wants_input_grad else new.entry_ND.detach()
@@ -609,6 +610,12 @@ class SplitModel(PeftModelForCausalLM):
             sites[entry.site].modules[module].name for entry in entries for module in entry.modules
         ]
         self.probe_norms.append(dict(zip(names, norms, strict=True)))
+
+    def _note_outputs(self, squares: Mapping[tuple[int, int], float]) -> None:
+        sums = self.output_squares
+        if sums is not None:
+            for key, square in squares.items():
+                sums[key] = sums.get(key, 0.0) + square
 
     # ----------------------------------------------------------------- accounting
 

@@ -26,7 +26,7 @@ from dlora.protocol.wire import PROTOCOL_VERSION, content_hash, decode, encode, 
 
 __all__ = [
     "ActiveSite",
-    "Frozen",
+    "FrozenModule",
     "Record",
     "Responder",
     "Wait",
@@ -219,7 +219,7 @@ class Responder:
         self.link, self.meter, self.wire_dtype, self.device = link, meter, wire_dtype, device
         self.factored, self.frozen = factored, frozen
         self.output_squares: dict[tuple[int, int], float] | None = None
-        """If not None: sums of squared deltas of each (site, module) are added here."""
+        """If not None: the sum of squares of each (site, module)'s delta in the newest forward."""
         self.waits: list[Wait] | None = None
         """If not None: every wait is noted here."""
         self.times_put = 0
@@ -278,6 +278,8 @@ class Responder:
         where it tells them here. Raises PeerLost, PeerError or WireError.
         """
         self.records.clear()
+        if self.output_squares is not None:
+            self.output_squares.clear()
         self.send(frame)
         while (kind := (reply := self.receive()).WhichOneof("kind")) == "input":
             self._answer(reply.input, num_rows, training)
@@ -306,8 +308,8 @@ class Responder:
         if self.output_squares is not None:
             for number, module in enumerate(site.modules):
                 key = (site.index, module)
-                size = _square(answers[number], answers[count + number] if self.factored else None)
-                self.output_squares[key] = self.output_squares.get(key, 0.0) + size
+                factor = answers[count + number] if self.factored else None
+                self.output_squares[key] = _square(answers[number], factor)
         self.send(
             pb.EdgeFrame(
                 deltas=pb.SiteDeltas(
