@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from dlora.edge.link import RetryPolicy
     from dlora.edge.model import SplitModel, get_peft_model, load_adapter, load_tokenizer
     from dlora.embedded import in_process
-    from dlora.kill_revive.apply import KillAndRevive, KillReviveCallback
+    from dlora.kill_revive.apply import KillAndRevive
+    from dlora.kill_revive.callback import KillReviveCallback
     from dlora.kill_revive.config import KillReviveConfig
 
 __all__ = [
@@ -64,7 +65,7 @@ _HOMES = {
     "apply_bottleneck": "dlora.edge.bottleneck",
     "CloudCache": "dlora.edge.kv_cache",
     "KillAndRevive": "dlora.kill_revive.apply",
-    "KillReviveCallback": "dlora.kill_revive.apply",
+    "KillReviveCallback": "dlora.kill_revive.callback",
     "KillReviveConfig": "dlora.kill_revive.config",
     "RetryPolicy": "dlora.edge.link",
     "SplitModel": "dlora.edge.model",
