@@ -422,9 +422,9 @@ def sets(reviver: Any) -> list[list[Any]]:
     """The active units after each decision, by their number: [step, [unit, ...]]."""
     numbers = {unit.name: number for number, unit in enumerate(reviver.units)}
     found: dict[int, list[int]] = {}
-    for record in reviver.records:
-        if record.active:
-            found.setdefault(record.step, []).append(numbers[record.unit])
+    for line in reviver.decision_log:
+        if line.active:
+            found.setdefault(line.step, []).append(numbers[line.unit])
     return [[step, sorted(units)] for step, units in sorted(found.items())]
 
 
@@ -436,7 +436,7 @@ def budget(model: Any, share: float) -> float:
     from peft import LoraConfig
 
     import dlora
-    from dlora.kill_revive.apply import costs_of
+    from dlora.kill_revive.units import costs_of
 
     torch.manual_seed(0)
     full = dlora.get_peft_model(
@@ -447,7 +447,7 @@ def budget(model: Any, share: float) -> float:
 
 def elements(costs: Any) -> int:
     """Elements a token of training everything."""
-    return costs._elements({name for _, site in costs.sites for name in site})
+    return costs.elements({name for _, site in costs.sites for name in site})
 
 
 def claim() -> tuple[dict[str, Any], FileLock] | None:

@@ -129,7 +129,7 @@ def specs(config: Config) -> list[dict[str, Any]]:
                         if options["kind"] == "none" and (
                             seed != config.seeds[0] or "+" in task or "[" in task
                         ):
-                            continue  # nothing is drawn by lot, and no user is told apart
+                            continue  # nothing is drawn at random, and no user is told apart
                         spec = {"model": model, "task": task, "arm": arm, "seed": seed}
                         spec["settings"] = {name: getattr(config, name) for name in common}
                         quantize = options.pop("quantize", config.quantize)
@@ -451,7 +451,7 @@ def train(
                 "optimizer": optimizer.state_dict(),
                 "rate": rate.state_dict(),
                 "random": torch.get_rng_state(),
-                "reviver": (reviver.state_dict(), reviver._snapshot) if reviver else None,
+                "reviver": (reviver.state_dict(), reviver.snapshot) if reviver else None,
             }
             torch.save(state, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").replace(checkpoint)
@@ -482,9 +482,9 @@ def train(
 def variation(reviver: Any) -> dict[str, Any]:
     """How much every unit changed in each interval, by the arm's signal; None where it was idle."""
     table: dict[int, dict[str, float | None]] = {}
-    for record in reviver.records:
-        table.setdefault(record.step, {})[record.unit] = (
-            None if record.score is None else float(f"{record.score:.4g}")
+    for line in reviver.decision_log:
+        table.setdefault(line.step, {})[line.unit] = (
+            None if line.score is None else float(f"{line.score:.4g}")
         )
     names = [unit.name for unit in reviver.units]
     steps = [step for step in table if step > 0]

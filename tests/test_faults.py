@@ -20,8 +20,12 @@ import torch
 from conftest import adapter, batches, lora
 
 import dlora
+from dlora.cloud.model import CloudModel
 from dlora.edge.link import RetryPolicy
+from dlora.embedded import InProcessLink
 from dlora.errors import PeerLost
+from dlora.kill_revive.apply import KillAndRevive
+from dlora.kill_revive.config import KillReviveConfig
 from dlora.proto import dlora_pb2 as pb
 
 
@@ -155,6 +159,49 @@ def test_server_killed_in_every_phase(mortal: Mortal, tmp_path: Path) -> None:
     assert shaken.meter.retries >= 4  # the first and last kill may come where nothing is lost
     assert shaken.meter.micro_batches == calm.meter.micro_batches
     assert all(torch.equal(one, other) for one, other in zip(want, got, strict=True))
+
+
+@pytest.mark.parametrize("wire", ["plain", "factored"])
+@pytest.mark.parametrize("policy", ["output", "gradient", "kr"])
+def test_a_micro_batch_that_ran_twice_is_measured_once(
+    cloud_models: Callable[[str], CloudModel], policy: Any, wire: Any
+) -> None:
+    """With a stream lost in each phase, the sums that Kill and Revive decides by are those of an
+    unbroken run, bit for bit.
+    """
+    options = KillReviveConfig(policy=policy, warmup=0.9, revive="scored", interval=1, budget=0.5)
+
+    def lose() -> None:
+        raise PeerLost("the stream is gone")
+
+    def measured(link: Any) -> tuple[dict[str, Any], int]:
+        torch.manual_seed(1)
+        retry = RetryPolicy(sleep=lambda _: None)
+        split = dlora.get_peft_model(link, lora(lora_dropout=0.3), wire_dtype="fp32", retry=retry)
+        split.wire = wire
+        reviver = KillAndRevive(split, options, total_steps=100)
+        torch.manual_seed(2)
+        for number, batch in enumerate(batches(6)):
+            if isinstance(link, FaultyLink):
+                link.number = number
+            if number % 2 == 0:
+                reviver.before_step(number // 2)
+                split.probe_modules = split.adapted_modules
+            split(**batch).loss.backward()
+            if number % 2:
+                reviver.before_update(None)
+                split.zero_grad()
+        return reviver.state_dict(), split.meter.retries
+
+    link = InProcessLink(cloud_models("llama"))
+    want, _ = measured(link)
+    faulty = FaultyLink(link, PHASES, lose)
+    got, retries = measured(faulty)
+    link.close()
+    assert not faulty.plan and retries == len(PHASES), "every fault must have happened"
+    assert got == want
+    assert bool(got["outputs"]) == (policy == "output")
+    assert len(got["probes"]) == 2 and all(got["squares"].values())
 
 
 @pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": True, "top_k": 50}])

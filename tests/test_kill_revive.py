@@ -17,19 +17,21 @@ from trl import SFTConfig, SFTTrainer
 from dlora.cloud.model import CloudModel
 from dlora.embedded import InProcessLink
 from dlora.errors import UsageError
-from dlora.kill_revive.apply import KillAndRevive, KillReviveCallback, costs_of, units_of
+from dlora.kill_revive.apply import KillAndRevive
+from dlora.kill_revive.callback import KillReviveCallback
+from dlora.kill_revive.config import PAPER, KillReviveConfig, Policy, from_options
+from dlora.kill_revive.costs import Costs, Unit
 from dlora.kill_revive.decide import (
-    PAPER,
-    Costs,
-    KillReviveConfig,
-    Policy,
-    Unit,
+    Decision,
+    State,
     decide,
-    from_options,
     is_due,
+    needs_outputs,
     needs_probe,
     schedule,
 )
+from dlora.kill_revive.scores import Measured, score
+from dlora.kill_revive.units import costs_of, units_of
 from dlora.training.run import train
 from dlora.training.settings import TrainSettings
 
@@ -49,7 +51,7 @@ def choose(config: KillReviveConfig, **changes: Any) -> Any:
         "probes": {},
         "spent": 0.0,
     }
-    return decide(config, UNITS, COSTS, **(values | changes))
+    return decide(config, UNITS, COSTS, State(**(values | changes)))
 
 
 def config(**options: Any) -> KillReviveConfig:
@@ -78,12 +80,12 @@ def test_share_counts_sites_and_the_lowest() -> None:
 
 
 def test_the_best_are_kept_within_the_budget() -> None:
-    """Units with the highest scores stay, as many as the budget pays for; each gets a record with
-    rank and reason.
+    """Units with the highest scores stay, as many as the budget pays for; each gets a log line
+    with rank and reason.
     """
     found = choose(config())
     assert found.active == {"u7", "u6", "u5", "u4"}
-    by_name = {record.unit: record for record in found.records}
+    by_name = {line.unit: line for line in found.lines}
     assert by_name["u7"].rank == 0 and by_name["u7"].reason == "kept" and by_name["u7"].score == 7.0
     assert (
         by_name["u0"].reason == "killed" and not by_name["u0"].active and by_name["u0"].step == 40
@@ -120,7 +122,7 @@ def test_score_per_cost_prefers_what_costs_little() -> None:
             "probes": {},
             "spent": 0.0,
         } | state
-        return decide(config(budget=0.17, prefer=prefer), modules, COSTS, **values).active
+        return decide(config(budget=0.17, prefer=prefer), modules, COSTS, State(**values)).active
 
     assert chosen("score") == {"u3.q", "u5.q"}
     assert chosen("score_per_cost") == {"u3.q", "u3.v"}
@@ -136,7 +138,7 @@ def test_cover_keeps_one_unit_for_each_band() -> None:
         cover, active=active, scores={"u0": 5.0, "u2": 4.0, "u4": 1.0, "u6": 3.0}, probes=probes
     )
     assert found.active == {"u0", "u2", "u5", "u6"}
-    reasons = {record.unit: record.reason for record in found.records}
+    reasons = {line.unit: line.reason for line in found.lines}
     assert (
         reasons["u4"] == "killed" and reasons["u5"] == "revived, scored" and reasons["u0"] == "kept"
     )
@@ -152,20 +154,20 @@ def test_cover_keeps_one_unit_for_each_band() -> None:
 
 
 def test_revival_uses_its_share() -> None:
-    """A part of the budget goes to idle units: by lot, repeatably, or to the largest gradients."""
+    """Idle units get a part of the budget: at random, repeatably, or largest gradients first."""
     active = ["u4", "u5", "u6", "u7"]
     state = {"active": active, "since": dict.fromkeys(active, 0)}
     scored = choose(
         config(revive="scored", revive_share=0.5), probes={"u0": 1.0, "u2": 3.0, "u1": 2.0}, **state
     )
     assert scored.active == {"u7", "u6", "u2", "u1"}
-    assert {r.unit: r.reason for r in scored.records}["u2"] == "revived, scored"
-    assert {r.unit: r.reason for r in scored.records}["u5"] == "killed"
-    lots = {
+    assert {line.unit: line.reason for line in scored.lines}["u2"] == "revived, scored"
+    assert {line.unit: line.reason for line in scored.lines}["u5"] == "killed"
+    drawn = {
         choose(config(revive="random", revive_share=0.5, seed=seed), **state).active
         for seed in range(8)
     }
-    assert len(lots) > 1
+    assert len(drawn) > 1
     assert choose(config(revive="random", revive_share=0.5), **state) == choose(
         config(revive="random", revive_share=0.5), **state
     )
@@ -224,6 +226,41 @@ def test_baselines_keep_to_the_same_budget(policy: Any) -> None:
     assert found.active == expected.get(policy, found.active)
     later = choose(config(policy=policy), step=60)
     assert (later.active == found.active) == (policy != "redraw")
+
+
+def test_deltas_are_measured_until_they_are_decided_by() -> None:
+    """Only policy "output" measures deltas, and only in the warm-up that its decision ends."""
+    output = KillReviveConfig(policy="output", warmup=0.1)
+    assert [step for step in range(100) if needs_outputs(output, step, 100)] == list(range(10))
+    assert not any(needs_outputs(KillReviveConfig(warmup=0.1), step, 100) for step in range(100))
+
+
+@pytest.mark.parametrize(
+    ("kind", "want"),
+    [
+        ("sensitivity", 9.0),
+        ("gradient", 3.0),
+        ("output", 5.0),
+        ("magnitude", 10.0),  # two products of size 6 and 8
+        ("relative", (3.0**2 + 2.0**2) ** 0.5),  # 6 over 2, 8 over 4: B was zero before
+        ("norm_delta", (6.0**2 + 8.0**2) ** 0.5),
+        ("delta_norm", (1 + 6.0**2 + 1 + 8.0**2) ** 0.5 - 2**0.5),
+        ("random", (1 + 6.0**2 + 1 + 8.0**2) ** 0.5 - 2**0.5),
+    ],
+)
+def test_scores_by_hand(kind: str, want: float) -> None:
+    """Every score of a unit of two modules is what its definition gives by hand."""
+    a_RI = torch.tensor([[0.6, 0.8]])
+    new = [(a_RI, torch.tensor([[0.0], [size], [0.0]])) for size in (6.0, 8.0)]
+    old = [(a_RI, torch.zeros_like(b_OR)) for _, b_OR in new]
+    unit = Measured(gradients=9.0, outputs=5.0, old=old, new=new, weight_norms=[2.0, 4.0])
+    assert score(kind, unit) == pytest.approx(want)
+
+
+def test_scores_know_their_kinds() -> None:
+    """A kind that is neither a signal nor a policy is refused."""
+    with pytest.raises(ValueError, match="got kind 'size'"):
+        score("size", Measured(gradients=0.0, outputs=0.0, old=[], new=[], weight_norms=[]))
 
 
 def test_options_are_checked() -> None:
@@ -366,8 +403,6 @@ def test_dropped_units_fade_and_revived_ones_start_anew(link: InProcessLink) -> 
     assert killed.modules[0] not in split.active_modules
     parameter = layer.lora_A["default"].weight
     assert optimizer.state[parameter]["step"] == 1
-    from dlora.kill_revive.decide import Decision
-
     reviver._apply(Decision(reviver.active | {killed.name}))
     before = parameter.detach().clone()
     step()
@@ -508,6 +543,35 @@ def test_resumed_run_equals_one_never_stopped(link: InProcessLink, tmp_path: Pat
         assert all(torch.equal(one[name], other[name]) for name in one), stop
         assert again["kill_revive"] == whole["kill_revive"]
         assert (part / "kr.jsonl").read_text() == (tmp_path / "whole/kr.jsonl").read_text()
+
+
+def test_state_of_an_older_version_is_read(link: InProcessLink) -> None:
+    """A checkpoint with the keys of older versions is taken up, and its sums that no decision wants
+    any more are dropped.
+    """
+    config = KillReviveConfig(policy="output", warmup=2, budget=0.5)
+    split = make_split(link, lora())
+    reviver = KillAndRevive(split, config, 10)
+    names = sorted(reviver.active)
+    line = {"step": 2, "unit": names[0], "score": 1.5, "rank": 0, "active": True, "reason": "kept"}
+    state = {
+        "config": vars(config),
+        "total_steps": 10,
+        "spent": 2.5,
+        "active": names[:1],
+        "since": {names[0]: 0},
+        "fading": {},
+        "warming": {},
+        "squares": {names[0]: 0.25},
+        "probes": [],
+        "outputs": [[0, 0, 4.0]],
+        "records": [line],
+    }
+    reviver.load_state_dict(state, reviver.snapshot)
+    assert reviver.state_dict() == state
+    assert [vars(entry) for entry in reviver.decision_log] == [line]
+    reviver.before_step(4)
+    assert split.output_squares is None
 
 
 def test_units_and_costs_come_from_the_model(link: InProcessLink) -> None:

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from dlora.edge.noise import Noise
     from dlora.edge.options import SplitOptions
     from dlora.embedded import in_process
-    from dlora.kill_revive.apply import KillAndRevive, KillReviveCallback
+    from dlora.kill_revive.apply import KillAndRevive
+    from dlora.kill_revive.callback import KillReviveCallback
     from dlora.kill_revive.config import KillReviveConfig
 
 __all__ = [
@@ -69,7 +70,7 @@ _HOMES = {
     "apply_bottleneck": "dlora.edge.bottleneck",
     "CloudCache": "dlora.edge.kv_cache",
     "KillAndRevive": "dlora.kill_revive.apply",
-    "KillReviveCallback": "dlora.kill_revive.apply",
+    "KillReviveCallback": "dlora.kill_revive.callback",
     "KillReviveConfig": "dlora.kill_revive.config",
     "RetryPolicy": "dlora.edge.link",
     "Noise": "dlora.edge.noise",

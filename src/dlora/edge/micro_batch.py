@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +67,8 @@ class MicroBatch(Responder):
         """After backward, where `begin` asks for it: gradient of what went in, [N, D]."""
         self.on_probe: Callable[[Sequence[pb.ActiveSite], Sequence[float]], None] | None = None
         """Called with the modules of `Begin.probe` and their norms of g^T x, after backward."""
+        self.on_outputs: Callable[[Mapping[tuple[int, int], float]], None] | None = None
+        """Called with `output_squares`, after backward."""
         self.noise = Noise()
         """What is added to the gradient of the kept hidden states."""
 
@@ -165,6 +167,9 @@ class MicroBatch(Responder):
             self.input_grad = self.decode(
                 frame.done.input_grad, shape, "gradient of the cloud's input"
             )
+        # Only now, as a micro-batch that the cloud lost runs again and must not count twice.
+        if self.on_outputs is not None and self.output_squares is not None:
+            self.on_outputs(self.output_squares)
         self.meter.micro_batches += 1
         self.close()
 

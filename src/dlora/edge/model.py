@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Unpack
@@ -102,7 +102,7 @@ class SplitModel(PeftModelForCausalLM):
         """Modules whose norm of g^T x every training micro-batch asks for, into `probe_norms`."""
         self.probe_norms: list[dict[str, float]] = []
         self.output_squares: dict[tuple[int, int], float] | None = None
-        """If not None: sums of squared deltas by (site, module), over training micro-batches."""
+        """If not None: sums of squared deltas by (site, module), over finished micro-batches."""
 
         decoder_class = type(decoder_of(base))
         self.accepts_position_ids = (
@@ -254,7 +254,8 @@ class SplitModel(PeftModelForCausalLM):
             return micro_batch.forward()
         if micro_batch.begin.probe:
             micro_batch.on_probe = self._note_probe
-        micro_batch.output_squares = self.output_squares
+        if self.output_squares is not None:
+            micro_batch.output_squares, micro_batch.on_outputs = {}, self._note_outputs
         micro_batch.waits = self.waits = []
         entry_ND = new.entry_ND if wants_input_grad else new.entry_ND.detach()
         run: Callable[..., Tensor] = SplitForward.apply
@@ -263,6 +264,12 @@ class SplitModel(PeftModelForCausalLM):
     def _note_probe(self, entries: Sequence[pb.ActiveSite], norms: Sequence[float]) -> None:
         names = names_of(self.link.description, entries)
         self.probe_norms.append(dict(zip(names, norms, strict=True)))
+
+    def _note_outputs(self, squares: Mapping[tuple[int, int], float]) -> None:
+        sums = self.output_squares
+        if sums is not None:
+            for key, square in squares.items():
+                sums[key] = sums.get(key, 0.0) + square
 
     def last_hidden(self, exit_ND: Tensor) -> Tensor:
         """What the decoder makes of rows that leave the cloud, [N, D], each by itself.

@@ -101,7 +101,7 @@ class Responder:
         self.edge_layers = edge_layers or EdgeLayers()
 
         self.output_squares: dict[tuple[int, int], float] | None = None
-        """If not None: sums of squared deltas of each (site, module) are added here."""
+        """If not None: the sum of squares of each (site, module)'s delta in the newest forward."""
         self.waits: list[Wait] | None = None
         """If not None: every wait is noted here."""
 
@@ -158,6 +158,8 @@ class Responder:
         cloud's last frame says. Raises PeerLost, PeerError or WireError.
         """
         self.forwards.clear()
+        if self.output_squares is not None:
+            self.output_squares.clear()
         self.send(frame)
         while (kind := (reply := self.receive()).WhichOneof("kind")) == "input":
             self._answer(reply.input, num_rows, training)
@@ -187,7 +189,7 @@ class Responder:
         )
 
         if self.output_squares is not None:
-            self._add_squares(self.output_squares, site, answers)
+            self._note_squares(self.output_squares, site, answers)
         messages = [encode(answer, self.wire_dtype) for answer in answers]
         count = len(site.layers)
         deltas = pb.SiteDeltas(site=site.index, deltas=messages[:count], factors=messages[count:])
@@ -198,14 +200,13 @@ class Responder:
                 layer, num_rows, training=training, input_grad=wants, factored=self.factored
             )
 
-    def _add_squares(
-        self, sums: dict[tuple[int, int], float], site: ActiveSite, answers: Sequence[Tensor]
+    def _note_squares(
+        self, squares: dict[tuple[int, int], float], site: ActiveSite, answers: Sequence[Tensor]
     ) -> None:
-        """Add the sum of squares of each module's delta."""
+        """Note the sum of squares of each module's delta in this forward."""
         for number, module in enumerate(site.modules):
             factor = answers[len(site.layers) + number] if self.factored else None
-            key = (site.index, module)
-            sums[key] = sums.get(key, 0.0) + _square(answers[number], factor)
+            squares[site.index, module] = _square(answers[number], factor)
 
     def site(self, index: int, *, done: bool) -> ActiveSite:
         """The active site that the cloud speaks of. Raises WireError if none, or done before."""

@@ -56,7 +56,7 @@ class KillReviveConfig:
     change of s B A over that of the frozen weight, or norm of the gradient; all over the last
     interval."""
     revive: Literal["none", "random", "scored"] = "none"
-    """How idle units come back: not, by lot, or by the norm of their gradient in a probe step."""
+    """How idle units come back: not, at random, or by their gradient's norm in a probe step."""
     revive_share: float = 0.25
     """Share of the budget for revived units."""
     prefer: Literal["score", "score_per_cost"] = "score"
@@ -85,7 +85,7 @@ class KillReviveConfig:
     rewarm_steps: int = 5
     """Steps in which the updates of a revived module grow to full size."""
     seed: int = 0
-    """Seed of drawing by lot."""
+    """Seed of random draws."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""

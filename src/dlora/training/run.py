@@ -50,7 +50,7 @@ from dlora.edge.model import SplitModel
 from dlora.edge.responder import Wait
 from dlora.errors import DataError, DivergedError, DLoRAError, UsageError
 from dlora.files import write_json
-from dlora.kill_revive.apply import KillReviveCallback
+from dlora.kill_revive.callback import KillReviveCallback
 from dlora.privacy.recording import Recorder
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.sites import pass_bytes

@@ -1,0 +1,79 @@
+"""Kill and Revive in transformers' `Trainer` and trl's `SFTTrainer`: one callback."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dlora.edge.model import SplitModel
+from dlora.errors import UsageError
+from dlora.kill_revive.apply import KillAndRevive
+from dlora.kill_revive.config import KillReviveConfig
+
+__all__ = ["KillReviveCallback"]
+
+
+class KillReviveCallback(TrainerCallback):
+    """Kill and Revive in transformers' `Trainer` and trl's `SFTTrainer`: add it, and nothing else.
+
+    State goes with the checkpoints. With `log` one JSON line for every decision and unit is
+    appended there.
+    """
+
+    def __init__(self, config: KillReviveConfig, log: Path | None = None) -> None:
+        self.config, self.log = config, log
+        self.reviver: KillAndRevive | None = None
+        self._written = 0
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **_: Any,
+    ) -> None:
+        """Bind to the model; take up the state of the checkpoint that the run continues from."""
+        if not isinstance(model, SplitModel):
+            raise UsageError(f"Kill and Revive wants a split model, got {type(model).__name__}")
+        self.reviver = KillAndRevive(model, self.config, state.max_steps)
+        if state.global_step:
+            self.reviver.load(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self._write(new=True)
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """Decide, if it is time."""
+        if self.reviver is not None:
+            self.reviver.before_step(state.global_step)
+            self._write()
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
+    ) -> None:
+        """Note gradients."""
+        if self.reviver is not None:
+            self.reviver.before_update(optimizer)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Fade and warm."""
+        if self.reviver is not None:
+            self.reviver.after_update()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
+        """Keep the state with the checkpoint."""
+        if self.reviver is not None:
+            self.reviver.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def _write(self, *, new: bool = False) -> None:
+        """Append the log's new lines; a `new` file gets all, those of a checkpoint included."""
+        if self.log is None or self.reviver is None:
+            return
+        lines = self.reviver.decision_log if new else self.reviver.decision_log[self._written :]
+        with self.log.open("w" if new else "a") as file:
+            for line in lines:
+                file.write(json.dumps(asdict(line)) + "\n")
+        self._written = len(self.reviver.decision_log)

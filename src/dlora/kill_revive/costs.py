@@ -1,0 +1,57 @@
+"""Kill and Revive: what a set of modules costs in a training step. Plain numbers, no model.
+
+A unit is what is killed and revived as a whole: a site (all modules that read the same tensor) or
+a module. Costs are shares of those of full tuning (FT), which trains every module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Costs", "Unit", "modules_of"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One unit: its name, its modules in the cloud's calling order, its decoder layer (or -1)."""
+
+    name: str
+    modules: tuple[str, ...]
+    layer: int
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a set of modules costs in a training step, as a share of FT."""
+
+    sites: tuple[tuple[int, Mapping[str, int]], ...]
+    """(input width, elements that each module adds to both directions) of every site, in calling
+    order. On the plain wire a module adds its output width; factored r (1 + out / tokens)."""
+    ends: int = 0
+    """Elements a token that always travel: embeddings up, last hidden states down, their gradient
+    up."""
+    kind: Literal["bytes", "modules"] = "bytes"
+
+    def share(self, modules: Collection[str]) -> float:
+        """Cost of training these modules over that of training all."""
+        everything = [name for _, site in self.sites for name in site]
+        if self.kind == "modules":
+            return len(set(modules)) / max(1, len(everything))
+        return self.elements(set(modules)) / max(1, self.elements(set(everything)))
+
+    def elements(self, modules: set[str]) -> int:
+        """Elements a token that travel, both ways together, when these modules are trained."""
+        total, lowest = self.ends, True
+        for width, site in self.sites:
+            if trained := [name for name in site if name in modules]:
+                # x down, its gradient up (not at the lowest site); deltas up, their gradients down
+                total += width * (1 if lowest else 2) + 2 * sum(site[name] for name in trained)
+                lowest = False
+        return total
+
+
+def modules_of(units: Iterable[Unit]) -> set[str]:
+    """The modules of these units."""
+    return {module for unit in units for module in unit.modules}

@@ -1,0 +1,77 @@
+"""Kill and Revive: what it needs of a split model: units, their costs on its wire, weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from dlora.edge.model import SplitModel
+from dlora.edge.responder import product_of
+from dlora.kill_revive.costs import Costs, Unit
+from dlora.protocol.layers import layer_of
+
+__all__ = ["costs_of", "parameters_of", "units_of", "weights_of"]
+
+
+def units_of(model: SplitModel, kind: str) -> list[Unit]:
+    """The units of a model's adapter, of kind "site" or "module", in the cloud's calling order."""
+    units = []
+    for site in model.sites:
+        names = site.names
+        layer = layer_of(names[0])
+        if kind == "site":
+            units.append(Unit(f"site {site.index}: {', '.join(names)}", tuple(names), layer))
+        else:
+            units += [Unit(name, (name,), layer) for name in names]
+    return units
+
+
+def costs_of(
+    model: SplitModel, kind: Any = "bytes", tokens: int = 512, supervised: float = 0.25
+) -> Costs:
+    """What sets of modules cost in a step of this many tokens, on the model's wire.
+
+    `supervised` is the share of tokens whose last hidden states travel.
+    """
+    sites = []
+    for site in model.sites:
+        added = {}
+        for name, layer in zip(site.names, site.layers, strict=True):
+            rank = sum(layer.r[adapter] for adapter in layer.active_adapters if adapter in layer.r)
+            out = layer.out_features
+            added[name] = (
+                out if model.options.wire == "plain" else max(1, round(rank * (1 + out / tokens)))
+            )
+        sites.append((site.in_features, added))
+
+    # What travels in any case: where the edge holds layers it is hidden states, both ways.
+    description = model.link.description
+    if model.edge_layers:
+        between = description.layers.width
+        ends = round(2 * between + 2 * (1.0 if model.edge_layers.last else supervised) * between)
+    else:
+        ends = round(description.embedding_width + 2 * supervised * description.hidden_width)
+    return Costs(tuple(sites), ends, kind)
+
+
+def parameters_of(layer: LoraLayer, *, only_b: bool = False) -> list[nn.Parameter]:
+    """Parameters of A and B of a layer's active adapters, or those of B alone."""
+    return [
+        parameter
+        for adapter in layer.active_adapters
+        for modules in ((layer.lora_B,) if only_b else (layer.lora_A, layer.lora_B))
+        if adapter in modules
+        for parameter in modules[adapter].parameters()
+    ]
+
+
+def weights_of(layers: Mapping[str, LoraLayer]) -> dict[str, Tensor]:
+    """Copies of A [R, I] and scaled B [O, R] of every module, under name.A and name.B."""
+    weights = {}
+    for name, layer in layers.items():
+        a_RI, b_OR = product_of(layer)
+        weights[f"{name}.A"], weights[f"{name}.B"] = a_RI.clone(), b_OR.clone()
+    return weights
