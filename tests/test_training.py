@@ -231,7 +231,7 @@ def test_a_refused_run_leaves_nothing_behind(
     empty.mkdir()
     for output in (new, empty):
         with pytest.raises(UsageError, match=message):
-            train(settings(data, output, record=2, **changes), link)
+            train(settings(**({"data": data, "output": output, "record": 2} | changes)), link)
     assert not (tmp_path / "deep").exists()
     assert not list(empty.iterdir())
     train(settings(data, empty, record=2, max_steps=1), link)
