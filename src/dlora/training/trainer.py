@@ -51,9 +51,13 @@ class SplitTrainer(SFTTrainer):
         self.stop = StopOnSignal()
         self._lines_written: int | None = None
 
-        own = (early_stopping, accounting, Progress(), self.stop, StopOnDivergence(), kill_revive)
-        super().__init__(callbacks=[one for one in own if one is not None], **arguments)
-        self.remove_callback(ProgressCallback)  # `Progress` is there instead
+        super().__init__(callbacks=[early_stopping] if early_stopping else [], **arguments)
+
+        # `Progress` takes the place of its base class, which has to go first: it matches both.
+        self.remove_callback(ProgressCallback)
+        for callback in (accounting, Progress(), self.stop, StopOnDivergence(), kill_revive):
+            if callback is not None:
+                self.add_callback(callback)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add costs since the last entry: bytes, round trips, waiting and FLOPs.
