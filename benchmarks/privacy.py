@@ -85,6 +85,7 @@ def measure(flags: list[str], data: Path, task: str, address: str) -> dict[str, 
     import kr
 
     from dlora.cli.main import main
+    from dlora.runs import load_run
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -128,9 +129,8 @@ def measure(flags: list[str], data: Path, task: str, address: str) -> dict[str, 
         for command in ([*train, *flags], audit):
             if main(command):
                 raise SystemExit(f"dlora {command[0]} failed")
-        cost = json.loads((folder / "run/run.json").read_text())["cost"]
-        edge = sum(cost[f"{part}_flops"] for part in ("adapter", "head", "embedding", "held"))
-        costs = {"edge_flops": edge, "bytes": cost["sent_bytes"] + cost["received_bytes"]}
+        run = load_run(folder / "run")
+        costs = {"edge_flops": run.cost.edge_flops, "bytes": run.traffic}
         return {"flags": flags, "cost": costs} | json.loads(
             (folder / "audit/audit.json").read_text()
         )

@@ -199,7 +199,7 @@ def test_resumed_run_records_the_same(
     micro-batches twice.
     """
     with monkeypatch.context() as patch:
-        build = training._build_trainer
+        build = training.build_trainer
 
         def breaking(*args: Any) -> Any:
             trainer = build(*args)
@@ -216,7 +216,7 @@ def test_resumed_run_records_the_same(
             trainer.training_step = training_step
             return trainer
 
-        patch.setattr(training, "_build_trainer", breaking)
+        patch.setattr(training, "build_trainer", breaking)
         with pytest.raises(KeyboardInterrupt):
             train(settings(data, tmp_path / "run", record=12), link)
     assert len(Recording(tmp_path / "run/recording")) == 5

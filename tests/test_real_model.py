@@ -20,7 +20,8 @@ from dlora.cli.demo import data_file, serving
 from dlora.cli.main import main
 from dlora.cloud.load import DEMO_MODEL, DEMO_MODEL_ID, load_model
 from dlora.edge.grpc_link import GrpcLink
-from dlora.inference.answer import Pieces, complete, encode_prompts
+from dlora.inference.answer import Pieces, complete
+from dlora.inference.prompts import encode_prompts
 
 pytestmark = pytest.mark.slow
 

@@ -107,7 +107,7 @@ class _Interrupt(TrainerCallback):
 @pytest.fixture
 def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Make runs of this test get a signal at the given step."""
-    build = training._build_trainer
+    build = training.build_trainer
 
     def arrange(step: int | None, number: int = signal.SIGINT) -> None:
         def wrapped(*args: Any) -> Any:
@@ -116,23 +116,23 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 trainer.add_callback(_Interrupt(step, number))
             return trainer
 
-        monkeypatch.setattr(training, "_build_trainer", wrapped)
+        monkeypatch.setattr(training, "build_trainer", wrapped)
 
     return arrange
 
 
-def test_run_leaves_adapter_and_record(link: InProcessLink, data: Path, tmp_path: Path) -> None:
+def test_run_leaves_adapter_and_run_json(link: InProcessLink, data: Path, tmp_path: Path) -> None:
     """A run ends with an adapter that peft loads and a run.json with settings, versions and exact
     costs.
     """
-    record = train(
+    run = train(
         settings(data, tmp_path / "run", eval_data=str(data), eval_steps=3, save_steps=3), link
     )
-    assert record == json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["status"] == "finished" and record["steps"] == 6
-    assert record["model_id"] == "example-org/llama"
-    assert record["eval_loss"] < 6 and record["best_eval_loss"] <= record["eval_loss"]
-    cost = record["cost"]
+    assert run == json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["status"] == "finished" and run["steps"] == 6
+    assert run["model_id"] == "example-org/llama"
+    assert run["eval_loss"] < 6 and run["best_eval_loss"] <= run["eval_loss"]
+    cost = run["cost"]
     assert (
         min(
             cost[name]
@@ -180,8 +180,8 @@ def test_half_written_checkpoint_is_passed_over(
     train(settings(data, tmp_path / "run"), link)
     newest = tmp_path / "run/checkpoints/checkpoint-6"
     (newest / "trainer_state.json").unlink()
-    record = json.loads((tmp_path / "run/run.json").read_text())
-    (tmp_path / "run/run.json").write_text(json.dumps(record | {"status": "failed"}))
+    run = json.loads((tmp_path / "run/run.json").read_text())
+    (tmp_path / "run/run.json").write_text(json.dumps(run | {"status": "failed"}))
     train(settings(data, tmp_path / "run", resume=True), link)
     assert same(tmp_path / "whole", tmp_path / "run")
 
@@ -210,6 +210,54 @@ def test_existing_runs_are_never_overwritten(
     other.close()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_modules": ["nonsense"]}, "nonsense"),
+        ({"adapter": Path("nowhere")}, "holds no adapter"),
+        ({"data": "nowhere.jsonl"}, "no such file"),
+        ({"eval_data": "nowhere.jsonl", "keep_best": False}, "no such file"),
+        ({"max_length": 4}, "max_length is 4"),
+        ({"pad_to": 4096}, "4096 with pad_to 4096; this server takes sequences of up to"),
+        ({"trainer": {"no_such_thing": 1}}, "no_such_thing"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "optim or lr_scheduler_type: .*min_lr"),
+    ],
+)
+def test_a_refused_run_leaves_nothing_behind(
+    link: InProcessLink, data: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """A refusal makes no folder and puts nothing into an empty one: the corrected command runs."""
+    new, empty = tmp_path / "deep" / "run", tmp_path / "empty"
+    empty.mkdir()
+    for output in (new, empty):
+        with pytest.raises(UsageError, match=message):
+            train(settings(**({"data": data, "output": output, "record": 2} | changes)), link)
+    assert not (tmp_path / "deep").exists()
+    assert not list(empty.iterdir())
+    train(settings(data, empty, record=2, max_steps=1), link)
+    assert len(list((empty / "recording").glob("*.json"))) == 2
+
+
+def test_a_refused_resume_changes_nothing(
+    link: InProcessLink, data: Path, tmp_path: Path, interrupt_at: Callable[..., None]
+) -> None:
+    """Where --resume is refused, run.json and every checkpoint, complete or not, are as before."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(data.read_text())
+    interrupt_at(1)
+    train(settings(rows, tmp_path / "run", save_steps=1), link)
+    (tmp_path / "run/checkpoints/checkpoint-2/trainer_state.json").unlink()
+
+    def contents() -> dict[Path, bytes]:
+        return {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()}
+
+    before = contents()
+    rows.unlink()
+    with pytest.raises(DataError, match="no such file"):
+        train(settings(rows, tmp_path / "run", save_steps=1, resume=True), link)
+    assert contents() == before
+
+
 def test_starting_from_an_existing_adapter(link: InProcessLink, data: Path, tmp_path: Path) -> None:
     """A run can start from a saved adapter: its first loss is near where the other ended, not at
     the base.
@@ -235,14 +283,14 @@ def test_early_stopping_keeps_the_best_adapter(
         "save_steps": 1,
         "early_stopping_patience": 2,
     }
-    record = train(
+    run = train(
         settings(
             data, tmp_path / "run", learning_rate=3.0, max_grad_norm=0.0, epochs=5.0, **options
         ),
         link,
     )
-    assert record["steps"] < 30
-    best = Path(record["best_checkpoint"])
+    assert run["steps"] < 30
+    best = Path(run["best_checkpoint"])
     assert same(best, tmp_path / "run")
 
 
@@ -256,7 +304,7 @@ def test_nan_stops_before_the_update(link: InProcessLink, data: Path, tmp_path: 
             if state.global_step == 3:
                 next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("nan"))
 
-    build = training._build_trainer
+    build = training.build_trainer
     with pytest.MonkeyPatch.context() as patch:
 
         def wrapped(*args: Any) -> Any:
@@ -264,7 +312,7 @@ def test_nan_stops_before_the_update(link: InProcessLink, data: Path, tmp_path: 
             trainer.add_callback(Poison())
             return trainer
 
-        patch.setattr(training, "_build_trainer", wrapped)
+        patch.setattr(training, "build_trainer", wrapped)
         with pytest.raises(DivergedError, match="step 4: the gradient of .*lora_A.* is not finite"):
             train(settings(data, tmp_path / "run"), link)
     assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "failed"
@@ -347,11 +395,11 @@ def test_only_completions_are_supervised(link: InProcessLink, tmp_path: Path) ->
         }
     ] * 2
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    record = train(
+    run = train(
         settings(tmp_path / "a.jsonl", tmp_path / "run", gradient_accumulation_steps=1), link
     )
     per_row = 2 * 2 * 300 * 64  # forward and backward of one row of the head
-    assert record["cost"]["head_flops"] / per_row <= 2 * (len(answer) + 4) + 1
+    assert run["cost"]["head_flops"] / per_row <= 2 * (len(answer) + 4) + 1
 
 
 @pytest.mark.parametrize("overlong", ["drop", "truncate"])
@@ -367,8 +415,8 @@ def test_overlong_rows_can_be_dropped_or_truncated(
         "batch_size": 6,
         "gradient_accumulation_steps": 1,
     }
-    record = train(settings(tmp_path / "a.jsonl", tmp_path / "run", **options), link)
-    assert record["cost"]["tokens"] == (30 * 5 + 11 if overlong == "truncate" else 11)
+    run = train(settings(tmp_path / "a.jsonl", tmp_path / "run", **options), link)
+    assert run["cost"]["tokens"] == (30 * 5 + 11 if overlong == "truncate" else 11)
 
 
 @pytest.mark.parametrize(
@@ -523,10 +571,10 @@ class Full(TrainerCallback):
     def on_step_begin(self, args, state, control, **_):
         if state.global_step == 2:  # from now on no file can grow beyond this, as on a full disk
             resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-build = training._build_trainer
+build = training.build_trainer
 def wrapped(*args):
     trainer = build(*args); trainer.add_callback(Full()); return trainer
-training._build_trainer = wrapped
+training.build_trainer = wrapped
 raise SystemExit(main(["train", *{words!r}, "--max_steps", "4"]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -26,7 +26,8 @@ from dlora.edge.load import load_adapter, load_tokenizer
 from dlora.edge.model import SplitModel
 from dlora.errors import PeerLost, UsageError
 from dlora.files import write_json
-from dlora.inference.answer import Prompt, complete
+from dlora.inference.answer import complete
+from dlora.inference.prompts import Prompt
 from dlora.training.run import train
 from dlora.training.settings import TrainSettings
 

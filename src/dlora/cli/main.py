@@ -337,46 +337,39 @@ def _train(values: dict[str, Any]) -> int:
     transformers_logging.set_verbosity_error()
     link = connect(settings.server, access=Access(**settings.access))
     try:
-        record = train(settings, link)
+        run = train(settings, link)
     finally:
         link.close()
-    print_result(record, settings.output)
-    return 0 if record["status"] == "finished" else 130
+    print_result(run, settings.output)
+    return 0 if run["status"] == "finished" else 130
 
 
-def print_result(record: dict[str, Any], output: Path) -> None:
+def print_result(run: dict[str, Any], output: Path) -> None:
     """What a person wants to know after a run."""
-    cost = record["cost"]
-    loss = f"loss {record['train_loss']:.4f}" if record["train_loss"] is not None else "no loss yet"
-    if record["eval_loss"] is not None:
-        best = record["best_eval_loss"] or record["eval_loss"]
-        loss += f", eval loss {record['eval_loss']:.4f} (best {best:.4f})"
-    edge = (
-        cost["adapter_flops"]
-        + cost["head_flops"]
-        + cost["embedding_flops"]
-        + cost["edge_layer_flops"]
-    )
-    cloud = cost["cloud_forward_flops"] + cost["cloud_backward_flops"]
-    print(f"{record['status']} after {record['steps']} steps and {record['seconds']:.0f} s: {loss}")
+    from dlora.edge.meter import Meter
+
+    cost = Meter.from_saved(run["cost"])
+    loss = f"loss {run['train_loss']:.4f}" if run["train_loss"] is not None else "no loss yet"
+    if run["eval_loss"] is not None:
+        best = run["best_eval_loss"] or run["eval_loss"]
+        loss += f", eval loss {run['eval_loss']:.4f} (best {best:.4f})"
+    print(f"{run['status']} after {run['steps']} steps and {run['seconds']:.0f} s: {loss}")
     print(
-        f"traffic    {cost['sent_bytes'] / 1e6:.1f} MB up, {cost['received_bytes'] / 1e6:.1f} MB "
-        "down, ",
+        f"traffic    {cost.sent_bytes / 1e6:.1f} MB up, {cost.received_bytes / 1e6:.1f} MB down, ",
         end="",
     )
-    print(f"{cost['round_trips']} round trips, {cost['retries']} retries")
-    adapters = cost["adapter_flops"]
+    print(f"{cost.round_trips} round trips, {cost.retries} retries")
     print(
-        f"compute    edge {edge / 1e9:.1f} GFLOP (adapters {adapters / 1e9:.1f}), cloud "
-        f"{cloud / 1e9:.1f} GFLOP"
+        f"compute    edge {cost.edge_flops / 1e9:.1f} GFLOP "
+        f"(adapters {cost.adapter_flops / 1e9:.1f}), cloud {cost.cloud_flops / 1e9:.1f} GFLOP"
     )
     print(f"adapter    {output}")
-    if kr := record.get("kill_revive"):
+    if kr := run.get("kill_revive"):
         print(
             f"active     {len(kr['active'])} units at the end; on average {kr['cost_share']:.1%} "
             "of FT's cost"
         )
-    if record["status"] == "interrupted":
+    if run["status"] == "interrupted":
         print("continue   the same command with --resume")
 
 
@@ -435,7 +428,8 @@ def _generate(values: dict[str, Any]) -> int:
     settings = GenerateSettings(**values)
     from transformers import set_seed
 
-    from dlora.inference.answer import Pieces, complete, continued, cost_line, load_prompts
+    from dlora.inference.answer import Pieces, complete, cost_line
+    from dlora.inference.prompts import continued, load_prompts
 
     prompts = None if settings.prompts is None else load_prompts(settings.prompts)
     prompt = settings.prompt

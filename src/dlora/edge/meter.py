@@ -52,6 +52,11 @@ class Meter:
         """All FLOPs on the edge."""
         return self.adapter_flops + self.head_flops + self.embedding_flops + self.edge_layer_flops
 
+    @property
+    def cloud_flops(self) -> int:
+        """All FLOPs in the cloud."""
+        return self.cloud_forward_flops + self.cloud_backward_flops
+
     @classmethod
     def from_saved(cls, values: dict[str, Any]) -> Meter:
         """The meter that `asdict` was taken of; names of earlier versions are known."""

@@ -24,7 +24,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dlora.edge.model import SplitModel
 from dlora.errors import DLoRAError, UsageError
-from dlora.inference.answer import Continuing, check_room, pad_token
+from dlora.inference.answer import Continuing, check_room
+from dlora.inference.prompts import pad_token
 from dlora.protocol.address import LOOPBACK
 
 try:
@@ -42,8 +43,8 @@ except ImportError as error:
 
 __all__ = ["ApiServer", "build_app"]
 
-# Accepted by the schema, without effect in transformers' handlers: refused unless they ask for
-# nothing.
+# Fields that the schema accepts and transformers' handlers ignore, each with its values that ask
+# for nothing. Any other value is refused.
 _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "n": (None, 1),
     "best_of": (None, 1),
@@ -85,10 +86,12 @@ class _Served:
         """Answer over the KV cache of the request before, as far as the two begin alike."""
         if (seed := getattr(generation_config, "request_seed", None)) is not None:
             torch.manual_seed(seed)
+
         room = check_room(self.model, input_ids.shape[1], generation_config.max_new_tokens)
         generation_config.max_new_tokens = room
         if generation_config.pad_token_id is None:
             generation_config.pad_token_id = pad_token(self.tokenizer)
+
         if streamer is not None:
             put = streamer.put
             streamer.put = lambda value: put(value.flatten())  # drafts come as [1, n]
@@ -103,9 +106,7 @@ class _Served:
 
 
 class _OneModel:
-    """What transformers' handlers ask of their model manager, for one model that is always
-    there.
-    """
+    """What transformers' handlers ask of their model manager, for a model that is always there."""
 
     def __init__(self, name: str, served: _Served) -> None:
         self.force_model, self.served = name, served
@@ -123,8 +124,9 @@ class _OneModel:
 
 
 class _Strict:
-    """Refuses what would be ignored; samples if, and only if, the request's temperature is over
-    0.
+    """Refuses what would be ignored; samples if, and only if, the temperature is over 0.
+
+    Goes before a handler of transformers in the order of classes, and adds to its methods.
     """
 
     max_new_tokens: int
@@ -132,6 +134,7 @@ class _Strict:
 
     def _validate_request(self, body: dict[str, Any]) -> None:
         super()._validate_request(body)  # type: ignore[misc]
+
         for name, neutral in _NEUTRAL.items():
             if name in body and body[name] not in neutral:
                 raise HTTPException(400, f"{name}={body[name]!r} is not supported")
@@ -140,6 +143,7 @@ class _Strict:
                 raise HTTPException(400, f"{name}: got {body[name]}, want at least 1")
         if body.get("tools"):
             raise HTTPException(400, "tools are not supported")
+
         temperature = body.get("temperature")
         if temperature is not None and not 0 <= float(temperature) <= 2:
             raise HTTPException(400, f"temperature: got {temperature}, want a value from 0 to 2")
@@ -154,7 +158,7 @@ class _Strict:
         *rest: Any,
         **options: Any,
     ) -> Any:
-        # While there can still be a status.
+        # Refused here, while the answer can still have a status: later it is a stream.
         check_room(model.model, inputs["input_ids"].shape[1], 1)
         whole = (request_id, model, processor, model_id, inputs, *rest)
         response = super()._streaming(*whole, **options)  # type: ignore[misc]
@@ -164,24 +168,26 @@ class _Strict:
     def _build_generation_config(
         self, body: dict[str, Any], model_config: GenerationConfig, **options: Any
     ) -> Any:
-        config = copy.deepcopy(model_config)
-        given = body.get("max_completion_tokens") or body.get("max_tokens") or self.max_new_tokens
-        temperature = body.get("temperature")
         # Seeded when its turn comes, not now: another answer may be under way.
         unseeded = {name: value for name, value in body.items() if name != "seed"}
-        found = super()._build_generation_config(unseeded, config, **options)  # type: ignore[misc]
-        found.request_seed = body.get("seed")
-        found.max_new_tokens = int(given)
-        found.do_sample = (
-            temperature is None or float(temperature) > 0
-        )  # the API's default temperature is 1
+        config = super()._build_generation_config(  # type: ignore[misc]
+            unseeded, copy.deepcopy(model_config), **options
+        )
+        config.request_seed = body.get("seed")
+        given = body.get("max_completion_tokens") or body.get("max_tokens") or self.max_new_tokens
+        config.max_new_tokens = int(given)
+
+        # The API's default temperature is 1.
+        temperature = body.get("temperature")
+        config.do_sample = temperature is None or float(temperature) > 0
         if temperature is None:
-            found.temperature = 1.0
-        if not found.do_sample:
-            found.temperature = found.top_p = found.top_k = None
+            config.temperature = 1.0
+        if not config.do_sample:
+            config.temperature = config.top_p = config.top_k = None
+
         if self.prompt_lookup:
-            found.prompt_lookup_num_tokens = self.prompt_lookup
-        return found
+            config.prompt_lookup_num_tokens = self.prompt_lookup
+        return config
 
 
 class _Chat(_Strict, ChatCompletionHandler):
@@ -207,13 +213,22 @@ def build_app(
     Requests are answered one after another. `hosts` are the names under which it may be
     addressed, so that no web page can reach it under a name of its own.
     """
+    app = FastAPI(title="dlora api", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    _require_key(app, api_key)
+    _answer_errors(app)
+
     manager, state = _OneModel(name, _Served(model, tokenizer)), GenerationState()
     chat, completion = _Chat(manager, state), _Completion(manager, state)
     for handler in (chat, completion):
         handler.max_new_tokens, handler.prompt_lookup = max_new_tokens, prompt_lookup
-    app = FastAPI(title="dlora api", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
-    started = int(time.time())
+    _serve_completions(app, chat, completion, tokenizer)
+    _serve_names(app, name)
+    return app
+
+
+def _require_key(app: FastAPI, api_key: str | None) -> None:
+    """Every request must bring the key, if there is one."""
 
     @app.middleware("http")
     async def check_key(request: Request, answer: Callable[[Request], Awaitable[Any]]) -> Any:
@@ -221,6 +236,10 @@ def build_app(
         if api_key is not None and not hmac.compare_digest(given.encode(), api_key.encode()):
             return _refused(401, "the API key is missing or wrong")
         return await answer(request)
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Errors become answers in the API's own form, with their reason."""
 
     @app.exception_handler(DLoRAError)
     async def on_error(_: Request, error: DLoRAError) -> JSONResponse:
@@ -239,6 +258,12 @@ def build_app(
     async def on_fault(_: Request, error: Exception) -> JSONResponse:
         return _refused(500, f"{type(error).__name__}: {error}")
 
+
+def _serve_completions(
+    app: FastAPI, chat: _Chat, completion: _Completion, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Both ways to ask: with messages, or with the text to continue."""
+
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: dict[str, Any]) -> Any:
         if not tokenizer.chat_template:
@@ -252,6 +277,11 @@ def build_app(
             raise HTTPException(400, "prompt: it has no tokens")
         return await completion.handle_request(body, _request_id("cmpl"))
 
+
+def _serve_names(app: FastAPI, name: str) -> None:
+    """The list of models, which holds one, and a sign of life."""
+    started = int(time.time())
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {
@@ -263,15 +293,13 @@ def build_app(
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    return app
-
 
 async def _finished(events: AsyncIterator[str]) -> AsyncIterator[str]:
     """The stream of a handler, with errors and its end as OpenAI's clients want them."""
     start, end = 'data: {"error": "', '"}'
     async for event in events:
-        text, found, message = event.partition(start)
-        if found:
+        text, is_error, message = event.partition(start)
+        if is_error:
             message = message.rstrip().removesuffix(end)
             with contextlib.suppress(ValueError):
                 message = json.loads(f'"{message}"')
@@ -283,17 +311,17 @@ async def _finished(events: AsyncIterator[str]) -> AsyncIterator[str]:
 
 def _check_messages(messages: Any) -> None:
     """Raises HTTPException for what is not a list of messages with text."""
-    fine = (
-        isinstance(messages, list)
-        and messages
-        and all(isinstance(m, dict) and "role" in m for m in messages)
-    )
-    if not fine:
+    if (
+        not isinstance(messages, list)
+        or not messages
+        or not all(isinstance(message, dict) and "role" in message for message in messages)
+    ):
         raise HTTPException(400, "messages: want a list of {role, content}")
+
     for message in messages:
         parts = message.get("content")
         if isinstance(parts, list) and any(
-            not isinstance(p, dict) or p.get("type") != "text" for p in parts
+            not isinstance(part, dict) or part.get("type") != "text" for part in parts
         ):
             raise HTTPException(400, "messages: only text is read here")
 
@@ -323,6 +351,7 @@ class ApiServer:
             raise UsageError(
                 f"cannot listen on {host}:{port}: {error.strerror}. Try another --port."
             ) from error
+
         shown = f"[{host.strip('[]')}]" if ":" in host else host
         self.url = f"http://{shown}:{self.socket.getsockname()[1]}/v1"
         config = uvicorn.Config(

@@ -1,5 +1,6 @@
-"""A chat on the edge: history, system prompt, streaming; the cloud keeps the KV cache between
-turns.
+"""A chat on the edge: history, system prompt, streaming.
+
+The cloud keeps the KV cache between turns: what both turns begin with does not travel again.
 """
 
 from __future__ import annotations
@@ -11,15 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dlora.edge.model import SplitModel
 from dlora.errors import UsageError
-from dlora.inference.answer import (
-    Continuing,
-    Pieces,
-    check_options,
-    check_room,
-    encode_prompts,
-    generate,
-    pad_token,
-)
+from dlora.inference.answer import Continuing, Pieces, check_options, check_room, generate
+from dlora.inference.prompts import encode_prompts, pad_token
 
 __all__ = ["Chat"]
 
@@ -60,18 +54,7 @@ class Chat:
         answered = False
         try:
             batch = encode_prompts(self.tokenizer, [self.messages])
-            options = {"pad_token_id": pad_token(self.tokenizer), **self.options}
-            length = batch["input_ids"].shape[1]
-            options["max_new_tokens"] = check_room(
-                self.model, length, options.get("max_new_tokens", 256)
-            )
-            if "stop_strings" in options:
-                options["tokenizer"] = self.tokenizer
-            check_options(options)
-            if options.get("num_beams", 1) > 1:
-                raise UsageError(
-                    "generation: num_beams gives its answer only at the end, which is no chat"
-                )
+            options = self._options(length=batch["input_ids"].shape[1])
             generate(self.turns, batch, streamer=pieces, **options)
             answered = True
         except KeyboardInterrupt:
@@ -85,6 +68,20 @@ class Chat:
             else:
                 self.messages.pop()  # so that the same can be said again
         return pieces.text
+
+    def _options(self, length: int) -> dict[str, Any]:
+        """Options of `generate` behind `length` tokens. UsageError for those that cannot work."""
+        options = {"pad_token_id": pad_token(self.tokenizer), **self.options}
+        wanted = options.get("max_new_tokens", 256)
+        options["max_new_tokens"] = check_room(self.model, length, wanted)
+        if "stop_strings" in options:
+            options["tokenizer"] = self.tokenizer
+        check_options(options)
+        if options.get("num_beams", 1) > 1:
+            raise UsageError(
+                "generation: num_beams gives its answer only at the end, which is no chat"
+            )
+        return options
 
     def close(self) -> None:
         """Free the cloud's cache."""

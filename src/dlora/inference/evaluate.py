@@ -1,13 +1,14 @@
-"""How good an adapter is, measured on the edge: loss, perplexity, exact match, choices by
-log-likelihood.
+"""How good an adapter is, measured on the edge: loss, exact match, choices by log-likelihood.
 
-Shapes: B prompts, T their tokens, R continuations in all, C their tokens, V vocabulary.
+Shapes: B prompts, T their tokens, R continuations of all prompts, C their tokens that are read,
+N tokens that are asked for, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -24,7 +25,8 @@ from dlora.edge.kv_cache import CloudCache
 from dlora.edge.labels import IGNORE
 from dlora.edge.model import SplitModel
 from dlora.errors import DataError, UsageError
-from dlora.inference.answer import complete, pad_token
+from dlora.inference.answer import complete
+from dlora.inference.prompts import pad_token
 from dlora.inference.settings import EvalSettings
 
 __all__ = ["choice_scores", "evaluate", "wilson"]
@@ -41,21 +43,24 @@ def evaluate(
             raise UsageError(
                 "exact_match: rows with choices are scored by log-likelihood; leave it out"
             )
-        found = _choices(model, tokenizer, check_choices(rows), settings.batch_size)
+        measures = _choices(model, tokenizer, check_choices(rows), settings.batch_size)
     else:
         data, _ = check_rows(rows)
-        found = _loss(model, tokenizer, data, settings.batch_size)
+        measures = _loss(model, tokenizer, data, settings.batch_size)
         if settings.exact_match:
-            found |= _exact_match(model, tokenizer, data, settings)
-    return (
-        {"model_id": model.link.description.model_id, "data": settings.data, "rows": len(rows)}
-        | found
-        | {"cost": asdict(model.meter - before)}
-    )
+            measures |= _exact_match(model, tokenizer, data, settings)
+
+    return {
+        "model_id": model.link.description.model_id,
+        "data": settings.data,
+        "rows": len(rows),
+        **measures,
+        "cost": asdict(model.meter - before),
+    }
 
 
 def wilson(right: int, total: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927): honest also for few rows, and near 0 and 1."""
+    """95 % interval of a share (Wilson 1927), which holds for few rows, and near 0 and 1."""
     z, p = 1.96, right / total
     centre = (p + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
@@ -63,6 +68,7 @@ def wilson(right: int, total: int) -> tuple[float, float]:
 
 
 def _share(name: str, right: int, total: int) -> dict[str, Any]:
+    """A share and its interval, under two names."""
     return {name: right / total, f"{name}_95": list(wilson(right, total))}
 
 
@@ -107,6 +113,7 @@ def _batches(
             use_cpu=model.device.type == "cpu",
             dataloader_pin_memory=False,
         )
+
         try:
             trainer = SFTTrainer(
                 model=model, args=arguments, train_dataset=data, processing_class=tokenizer
@@ -121,12 +128,13 @@ def _batches(
 def _exact_match(
     model: SplitModel, tokenizer: PreTrainedTokenizerBase, data: Dataset, settings: EvalSettings
 ) -> dict[str, Any]:
+    """The share of rows that are answered, greedily, with their very completion."""
     if "completion" not in data.column_names:
         raise UsageError("exact_match needs rows with prompt and completion, or messages")
+
+    # Prompts of about the same length together: less padding.
+    order = sorted(range(len(data)), key=lambda number: len(str(data[number]["prompt"])))
     right = 0
-    order = sorted(
-        range(len(data)), key=lambda number: len(str(data[number]["prompt"]))
-    )  # less padding
     for start in tqdm(range(0, len(order), settings.batch_size), desc="answers"):
         chosen = [data[number] for number in order[start : start + settings.batch_size]]
         texts, _ = complete(
@@ -136,12 +144,10 @@ def _exact_match(
             max_new_tokens=settings.max_new_tokens,
             do_sample=False,
         )
+
         for text, row in zip(texts, chosen, strict=True):
-            want = (
-                row["completion"]
-                if isinstance(row["completion"], str)
-                else row["completion"][0]["content"]
-            )
+            completion = row["completion"]
+            want = completion if isinstance(completion, str) else completion[0]["content"]
             right += text.strip() == want.strip()
     return _share("exact_match", right, len(data))
 
@@ -152,22 +158,23 @@ def _exact_match(
 def _choices(
     model: SplitModel, tokenizer: PreTrainedTokenizerBase, rows: list[ChoiceRow], batch_size: int
 ) -> dict[str, Any]:
+    """Shares of rows whose right choice is the likeliest: in all, and per character of it."""
     right = right_norm = 0
     order = sorted(range(len(rows)), key=lambda number: len(rows[number].prompt))
     for start in tqdm(range(0, len(order), batch_size), desc="choices"):
         chosen = [rows[number] for number in order[start : start + batch_size]]
         scores = choice_scores(model, tokenizer, [(row.prompt, row.choices) for row in chosen])
         for row, score in zip(chosen, scores, strict=True):
-            normed = [one / len(choice) for one, choice in zip(score, row.choices, strict=True)]
+            normed = [nats / len(choice) for nats, choice in zip(score, row.choices, strict=True)]
             right += max(range(len(score)), key=score.__getitem__) == row.answer
             right_norm += max(range(len(score)), key=normed.__getitem__) == row.answer
-    majority = max(
-        sum(row.answer == number for row in rows) for number in {row.answer for row in rows}
-    )
+
+    # What always taking the choice that is right most often would get.
+    most_frequent = max(Counter(row.answer for row in rows).values())
     return (
         _share("accuracy", right, len(rows))
         | _share("accuracy_norm", right_norm, len(rows))
-        | {"majority_choice": majority / len(rows)}
+        | {"majority_choice": most_frequent / len(rows)}
     )
 
 
@@ -178,13 +185,15 @@ def choice_scores(
 ) -> list[list[float]]:
     """Log-likelihood in nats of every choice as the continuation of its prompt.
 
-    The prompts are read once, in one pass; a second pass reads the continuations, all of
-    them at once, each behind a copy of its prompt's KV cache. Where all continuations have one
-    token the second pass is not needed.
+    `questions` are (prompt, choices). The prompts are read once, in one pass; a second pass reads
+    the continuations, all of them at once, each behind a copy of its prompt's KV cache. Where all
+    continuations have one token the second pass is not needed. Raises DataError for a choice
+    without tokens.
     """
     prompts: list[list[int]] = []
     tails: list[list[int]] = []
     owners: list[int] = []
+    # `owners`: of each tail, the index of its prompt.
     for number, (prompt, choices) in enumerate(questions):
         start = _ids(tokenizer, prompt)
         prompts.append(start)
@@ -198,15 +207,17 @@ def choice_scores(
                 )
             tails.append(whole[len(start) :])
             owners.append(number)
-    scores = [0.0] * len(tails)
+
+    totals = [0.0] * len(tails)
     with torch.no_grad():
-        for rows, logprobs_CV in _tail_logprobs(model, tokenizer, prompts, tails, owners):
-            for row, position, logprobs_V in zip(*rows, logprobs_CV, strict=True):
-                scores[row] += logprobs_V[tails[row][position]].item()
-    found: list[list[float]] = [[] for _ in questions]
-    for owner, score in zip(owners, scores, strict=True):
-        found[owner].append(score)
-    return found
+        for rows, logprobs_NV in _tail_logprobs(model, tokenizer, prompts, tails, owners):
+            for row, position, logprobs_V in zip(*rows, logprobs_NV, strict=True):
+                totals[row] += logprobs_V[tails[row][position]].item()
+
+    scores: list[list[float]] = [[] for _ in questions]
+    for owner, total in zip(owners, totals, strict=True):
+        scores[owner].append(total)
+    return scores
 
 
 def _tail_logprobs(
@@ -216,8 +227,9 @@ def _tail_logprobs(
     tails: list[list[int]],
     owners: list[int],
 ) -> Iterator[tuple[tuple[list[int], list[int]], Tensor]]:
-    """((row of each, position in it), log-probabilities [n, V]) that together cover every token of
-    every tail.
+    """((row of each, position in it), log-probabilities [N, V]), in two parts at most.
+
+    Together they cover every token of every tail.
     """
     if model.generation_config.use_cache is False:
         raise UsageError(
@@ -229,47 +241,51 @@ def _tail_logprobs(
     mask_BT = torch.tensor(
         [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     )
+
     # The last token of a tail predicts nothing that is asked for.
-    read = max(len(tail) for tail in tails) - 1
-    cache = CloudCache(expected_length=longest + read)
+    num_read = max(len(tail) for tail in tails) - 1
+    cache = CloudCache(expected_length=longest + num_read)
     try:
-        first = model(
-            input_ids=prompt_BT.to(model.device),
-            attention_mask=mask_BT.to(model.device),
-            logits_to_keep=1,
-            past_key_values=cache,
-            use_cache=True,
-            **_positions(model, mask_BT),
-        ).logits[:, -1]
-        yield (list(range(len(tails))), [0] * len(tails)), first.float().log_softmax(-1)[owners]
-        if not read:
+        # The prompts: their last token predicts the first of every tail.
+        logits_BV = _pass(model, prompt_BT, mask_BT, cache, logits_to_keep=1)[:, -1]
+        first = (list(range(len(tails))), [0] * len(tails))
+        yield first, logits_BV.float().log_softmax(-1)[owners]
+        if not num_read:
             return
+
+        # The tails, each behind a copy of its prompt's cache.
         cache.reorder_cache(torch.tensor(owners))
-        tail_RC = torch.tensor([(tail[:-1] + [pad] * read)[:read] for tail in tails])
-        tail_mask_RC = torch.tensor(
-            [[1] * (len(tail) - 1) + [0] * (read - len(tail) + 1) for tail in tails]
+        tail_RC = torch.tensor([(tail[:-1] + [pad] * num_read)[:num_read] for tail in tails])
+        read_RC = torch.tensor(
+            [[1] * (len(tail) - 1) + [0] * (num_read - len(tail) + 1) for tail in tails]
         )
-        mask = torch.cat([mask_BT[owners], tail_mask_RC], dim=1)
-        logits_RCV = model(
-            input_ids=tail_RC.to(model.device),
-            attention_mask=mask.to(model.device),
-            past_key_values=cache,
-            use_cache=True,
-            **_positions(model, mask, read),
-        ).logits
-        rows, columns = tail_mask_RC.nonzero(as_tuple=True)
-        logprobs = logits_RCV[rows, columns].float().log_softmax(-1)
-        yield (rows.tolist(), (columns + 1).tolist()), logprobs
+        mask_RT = torch.cat([mask_BT[owners], read_RC], dim=1)
+        logits_RCV = _pass(model, tail_RC, mask_RT, cache)
+        rows, columns = read_RC.nonzero(as_tuple=True)
+        logprobs_NV = logits_RCV[rows, columns].float().log_softmax(-1)
+        yield (rows.tolist(), (columns + 1).tolist()), logprobs_NV
     finally:
         cache.close()
 
 
-def _positions(model: SplitModel, mask_BT: Tensor, new: int | None = None) -> dict[str, Tensor]:
-    """Position ids that pass over padding, for models that take any."""
-    if not model.accepts_position_ids:
-        return {}
-    positions = (mask_BT.cumsum(-1) - 1).clamp(min=0)
-    return {"position_ids": positions[:, -(new or mask_BT.shape[1]) :].to(model.device)}
+def _pass(
+    model: SplitModel, ids_BT: Tensor, mask_BT: Tensor, cache: CloudCache, **options: Any
+) -> Tensor:
+    """Logits of new tokens behind what the cache holds; `mask_BT` is of both."""
+    position_ids = {}
+    if model.accepts_position_ids:
+        # They pass over padding.
+        positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+        position_ids["position_ids"] = positions_BT[:, -ids_BT.shape[1] :].to(model.device)
+    logits: Tensor = model(
+        input_ids=ids_BT.to(model.device),
+        attention_mask=mask_BT.to(model.device),
+        past_key_values=cache,
+        use_cache=True,
+        **position_ids,
+        **options,
+    ).logits
+    return logits
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

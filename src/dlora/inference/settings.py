@@ -25,7 +25,7 @@ class SamplingSettings(EdgeSettings):
     top_p: float = 1.0
     """Sample among the likeliest tokens of this total probability."""
     top_k: int = 0
-    """Sample among so many of the likeliest tokens; 0: no limit."""
+    """Sample among this many of the likeliest tokens; 0: no limit."""
     repetition_penalty: float = 1.0
     """Over 1: make tokens that were there already less likely."""
     stop: list[str] | str = field(default_factory=list)
@@ -33,12 +33,11 @@ class SamplingSettings(EdgeSettings):
     seed: int = 0
     """Seed of sampling."""
     prompt_lookup: int = 0
-    """Over 0: draft so many tokens at a time from the text so far and check them in one pass. Same
-    answers, fewer round trips where the answer repeats its prompt; one prompt at a time."""
+    """Over 0: draft this many tokens at a time from the text so far and check them in one pass. The
+    answers are the same, with fewer round trips where they repeat the prompt; one prompt at a
+    time."""
     generation: dict[str, Any] = field(default_factory=dict)
-    """More options of transformers.GenerationConfig, by name: num_beams, no_repeat_ngram_size,
-    ...
-    """
+    """More options of transformers.GenerationConfig, by name, such as num_beams."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
@@ -56,19 +55,19 @@ class SamplingSettings(EdgeSettings):
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments for `generate`."""
-        found: dict[str, Any] = {
+        options: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "do_sample": self.temperature > 0,
         }
         if self.temperature > 0:
-            found |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+            options |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         if self.repetition_penalty != 1:
-            found["repetition_penalty"] = self.repetition_penalty
+            options["repetition_penalty"] = self.repetition_penalty
         if self.stop:
-            found["stop_strings"] = [self.stop] if isinstance(self.stop, str) else self.stop
+            options["stop_strings"] = [self.stop] if isinstance(self.stop, str) else self.stop
         if self.prompt_lookup:
-            found["prompt_lookup_num_tokens"] = self.prompt_lookup
-        return found | self.generation
+            options["prompt_lookup_num_tokens"] = self.prompt_lookup
+        return options | self.generation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,14 +93,14 @@ class GenerateSettings(SamplingSettings):
         super().__post_init__()
         if self.prompt is not None and self.prompts is not None:
             raise UsageError("give prompt or prompts, not both")
+        if self.output is not None and self.prompts is None:
+            raise UsageError("output needs prompts: a single answer goes to standard output")
         if (
             self.output is not None
             and self.prompts is not None
             and self.output.resolve() == self.prompts.resolve()
         ):
             raise UsageError(f"output: {self.output} is the file of the prompts")
-        if self.output is not None and self.prompts is None:
-            raise UsageError("output needs prompts: a single answer goes to standard output")
         if self.batch_size < 1:
             raise UsageError(f"batch_size: got {self.batch_size}, want at least 1")
 
@@ -135,7 +134,7 @@ class EvalSettings(EdgeSettings):
     batch_size: int = 8
     """Rows of a micro-batch."""
     limit: int | None = None
-    """Only the first so many rows."""
+    """Measure only this many rows, the first of the file."""
     output: Path | None = None
     """Write the result as JSON, too."""
 
@@ -167,7 +166,7 @@ class ApiSettings(EdgeSettings):
     max_new_tokens: int = 1024
     """Longest answer in tokens, where a request does not say."""
     prompt_lookup: int = 0
-    """Over 0: draft so many tokens at a time from the text so far and check them in one pass."""
+    """Over 0: draft this many tokens at a time from the text so far and check them in one pass."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""

@@ -74,7 +74,7 @@ def audit(settings: AuditSettings, link: Link) -> dict[str, Any]:
     Raises UsageError for a run without recording, and for a server with another model.
     """
     run = load_run(settings.run)
-    given = run.record.get("settings", {})
+    given = run.values.get("settings", {})
     recording = Recording(settings.run / "recording")
     first, truth, fingerprint = recording.read(0)
     if fingerprint != link.description.fingerprint:
@@ -141,8 +141,8 @@ def audit(settings: AuditSettings, link: Link) -> dict[str, Any]:
         "loss": {
             "recorded_first": notes[0]["loss"],
             "recorded_last": notes[-1]["loss"],
-            "train": run.record.get("train_loss"),
-            "eval": run.record.get("eval_loss"),
+            "train": run.values.get("train_loss"),
+            "eval": run.values.get("eval_loss"),
         },
         "recording": {
             "micro_batches": len(recording),

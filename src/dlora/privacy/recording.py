@@ -288,8 +288,6 @@ class Recorder:
         """Micro-batches of the run so far."""
         self.truth: Truth | None = None
         self.fingerprint = ""
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o700)
 
     @property
     def active(self) -> bool:
@@ -302,7 +300,9 @@ class Recorder:
         return RecordingLink(link, self._write, lambda: self.active)
 
     def watch(self, model: SplitModel) -> None:
-        """Note the truth of every training micro-batch."""
+        """Make the folder, and note the truth of every training micro-batch."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.chmod(0o700)
 
         def before(_: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             self.truth = None

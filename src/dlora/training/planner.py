@@ -1,16 +1,17 @@
 """What a training step will cost, before anything is trained: bytes, round trips, seconds.
 
-Bytes and round trips follow from shapes. Seconds are put together from what was measured here over
-random tokens: a forward pass at all planned sites, a training step at the lowest of them alone, one
-site's share of work on this machine, and a link that is given or measured. No data and no adapter
-are needed.
+Bytes and round trips follow from shapes. Seconds are put together from what is measured over random
+tokens: a forward pass at all planned sites, a training step at the lowest of them alone, one site's
+share of work on this machine, and the link, unless it is given. No data and no adapter are needed.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from peft import LoraConfig
@@ -31,10 +32,11 @@ from dlora.training.settings import PlanSettings
 
 __all__ = ["Prediction", "check", "plan"]
 
-# Bytes of a protobuf tensor beside its data, and of the frame around its tensors.
-_TENSOR_BYTES = 17
-_FRAME_BYTES = 8
-_COMPUTE_BYTES = 5  # of the cloud's frames: how long they took
+# Bytes of messages beside the data of tensors.
+_TENSOR_BYTES: Final = 17
+_FRAME_BYTES: Final = 8  # around a frame's tensors
+_COMPUTE_BYTES: Final = 5  # in the cloud's frames: how long they took
+_BEGIN_BYTES: Final = 40  # in the first frame, beside what grows with the batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +50,9 @@ class Prediction:
     cloud_s: float
     edge_s: float
     wire_s: float
-    """Tensors to messages and back on the edge; what the cloud does of it is in `cloud_s`."""
+    """Tensors to messages and back on the edge; the cloud's part of it is in `cloud_s`."""
     link_s: float
-    """Round trips and transfer, in which both halves wait: as measured, or as given where that is
-    slower.
-    """
+    """Round trips and transfer, in which both halves wait: measured, or as given where slower."""
 
     @property
     def seconds(self) -> float:
@@ -61,7 +61,10 @@ class Prediction:
 
 
 def plan(settings: PlanSettings, link: Link) -> tuple[SplitModel, Prediction]:
-    """Build the adapter that is asked for, with so many sites active, and predict a step of it."""
+    """Build the adapter that is asked for, with `settings.sites` active, and predict a step of it.
+
+    Raises UsageError if the adapter has fewer sites.
+    """
     config = LoraConfig(r=settings.r, target_modules=settings.targets)
     model = get_peft_model(
         link,
@@ -84,75 +87,86 @@ def plan(settings: PlanSettings, link: Link) -> tuple[SplitModel, Prediction]:
 
 
 def _predict(settings: PlanSettings, model: SplitModel) -> Prediction:
-    """Predict a step of `batch_size` rows of `length` tokens, of which `supervised` have a
-    label.
-    """
-    rows, supervised = (
-        settings.batch_size * settings.length,
-        settings.batch_size * settings.supervised,
-    )
-    edge_layers = model.edge_layers
-    kept = rows if edge_layers.last else supervised
-    active = [(site, _active(model, site)) for site in model.sites]
-    active = [(site, modules) for site, modules in active if modules]
-    description = model.link.description
-    input_grad = any(layer_of(name) < edge_layers.first for name, _ in model.edge_layer_adapters())
-    widths = (description.embedding_width, description.hidden_width)
-    entry_width, exit_width = (description.layers.width,) * 2 if edge_layers else widths
-    shapes = [
-        (site.in_features, [(layer.out_features, settings.r) for layer in layers])
-        for site, layers in active
-    ]
-    sent, received = step_traffic(
-        rows,
-        kept,
-        entry_width,
-        exit_width,
-        shapes,
-        settings.wire_dtype,
-        factored=settings.wire == "factored",
-        input_grad=input_grad,
-    )
-    if not (active or input_grad):  # then the cloud has no backward
-        sent -= payload_bytes(WIRE_DTYPES[settings.wire_dtype], kept, exit_width)
-    answers = sum(len(layers) for _, layers in active) * (2 if settings.wire == "factored" else 1)
-    # Forward: deltas up, x down. Backward: dx up, delta gradients down. Ends: Begin, hidden and its
-    # gradient, Done.
-    sent += (answers + len(active) + 1) * _TENSOR_BYTES + (2 * len(active) + 1) * _FRAME_BYTES
-    received += (answers + len(active) + 1) * _TENSOR_BYTES
-    received += (2 * len(active) + 1) * _FRAME_BYTES + (2 * len(active) + 2) * _COMPUTE_BYTES
-    sent += (
-        rows + len(description.fingerprint) + 2 * kept + 40
-    )  # mask, fingerprint, kept positions, the rest of Begin
-    round_trips = 2 * len(active) + 1 + input_grad
-    found = _calibrate(settings, model, active[0][0] if active else None)
-    now_s = _measured_rtt(model.link)
-    # What is left of waiting when round trips are taken off.
-    per_byte = (
-        max(0.0, found.transfer_s - found.round_trips * now_s) / found.bytes if found.bytes else 0.0
-    )
-    link_s = round_trips * (now_s if settings.rtt_ms is None else settings.rtt_ms / 1000)
+    """Predict a step of batch_size x length tokens, of which `supervised` a row have a label."""
+    rows = settings.batch_size * settings.length
+    supervised = settings.batch_size * settings.supervised
+    sites = [(site, _active(model, site)) for site in model.sites]
+    sites = [(site, layers) for site, layers in sites if layers]
+    sent, received, round_trips = _traffic(settings, model, sites)
+
+    # What is left of waiting when round trips are taken off is the time of bytes.
+    measured = _calibrate(settings, model, sites[0][0] if sites else None)
+    rtt_s, per_byte_s = _measured_rtt(model.link), 0.0
+    if measured.bytes:
+        of_bytes_s = measured.transfer_s - measured.round_trips * rtt_s
+        per_byte_s = max(0.0, of_bytes_s / measured.bytes)
+    link_s = round_trips * (rtt_s if settings.rtt_ms is None else settings.rtt_ms / 1000)
     for size, mbit in ((sent, settings.up_mbit), (received, settings.down_mbit)):
-        link_s += size * max(per_byte, 8 / (mbit * 1e6) if mbit else 0.0)
+        link_s += size * max(per_byte_s, 8 / (mbit * 1e6) if mbit else 0.0)
+
+    # One site stands for all. The input gradients of edge layers cost about what their forward
+    # does.
+    sites_s = sum(_edge_site(settings, site, rows) for site, _ in sites[:1]) * len(sites)
+    edge_s = sites_s + _edge_head(model, supervised) + 2 * measured.edge_layers_s
     return Prediction(
-        active_sites=len(active),
+        active_sites=len(sites),
         sent_bytes=sent,
         received_bytes=received,
         round_trips=round_trips,
-        cloud_s=found.cloud_s,
-        # The input gradients of held layers cost about what their forward does.
-        edge_s=sum(_edge_site(settings, site, rows) for site, _ in active[:1]) * len(active)
-        + _edge_head(model, supervised)
-        + 2 * found.edge_layers_s,
-        wire_s=(sent + received) * _conversion(settings, rows, entry_width),
+        cloud_s=measured.cloud_s,
+        edge_s=edge_s,
+        wire_s=(sent + received) * _conversion(settings, rows, _widths(model)[0]),
         link_s=link_s,
     )
 
 
+def _widths(model: SplitModel) -> tuple[int, int]:
+    """Widths of what enters the cloud and of what leaves it."""
+    description = model.link.description
+    if model.edge_layers:
+        return description.layers.width, description.layers.width
+    return description.embedding_width, description.hidden_width
+
+
+def _traffic(
+    settings: PlanSettings, model: SplitModel, sites: Sequence[tuple[ActiveSite, list[LoraLayer]]]
+) -> tuple[int, int, int]:
+    """(sent bytes, received bytes, round trips) of a step with these active sites and layers."""
+    rows = settings.batch_size * settings.length
+    edge_layers, factored = model.edge_layers, settings.wire == "factored"
+    kept = rows if edge_layers.last else settings.batch_size * settings.supervised
+    input_grad = any(layer_of(name) < edge_layers.first for name, _ in model.edge_layer_adapters())
+    shapes = [
+        (site.in_features, [(layer.out_features, settings.r) for layer in layers])
+        for site, layers in sites
+    ]
+    sent, received = step_traffic(
+        rows,
+        kept,
+        *_widths(model),
+        shapes,
+        settings.wire_dtype,
+        factored=factored,
+        input_grad=input_grad,
+    )
+    if not (sites or input_grad):  # then the cloud has no backward
+        sent -= payload_bytes(WIRE_DTYPES[settings.wire_dtype], kept, _widths(model)[1])
+
+    # Framing. Forward: deltas up, x down. Backward: dx up, delta gradients down. At the ends:
+    # Begin, hidden states and their gradient, Done.
+    answers = sum(len(layers) for _, layers in sites) * (2 if factored else 1)
+    tensors, frames = answers + len(sites) + 1, 2 * len(sites) + 1
+    sent += tensors * _TENSOR_BYTES + frames * _FRAME_BYTES
+    received += tensors * _TENSOR_BYTES + frames * _FRAME_BYTES
+    received += (2 * len(sites) + 2) * _COMPUTE_BYTES
+
+    # In Begin: the mask, the fingerprint, kept positions, and the rest of it.
+    sent += rows + len(model.link.description.fingerprint) + 2 * kept + _BEGIN_BYTES
+    return sent, received, 2 * len(sites) + 1 + input_grad
+
+
 def check(settings: PlanSettings, model: SplitModel) -> tuple[Meter, float]:
-    """Run a step over random tokens: what it cost, and seconds. The adapter's gradients are thrown
-    away.
-    """
+    """Run a step over random tokens: (what it cost, seconds). Gradients are thrown away."""
     batch = _random_batch(settings, model, settings.supervised)
     runs = [_run(model, batch, training=True) for _ in range(3)]
     return runs[-1][1], min(seconds for seconds, _ in runs)
@@ -161,12 +175,16 @@ def check(settings: PlanSettings, model: SplitModel) -> tuple[Meter, float]:
 def _random_batch(
     settings: PlanSettings, model: SplitModel, supervised: int
 ) -> dict[str, torch.Tensor]:
-    """Rows of random tokens, of which the last so many have a label."""
+    """Rows of random tokens, of which the last `supervised` have a label."""
     vocab = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(0, vocab, (settings.batch_size, settings.length)).to(model.device)
-    labels = ids.clone()
-    labels[:, : settings.length - supervised] = IGNORE
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    ids_BT = torch.randint(0, vocab, (settings.batch_size, settings.length)).to(model.device)
+    labels_BT = ids_BT.clone()
+    labels_BT[:, : settings.length - supervised] = IGNORE
+    return {
+        "input_ids": ids_BT,
+        "attention_mask": torch.ones_like(ids_BT),
+        "labels": labels_BT,
+    }
 
 
 def _run(
@@ -185,12 +203,13 @@ def _run(
 
 
 def _active(model: SplitModel, site: ActiveSite) -> list[LoraLayer]:
+    """The site's layers that are exchanged."""
     names = set(model.active_modules)
     return [layer for name, layer in zip(site.names, site.layers, strict=True) if name in names]
 
 
 def _measured_rtt(link: Link) -> float:
-    """The shortest of some calls that do next to nothing."""
+    """Seconds of a round trip: the shortest of some calls that do next to nothing."""
     times = []
     for _ in range(5):
         start = time.perf_counter()
@@ -200,7 +219,7 @@ def _measured_rtt(link: Link) -> float:
 
 
 def _conversion(settings: PlanSettings, rows: int, width: int) -> float:
-    """Seconds a byte to make a message of a tensor, serialise it, and make a tensor of it again."""
+    """Seconds a byte from a tensor to a message's bytes and back to a tensor."""
     x, best, size = torch.randn(rows, width), math.inf, 1
     for _ in range(3):
         start = time.perf_counter()
@@ -212,16 +231,15 @@ def _conversion(settings: PlanSettings, rows: int, width: int) -> float:
 
 @dataclass
 class _Measured:
-    """The least of some passes over random tokens."""
+    """The shortest times of some passes over random tokens."""
 
     cloud_s: float = math.inf
     """A training step: forward and backward of the cloud, with what it does at each site."""
     edge_layers_s: float = 0.0
-    """Forward of layers that the edge holds."""
+    """Forward of the edge layers."""
     transfer_s: float = math.inf
-    """Of a forward pass with so many bytes and round trips: what the edge waited and the cloud did
-    not compute.
-    """
+    """Of a forward pass, with these bytes and round trips: the edge waited and the cloud did not
+    compute."""
     bytes: int = 0
     round_trips: int = 0
 
@@ -230,45 +248,48 @@ def _calibrate(settings: PlanSettings, model: SplitModel, lowest: ActiveSite | N
     """Measure what the plan's time is made of; `lowest` is the lowest active site.
 
     What sites cost the cloud beside the layers' own work shows in forward, where all of them are,
-    against one; backward is taken to pay the same. How much longer backward takes than forward
-    shows in a training step with one site alone, the lowest. The adapter is a fresh one: what is
-    idle meanwhile loses nothing.
+    against forward with one; backward is taken to pay the same. How much longer backward takes
+    than forward shows in a training step with one site alone, the lowest. The adapter is a fresh
+    one: what is idle meanwhile loses nothing.
     """
-    batch = _random_batch(
-        settings, model, supervised=1
-    )  # the edge's head has nothing to do with this
-    whole, found = model.active_modules, _Measured()
+    # One label a row: the edge's head has no part in this.
+    batch = _random_batch(settings, model, supervised=1)
+    measured = _Measured()
+
+    # Forward, at all sites.
     forward_s = math.inf
     for _ in range(3):
         _, cost = _run(model, batch, training=False)
         forward_s = min(forward_s, cost.cloud_s)
-        found.transfer_s = min(found.transfer_s, cost.wait_s - cost.cloud_s)
-        found.bytes, found.round_trips = cost.sent_bytes + cost.received_bytes, cost.round_trips
-    one_s = math.inf
+        measured.transfer_s = min(measured.transfer_s, cost.wait_s - cost.cloud_s)
+        measured.bytes = cost.sent_bytes + cost.received_bytes
+        measured.round_trips = cost.round_trips
+
+    # Forward and backward, at the lowest site. Its forward is over after two waits.
+    whole, lowest_forward_s = model.active_modules, math.inf
     try:
         if lowest:
             model.set_active([name for name in lowest.names if name in whole])
         for _ in range(3):
             _, cost = _run(model, batch, training=True)
-            found.cloud_s = min(found.cloud_s, cost.cloud_s)
-            one_s = min(
-                one_s,
-                sum(wait.cloud_s for wait in model.waits[: 2 if lowest else 1]) or cost.cloud_s,
-            )
+            measured.cloud_s = min(measured.cloud_s, cost.cloud_s)
+            waits = model.waits[: 2 if lowest else 1]
+            took = sum(wait.cloud_s for wait in waits) or cost.cloud_s
+            lowest_forward_s = min(lowest_forward_s, took)
     finally:
         model.set_active(whole)
-    found.cloud_s += 2 * max(0.0, forward_s - one_s)
+    measured.cloud_s += 2 * max(0.0, forward_s - lowest_forward_s)
+
+    # Edge layers, as what the edge does when it does not wait.
     if model.edge_layers:
         with model.disable_adapter():
             passes = [_run(model, batch, training=False) for _ in range(3)]
-        found.edge_layers_s = min(took - cost.wait_s for took, cost in passes)
-    return found
+        measured.edge_layers_s = min(took - cost.wait_s for took, cost in passes)
+    return measured
 
 
 def _edge_site(settings: PlanSettings, site: ActiveSite, rows: int) -> float:
-    """Seconds of this machine for one site, forward and backward, conversion for the wire left
-    out.
-    """
+    """Seconds of this machine for one site, forward and backward, without the wire's conversion."""
     x = torch.randn(rows, site.in_features, device=settings.device, requires_grad=True)
     best = math.inf
     for _ in range(3):
@@ -279,6 +300,7 @@ def _edge_site(settings: PlanSettings, site: ActiveSite, rows: int) -> float:
                 (z.sum() + b.sum()).backward()
             else:
                 delta(layer, x).sum().backward()
+
         best = min(best, time.perf_counter() - start)
         for parameter in site.parameters:
             parameter.grad = None

@@ -15,12 +15,11 @@ from dlora.kill_revive.config import KillReviveConfig, from_options
 
 __all__ = ["PlanSettings", "ReportSettings", "TrainSettings"]
 
-# Handed to the trainer by `TrainSettings.trainer_arguments`, or fixed because the split needs it.
+# Given to the trainer by `trainer_arguments`, or fixed because the split needs it.
 _RESERVED: Final = frozenset(
-    "output_dir fp16 bf16 gradient_checkpointing packing padding_free max_length "
-    "remove_unused_columns "
-    "resume_from_checkpoint completion_only_loss assistant_only_loss dataloader_num_workers "
-    "push_to_hub".split()
+    "output_dir fp16 bf16 gradient_checkpointing packing padding_free max_length push_to_hub "
+    "remove_unused_columns resume_from_checkpoint completion_only_loss assistant_only_loss "
+    "dataloader_num_workers".split()
 )
 
 
@@ -38,9 +37,8 @@ class TrainSettings(EdgeSettings):
     adapter: Path | None = None
     """An existing LoRA adapter folder to start from; its own LoRA settings then hold."""
     kind: Literal["lora", "series", "parallel"] = "lora"
-    """LoRA, or bottleneck adapters: behind the outputs of target_modules (series), or beside these
-    (parallel).
-    """
+    """LoRA, or bottleneck adapters: behind the outputs of target_modules (series), or beside
+    target_modules (parallel)."""
     activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
     """Of bottleneck adapters."""
     scale: float = 1.0
@@ -65,24 +63,21 @@ class TrainSettings(EdgeSettings):
     length: blurs labels.
     """
     pad_to: int = 0
-    """Over 0: pad rows to a multiple of so many tokens, fill the padding with other tokens of the
-    batch, and let all positions travel. Masks then tell no lengths; gradients still do, without
+    """Over 0: pad rows to a multiple of this many tokens, fill the padding with other tokens of the
+    batch, and let all positions travel. Masks then reveal no lengths; gradients still do, without
     noise_tail. Results stay the same."""
     wire: Literal["plain", "factored"] = SplitOptions.wire
     """How deltas travel. factored: as two exact factors, several times fewer bytes; shows the cloud
     the factor B of every module, which it could solve for on the plain wire too."""
     kr: Literal["off", "on", "paper"] = "off"
-    """Kill and Revive: train few modules at a time, send little. paper: the paper's words taken
-    literally.
-    """
+    """Kill and Revive: train few modules at a time, send little. paper: as the paper has it, word
+    for word."""
     kr_options: dict[str, Any] = field(default_factory=dict)
-    """Settings of Kill and Revive by name: budget, interval, idle, policy, ... as in
-    docs/kill-and-revive.md.
-    """
+    """Settings of Kill and Revive by name, such as budget, interval, idle and policy: see
+    docs/kill-and-revive.md."""
     upload_consent: bool = False
     """Agree that idle modules are uploaded, frozen, for the cloud to apply: kr_options {idle:
-    cloud} needs it.
-    """
+    cloud} needs it."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     optim: str = "adamw_torch"
@@ -116,11 +111,11 @@ class TrainSettings(EdgeSettings):
     save_total_limit: int = 2
     """Checkpoints kept, the best among them."""
     early_stopping_patience: int | None = None
-    """Stop after so many evaluations without a better eval loss."""
+    """Stop after this many evaluations without a better eval loss."""
     keep_best: bool = True
     """With eval data: end with the adapter of the best evaluation, not the last."""
     logging_steps: int = 1
-    """Optimizer steps between log records."""
+    """Optimizer steps between log entries."""
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Where logs go: tensorboard, wandb, mlflow, ... or none."""
     seed: int = 0
@@ -128,79 +123,91 @@ class TrainSettings(EdgeSettings):
     resume: bool = False
     """Continue the run in `output` from its last checkpoint."""
     record: int = 0
-    """Record what crosses the wire in the first so many micro-batches, with the text they came
-    from, into `output`/recording, for `dlora audit`. The folder holds private data. 24 batches of
-    16 rows are enough."""
+    """Record what crosses the wire in this many micro-batches, the first of the run, with the text
+    they came from, into `output`/recording, for `dlora audit`. The folder holds private data. 24
+    batches of 16 rows are enough."""
     trainer: dict[str, Any] = field(default_factory=dict)
     """More arguments for trl.SFTConfig, by name."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work, all checks here and nowhere else."""
         super().__post_init__()
-        for name in (
-            "r",
-            "batch_size",
-            "gradient_accumulation_steps",
-            "eval_batch_size",
-            "max_length",
-            "logging_steps",
-        ):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name}: got {getattr(self, name)}, want at least 1")
-        if self.record < 0:
-            raise UsageError(f"record: got {self.record}, want 0 or more")
-        for name in ("eval_steps", "save_steps", "early_stopping_patience"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name}: got {value}, want at least 1")
-        if self.kind != "lora" and self.adapter is None and self.target_modules is None:
+        self._check_adapter()
+        self._check_amounts()
+        self._check_evaluation()
+        self._check_kill_revive()
+        if self.output.exists() and not self.output.is_dir():
+            raise UsageError(f"output: {self.output} is a file, want a folder")
+        if reserved := sorted(_RESERVED & self.trainer.keys()):
+            raise UsageError(f"trainer: {', '.join(reserved)} cannot be set here")
+
+    def _check_adapter(self) -> None:
+        self._check_least("r", 1)
+        if not 0 <= self.lora_dropout < 1:
+            raise UsageError(f"lora_dropout: got {self.lora_dropout}, want a value in [0, 1)")
+        if self.kind == "lora":
+            return
+
+        if self.adapter is None and self.target_modules is None:
             raise UsageError(
                 f"kind={self.kind} wants target_modules: the linears that end attention and MLP "
-                "are o_proj,down_proj "
-                "in Llama, out_proj,fc2 in OPT, dense,dense_4h_to_h in BLOOM, c_proj in GPT-2"
+                "are o_proj,down_proj in Llama, out_proj,fc2 in OPT, dense,dense_4h_to_h in "
+                "BLOOM, c_proj in GPT-2"
             )
-        if self.kind != "lora" and (self.use_rslora or self.rank_pattern or self.alpha_pattern):
+        if self.use_rslora or self.rank_pattern or self.alpha_pattern:
             raise UsageError(
                 f"kind={self.kind}: use_rslora, rank_pattern and alpha_pattern are of LoRA"
             )
+
+    def _check_amounts(self) -> None:
+        """Rows, tokens and steps."""
+        self._check_least("batch_size", 1)
+        self._check_least("gradient_accumulation_steps", 1)
+        self._check_least("eval_batch_size", 1)
+        self._check_least("max_length", 1)
+        self._check_least("logging_steps", 1)
+        if self.record < 0:
+            raise UsageError(f"record: got {self.record}, want 0 or more")
         if self.pad_to < 0:
             raise UsageError(f"pad_to: got {self.pad_to}, want 0 or more")
-        if not 0 <= self.lora_dropout < 1:
-            raise UsageError(f"lora_dropout: got {self.lora_dropout}, want a value in [0, 1)")
+
         if self.max_steps < 1 and self.epochs <= 0:
             raise UsageError("give epochs or max_steps: both are zero or negative")
         if self.learning_rate <= 0:
             raise UsageError(f"learning_rate: got {self.learning_rate}, want a positive number")
+
+    def _check_evaluation(self) -> None:
+        """Evaluations, the checkpoints that go with them, and stopping by them."""
+        self._check_least("eval_steps", 1)
+        self._check_least("save_steps", 1)
+        self._check_least("early_stopping_patience", 1)
         if self.early_stopping_patience is not None and self.eval_data is None:
             raise UsageError("early_stopping_patience needs eval_data")
-        best = self.eval_data is not None and self.keep_best
-        if (
-            best
-            and self.save_steps
-            and (self.eval_steps is None or self.save_steps % self.eval_steps)
-        ):
+
+        # The best adapter can only be kept of evaluations at which one is saved.
+        if self.eval_data is None or not self.keep_best or not self.save_steps:
+            return
+        if self.eval_steps is None or self.save_steps % self.eval_steps:
             raise UsageError(
                 f"save_steps: got {self.save_steps} with eval_steps {self.eval_steps}; keep_best "
-                "needs checkpoints at "
-                "evaluations: give eval_steps, and a multiple of it as save_steps, or keep_best "
-                "false"
+                "needs checkpoints at evaluations: give eval_steps, and a multiple of it as "
+                "save_steps, or keep_best false"
             )
-        if self.output.exists() and not self.output.is_dir():
-            raise UsageError(f"output: {self.output} is a file, want a folder")
-        if (
-            self.kill_revive is not None
-            and self.kill_revive.idle == "cloud"
-            and not self.upload_consent
-        ):
-            raise UsageError(
-                "kr_options idle=cloud uploads killed modules to the cloud, which then holds part "
-                "of the adapter: "
-                "agree with --upload_consent true, or use idle=drop"
-            )
+
+    def _check_kill_revive(self) -> None:
         if self.kr == "off" and self.kr_options:
             raise UsageError("kr_options need kr on or paper")
-        if reserved := sorted(_RESERVED & self.trainer.keys()):
-            raise UsageError(f"trainer: {', '.join(reserved)} cannot be set here")
+        config = self.kill_revive
+        if config is not None and config.idle == "cloud" and not self.upload_consent:
+            raise UsageError(
+                "kr_options idle=cloud uploads killed modules to the cloud, which then holds part "
+                "of the adapter: agree with --upload_consent true, or use idle=drop"
+            )
+
+    def _check_least(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if value is not None and value < least:
+            raise UsageError(f"{name}: got {value}, want at least {least}")
 
     @property
     def noise(self) -> Noise:
@@ -218,7 +225,7 @@ class TrainSettings(EdgeSettings):
         return target_names(self.target_modules)
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """Names of settings whose value in `other`, a saved `as_dict`, is not this one's.
+        """Names of settings whose value in `other`, a saved `as_dict`, is another.
 
         Where the run may go on elsewhere or wait longer, a difference does not count.
         """
@@ -249,9 +256,8 @@ class PlanSettings(EdgeSettings):
     wire: Literal["plain", "factored"] = SplitOptions.wire
     """How deltas travel."""
     sites: int | None = None
-    """So many active sites, evenly spread; default: all. Kill and Revive at 1/8 of the bytes has
-    about an eighth.
-    """
+    """Plan with this many active sites, evenly spread; default: all. Kill and Revive at 1/8 of the
+    bytes has about an eighth of them."""
     batch_size: int = 8
     """Rows of a micro-batch."""
     length: int = 128
@@ -259,11 +265,10 @@ class PlanSettings(EdgeSettings):
     supervised: int = 16
     """Tokens of a row with a label."""
     rtt_ms: float | None = None
-    """Round trip time of a link in place of the one there is; default: measured."""
+    """Round trip time of another link than the present one; default: measured."""
     up_mbit: float | None = None
-    """Bandwidth towards the server in Mbit/s, of a link that is slower than the one there is;
-    default: as measured.
-    """
+    """Bandwidth towards the server in Mbit/s, of a link that is slower than the present one;
+    default: as measured."""
     down_mbit: float | None = None
     """The same for what comes from the server."""
     steps: int = 1000
@@ -295,8 +300,6 @@ class ReportSettings:
     """Settings of `dlora report`."""
 
     runs: list[Path]
-    """Folders of runs, as `dlora train` writes them; the first is the one that others are compared
-    with.
-    """
+    """Folders of runs, as `dlora train` writes them; others are compared with the first."""
     output: Path = Path("report")
     """Folder for report.html and the figures as PNG files."""

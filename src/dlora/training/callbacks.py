@@ -1,0 +1,202 @@
+"""What a run adds to transformers' training loop: costs, a bar, and two ways to stop.
+
+The log of a step, and every checkpoint, know what the split cost (`AccountingCallback`). A signal
+ends the run after the step that is under way (`StopOnSignal`). A gradient that is not finite ends
+it before it is applied (`StopOnDivergence`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from transformers import (
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from dlora.edge.meter import Meter
+from dlora.edge.responder import Wait
+from dlora.errors import DivergedError
+from dlora.files import write_json
+
+__all__ = ["AccountingCallback", "Progress", "StopOnDivergence", "StopOnSignal", "time_line"]
+
+log = logging.getLogger(__name__)
+
+_METER_FILE: Final = "dlora_meter.json"
+
+
+class AccountingCallback(TrainerCallback):
+    """Meters per log entry and in checkpoints. `total` spans all parts of a resumed run."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+        self.before = Meter()  # of earlier parts of this run
+        self.start = meter.copy()
+        self.last, self.last_time = meter.copy(), time.monotonic()
+
+    @property
+    def total(self) -> Meter:
+        """Everything since the run's first step."""
+        return self.before + (self.meter - self.start)
+
+    def since_last_log(self) -> dict[str, float]:
+        """Costs since the previous call, as numbers for the log."""
+        now, snapshot = time.monotonic(), self.meter.copy()
+        cost, seconds = snapshot - self.last, max(now - self.last_time, 1e-9)
+        self.last, self.last_time = snapshot, now
+
+        return {
+            "seconds": seconds,
+            "tokens_per_second": cost.tokens / seconds,
+            "sent_mb": cost.sent_bytes / 1e6,
+            "received_mb": cost.received_bytes / 1e6,
+            "round_trips": cost.round_trips,
+            "wait_seconds": cost.wait_s,
+            "cloud_seconds": cost.cloud_s,
+            "edge_adapter_gflops": cost.adapter_flops / 1e9,
+            "edge_head_gflops": cost.head_flops / 1e9,
+            "cloud_gflops": cost.cloud_flops / 1e9,
+        }
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any
+    ) -> None:
+        """Take up the meter of the checkpoint that this run continues from."""
+        file = self._file(args, state)
+        if state.global_step and file.is_file():
+            self.before = Meter.from_saved(json.loads(file.read_text()))
+        self.start, self.last = self.meter.copy(), self.meter.copy()
+        self.last_time = time.monotonic()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
+        """Keep the meter with the checkpoint."""
+        write_json(self._file(args, state), asdict(self.total))
+
+    @staticmethod
+    def _file(args: TrainingArguments, state: TrainerState) -> Path:
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / _METER_FILE
+
+
+def time_line(waits: Sequence[Wait]) -> list[list[Any]]:
+    """The newest training micro-batch as [who, from, to] in seconds; who is edge, cloud or link.
+
+    What the cloud did not compute of a wait is the link's (or a queue's), half of it before and
+    half after.
+    """
+    spans: list[list[Any]] = []
+    for wait, before in zip(waits, (None, *waits[:-1]), strict=True):
+        zero, link_s = waits[0].start, (wait.end - wait.start - wait.cloud_s) / 2
+        marks = [wait.start, wait.start + link_s, wait.end - link_s, wait.end]
+        names = ["link", "cloud", "link"]
+
+        # The edge worked between the wait before and this one.
+        if before is not None:
+            marks, names = [before.end, *marks], ["edge", *names]
+
+        spans += [
+            [name, round(start - zero, 6), round(end - zero, 6)]
+            for name, start, end in zip(names, marks, marks[1:], strict=False)
+            if end > start
+        ]
+    return spans
+
+
+class Progress(ProgressCallback):
+    """The trainer's bar, with the last log entry behind it instead of a line for each."""
+
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: Any,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Show loss, speed and traffic; losses of evaluations stay as lines above the bar."""
+        if self.training_bar is None or logs is None:
+            return
+
+        if "loss" in logs:
+            text = (
+                f"loss {float(logs['loss']):.3f}, {logs.get('tokens_per_second', 0):.0f} tok/s, "
+                f"up {logs.get('sent_mb', 0):.1f} MB, down {logs.get('received_mb', 0):.1f} MB a "
+                "step"
+            )
+            if "cost_share" in logs:
+                text += f", {logs['active_units']} active, {logs['cost_share']:.0%} of FT"
+            self.training_bar.set_postfix_str(text)
+        elif "eval_loss" in logs:
+            self.training_bar.write(
+                f"step {state.global_step}: eval loss {float(logs['eval_loss']):.4f}"
+            )
+
+
+class StopOnSignal(TrainerCallback):
+    """After a signal: save at the end of the step, then stop."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        """A signal has come."""
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
+        """Save and stop, if a signal has come."""
+        if self.asked:
+            control.should_save = True
+            control.should_training_stop = True
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """First Ctrl-C or SIGTERM: finish the step and save. Second: KeyboardInterrupt."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may set handlers
+            return
+
+        def handle(number: int, frame: Any) -> None:
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+            log.warning("finishing this step and saving; once more to stop at once")
+
+        previous = {
+            number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+class StopOnDivergence(TrainerCallback):
+    """Refuse an update with gradients that are not finite: the adapter stays as it was."""
+
+    def on_pre_optimizer_step(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: Any,
+        model: torch.nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        """Raises DivergedError."""
+        for name, parameter in model.named_parameters() if model is not None else ():
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                raise DivergedError(
+                    f"step {state.global_step + 1}: the gradient of {name} is not finite. No "
+                    "update was made with it, and saved checkpoints are fine. Lower "
+                    "learning_rate, or use wire_dtype fp32."
+                )

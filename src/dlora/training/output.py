@@ -1,0 +1,98 @@
+"""What a run may do to its output folder, and how its run.json begins.
+
+A run is never overwritten, only resumed: with the same settings, against the same model. A run
+that is refused leaves nothing behind, so that the corrected command can take the same folder.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any, Final
+
+import torch
+
+from dlora.edge.link import Link
+from dlora.errors import UsageError
+from dlora.runs import RunFolder
+from dlora.training.settings import TrainSettings
+
+__all__ = ["check_output", "first_values", "no_folders_if_refused"]
+
+_PACKAGES: Final = ("dlora", "torch", "transformers", "peft", "trl", "grpcio")
+
+
+def check_output(settings: TrainSettings, link: Link) -> None:
+    """Raises UsageError for an output folder that this run may not use. Writes nothing."""
+    folder = RunFolder(settings.output)
+    if folder.run_file.is_file():
+        if not settings.resume:
+            raise UsageError(
+                f"{folder.path} already holds a run: continue it with --resume, or use another "
+                "folder"
+            )
+        _check_same_run(folder, settings, link)
+    elif settings.resume and not folder.checkpoints.is_dir():
+        raise UsageError(f"--resume: {folder.path} holds no run")
+    elif folder.path.is_dir() and any(folder.path.iterdir()):
+        raise UsageError(f"{folder.path} is not empty: use a new folder")
+
+
+def _check_same_run(folder: RunFolder, settings: TrainSettings, link: Link) -> None:
+    """Raises UsageError unless the folder's run is unfinished, and this one's very beginning."""
+    try:
+        earlier = json.loads(folder.run_file.read_text())
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{folder.run_file} cannot be read: {error}") from error
+
+    if changed := settings.differences(earlier.get("settings", {})):
+        raise UsageError(
+            "--resume continues the same run, but these settings differ from "
+            f"{folder.run_file}: {', '.join(changed)}"
+        )
+
+    served, fingerprint = link.description, earlier.get("fingerprint")
+    if fingerprint != served.fingerprint:
+        raise UsageError(
+            f"--resume: the run was made with {earlier.get('model_id')} "
+            f"({str(fingerprint)[:12]}), {link.address} now serves {served.model_id} "
+            f"({served.fingerprint[:12]})"
+        )
+
+    if earlier.get("status") == "finished":
+        raise UsageError(f"the run in {folder.path} is finished: there is nothing to resume")
+
+
+@contextmanager
+def no_folders_if_refused(folder: RunFolder) -> Iterator[None]:
+    """Take away again, if the body raises, the empty folders that it made.
+
+    The trainer's constructor makes the folder for checkpoints, before all is checked.
+    """
+    inside_out = (folder.checkpoints, folder.path, *folder.path.parents)
+    missing = [path for path in inside_out if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in missing:
+            with suppress(OSError):  # it was never made, or it is not empty
+                path.rmdir()
+        raise
+
+
+def first_values(settings: TrainSettings, link: Link) -> dict[str, Any]:
+    """run.json as it is when a run begins."""
+    return {
+        "status": "running",
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model_id": link.description.model_id,
+        "fingerprint": link.description.fingerprint,
+        "settings": settings.as_dict(),
+        "versions": {name: version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,265 @@
+"""The trainer of a run: trl's SFTTrainer with rows that fit, and a log that knows the costs.
+
+`build_trainer` takes settings, model and tokenizer to a trainer that may begin. What cannot work
+is refused here, with the setting or the data's file and line: rows that are too long, batches that
+the server would not take, an optimizer that is not installed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any, Final
+
+from datasets import Dataset
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, ProgressCallback
+from trl import SFTConfig, SFTTrainer
+
+from dlora.edge.data import load_rows
+from dlora.edge.model import SplitModel
+from dlora.errors import DataError, UsageError
+from dlora.kill_revive.apply import KillReviveCallback
+from dlora.proto import dlora_pb2 as pb
+from dlora.protocol.sites import pass_bytes
+from dlora.runs import RunFolder
+from dlora.training.callbacks import AccountingCallback, Progress, StopOnDivergence, StopOnSignal
+from dlora.training.settings import TrainSettings
+
+__all__ = ["SplitTrainer", "build_trainer"]
+
+log = logging.getLogger(__name__)
+
+_MIB: Final = 2**20
+
+
+class SplitTrainer(SFTTrainer):
+    """SFTTrainer whose log entries also say what the split costs."""
+
+    def __init__(
+        self,
+        *,
+        accounting: AccountingCallback,
+        kill_revive: KillReviveCallback | None = None,
+        early_stopping: EarlyStoppingCallback | None = None,
+        log_file: Path,
+        **arguments: Any,
+    ) -> None:
+        """`arguments` are SFTTrainer's. `log_file` holds the whole log, a JSON object a line."""
+        self.accounting, self.kill_revive, self.log_file = accounting, kill_revive, log_file
+        self.stop = StopOnSignal()
+        self._lines_written: int | None = None
+
+        super().__init__(callbacks=[early_stopping] if early_stopping else [], **arguments)
+
+        # `Progress` takes the place of its base class, which has to go first: it matches both.
+        self.remove_callback(ProgressCallback)
+        for callback in (accounting, Progress(), self.stop, StopOnDivergence(), kill_revive):
+            if callback is not None:
+                self.add_callback(callback)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add costs since the last entry: bytes, round trips, waiting and FLOPs.
+
+        They are those of steps, or of an evaluation.
+        """
+        if "loss" in logs or "eval_loss" in logs:
+            logs.update(self.accounting.since_last_log())
+        if self.kill_revive is not None and self.kill_revive.reviver is not None and "loss" in logs:
+            reviver = self.kill_revive.reviver
+            logs["active_units"] = len(reviver.active)
+            logs["cost_share"] = reviver.active_share
+            logs["cost_share_so_far"] = reviver.spent / max(1, self.state.global_step)
+
+        super().log(logs, start_time)
+        self._write_log()
+
+    def _write_log(self) -> None:
+        # All of it at first, as a resumed run takes its history from its checkpoint.
+        lines = [json.dumps(entry) + "\n" for entry in self.state.log_history]
+        if self._lines_written is None or self._lines_written > len(lines):
+            self.log_file.write_text("".join(lines))
+        else:
+            with self.log_file.open("a") as file:
+                file.writelines(lines[self._lines_written :])
+        self._lines_written = len(lines)
+
+
+def build_trainer(
+    settings: TrainSettings, model: SplitModel, tokenizer: PreTrainedTokenizerBase
+) -> SplitTrainer:
+    """The trainer, with data that is loaded, tokenised and known to fit.
+
+    Raises UsageError for arguments, and DataError for rows, that cannot work.
+    """
+    rows, origins = load_rows(settings.data)
+    eval_rows, eval_origins = load_rows(settings.eval_data) if settings.eval_data else (None, [])
+    try:
+        arguments = SFTConfig(**trainer_arguments(settings))
+    except (TypeError, ValueError, ImportError) as error:
+        raise UsageError(f"training arguments: {str(error).splitlines()[0]}") from error
+
+    folder, config = RunFolder(settings.output), settings.kill_revive
+    patience = settings.early_stopping_patience
+    early_stopping = None if patience is None else EarlyStoppingCallback(patience)
+    kill_revive = None if config is None else KillReviveCallback(config, folder.decisions_file)
+    try:
+        trainer = SplitTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            eval_dataset=eval_rows,
+            processing_class=tokenizer,
+            accounting=AccountingCallback(model.meter),
+            kill_revive=kill_revive,
+            early_stopping=early_stopping,
+            log_file=folder.log_file,
+        )
+    except (RuntimeError, ValueError) as error:
+        # A logger that is not installed, a tokenizer without chat template.
+        raise UsageError(f"the trainer refused: {str(error).splitlines()[0]}") from error
+
+    _check_optimizer(trainer)
+    limits = model.link.description.limits
+    trainer.train_dataset = _fit_length(trainer.train_dataset, origins, settings)
+    _check_room(trainer.train_dataset, trainer.args, limits, training=True)
+    if trainer.eval_dataset is not None:
+        trainer.eval_dataset = _fit_length(trainer.eval_dataset, eval_origins, settings)
+        _check_room(trainer.eval_dataset, trainer.args, limits, training=False)
+    return trainer
+
+
+def trainer_arguments(settings: TrainSettings) -> dict[str, Any]:
+    """These settings as arguments of trl.SFTConfig."""
+    evaluates = settings.eval_data is not None
+    eval_steps = settings.eval_steps
+    save_steps = settings.save_steps or eval_steps
+    return {
+        # Optimizer and schedule.
+        "learning_rate": settings.learning_rate,
+        "optim": settings.optim,
+        "lr_scheduler_type": settings.lr_scheduler_type,
+        "warmup_steps": settings.warmup_steps,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        # How much, in which portions.
+        "num_train_epochs": settings.epochs,
+        "max_steps": settings.max_steps,
+        "per_device_train_batch_size": settings.batch_size,
+        "per_device_eval_batch_size": settings.eval_batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "pad_to_multiple_of": settings.pad_to or None,
+        "seed": settings.seed,
+        # Evaluations, checkpoints, logs.
+        "output_dir": str(RunFolder(settings.output).checkpoints),
+        "eval_strategy": "no" if not evaluates else "steps" if eval_steps else "epoch",
+        "eval_steps": eval_steps,
+        "save_strategy": "steps" if save_steps else "epoch",
+        "save_steps": save_steps or 500,
+        "save_total_limit": settings.save_total_limit,
+        "load_best_model_at_end": evaluates and settings.keep_best,
+        "metric_for_best_model": "eval_loss" if evaluates else None,
+        "prediction_loss_only": True,
+        "restore_callback_states_from_checkpoint": True,
+        "disable_tqdm": False,
+        "logging_steps": settings.logging_steps,
+        "logging_nan_inf_filter": False,
+        "report_to": settings.report_to or "none",
+        # Length is checked by `_fit_length`, with file and line.
+        "max_length": None,
+        "completion_only_loss": None,
+        # Half precision is the cloud's choice; the adapter trains in fp32. There are no layers here
+        # to checkpoint, and worker processes must not be forked while a gRPC channel is open.
+        "use_cpu": settings.device == "cpu",
+        "bf16": False,
+        "fp16": False,
+        "gradient_checkpointing": False,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": False,
+    } | settings.trainer
+
+
+def _check_optimizer(trainer: SplitTrainer) -> None:
+    """Raises UsageError where optimizer or schedule want a package, or an argument of their own.
+
+    Both are made, and dropped: the trainer makes its own once it knows the number of steps.
+    """
+    try:
+        trainer.create_optimizer_and_scheduler(num_training_steps=1000)  # any number will do
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"optim or lr_scheduler_type: {reason}") from error
+    trainer.optimizer = trainer.lr_scheduler = None
+
+
+def _fit_length(rows: Dataset, origins: list[str], settings: TrainSettings) -> Dataset:
+    """Apply `max_length` to tokenised rows: refuse, drop or truncate those that are longer."""
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    over = [index for index, length in enumerate(lengths) if length > settings.max_length]
+    if not over:
+        return rows
+
+    if settings.overlong == "error":
+        raise DataError(
+            f"{origins[over[0]]}: {lengths[over[0]]} tokens, max_length is {settings.max_length}; "
+            f"{len(over)} of {len(rows)} rows are longer (the longest has {max(lengths)} tokens). "
+            "Raise max_length, or set overlong to drop or truncate."
+        )
+    log.warning(
+        "%d of %d rows are over max_length %d: %s",
+        *(len(over), len(rows), settings.max_length, settings.overlong),
+    )
+    if settings.overlong == "truncate":
+        return _truncated(rows, settings.max_length)
+
+    fitting = [index for index, length in enumerate(lengths) if length <= settings.max_length]
+    if not fitting:
+        raise DataError(
+            f"every row is longer than max_length {settings.max_length}: nothing is left"
+        )
+    return rows.select(fitting)
+
+
+def _truncated(rows: Dataset, limit: int) -> Dataset:
+    """The first `limit` tokens of every row; a warning where that takes all its supervision."""
+    per_token = ("input_ids", "completion_mask", "assistant_masks", "labels")
+    columns = [name for name in per_token if name in rows.column_names]
+    rows = rows.map(lambda row: {name: row[name][:limit] for name in columns}, desc="Truncating")
+
+    if "completion_mask" in columns:
+        empty = sum(not any(mask) for mask in rows["completion_mask"])
+        if empty:
+            log.warning(
+                "%d truncated rows have lost their whole completion and teach nothing", empty
+            )
+    return rows
+
+
+def _check_room(rows: Dataset, arguments: SFTConfig, limits: pb.Limits, *, training: bool) -> None:
+    """Raises UsageError if a batch of the longest rows, padded, is more than the server takes."""
+    pad_to = arguments.pad_to_multiple_of
+    longest = max(len(ids) for ids in rows["input_ids"])
+    padded = math.ceil(longest / pad_to) * pad_to if pad_to else longest
+    row = f"the longest row has {longest} tokens"
+    if pad_to:
+        row += f", {padded} with pad_to {pad_to}"
+    if padded > limits.max_length:
+        raise UsageError(
+            f"{row}; this server takes sequences of up to {limits.max_length}: lower max_length "
+            "and set overlong to drop or truncate" + (", or lower pad_to" if pad_to else "")
+        )
+
+    # What the trainer really uses counts, not the setting: `trainer` may have changed it.
+    size = arguments.per_device_train_batch_size
+    batch = min(size if training else arguments.per_device_eval_batch_size, len(rows))
+    tokens, needed = batch * padded, 0.0
+    if training:
+        needed = pass_bytes(batch, padded, limits.bytes_per_token, limits.bytes_per_token_squared)
+    if tokens > limits.max_tokens or needed > limits.max_inflight_bytes:
+        raise UsageError(
+            f"{row}; a batch of {batch} x {padded} makes {tokens} tokens and this server takes "
+            f"{limits.max_tokens} a micro-batch; it needs {needed / _MIB:.0f} MiB of activations "
+            f"of {limits.max_inflight_bytes / _MIB:.0f}: lower batch_size"
+            + (" (and raise gradient_accumulation_steps as much)" if training else "")
+        )
