@@ -18,7 +18,6 @@ from conftest import NO_DRAIN, VOCAB, batches, lora, make_base, make_split
 from test_training import same
 from transformers import PreTrainedTokenizerFast
 
-import dlora.privacy.audit
 from dlora.cli.demo import data_file, serving
 from dlora.cli.main import main
 from dlora.cloud.load import DEMO_MODEL
@@ -34,12 +33,16 @@ from dlora.privacy.attacks import (
     labels_from_exit,
     nearest_tokens,
     relative_error,
-    rouge_l,
     solve_adapters,
     unit_rows,
 )
-from dlora.privacy.audit import Samples, audit, collect, match_rows, token_scores
-from dlora.privacy.recording import CloudView, Module, Recorder, Recording, RecordingLink, Truth
+from dlora.privacy.audit import audit, read_recording
+from dlora.privacy.cloud_view import CloudView
+from dlora.privacy.lengths import LengthCounts, attack_lengths
+from dlora.privacy.matching import match_rows
+from dlora.privacy.recording import Module, Recorder, Recording, RecordingLink, Truth
+from dlora.privacy.samples import Samples, collect, split_rows
+from dlora.privacy.scores import rouge_l, token_scores
 from dlora.privacy.settings import AuditSettings
 from dlora.server.server import Server
 from dlora.training import run as training
@@ -445,11 +448,9 @@ def test_zero_gradients_tell_lengths_behind_padding(
     train(
         settings(data, tmp_path / "run", record=4, max_steps=2, pad_to=64, noise_tail=noise), link
     )
-    notes: list[dict[str, Any]] = []
-    assert (
-        len(list(dlora.privacy.audit._recorded(Recording(tmp_path / "run/recording"), notes))) == 4
-    )
-    masks, zeros = dlora.privacy.audit._shapes(notes)
+    counts: list[LengthCounts] = []
+    assert len(list(read_recording(Recording(tmp_path / "run/recording"), counts))) == 4
+    masks, zeros = attack_lengths(counts)
     assert masks["lengths"] == masks["supervised"] == 0
     assert zeros["lengths"] == zeros["supervised"] == told
 
@@ -634,7 +635,7 @@ def test_attacker_and_victim_share_no_text(link: InProcessLink, data: Path, tmp_
     train(settings(data, tmp_path / "run", record=24, epochs=2.0), link)
     recording = Recording(tmp_path / "run/recording")
     seen = collect((recording.read(number)[:2] for number in range(24)), [])
-    known, attacked = dlora.privacy.audit._split(seen, 100, seed=0)
+    known, attacked = split_rows(seen, 100, seed=0)
 
     def texts(one: Samples) -> list[tuple[int, ...]]:
         return [tuple(one.ids_N[one.row_N == row].tolist()) for row in one.row_N.unique()]

@@ -715,7 +715,8 @@ def _audit(values: dict[str, Any]) -> int:
     from transformers.utils import logging as transformers_logging
 
     from dlora.edge.grpc_link import Access, connect
-    from dlora.privacy.audit import audit, check_drawing, write_audit
+    from dlora.privacy.audit import audit
+    from dlora.privacy.page import check_drawing, write_audit
 
     transformers_logging.set_verbosity_error()
     check_drawing()

@@ -27,15 +27,14 @@ class AuditSettings(AccessSettings):
     output: Path = Path("audit")
     """Folder for audit.json and audit.html; both hold figures alone, no text."""
     rows: int = 128
-    """At most so many recorded rows of data are attacked; an in-domain attacker learns from as many
-    others.
-    """
+    """At most this many recorded rows of data are attacked; an in-domain attacker learns from as
+    many others."""
     sites: int = 8
-    """At most so many sites are attacked, evenly spread, the lowest and the highest among them."""
+    """At most this many sites are attacked, evenly spread, with the lowest and the highest."""
     match: int = 0
-    """Over 0: so many rows are also attacked by trying tokens in the model itself, one position
-    after the other. Gets more than a linear map from public text does, and is slow: some minutes
-    for 8 short rows."""
+    """Over 0: this many rows are also attacked by trying tokens in the model itself, one position
+    after the other. This recovers more than a linear map from public text does, and is slow: some
+    minutes for 8 short rows."""
     seed: int = 0
     """Seed of which rows the attacker knows."""
     give_up_after_s: float = 600.0
