@@ -510,7 +510,7 @@ def test_command_line_trains_from_yaml_and_flags(
         (["--server", "127.0.0.1:1"], "no DLoRA server answers at 127.0.0.1:1"),
         (["--data", "nowhere.jsonl"], "dlora: nowhere.jsonl: no such file"),
         (["--r", "zero"], "r"),
-        (["--no-such-flag", "1"], "no_such_flag"),
+        (["--no-such-flag", "1"], "unknown flag --no-such-flag"),
     ],
 )
 def test_user_errors_are_one_line(

@@ -52,6 +52,7 @@ def run_demo(settings: DemoSettings) -> int:
         raise UsageError(
             f"{settings.output} already holds a finished run: remove it, or give another --output"
         )
+
     transformers_logging.set_verbosity_error()
     heldout = [json.loads(line) for line in data_file("heldout.jsonl").read_text().splitlines()]
     print(
@@ -61,39 +62,48 @@ def run_demo(settings: DemoSettings) -> int:
     with serving(DEMO_MODEL) as address:
         link = connect(address)
         print(f"connected to {address}: {link.description.model_id}")
-        options = TrainSettings(
-            server=address,
-            data=str(data_file("train.jsonl")),
-            output=settings.output,
-            epochs=settings.epochs,
-            learning_rate=settings.learning_rate,
-            warmup_steps=0.1,
-            r=8,
-            lora_alpha=16,
-            target_modules=["q_proj", "k_proj", "v_proj"],
-            batch_size=12,
-            report_to=[],
-            seed=settings.seed,
-            resume=earlier.exists(),
-        )
-        record = train(options, link)
-        if record["status"] != "finished":
-            print(f"stopped after {record['steps']} steps; the same command continues")
+        run = train(_training(settings, address, resume=earlier.exists()), link)
+        if run["status"] != "finished":
+            print(f"stopped after {run['steps']} steps; the same command continues")
             return 130
+
+        # The same model answers twice: without its adapter, and with it.
         model = load_adapter(link, settings.output, is_trainable=False)
+        prompts = [row["prompt"] for row in heldout]
         with model.disable_adapter():
-            before = answers(model, [row["prompt"] for row in heldout], "answers before")
-        after = answers(model, [row["prompt"] for row in heldout], "answers after")
+            before = answers(model, prompts, "answers before")
+        after = answers(model, prompts, "answers after")
         link.close()
+
     want = [row["completion"].strip() for row in heldout]
-    record["demo"] = {
+    run["demo"] = {
         "heldout_rows": len(want),
         "exact_match_before": _exact_match(before, want),
         "exact_match_after": _exact_match(after, want),
     }
-    write_json(settings.output / "run.json", record)
-    _show(settings, record, heldout, before, after)
+    write_json(settings.output / "run.json", run)
+    _show_answers(settings, heldout, before, after)
+    show_end(settings, run)
     return 0
+
+
+def _training(settings: DemoSettings, address: str, *, resume: bool) -> TrainSettings:
+    """The demo's run, as `dlora train` would take it."""
+    return TrainSettings(
+        server=address,
+        data=str(data_file("train.jsonl")),
+        output=settings.output,
+        epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        warmup_steps=0.1,
+        r=8,
+        lora_alpha=16,
+        target_modules=["q_proj", "k_proj", "v_proj"],
+        batch_size=12,
+        report_to=[],
+        seed=settings.seed,
+        resume=resume,
+    )
 
 
 @contextmanager
@@ -123,40 +133,36 @@ def serving(model: str, *flags: str) -> Iterator[str]:
 def answers(model: SplitModel, prompts: list[str], title: str, batch_size: int = 24) -> list[str]:
     """Greedy completions of the prompts, up to the end of text, stripped."""
     tokenizer = load_tokenizer(model.link)
-    found: list[str] = []
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # less padding
+    completions: list[str] = []
+
     for start in tqdm(range(0, len(prompts), batch_size), desc=title):
-        chosen: list[Prompt] = [prompts[index] for index in order[start : start + batch_size]]
+        batch: list[Prompt] = [prompts[index] for index in order[start : start + batch_size]]
         texts, _ = complete(
-            model, tokenizer, chosen, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False
+            model, tokenizer, batch, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False
         )
-        found += [text.strip() for text in texts]
-    return [text for _, text in sorted(zip(order, found, strict=True))]
+        completions += [text.strip() for text in texts]
+
+    # Back into the order in which they were asked.
+    return [text for _, text in sorted(zip(order, completions, strict=True))]
 
 
 def _exact_match(got: list[str], want: list[str]) -> float:
     return sum(one == other for one, other in zip(got, want, strict=True)) / len(want)
 
 
-def _show(
-    settings: DemoSettings,
-    record: dict[str, Any],
-    heldout: list[dict[str, str]],
-    before: list[str],
-    after: list[str],
+def _show_answers(
+    settings: DemoSettings, heldout: list[dict[str, str]], before: list[str], after: list[str]
 ) -> None:
+    """Some held-out messages with both answers."""
     print(f"\nHeld-out messages (never trained on), {settings.examples} of {len(heldout)}:")
-    for row, old, new in list(zip(heldout, before, after, strict=True))[: settings.examples]:
+    examples = list(zip(heldout, before, after, strict=True))[: settings.examples]
+    for row, old, new in examples:
         message = row["prompt"].removeprefix("Message: ").removesuffix("\nDesk:")
-        mark = (
-            "right"
-            if new == row["completion"].strip()
-            else f"wrong, want {row['completion'].strip()}"
-        )
-        print(
-            f"  {message}\n      before: {' '.join(old.split())[:60]!r:64} after: {new!r} ({mark})"
-        )
-    show_end(settings, record)
+        want = row["completion"].strip()
+        mark = "right" if new == want else f"wrong, want {want}"
+        old = " ".join(old.split())[:60]
+        print(f"  {message}\n      before: {old!r:64} after: {new!r} ({mark})")
 
 
 def show_end(settings: DemoSettings, run: dict[str, Any]) -> None:

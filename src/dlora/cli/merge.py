@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -13,7 +14,16 @@ from dlora.edge.adapter_config import read_adapter_config
 from dlora.edge.bottleneck import BottleneckConfig
 from dlora.errors import UsageError
 
-__all__ = ["merge"]
+__all__ = ["merge", "run_merge"]
+
+
+def run_merge(settings: MergeSettings) -> int:
+    """Merge, and warn where the adapter names another base."""
+    model_id, named = merge(settings)
+    if model_id != named:
+        print(f"warning: the adapter was made for {named}, this is {model_id}", file=sys.stderr)
+    print(f"merged model in {settings.output}")
+    return 0
 
 
 def merge(settings: MergeSettings) -> tuple[str, str]:
@@ -23,13 +33,15 @@ def merge(settings: MergeSettings) -> tuple[str, str]:
     """
     if settings.output.exists() and any(settings.output.iterdir()):
         raise UsageError(f"{settings.output} is not empty: use a new folder")
+
     config = read_adapter_config(settings.adapter)
     if isinstance(config, BottleneckConfig):
         raise UsageError(
             f"the adapter in {settings.adapter} is a bottleneck: it is not linear and cannot "
-            "become a part of the "
-            "weights. dlora.apply_bottleneck(model, folder) puts it on a local model"
+            "become a part of the weights. dlora.apply_bottleneck(model, folder) puts it on a "
+            "local model"
         )
+
     loaded = load_model(settings.model, dtype=settings.dtype)
     try:
         merged = PeftModel.from_pretrained(loaded.model, str(settings.adapter)).merge_and_unload()
@@ -38,6 +50,8 @@ def merge(settings: MergeSettings) -> tuple[str, str]:
         raise UsageError(
             f"the adapter in {settings.adapter} does not fit {settings.model}: {reason}"
         ) from error
+
+    # Written beside its place and moved there: what has the name is whole.
     settings.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=settings.output.parent, prefix=".merging-") as scratch:
         folder = Path(scratch) / "model"

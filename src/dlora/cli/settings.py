@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 __all__ = ["DemoSettings", "MergeSettings"]
 
@@ -12,6 +12,8 @@ __all__ = ["DemoSettings", "MergeSettings"]
 @dataclass(frozen=True, kw_only=True)
 class MergeSettings:
     """Settings of `dlora merge`."""
+
+    GROUPS: ClassVar[dict[str, str]] = {"merge": "model adapter output dtype"}
 
     model: str
     """The base: Hugging Face id, local folder, .gguf file, or smollm2."""
@@ -26,6 +28,8 @@ class MergeSettings:
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
     """Settings of `dlora demo`."""
+
+    GROUPS: ClassVar[dict[str, str]] = {"demo": "output epochs learning_rate seed examples"}
 
     output: Path = Path("runs/demo")
     """Folder for the adapter and run.json."""

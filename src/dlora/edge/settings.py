@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from dlora.edge.link import RetryPolicy
 from dlora.edge.noise import Noise
@@ -21,16 +21,21 @@ __all__ = ["AccessSettings", "EdgeSettings", "InfoSettings", "target_names"]
 class AccessSettings:
     """How an edge shows who it is, and knows whom it talks to."""
 
+    GROUPS: ClassVar[dict[str, str]] = {
+        "connection": "tls tls_ca tls_cert tls_key token_file",
+    }
+    """Headline of the help -> names of settings, for this class and for each that adds to it."""
+
     tls: bool = False
-    """Encrypt, and trust the public authorities; tls_ca encrypts as well."""
+    """Encrypt, and trust the public authorities. Not needed with tls_ca."""
     tls_ca: Path | None = None
-    """Authority to trust instead, as a PEM file: ca.pem of `dlora keys`."""
+    """Encrypt, and trust this authority instead: a PEM file, ca.pem of `dlora keys`."""
     tls_cert: Path | None = None
     """Client certificate, as a PEM file, where the server asks for one."""
     tls_key: Path | None = None
-    """Its key."""
+    """Key of the client certificate, as a PEM file."""
     token_file: Path | None = None
-    """File with the token that says who this is; or give the token as $DLORA_TOKEN."""
+    """File with the token that says who this is. The token can also be in $DLORA_TOKEN."""
 
     @property
     def access(self) -> dict[str, Any]:
@@ -56,25 +61,30 @@ class AccessSettings:
 class EdgeSettings(AccessSettings):
     """What every command on the edge needs to reach a server."""
 
+    GROUPS: ClassVar[dict[str, str]] = {
+        "connection": "server tls tls_ca tls_cert tls_key token_file wire_dtype give_up_after_s",
+        "computing": "device",
+        "privacy": "edge_first edge_last noise_entry noise_clip",
+    }
+
     server: str
-    """Address of `dlora serve`, as host:port; or several of the same model, separated by commas:
-    where one is lost the next is taken."""
+    """Address of `dlora serve`, as host:port. Several servers of the same model are separated by
+    commas: where one is lost the next is taken."""
     wire_dtype: Literal["fp32", "fp16", "bf16", "int8", "int4"] = "fp16"
-    """How tensors travel. fp32 is exact; fp16 and bf16 halve the traffic; int8 (a scale for each
-    token) halves it again, and int4 (a scale for 32 values) almost once more, at the price of
-    noise."""
+    """How tensors travel. fp32 is exact. fp16 and bf16 halve the traffic. int8 (a scale for each
+    token) halves it again, and int4 (a scale for 32 values) almost once more; both add noise."""
     give_up_after_s: float = RetryPolicy.give_up_after_s
-    """How long a lost server is waited for, in seconds."""
+    """How long to wait for a lost server, in seconds."""
     device: str = "cpu"
     """Device of the edge's half."""
     edge_first: int = 0
-    """Run this many of the first decoder layers here, where the server allows it: tokens are then
-    harder to read from what leaves. Costs their weights and compute."""
+    """Run this many of the first decoder layers here, where the server allows it. Tokens are then
+    harder to read from what leaves. It costs their weights and compute."""
     edge_last: int = 0
-    """The same for the last layers: labels are then harder to read from gradients."""
+    """The same for the last layers. Labels are then harder to read from gradients."""
     noise_entry: float = Noise.entry
-    """Normal noise on every row that goes into the cloud, as a share of the row's length.
-    docs/privacy.md says what it hides and what it costs; it is no differential privacy."""
+    """Normal noise on every row that goes into the cloud, as a share of the row's length. It is no
+    differential privacy: docs/privacy.md says what it hides and what it costs."""
     noise_clip: float = Noise.clip
     """With noise: rows longer than this many times the median are shortened first."""
 
@@ -98,6 +108,11 @@ class EdgeSettings(AccessSettings):
 class InfoSettings(AccessSettings):
     """Settings of `dlora info`."""
 
+    GROUPS: ClassVar[dict[str, str]] = {
+        "what to look at": "server adapter",
+        **AccessSettings.GROUPS,
+    }
+
     server: str | None = None
     """Address of `dlora serve`, as host:port."""
     adapter: Path | None = None
@@ -111,6 +126,6 @@ class InfoSettings(AccessSettings):
 
 def target_names(given: list[str] | str | None) -> list[str] | str | None:
     """Plain names as a list, a regular expression as it is."""
-    if isinstance(given, str) and re.fullmatch(r"\w+(,\w+)*", given) and given != "all-linear":
-        return given.split(",")
+    if isinstance(given, str) and re.fullmatch(r"\w+(,\w+)*|\[\w+(, *\w+)*\]", given):
+        return [name.strip() for name in given.strip("[]").split(",")]
     return given

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from dlora.edge.settings import EdgeSettings
 from dlora.errors import UsageError
@@ -16,6 +16,15 @@ __all__ = ["ApiSettings", "ChatSettings", "EvalSettings", "GenerateSettings", "S
 class SamplingSettings(EdgeSettings):
     """How answers are made."""
 
+    GROUPS: ClassVar[dict[str, str]] = {
+        "connection": EdgeSettings.GROUPS["connection"],
+        "adapter": "adapter",
+        "answers": "max_new_tokens temperature top_p top_k repetition_penalty stop seed "
+        "prompt_lookup generation",
+        "privacy": EdgeSettings.GROUPS["privacy"],
+        "computing": EdgeSettings.GROUPS["computing"],
+    }
+
     adapter: Path | None = None
     """Adapter folder, as `dlora train` or peft writes it; default: the served model as it is."""
     max_new_tokens: int = 256
@@ -25,17 +34,17 @@ class SamplingSettings(EdgeSettings):
     top_p: float = 1.0
     """Sample among the likeliest tokens of this total probability."""
     top_k: int = 0
-    """Sample among this many of the likeliest tokens; 0: no limit."""
+    """Sample among this many of the likeliest tokens. 0: no limit."""
     repetition_penalty: float = 1.0
     """Over 1: make tokens that were there already less likely."""
     stop: list[str] | str = field(default_factory=list)
-    """A text, or a list of texts, that ends an answer."""
+    """A text that ends an answer. Several are given as a JSON list: '["a", "b"]'."""
     seed: int = 0
     """Seed of sampling."""
     prompt_lookup: int = 0
-    """Over 0: draft this many tokens at a time from the text so far and check them in one pass. The
-    answers are the same, with fewer round trips where they repeat the prompt; one prompt at a
-    time."""
+    """Over 0: draft this many tokens at a time from the text so far, and check them in one pass.
+    The answers are the same. Where they repeat the prompt there are fewer round trips. A file's
+    prompts are then answered one at a time."""
     generation: dict[str, Any] = field(default_factory=dict)
     """More options of transformers.GenerationConfig, by name, such as num_beams."""
 
@@ -74,15 +83,19 @@ class SamplingSettings(EdgeSettings):
 class GenerateSettings(SamplingSettings):
     """Settings of `dlora generate`."""
 
+    GROUPS: ClassVar[dict[str, str]] = {
+        "prompts": "prompt prompts output chat batch_size",
+        **SamplingSettings.GROUPS,
+    }
+
     prompt: str | None = None
-    """The prompt; default: what comes on standard input."""
+    """The prompt. Default: what comes on standard input."""
     prompts: Path | None = None
-    """A file of prompts instead: .jsonl with `prompt` or `messages` in each row, or text with one
-    prompt a line.
-    """
+    """A file of prompts instead: .jsonl with `prompt` or `messages` in each row, or text with a
+    prompt on each line."""
     output: Path | None = None
-    """With `prompts`: a .jsonl file for prompts and completions, which the same command continues
-    where it was stopped; default: standard output."""
+    """With `prompts`: a .jsonl file for prompts and completions. The same command continues it
+    where it was stopped. Default: standard output."""
     chat: bool = False
     """Put text prompts into the model's chat template, as a user's message."""
     batch_size: int = 8
@@ -109,8 +122,10 @@ class GenerateSettings(SamplingSettings):
 class ChatSettings(SamplingSettings):
     """Settings of `dlora chat`."""
 
+    GROUPS: ClassVar[dict[str, str]] = {"chat": "system", **SamplingSettings.GROUPS}
+
     system: str | None = None
-    """System prompt; default: what the model's chat template brings."""
+    """System prompt. Default: what the model's chat template brings."""
     temperature: float = 0.7
     """0: always the likeliest token (greedy). Over 0: sample, more freely the higher."""
     top_p: float = 0.9
@@ -120,6 +135,15 @@ class ChatSettings(SamplingSettings):
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings(EdgeSettings):
     """Settings of `dlora eval`."""
+
+    GROUPS: ClassVar[dict[str, str]] = {
+        "connection": EdgeSettings.GROUPS["connection"],
+        "adapter": "adapter",
+        "data": "data limit batch_size",
+        "result": "exact_match max_new_tokens output",
+        "privacy": EdgeSettings.GROUPS["privacy"],
+        "computing": EdgeSettings.GROUPS["computing"],
+    }
 
     data: str
     """A .jsonl or .csv file, or a Hugging Face data set id (org/name or org/name:split). Rows as
@@ -134,9 +158,9 @@ class EvalSettings(EdgeSettings):
     batch_size: int = 8
     """Rows of a micro-batch."""
     limit: int | None = None
-    """Measure only this many rows, the first of the file."""
+    """Only the first N rows."""
     output: Path | None = None
-    """Write the result as JSON, too."""
+    """File for the result as JSON."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
@@ -151,22 +175,29 @@ class EvalSettings(EdgeSettings):
 class ApiSettings(EdgeSettings):
     """Settings of `dlora api`."""
 
+    GROUPS: ClassVar[dict[str, str]] = {
+        "connection": EdgeSettings.GROUPS["connection"],
+        "adapter": "adapter",
+        "the API": "name host port api_key max_new_tokens prompt_lookup",
+        "privacy": EdgeSettings.GROUPS["privacy"],
+        "computing": EdgeSettings.GROUPS["computing"],
+    }
+
     adapter: Path | None = None
     """Adapter folder, as `dlora train` or peft writes it; default: the served model as it is."""
     name: str | None = None
-    """Model name that apps use; default: the adapter's folder name, or the served model's id."""
+    """Model name that apps use. Default: the adapter's folder name, or the served model's id."""
     host: str = "127.0.0.1"
     """Address to listen on. Whoever reaches it can use the private adapter: keep it on loopback."""
     port: int = 8000
     """Port to listen on; 0 picks a free one."""
     api_key: str | None = None
-    """Key that apps must send; better given as $DLORA_API_KEY than on a command line that others
-    can see.
-    """
+    """Key that apps must send. It is better given as $DLORA_API_KEY than on a command line, which
+    others can see."""
     max_new_tokens: int = 1024
     """Longest answer in tokens, where a request does not say."""
     prompt_lookup: int = 0
-    """Over 0: draft this many tokens at a time from the text so far and check them in one pass."""
+    """Over 0: draft this many tokens at a time from the text so far, and check them in one pass."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dlora.errors import UsageError
 from dlora.protocol.address import LOOPBACK_ADDRESS, LOOPBACK_NAME, is_loopback
@@ -38,6 +38,17 @@ class ServerOptions:
 class ServeSettings:
     """Settings of `dlora serve`."""
 
+    GROUPS: ClassVar[dict[str, str]] = {
+        "model": "model model_id device dtype quantize threads allow_modules edge_first edge_last",
+        "address": "host port metrics_port",
+        "who may call": "keys tls_cert tls_key client_ca identities insecure access_log",
+        "limits": "max_tokens max_length max_message_mib max_inflight_mib max_streams "
+        "compute_slots edge_timeout_s",
+        "shutdown": "drain_s",
+        "replicas": "replicas max_replicas replica_ports ray_address replica_cpus replica_gpus",
+    }
+    """Headline of the help -> names of settings."""
+
     model: str
     """Hugging Face id, local folder, .gguf file, or smollm2 (the model of the demo)."""
     model_id: str | None = None
@@ -57,8 +68,8 @@ class ServeSettings:
     allow_modules: str = ".*"
     """Regular expression over full module names: what edges may adapt."""
     edge_first: int = 0
-    """Let edges have the weights of this many of the first decoder layers, and run these
-    themselves: more privacy for them, less of the model kept to yourself."""
+    """Let edges have the weights of this many of the first decoder layers, and run these layers.
+    They get more privacy; you keep less of the model to yourself."""
     edge_last: int = 0
     """The same for the last layers."""
     max_tokens: int = 16_384
@@ -197,12 +208,16 @@ class ServeSettings:
 class KeysSettings:
     """Settings of `dlora keys`."""
 
+    GROUPS: ClassVar[dict[str, str]] = {
+        "keys": "action folder tenant hosts days id limits",
+    }
+
     action: Literal["init", "server", "tenant", "token", "certificate", "revoke", "list"]
     """init: a new folder with authority and server certificate. server: a new server certificate.
-    tenant: set a tenant's limits. token, certificate: give a tenant a new token or certificate.
-    revoke: take back one of them, or all of a tenant. list."""
+    tenant: set a tenant's limits. token, certificate: give a tenant a new one. revoke: take back
+    one, or all of a tenant. list: show what there is."""
     folder: Path = Path("keys")
-    """Folder of keys; keep it on the server, and open to nobody else."""
+    """Folder of keys. Keep it on the server, and open to nobody else."""
     tenant: str | None = None
     """Name of the tenant."""
     hosts: str = f"{LOOPBACK_NAME},{LOOPBACK_ADDRESS}"
@@ -211,7 +226,7 @@ class KeysSettings:
     days: int = 90
     """How many days a certificate or token is valid."""
     id: str | None = None
-    """With revoke: id of a token or certificate; default: everything of `tenant`."""
+    """With revoke: id of a token or certificate. Default: everything of `tenant`."""
     limits: dict[str, float] = field(default_factory=dict)
     """With tenant: max_streams, max_inflight_mib, mib_per_hour, adapter_mib, weight."""
 
@@ -226,6 +241,8 @@ class KeysSettings:
 @dataclass(frozen=True, kw_only=True)
 class StatusSettings:
     """Settings of `dlora status`."""
+
+    GROUPS: ClassVar[dict[str, str]] = {"status": "metrics_port watch"}
 
     metrics_port: int = 9464
     """The server's metrics port, on this machine."""

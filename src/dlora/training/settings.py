@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 from dlora.edge.noise import Noise
 from dlora.edge.options import SplitOptions
@@ -27,57 +27,69 @@ _RESERVED: Final = frozenset(
 class TrainSettings(EdgeSettings):
     """Settings of `dlora train`."""
 
+    GROUPS: ClassVar[dict[str, str]] = {
+        "connection": f"{EdgeSettings.GROUPS['connection']} wire",
+        "data": "data max_length overlong batch_size",
+        "adapter": "adapter kind r lora_alpha lora_dropout target_modules use_rslora rank_pattern "
+        "alpha_pattern activation scale",
+        "optimizer": "learning_rate epochs max_steps gradient_accumulation_steps optim "
+        "lr_scheduler_type warmup_steps weight_decay max_grad_norm seed trainer",
+        "evaluation": "eval_data eval_batch_size eval_steps keep_best early_stopping_patience",
+        "privacy": f"{EdgeSettings.GROUPS['privacy']} noise_tail pad_to record",
+        "Kill and Revive": "kr kr_options upload_consent",
+        "run folder": "output resume save_steps save_total_limit logging_steps report_to",
+        "computing": EdgeSettings.GROUPS["computing"],
+    }
+
     data: str
     """Training data: a .jsonl or .csv file, or a Hugging Face data set id (org/name or
     org/name:split). Rows have `prompt` and `completion`, or `messages`, or `text`."""
     output: Path
     """Folder for the adapter, run.json and checkpoints."""
     eval_data: str | None = None
-    """Held-out data in the same forms; measured every `eval_steps`."""
+    """Held-out data in the same forms, measured every `eval_steps`."""
     adapter: Path | None = None
-    """An existing LoRA adapter folder to start from; its own LoRA settings then hold."""
+    """An existing LoRA adapter folder to start from. Its own LoRA settings then hold."""
     kind: Literal["lora", "series", "parallel"] = "lora"
-    """LoRA, or bottleneck adapters: behind the outputs of target_modules (series), or beside
-    target_modules (parallel)."""
+    """LoRA, or bottleneck adapters behind the outputs of target_modules (series) or beside the
+    modules (parallel)."""
     activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
-    """Of bottleneck adapters."""
+    """Nonlinearity of bottleneck adapters."""
     scale: float = 1.0
-    """Of what bottleneck adapters add."""
+    """Factor on what bottleneck adapters add."""
     r: int = 8
     """LoRA rank, or size of the bottleneck."""
     lora_alpha: float = 16
-    """LoRA alpha: deltas are scaled by alpha / r."""
+    """Deltas are multiplied by alpha / r."""
     lora_dropout: float = 0.0
     """Dropout on the input of the LoRA modules, in [0, 1)."""
     target_modules: list[str] | str | None = None
     """Linear modules to adapt: names such as q_proj,v_proj (or a list), all-linear, or a regular
     expression over full names. Default: peft's for this architecture."""
     use_rslora: bool = False
-    """Scale by alpha / sqrt(r) instead."""
+    """Multiply deltas by alpha / sqrt(r) instead."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Ranks for modules whose name matches a pattern."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Alphas for modules whose name matches a pattern."""
     noise_tail: float = Noise.tail
     """Normal noise on the gradient of the last hidden states, as a share of its rows' median
-    length: blurs labels.
-    """
+    length. It blurs labels."""
     pad_to: int = 0
     """Over 0: pad rows to a multiple of this many tokens, fill the padding with other tokens of the
-    batch, and let all positions travel. Masks then reveal no lengths; gradients still do, without
+    batch, and let all positions travel. Masks then reveal no lengths. Gradients still do, without
     noise_tail. Results stay the same."""
     wire: Literal["plain", "factored"] = SplitOptions.wire
-    """How deltas travel. factored: as two exact factors, several times fewer bytes; shows the cloud
-    the factor B of every module, which it could solve for on the plain wire too."""
+    """How deltas travel. factored: as two exact factors, several times fewer bytes. The cloud then
+    sees the factor B of every module, which it could solve for on the plain wire too."""
     kr: Literal["off", "on", "paper"] = "off"
-    """Kill and Revive: train few modules at a time, send little. paper: as the paper has it, word
-    for word."""
+    """Train few modules at a time, and send little. paper: the paper's words taken literally."""
     kr_options: dict[str, Any] = field(default_factory=dict)
-    """Settings of Kill and Revive by name, such as budget, interval, idle and policy: see
-    docs/kill-and-revive.md."""
+    """Settings of Kill and Revive by name: budget, interval, idle, policy and others.
+    docs/kill-and-revive.md lists them."""
     upload_consent: bool = False
-    """Agree that idle modules are uploaded, frozen, for the cloud to apply: kr_options {idle:
-    cloud} needs it."""
+    """Agree that idle modules are uploaded, frozen, for the cloud to apply. kr_options
+    '{idle: cloud}' needs it."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     optim: str = "adamw_torch"
@@ -85,15 +97,15 @@ class TrainSettings(EdgeSettings):
     lr_scheduler_type: str = "linear"
     """Schedule, by its name in transformers."""
     warmup_steps: float = 0.0
-    """Steps of rising learning rate; under 1: a share of all steps."""
+    """Steps of rising learning rate. Under 1: a share of all steps."""
     weight_decay: float = 0.0
     """Weight decay."""
     max_grad_norm: float = 1.0
-    """Gradient clipping; 0 turns it off."""
+    """Gradient clipping. 0 turns it off."""
     epochs: float = 3.0
     """Passes over the data."""
     max_steps: int = -1
-    """Optimizer steps; when positive it replaces `epochs`."""
+    """Optimizer steps. Over 0 it replaces `epochs`."""
     batch_size: int = 8
     """Rows of a micro-batch."""
     gradient_accumulation_steps: int = 1
@@ -101,13 +113,13 @@ class TrainSettings(EdgeSettings):
     eval_batch_size: int = 8
     """Rows of a micro-batch in evaluation."""
     max_length: int = 512
-    """Longest row in tokens, prompt and completion."""
+    """Longest row in tokens, prompt and completion together."""
     overlong: Literal["error", "drop", "truncate"] = "error"
     """What to do with longer rows."""
     eval_steps: int | None = None
-    """Optimizer steps between evaluations; default: once an epoch."""
+    """Optimizer steps between evaluations. Default: once an epoch."""
     save_steps: int | None = None
-    """Optimizer steps between checkpoints; default: with each evaluation."""
+    """Optimizer steps between checkpoints. Default: with each evaluation."""
     save_total_limit: int = 2
     """Checkpoints kept, the best among them."""
     early_stopping_patience: int | None = None
@@ -117,15 +129,15 @@ class TrainSettings(EdgeSettings):
     logging_steps: int = 1
     """Optimizer steps between log entries."""
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
-    """Where logs go: tensorboard, wandb, mlflow, ... or none."""
+    """Where logs go: tensorboard, wandb, mlflow and others, separated by commas; or none."""
     seed: int = 0
     """Seed of adapter initialisation, data order and dropout."""
     resume: bool = False
     """Continue the run in `output` from its last checkpoint."""
     record: int = 0
-    """Record what crosses the wire in this many micro-batches, the first of the run, with the text
-    they came from, into `output`/recording, for `dlora audit`. The folder holds private data. 24
-    batches of 16 rows are enough."""
+    """Record what crosses the wire in the first N micro-batches, for `dlora audit`. It goes into
+    `output`/recording, with the text it came from: the folder holds private data. 24 batches of 16
+    rows are enough."""
     trainer: dict[str, Any] = field(default_factory=dict)
     """More arguments for trl.SFTConfig, by name."""
 
@@ -249,6 +261,14 @@ class TrainSettings(EdgeSettings):
 class PlanSettings(EdgeSettings):
     """Settings of `dlora plan`."""
 
+    GROUPS: ClassVar[dict[str, str]] = {
+        "connection": EdgeSettings.GROUPS["connection"],
+        "what is planned": "target_modules r wire sites batch_size length supervised steps check",
+        "link": "rtt_ms up_mbit down_mbit",
+        "privacy": EdgeSettings.GROUPS["privacy"],
+        "computing": EdgeSettings.GROUPS["computing"],
+    }
+
     target_modules: list[str] | str | None = None
     """Linear modules to adapt, as for training. Default: peft's for this architecture."""
     r: int = 8
@@ -256,8 +276,8 @@ class PlanSettings(EdgeSettings):
     wire: Literal["plain", "factored"] = SplitOptions.wire
     """How deltas travel."""
     sites: int | None = None
-    """Plan with this many active sites, evenly spread; default: all. Kill and Revive at 1/8 of the
-    bytes has about an eighth of them."""
+    """Number of active sites, evenly spread. Default: all. Kill and Revive at 1/8 of the bytes has
+    about an eighth."""
     batch_size: int = 8
     """Rows of a micro-batch."""
     length: int = 128
@@ -265,16 +285,16 @@ class PlanSettings(EdgeSettings):
     supervised: int = 16
     """Tokens of a row with a label."""
     rtt_ms: float | None = None
-    """Round trip time of another link than the present one; default: measured."""
+    """Round trip time of a link in place of the one there is. Default: as measured."""
     up_mbit: float | None = None
-    """Bandwidth towards the server in Mbit/s, of a link that is slower than the present one;
-    default: as measured."""
+    """Bandwidth towards the server in Mbit/s, of a link slower than the one there is. Default: as
+    measured."""
     down_mbit: float | None = None
-    """The same for what comes from the server."""
+    """Bandwidth from the server in Mbit/s. Default: as measured."""
     steps: int = 1000
     """Steps of the run that is planned."""
     check: bool = False
-    """Also run steps over random tokens and show how far off the prediction is."""
+    """Also run steps over random tokens, and show how far off the prediction is."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
@@ -299,7 +319,9 @@ class PlanSettings(EdgeSettings):
 class ReportSettings:
     """Settings of `dlora report`."""
 
+    GROUPS: ClassVar[dict[str, str]] = {"report": "runs output"}
+
     runs: list[Path]
-    """Folders of runs, as `dlora train` writes them; others are compared with the first."""
+    """Folders of runs, as `dlora train` writes them. Others are compared with the first."""
     output: Path = Path("report")
     """Folder for report.html and the figures as PNG files."""

@@ -1,0 +1,121 @@
+"""A command's flags, read from its settings class: names, types, defaults, help and groups.
+
+Settings are dataclasses. A field is a flag and a key of a YAML file; the docstring under the field
+is its help; `GROUPS` of the class says under which headline of the help it stands. Nothing about
+a setting is written a second time here.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import textwrap
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+__all__ = ["ALIASES", "OLD_NAMES", "Command", "Flag", "flags_of", "groups_of"]
+
+ALIASES: Final = {"lr": "learning_rate", "rank": "r", "alpha": "lora_alpha"}
+"""Other names of settings, in every command that has the setting."""
+
+OLD_NAMES: Final[dict[str, dict[str, str]]] = {"serve": {"audit_log": "access_log"}}
+"""Command -> old name -> new name. Old names work for one version, with a warning, and are in no
+help. An entry whose new name is no setting (yet) does nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A word after `dlora`: what it reads, what it does, and its line in the help."""
+
+    name: str
+    settings: type
+    run: Callable[[Any], int]
+    """Takes the settings, returns the exit code."""
+    text: str
+    word: str | None = None
+    """The setting that is given without a flag, as `runs` of `dlora report RUN RUN`."""
+    inner: Mapping[str, type] = field(default_factory=dict)
+    """Setting -> the settings class that its values belong to, where it is a dictionary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flag:
+    """One setting of a command."""
+
+    name: str
+    kind: Any
+    """Its type, as the settings class annotates it."""
+    default: Any
+    """`dataclasses.MISSING` where it is required."""
+    text: str
+    group: str
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def is_required(self) -> bool:
+        """Whether the command does nothing without it."""
+        return self.default is dataclasses.MISSING
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether it may stand without a value."""
+        return self.kind is bool
+
+
+def flags_of(command: Command) -> dict[str, Flag]:
+    """Name -> flag of every setting, group by group, in the order of the help."""
+    settings = command.settings
+    fields = {one.name: one for one in dataclasses.fields(settings)}
+    kinds, texts = typing.get_type_hints(settings), _docstrings(settings)
+
+    return {
+        name: Flag(
+            name=name,
+            kind=kinds[name],
+            default=_default(fields[name]),
+            text=texts.get(name, ""),
+            group=group,
+            aliases=tuple(alias for alias, meant in ALIASES.items() if meant == name),
+        )
+        for group, names in groups_of(settings).items()
+        for name in names
+        if name in fields
+    }
+
+
+def groups_of(settings: type) -> dict[str, list[str]]:
+    """Headline of the help -> names of settings."""
+    groups: dict[str, str] = getattr(settings, "GROUPS", {})
+    return {group: names.split() for group, names in groups.items()}
+
+
+def _default(setting: dataclasses.Field[Any]) -> Any:
+    if setting.default_factory is not dataclasses.MISSING:
+        return setting.default_factory()
+    return setting.default
+
+
+def _docstrings(settings: type) -> dict[str, str]:
+    """Name -> the docstring under the field, on one line; a subclass may say it anew."""
+    return {name: text for base in reversed(settings.__mro__) for name, text in _written(base)}
+
+
+def _written(base: type) -> Iterator[tuple[str, str]]:
+    if not dataclasses.is_dataclass(base):
+        return
+
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+    body = definition.body if isinstance(definition, ast.ClassDef) else []
+
+    # Python keeps no docstrings of fields: each is the text right after its field.
+    for statement, after in itertools.pairwise(body):
+        match statement, after:
+            case (
+                ast.AnnAssign(target=ast.Name(id=name)),
+                ast.Expr(value=ast.Constant(value=str(text))),
+            ):
+                yield name, " ".join(text.split())

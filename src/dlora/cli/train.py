@@ -1,0 +1,147 @@
+"""`dlora train`, `plan`, `report` and `audit`, and what they print."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dlora.edge.settings import AccessSettings
+from dlora.privacy.settings import AuditSettings
+from dlora.training.settings import PlanSettings, ReportSettings, TrainSettings
+
+__all__ = ["audit", "plan", "print_result", "report", "train"]
+
+
+@contextmanager
+def _connected(server: str, settings: AccessSettings) -> Iterator[Any]:
+    """A connection to the server, ended afterwards."""
+    from dlora.edge.grpc_link import Access, connect
+
+    link = connect(server, access=Access(**settings.access))
+    try:
+        yield link
+    finally:
+        link.close()
+
+
+def train(settings: TrainSettings) -> int:
+    """Train, and print what came out; 130 if the run was interrupted."""
+    from transformers.utils import logging as transformers_logging
+
+    from dlora.training.run import train
+
+    transformers_logging.set_verbosity_error()
+    with _connected(settings.server, settings) as link:
+        run = train(settings, link)
+    print_result(run, settings.output)
+    return 0 if run["status"] == "finished" else 130
+
+
+def print_result(run: dict[str, Any], output: Path) -> None:
+    """Print what a person wants to know after a run; `run` is the content of run.json."""
+    from dlora.edge.meter import Meter
+
+    cost = Meter.from_saved(run["cost"])
+    print(f"{run['status']} after {run['steps']} steps and {run['seconds']:.0f} s: {_losses(run)}")
+
+    print(
+        f"traffic    {cost.sent_bytes / 1e6:.1f} MB up, {cost.received_bytes / 1e6:.1f} MB down, "
+        f"{cost.round_trips} round trips, {cost.retries} retries"
+    )
+    print(
+        f"compute    edge {cost.edge_flops / 1e9:.1f} GFLOP "
+        f"(adapters {cost.adapter_flops / 1e9:.1f}), cloud {cost.cloud_flops / 1e9:.1f} GFLOP"
+    )
+
+    print(f"adapter    {output}")
+    if kr := run.get("kill_revive"):
+        print(
+            f"active     {len(kr['active'])} units at the end; on average {kr['cost_share']:.1%} "
+            "of FT's cost"
+        )
+    if run["status"] == "interrupted":
+        print("continue   the same command with --resume")
+
+
+def _losses(run: dict[str, Any]) -> str:
+    """The last losses of a run, as far as there are some."""
+    losses = f"loss {run['train_loss']:.4f}" if run["train_loss"] is not None else "no loss yet"
+    if run["eval_loss"] is not None:
+        best = run["best_eval_loss"] or run["eval_loss"]
+        losses += f", eval loss {run['eval_loss']:.4f} (best {best:.4f})"
+    return losses
+
+
+def plan(settings: PlanSettings) -> int:
+    """Print what a training step will cost and, if asked, how far off that is."""
+    from dlora.training.planner import check, plan
+
+    with _connected(settings.server, settings) as link:
+        model, planned = plan(settings, link)
+        print(
+            f"model        {link.description.model_id}, {planned.active_sites} active sites, "
+            f"{settings.wire} wire"
+        )
+        _print_plan(settings, planned)
+        if settings.check:
+            _print_check(settings, planned, *check(settings, model))
+    return 0
+
+
+def _print_plan(settings: PlanSettings, planned: Any) -> None:
+    """One step, then the whole run."""
+    print(f"a step       {settings.batch_size} x {settings.length} tokens")
+    sent, received = planned.sent_bytes / 1e6, planned.received_bytes / 1e6
+    print(f"bytes        {sent:.2f} MB up, {received:.2f} MB down")
+    print(f"round trips  {planned.round_trips}")
+
+    parts = f"cloud {planned.cloud_s:.2f}, edge {planned.edge_s:.2f}, "
+    parts += f"messages {planned.wire_s:.2f}, link {planned.link_s:.2f}"
+    print(f"seconds      {planned.seconds:.2f}: {parts}")
+
+    gigabytes = settings.steps * (sent + received) / 1e3
+    hours = settings.steps * planned.seconds / 3600
+    print(f"{settings.steps} steps   {gigabytes:.2f} GB, {hours:.2f} h")
+
+
+def _print_check(settings: PlanSettings, planned: Any, cost: Any, seconds: float) -> None:
+    """How far the plan is from steps that were run."""
+    traffic = planned.sent_bytes + planned.received_bytes
+    off = traffic / (cost.sent_bytes + cost.received_bytes) - 1
+    checked = f"checked      bytes off by {off:+.2%}, round trips {cost.round_trips}, "
+
+    link = (settings.rtt_ms, settings.up_mbit, settings.down_mbit)
+    if any(value is not None for value in link):
+        print(f"{checked}seconds not compared: the link here is not the one that was given")
+    else:
+        print(f"{checked}seconds {seconds:.2f}, off by {planned.seconds / seconds - 1:+.0%}")
+
+
+def report(settings: ReportSettings) -> int:
+    """Draw runs side by side, and print the files."""
+    from dlora.training.report import write_report
+
+    for file in write_report(settings.runs, settings.output):
+        print(file)
+    return 0
+
+
+def audit(settings: AuditSettings) -> int:
+    """Attack a recorded run, and print what came back and the files."""
+    from transformers.utils import logging as transformers_logging
+
+    from dlora.privacy.audit import audit
+    from dlora.privacy.page import check_drawing, write_audit
+
+    transformers_logging.set_verbosity_error()
+    check_drawing()
+    with _connected(settings.server, settings) as link:
+        results = audit(settings, link)
+
+    for attack in results["attacks"]:
+        print(f"{attack['where']:28} {attack['says']}")
+    for file in write_audit(results, settings.output):
+        print(file)
+    return 0

@@ -1,0 +1,257 @@
+"""`dlora generate`, `chat`, `eval`, `api` and `info`: using an adapter, and looking at it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from dlora.edge.settings import EdgeSettings, InfoSettings
+from dlora.errors import DLoRAError
+from dlora.files import write_json
+from dlora.inference.settings import ApiSettings, ChatSettings, EvalSettings, GenerateSettings
+from dlora.protocol.address import is_loopback
+
+__all__ = ["api", "chat", "evaluate", "generate", "info"]
+
+
+@contextmanager
+def _loaded(settings: EdgeSettings, adapter: Path | None) -> Iterator[tuple[Any, Any]]:
+    """Connect and load: (split model, tokenizer). Ends the connection afterwards."""
+    from transformers.utils import logging as transformers_logging
+
+    from dlora.edge.grpc_link import Access, connect
+    from dlora.edge.load import load_tokenizer
+    from dlora.inference.answer import load_for_inference
+
+    transformers_logging.set_verbosity_error()
+    link = connect(settings.server, access=Access(**settings.access))
+    try:
+        tokenizer = load_tokenizer(link)
+        model = load_for_inference(
+            link,
+            adapter,
+            wire_dtype=settings.wire_dtype,
+            give_up_after_s=settings.give_up_after_s,
+            device=settings.device,
+            edge_layers=settings.edge_layers,
+        )
+        model.set_options(noise=settings.noise)
+        yield model, tokenizer
+    finally:
+        link.close()
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+# ----------------------------------------------------------------- generate
+
+
+def generate(settings: GenerateSettings) -> int:
+    """Answer one prompt or a file of them; what it cost goes to standard error."""
+    from transformers import set_seed
+
+    from dlora.inference.answer import cost_line
+    from dlora.inference.prompts import continued, load_prompts
+
+    # What is asked is read before anything is loaded.
+    prompts = None if settings.prompts is None else load_prompts(settings.prompts)
+    prompt = settings.prompt
+    if prompts is None and prompt is None:
+        if sys.stdin.isatty():
+            print("reading the prompt from standard input, up to Ctrl-D", file=sys.stderr)
+        prompt = sys.stdin.read()
+
+    with _loaded(settings, settings.adapter) as (model, tokenizer):
+        set_seed(settings.seed)
+        before, started = model.meter.copy(), time.monotonic()
+        if prompts is None:
+            num_tokens = _generate_one(settings, model, tokenizer, prompt or "")
+        else:
+            start = continued(settings.output, prompts) if settings.output else 0
+            num_tokens = _generate_file(settings, model, tokenizer, prompts[start:], start)
+
+        cost = cost_line(model.meter - before, num_tokens, time.monotonic() - started)
+        print(f"dlora: {cost}", file=sys.stderr)
+    return 0
+
+
+def _generate_one(settings: GenerateSettings, model: Any, tokenizer: Any, prompt: str) -> int:
+    """The answer to a prompt, piece by piece where that can be; return the number of tokens."""
+    from dlora.inference.answer import Pieces, complete
+
+    pieces = Pieces(tokenizer, _write)
+    texts, num_tokens = complete(
+        model, tokenizer, [prompt], chat=settings.chat, streamer=pieces, **settings.options
+    )
+    print("" if pieces.num_tokens else texts[0])
+    return num_tokens
+
+
+def _generate_file(
+    settings: GenerateSettings, model: Any, tokenizer: Any, prompts: list[Any], start: int
+) -> int:
+    """Answers to a file of prompts, each batch written at once; return the number of tokens."""
+    from tqdm.auto import tqdm
+
+    from dlora.inference.answer import complete_file
+
+    total = 0
+    batch_size = 1 if settings.prompt_lookup else settings.batch_size
+    batches = complete_file(
+        model, tokenizer, prompts, batch_size=batch_size, chat=settings.chat, **settings.options
+    )
+
+    with ExitStack() as stack:
+        bar = tqdm(total=start + len(prompts), initial=start, desc="answers", unit="prompt")
+        stack.enter_context(bar)
+        out = sys.stdout
+        if settings.output is not None:
+            out = stack.enter_context(settings.output.open("a"))
+
+        for answers, num_tokens in batches:
+            for prompt, text in answers:
+                row = {"prompt": prompt, "completion": text}
+                print(json.dumps(row, ensure_ascii=False), file=out)
+            out.flush()
+            bar.update(len(answers))
+            total += num_tokens
+    return total
+
+
+# ----------------------------------------------------------------- chat
+
+
+def chat(settings: ChatSettings) -> int:
+    """Talk until /quit or the end of standard input."""
+    from transformers import set_seed
+
+    from dlora.inference.chat import Chat
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # line editing and history for input()
+
+    with _loaded(settings, settings.adapter) as (model, tokenizer):
+        set_seed(settings.seed)
+        talk = Chat(model, tokenizer, system=settings.system, **settings.options)
+        print(f"{model.link.description.model_id} with {settings.adapter or 'no adapter'}.")
+        print("Ctrl-C stops an answer, /new begins anew, /quit or Ctrl-D leaves.")
+
+        while True:
+            try:
+                text = input("\n> ").strip()
+            except (EOFError, KeyboardInterrupt):
+                print()
+                return 0
+            if text == "/quit":
+                return 0
+            if text == "/new":
+                talk.forget()
+                print("a new chat")
+            elif text:
+                _say(talk, model, text)
+
+
+def _say(talk: Any, model: Any, text: str) -> None:
+    """One answer, and what it cost. An error ends the answer, not the chat."""
+    from dlora.inference.answer import cost_line
+
+    before, started = model.meter.copy(), time.monotonic()
+    try:
+        talk.say(text, _write)
+        print()
+    except KeyboardInterrupt:
+        print(" [stopped]")
+    except DLoRAError as error:
+        print(f"dlora: {error} (say it again, or /new begins anew)", file=sys.stderr)
+        return
+
+    cost = cost_line(model.meter - before, talk.num_tokens, time.monotonic() - started)
+    print(f"dlora: {cost}", file=sys.stderr)
+
+
+# ----------------------------------------------------------------- eval, api, info
+
+
+def evaluate(settings: EvalSettings) -> int:
+    """Measure on a data file; print the figures, and write them if asked."""
+    from dlora.inference.evaluate import evaluate
+
+    with _loaded(settings, settings.adapter) as (model, tokenizer):
+        figures = evaluate(settings, model, tokenizer)
+    adapter = None if settings.adapter is None else str(settings.adapter)
+    figures = {"adapter": adapter, **figures}
+
+    if settings.output is not None:
+        settings.output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(settings.output, figures)
+
+    # An interval stands on the line of its figure; the cost is in the file alone.
+    for name, value in figures.items():
+        if name == "cost" or name.endswith("_95"):
+            continue
+        shown = f"{value:.4f}" if isinstance(value, float) else value
+        interval = figures.get(f"{name}_95")
+        ends = f"  (95 %: {interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
+        print(f"{name:18} {shown}{ends}")
+    return 0
+
+
+def api(settings: ApiSettings) -> int:
+    """Serve OpenAI's API until SIGINT or SIGTERM."""
+    from dlora.inference.api import ApiServer, build_app
+
+    with _loaded(settings, settings.adapter) as (model, tokenizer):
+        name = settings.name or (settings.adapter.resolve().name if settings.adapter else None)
+        name = name or model.link.description.model_id
+
+        local = is_loopback(settings.host)
+        if not local:
+            warning = f"{settings.host} is not loopback: others may use the adapter"
+            print(f"warning: {warning}", file=sys.stderr)
+        app = build_app(
+            model,
+            tokenizer,
+            name=name,
+            api_key=settings.api_key or os.environ.get("DLORA_API_KEY"),
+            max_new_tokens=settings.max_new_tokens,
+            prompt_lookup=settings.prompt_lookup,
+            **({} if local else {"hosts": ("*",)}),
+        )
+
+        # The server's own handlers hand on what they got, which would end the process here.
+        server = ApiServer(app, settings.host, settings.port)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)
+        print(f"model      {name}")
+        print(f"ready      {server.url}", flush=True)
+        server.run()
+    return 0
+
+
+def info(settings: InfoSettings) -> int:
+    """Print what a server serves, what an adapter holds, and whether the two fit."""
+    from dlora.edge.describe import describe_adapter, describe_server
+    from dlora.edge.grpc_link import Access, connect
+
+    description = None
+    if settings.server is not None:
+        link = connect(settings.server, access=Access(**settings.access))
+        description = link.description
+        link.close()
+        for name, value in describe_server(settings.server, description):
+            print(f"{name:12} {value}")
+
+    if settings.adapter is not None:
+        for name, value in describe_adapter(settings.adapter, description):
+            print(f"{name:12} {value}")
+    return 0
