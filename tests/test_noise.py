@@ -22,13 +22,13 @@ def watched() -> Iterator[tuple[InProcessLink, list[pb.Begin]]]:
         make_base("llama"), model_id="llama", limits=Limits(edge_first=1, edge_last=1)
     )
     begins: list[pb.Begin] = []
-    plan = cloud.plan
+    check = cloud.check
 
     def noted(begin: pb.Begin, *args: Any) -> Any:
         begins.append(begin)
-        return plan(begin, *args)
+        return check(begin, *args)
 
-    cloud.plan = noted
+    cloud.check = noted
     link = InProcessLink(cloud)
     yield link, begins
     link.close()

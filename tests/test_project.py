@@ -16,7 +16,7 @@ import pytest
 
 import dlora
 from dlora.cli.demo import data_file
-from dlora.protocol.wire import PROTOCOL_VERSION
+from dlora.protocol.channel import PROTOCOL_VERSION
 
 SOURCE = Path(dlora.__file__).parent
 

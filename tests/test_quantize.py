@@ -175,7 +175,7 @@ def test_training_keeps_no_dequantised_weight() -> None:
     """
     full = CloudModel(make_base("llama"), model_id="x")
     low = CloudModel(make_quantised("llama", "nf4"), model_id="x")
-    assert low.bytes_per_token <= full.bytes_per_token
+    assert low.memory.bytes_per_token <= full.memory.bytes_per_token
     assert [site.modules for site in low.sites] == [site.modules for site in full.sites]
 
 

@@ -220,7 +220,7 @@ def _serve(values: dict[str, Any]) -> int:
         print(f"access     {'TLS' if tls else 'plaintext'}, identities: {identity}")
         print(
             f"memory     {weight_bytes(loaded.model) / 2**20:.0f} MiB of weights, "
-            f"{cloud.bytes_per_token / 2**10:.0f} KiB of activations a training token"
+            f"{cloud.memory.bytes_per_token / 2**10:.0f} KiB of activations a training token"
         )
         print(f"ready      {server.address}", flush=True)
         stop.wait()

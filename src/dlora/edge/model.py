@@ -51,9 +51,9 @@ from dlora.edge.responder import (
 from dlora.edge.sites import allowed_names, match_sites, shared_sites
 from dlora.edge.skeleton import build_skeleton, decoder_of, drop_stand_ins, edge_layers_of
 from dlora.errors import DLoRAError, ModelError, UsageError
+from dlora.formulas import attention_flops, backward_flops, forward_flops
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.layers import EdgeLayers, KnownCloud, find_layers, layer_of, wrap_layers
-from dlora.protocol.sites import attention_flops, backward_flops, forward_flops
 from dlora.protocol.wire import WIRE_DTYPES
 
 __all__ = [

@@ -18,11 +18,13 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from dlora.edge.link import Link, Stream
-from dlora.edge.meter import Meter, adapter_flops
+from dlora.edge.meter import Meter
 from dlora.errors import AdapterMissing, PeerError, PeerLost, WireError
+from dlora.formulas import adapter_flops
 from dlora.proto import dlora_pb2 as pb
+from dlora.protocol.channel import PROTOCOL_VERSION
 from dlora.protocol.layers import EdgeLayers
-from dlora.protocol.wire import PROTOCOL_VERSION, content_hash, decode, encode, largest
+from dlora.protocol.wire import content_hash, decode, encode, largest
 
 __all__ = [
     "ActiveSite",

@@ -18,14 +18,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dlora.edge.link import Link
 from dlora.errors import ModelError, UsageError
-from dlora.protocol.layers import (
-    EdgeLayers,
-    check_weights,
-    files_for,
-    fill,
-    values_by_file,
-    without_dropout,
-)
+from dlora.protocol.layer_files import check_weights, files_for, fill, values_by_file
+from dlora.protocol.layers import EdgeLayers, without_dropout
 
 __all__ = ["build_skeleton", "decoder_of", "drop_stand_ins", "edge_layers_of"]
 

@@ -21,7 +21,7 @@ from dlora.errors import UsageError
 from dlora.proto import dlora_pb2 as pb
 from dlora.proto import dlora_pb2_grpc as rpc
 from dlora.protocol.address import is_loopback
-from dlora.protocol.wire import PROTOCOL_VERSION, channel_options
+from dlora.protocol.channel import PROTOCOL_VERSION, channel_options
 from dlora.server.identities import Identities
 from dlora.server.server import ServerOptions, TlsFiles, add_port, caller
 

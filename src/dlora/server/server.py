@@ -31,14 +31,15 @@ from dlora.errors import AdapterMissing, ModelError, PeerLost, UsageError, WireE
 from dlora.files import check_private
 from dlora.proto import dlora_pb2 as pb
 from dlora.proto import dlora_pb2_grpc as rpc
-from dlora.protocol.files import describe_files, write_edge_files, write_layer_files
-from dlora.protocol.wire import (
+from dlora.protocol.channel import (
     PROTOCOL_VERSION,
     RETRY_AFTER_KEY,
     TOKEN_KEY,
     TOKEN_PREFIX,
     channel_options,
 )
+from dlora.protocol.files import describe_files, write_edge_files
+from dlora.protocol.layer_files import write_layer_files
 from dlora.server.identities import LOCAL, Credential, Identities
 from dlora.server.tenants import Busy, FairSlots, Tenancy, Tenant
 
@@ -395,7 +396,7 @@ class _Servicer(rpc.DLoRAServicer):
             frame = pipe.receive()
             if frame.WhichOneof("kind") != "begin":
                 raise WireError(f"got frame {frame.WhichOneof('kind')!r}, want 'begin'")
-            self.cloud.run(self.cloud.plan(frame.begin, pipe.tenant.name), pipe)
+            self.cloud.run(self.cloud.check(frame.begin, pipe.tenant.name), pipe)
             return None
         except Exception as error:
             # An edge that goes by itself, after an answer or a loss without backward, wants no

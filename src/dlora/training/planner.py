@@ -17,10 +17,11 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
 from dlora.edge.link import Link
-from dlora.edge.meter import Meter, step_traffic
+from dlora.edge.meter import Meter
 from dlora.edge.model import IGNORE, SplitModel, get_peft_model
 from dlora.edge.responder import ActiveSite, delta, factors
 from dlora.errors import UsageError
+from dlora.formulas import step_traffic
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.layers import layer_of
 from dlora.protocol.wire import WIRE_DTYPES, decode, encode, payload_bytes

@@ -50,10 +50,10 @@ from dlora.edge.noise import Noise
 from dlora.edge.responder import Wait
 from dlora.errors import DataError, DivergedError, DLoRAError, UsageError
 from dlora.files import write_json
+from dlora.formulas import pass_bytes
 from dlora.kill_revive.apply import KillReviveCallback
 from dlora.privacy.recording import Recorder
 from dlora.proto import dlora_pb2 as pb
-from dlora.protocol.sites import pass_bytes
 from dlora.training.settings import TrainSettings
 
 __all__ = ["AccountingCallback", "SplitTrainer", "train"]
