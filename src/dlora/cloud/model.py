@@ -129,6 +129,14 @@ class CloudModel:
         """What `Describe` answers, but for the edge files, which the server adds."""
         weight, kind = self.embedding.weight, quantization(self.model)
         dtype = str(weight.dtype).removeprefix("torch.")
+        sites = [
+            pb.SiteInfo(
+                in_features=site.in_features,
+                modules=[self._describe_module(module) for module in site.modules],
+            )
+            for site in self.sites
+        ]
+
         return pb.Description(
             protocol_version=PROTOCOL_VERSION,
             model_id=self.model_id,
@@ -137,13 +145,7 @@ class CloudModel:
             compute_dtype=f"{dtype}, {kind} weights" if kind else dtype,
             embedding_width=weight.shape[1],
             hidden_width=self.hidden_width,
-            sites=[
-                pb.SiteInfo(
-                    in_features=site.in_features,
-                    modules=[self._describe_module(module) for module in site.modules],
-                )
-                for site in self.sites
-            ],
+            sites=sites,
             wire_dtypes=WIRE_DTYPES.values(),
             layers=self._describe_layers(),
             limits=self._describe_limits(),

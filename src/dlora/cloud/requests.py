@@ -76,12 +76,14 @@ class RequestCheck:
             dtype=message.wire_dtype,
             training=message.training,
             batch=message.batch,
+            embeddings=message.embeddings,
+            # What depends on the tokens comes below, as it does for an `Extend`.
             length=0,
             mask_BT=None,
             position_ids_BT=None,
             rows_N=None,
             keep_K=torch.empty(0, dtype=torch.int64),
-            embeddings=message.embeddings,
+            # Adapters: the edge's, those that the cloud applies, and those to be measured.
             active=active,
             idle=self._check_idle(message.idle, active, owner, edge_layers),
             probe=self._check_modules(message.probe, edge_layers),

@@ -79,16 +79,7 @@ def trace(
         groups.setdefault(id(x), []).append(name)
 
     sites = tuple(
-        Site(
-            index=index,
-            in_features=linear_widths(linears[names[0]])[0],
-            modules=tuple(
-                Module(
-                    name=name, out_features=linear_widths(linears[name])[1], allowed=allowed(name)
-                )
-                for name in names
-            ),
-        )
+        _site(index, {name: linears[name] for name in names}, allowed)
         for index, names in enumerate(groups.values())
     )
     if not sites:
@@ -96,6 +87,19 @@ def trace(
             "found no linear module that an adapter could sit on: " + "; ".join(unusable.values())
         )
     return Trace(sites=sites, unusable=unusable)
+
+
+def _site(index: int, linears: dict[str, nn.Module], allowed: Callable[[str], bool]) -> Site:
+    """The site of linear modules that read the same tensor."""
+    widths = {name: linear_widths(module) for name, module in linears.items()}
+    return Site(
+        index=index,
+        in_features=next(iter(widths.values()))[0],
+        modules=tuple(
+            Module(name=name, out_features=out_features, allowed=allowed(name))
+            for name, (_, out_features) in widths.items()
+        ),
+    )
 
 
 def _watch(

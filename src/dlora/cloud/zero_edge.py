@@ -52,10 +52,12 @@ class ZeroEdge:
             self._grad_widths[site.index] = (
                 frame.input.x.shape[1] if frame.input.wants_input_grad else 0
             )
+
         elif kind == "hidden":
             self.hidden = frame.hidden.hidden
             grad = pb.HiddenGrad(grad=_zeros(*self.hidden.shape))
             self._answers.append(pb.EdgeFrame(hidden_grad=grad))
+
         elif kind == "delta_grads" and (width := self._grad_widths[frame.delta_grads.site]):
             zeros = _zeros(self.request.num_rows, width)
             input_grad = pb.InputGrad(site=frame.delta_grads.site, grad=zeros)
@@ -80,6 +82,7 @@ def probe_request(
         rows = torch.arange(tokens, device=ids_BT.device)
     else:
         rows = mask_BT.reshape(-1).nonzero()[:, 0]
+
     return PassRequest(
         dtype=pb.FP32,
         training=training,
