@@ -34,7 +34,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import dlora
-from dlora.cloud.model import CloudModel, Limits
+from dlora.cloud.limits import Limits
+from dlora.cloud.model import CloudModel
 from dlora.edge.link import RetryPolicy
 from dlora.embedded import InProcessLink
 from dlora.errors import DLoRAError, PeerLost
@@ -409,11 +410,11 @@ def replay_cloud(cloud: CloudModel, frames: list[pb.EdgeFrame]) -> Pipe:
     begin = pipe.receive()
     if begin.WhichOneof("kind") != "begin":
         raise dlora.WireError("not a begin")  # the server checks this before anything else
-    plan = cloud.plan(begin.begin)
+    request = cloud.check(begin.begin)
     try:
-        cloud.run(plan, pipe)
+        cloud.run(request, pipe)
     except PeerLost:
-        if not plan.cache_length:  # an answer ends by the edge's leaving
+        if not request.cache_length:  # an answer ends by the edge's leaving
             raise
     return pipe
 

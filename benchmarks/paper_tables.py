@@ -248,7 +248,7 @@ def projected_sites(name: str) -> tuple[Any, tuple[Any, ...]]:
     import torch
     import transformers
 
-    from dlora.protocol.sites import trace
+    from dlora.cloud.trace import trace
 
     kind, values, _ = PROJECTED[name]
     config = getattr(transformers, kind)(**values)
@@ -271,8 +271,13 @@ def project(name: str, wire_dtype: str = "fp16", **step: int) -> dict[str, dict[
     """A training step of FT, and of an eighth of its sites, evenly spread: bytes, FLOPs by part,
     round trips.
     """
-    from dlora.edge.meter import adapter_flops, step_traffic
-    from dlora.protocol.sites import attention_flops, backward_flops, forward_flops
+    from dlora.formulas import (
+        adapter_flops,
+        attention_flops,
+        backward_flops,
+        forward_flops,
+        step_traffic,
+    )
 
     step = STEP | step
     config, sites = projected_sites(name)

@@ -100,7 +100,7 @@ def train(kind: str, data: Path) -> dict[str, Any]:
     from transformers import get_linear_schedule_with_warmup
 
     from dlora.cloud.quantize import weight_bytes
-    from dlora.protocol.sites import Linear
+    from dlora.cloud.trace import Linear
 
     link, tokenizer = cloud(kind)
     linears = [module for module in link.cloud.decoder.modules() if isinstance(module, Linear)]

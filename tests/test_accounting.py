@@ -4,6 +4,7 @@ counter.
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import threading
 import time
@@ -19,9 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import dlora
-from dlora.cloud.model import CloudModel, _sample_ids, _ZeroEdge
-from dlora.edge.meter import Meter, step_traffic
+from dlora.cloud.model import CloudModel
+from dlora.cloud.zero_edge import ZeroEdge, probe_request, sample_ids
+from dlora.edge.meter import Meter
 from dlora.embedded import InProcessLink
+from dlora.formulas import step_traffic
 from dlora.protocol.wire import WIRE_DTYPES
 from dlora.server.server import Server
 
@@ -167,15 +170,15 @@ def test_cloud_flops_equal_torchs_count(family: str, first_site: int) -> None:
     base = make_base(family)
     base.set_attn_implementation("eager")  # torch does not count its fused CPU attention
     cloud = CloudModel(base, model_id="x/y")
-    ids = _sample_ids(base, 3, 13)
+    ids = sample_ids(base, 3, 13)
     found = []
     for training in (False, True):
-        plan = cloud._probe_plan(ids, None, training=training)
-        plan.active = plan.active[first_site:]
+        request = probe_request(base, cloud.sites, ids, training=training)
+        request = dataclasses.replace(request, active=request.active[first_site:])
         with FlopCounterMode(display=False) as counter:
-            cloud.run(plan, _ZeroEdge())
-        assert sum(cloud.flops(plan)) == counter.get_total_flops()
-        found.append(cloud.flops(plan))
+            cloud.run(request, ZeroEdge(request))
+        assert sum(cloud.flops(request)) == counter.get_total_flops()
+        found.append(cloud.flops(request))
     assert found[0][1] == 0 < found[1][1] < found[1][0] * 1.2
 
 

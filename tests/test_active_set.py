@@ -17,12 +17,14 @@ from peft.tuners.lora import LoraLayer
 from test_accounting import FlopCount
 
 import dlora
-from dlora.cloud.model import CloudModel, Limits
-from dlora.edge.meter import step_traffic
+from dlora.cloud.limits import Limits
+from dlora.cloud.model import CloudModel
 from dlora.embedded import InProcessLink
 from dlora.errors import PeerError, UsageError
+from dlora.formulas import step_traffic
 from dlora.proto import dlora_pb2 as pb
-from dlora.protocol.wire import PROTOCOL_VERSION, encode
+from dlora.protocol.channel import PROTOCOL_VERSION
+from dlora.protocol.wire import encode
 from dlora.server.server import Server
 
 Links = Callable[[str], Any]
@@ -174,8 +176,9 @@ def test_forgotten_modules_are_put_again(
         want = split(**batch).loss.item()
         split.set_active(split.adapted_modules[:1], "cloud")
         for _ in range(2):
-            cloud.adapters._modules.clear()
-            cloud.adapters.stored_bytes = 0
+            cloud.frozen_store._modules.clear()
+            cloud.frozen_store._owned.clear()
+            cloud.frozen_store.stored_bytes = 0
             assert split(**batch).loss.item() == pytest.approx(want, rel=1e-6)
         assert split.meter.retries == 0
         link.close()
@@ -193,10 +196,10 @@ def test_too_small_a_store_is_said(tmp_path: Path) -> None:
     split.set_active([], "cloud")
     with torch.no_grad(), pytest.raises(PeerError, match="room for adapters too small"):
         split(**batches()[0])
-    assert cloud.adapters.stored_bytes <= 2 * one
+    assert cloud.frozen_store.stored_bytes <= 2 * one
     tiny = CloudModel(make_base("llama"), model_id="x/y", limits=Limits(max_adapter_bytes=one - 1))
     with pytest.raises(UsageError, match="over this server's limit"):
-        tiny.adapters.put(
+        tiny.frozen_store.put(
             pb.FrozenModule(
                 a=encode(torch.ones(4, 64), pb.FP32), b=encode(torch.ones(64, 4), pb.FP32)
             )

@@ -20,8 +20,9 @@ from transformers import PreTrainedTokenizerFast
 
 from dlora.cli.demo import data_file, serving
 from dlora.cli.main import main
+from dlora.cloud.limits import Limits
 from dlora.cloud.load import DEMO_MODEL
-from dlora.cloud.model import CloudModel, Limits
+from dlora.cloud.model import CloudModel
 from dlora.edge.link import RetryPolicy
 from dlora.edge.model import SplitModel
 from dlora.embedded import InProcessLink

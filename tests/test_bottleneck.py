@@ -16,11 +16,12 @@ from peft import PeftModel
 from test_accounting import FlopCount
 
 import dlora
-from dlora.cloud.model import CloudModel, Limits
+from dlora.cloud.limits import Limits
+from dlora.cloud.model import CloudModel
 from dlora.edge.bottleneck import BottleneckConfig, apply_bottleneck
-from dlora.edge.meter import step_traffic
 from dlora.embedded import InProcessLink
 from dlora.errors import UsageError
+from dlora.formulas import step_traffic
 from dlora.kill_revive.apply import KillAndRevive
 from dlora.kill_revive.config import KillReviveConfig
 from dlora.server.server import Server

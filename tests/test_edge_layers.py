@@ -19,12 +19,15 @@ from test_accounting import FlopCount
 from transformers import AutoModelForCausalLM
 
 import dlora
-from dlora.cloud.model import CloudModel, Limits
+from dlora.cloud.limits import Limits
+from dlora.cloud.model import CloudModel
 from dlora.edge.responder import Responder
 from dlora.edge.skeleton import drop_stand_ins
 from dlora.embedded import InProcessLink
 from dlora.errors import ModelError, PeerError, UsageError
 from dlora.inference.answer import Continuing
+from dlora.protocol.layer_files import files_for, is_layer_file
+from dlora.protocol.layers import EdgeLayers
 from dlora.server.server import Server
 
 SPLITS = [(1, 0), (0, 1), (1, 1), (2, 0)]
@@ -361,6 +364,25 @@ def test_gradients_of_held_layers_are_checked(
         model.set_adapter(adapter_name)
         with pytest.raises(PeerError, match=r"a gradient of .*layers\.0\..* is not finite"):
             model(**batches()[0]).loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("decoder.safetensors", True),
+        *((file, True) for file in files_for(EdgeLayers(1, 1, 1000))),
+        ("layer-0000.bin", False),
+        ("layer-000.safetensors", False),
+        ("layer-00000.safetensors", False),
+        ("layer-\u0660\u0660\u0660\u0660.safetensors", False),
+        ("../layer-0000.safetensors", False),
+        ("x/decoder.safetensors", False),
+        ("layer-0000.safetensors\n", False),
+    ],
+)
+def test_only_layer_files_are_fetched(name: str, known: bool) -> None:
+    """Were a name of another form taken from a server, its file could land outside the cache."""
+    assert is_layer_file(name) == known
 
 
 def test_small_weights_are_no_stand_ins() -> None:

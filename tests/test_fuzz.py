@@ -37,7 +37,8 @@ def test_mutated_frames_are_refused_or_harmless(fuzzer: Any, direction: str) -> 
 def test_the_fuzzer_notices_a_hole(fuzzer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a check is missing the fuzzer reports failures: a green run means something."""
     monkeypatch.setattr(
-        "dlora.cloud.step.Step._check_site", lambda self, message, site: self.modules[message.site]
+        "dlora.cloud.exchange.Exchange._check_site",
+        lambda self, message, site: self.modules[message.site],
     )
     assert fuzzer.fuzz("cloud", 1500, seed=1)["num_failures"] > 0
 

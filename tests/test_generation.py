@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,11 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast, TextStreamer
 
 import dlora
-from dlora.cloud.model import CloudModel, Limits
+from dlora.cloud.limits import Limits
+from dlora.cloud.model import CloudModel
 from dlora.embedded import InProcessLink
 from dlora.errors import PeerError, PeerLost, UsageError
 from dlora.proto import dlora_pb2 as pb
-from dlora.protocol.wire import PROTOCOL_VERSION, encode
+from dlora.protocol.channel import PROTOCOL_VERSION
+from dlora.protocol.wire import encode
 from dlora.server.server import Server, ServerOptions
 
 Links = Callable[[str], Any]
@@ -358,7 +361,7 @@ def test_cache_is_charged_before_it_is_made(tmp_path: Path) -> None:
         make_base("llama"), model_id="example-org/llama", limits=Limits(max_inflight_bytes=400_000)
     )
     assert (
-        cloud.cache_bytes_per_token == 2 * 2 * 16 * 4 * 3
+        cloud.memory.cache_bytes_per_token == 2 * 2 * 16 * 4 * 3
     )  # keys and values, heads, width, fp32, layers
     with Server(cloud, options=NO_DRAIN) as server:
         link = dlora.connect(server.address, cache=tmp_path)
@@ -370,11 +373,11 @@ def test_cache_is_charged_before_it_is_made(tmp_path: Path) -> None:
             split(**ECHO, past_key_values=cache, use_cache=True)
         deadline = time.monotonic() + 20  # while the edge thinks, the cache alone is reserved
         while (
-            server._service.tenancy.inflight_bytes != 250 * cloud.cache_bytes_per_token
+            server._service.tenancy.inflight_bytes != 250 * cloud.memory.cache_bytes_per_token
             and time.monotonic() < deadline
         ):
             time.sleep(0.02)
-        assert server._service.tenancy.inflight_bytes == 250 * cloud.cache_bytes_per_token
+        assert server._service.tenancy.inflight_bytes == 250 * cloud.memory.cache_bytes_per_token
         split.set_options(retry=dlora.RetryPolicy(give_up_after_s=0.1))
         other = dlora.CloudCache(expected_length=250)
         with torch.no_grad(), pytest.raises(PeerLost, match="busy"):
@@ -384,11 +387,12 @@ def test_cache_is_charged_before_it_is_made(tmp_path: Path) -> None:
 
 
 def test_model_without_cache_still_generates(
-    links: Links, cloud_models: Callable[[str], CloudModel], monkeypatch: pytest.MonkeyPatch
+    links: Links, cloud_models: Callable[[str], CloudModel]
 ) -> None:
     """Where the cloud found that a cache changes results, edges compute every token anew."""
     cloud = copy.copy(cloud_models("llama"))
-    monkeypatch.setattr(cloud, "cache_bytes_per_token", 0)
+    cloud.memory = dataclasses.replace(cloud.memory, cache_bytes_per_token=0)
+    cloud.requests = dataclasses.replace(cloud.requests, memory=cloud.memory)
     link = InProcessLink(cloud)
     split = make_split(link, lora()).eval()
     got = generated(split, prompts(), **GREEDY)
@@ -401,14 +405,14 @@ def test_model_without_cache_still_generates(
 
 def test_cache_is_refused_where_it_changes_results(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check at load notices a cache that forgets."""
-    import dlora.cloud.model
+    import dlora.cloud.load_checks
 
     class Forgetful(DynamicCache):
         def update(self, keys: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
             return super().update(keys * 1.01, values, *args, **kwargs)
 
-    monkeypatch.setattr(dlora.cloud.model, "DynamicCache", Forgetful)
-    assert CloudModel(make_base("llama"), model_id="x/y").cache_bytes_per_token == 0
+    monkeypatch.setattr(dlora.cloud.load_checks, "DynamicCache", Forgetful)
+    assert CloudModel(make_base("llama"), model_id="x/y").memory.cache_bytes_per_token == 0
 
 
 def test_flops_of_cached_passes_equal_torchs_count(tmp_path: Path) -> None:
@@ -417,18 +421,18 @@ def test_flops_of_cached_passes_equal_torchs_count(tmp_path: Path) -> None:
     base.set_attn_implementation("eager")
     link = dlora.in_process(base, model_id="x/y")
     split = make_split(link, lora()).eval()
-    plans = []
-    plan_pass = link.cloud._plan_pass
-    link.cloud._plan_pass = lambda *args: plans.append(plan_pass(*args)) or plans[-1]
+    requests = []
+    make = link.cloud._pass
+    link.cloud._pass = lambda request, *args: requests.append(request) or make(request, *args)
     generated(split, prompts(), **GREEDY)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         cache = DynamicCache(config=base.config)
-        for plan in plans:
-            embeddings = torch.zeros(plan.batch, plan.length, 64)
+        for request in requests:
+            embeddings = torch.zeros(request.batch, request.length, 64)
             link.cloud.decoder(
-                inputs_embeds=embeddings, attention_mask=plan.mask_BT, past_key_values=cache
+                inputs_embeds=embeddings, attention_mask=request.mask_BT, past_key_values=cache
             )
-    assert len(plans) == split.meter.passes
+    assert len(requests) == split.meter.passes
     assert split.meter.cloud_forward_flops == counter.get_total_flops()
     link.close()
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import NO_DRAIN, adapter, batches, lora, make_base, make_split
 
-from dlora.cloud.model import CloudModel, Limits
+from dlora.cloud.limits import Limits
+from dlora.cloud.model import CloudModel
 from dlora.edge.noise import Noise
 from dlora.embedded import InProcessLink
 from dlora.errors import UsageError
@@ -23,13 +24,13 @@ def watched() -> Iterator[tuple[InProcessLink, list[pb.Begin]]]:
         make_base("llama"), model_id="llama", limits=Limits(edge_first=1, edge_last=1)
     )
     begins: list[pb.Begin] = []
-    plan = cloud.plan
+    check = cloud.check
 
     def noted(begin: pb.Begin, *args: Any) -> Any:
         begins.append(begin)
-        return plan(begin, *args)
+        return check(begin, *args)
 
-    cloud.plan = noted
+    cloud.check = noted
     link = InProcessLink(cloud)
     yield link, begins
     link.close()

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 import dlora
 import dlora.training.planner
 from dlora.cli.main import main
-from dlora.cloud.model import CloudModel, Limits
+from dlora.cloud.limits import Limits
+from dlora.cloud.model import CloudModel
 from dlora.server.server import Server
 from dlora.training.planner import check, plan
 from dlora.training.settings import PlanSettings

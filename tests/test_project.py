@@ -17,7 +17,7 @@ import pytest
 import dlora
 from dlora.cli.demo import data_file, show_end
 from dlora.cli.settings import DemoSettings
-from dlora.protocol.wire import PROTOCOL_VERSION
+from dlora.protocol.channel import PROTOCOL_VERSION
 
 SOURCE = Path(dlora.__file__).parent
 ROOT = SOURCE.parents[1]

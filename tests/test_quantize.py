@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 
 import dlora
 from dlora.cli.demo import data_file, serving
+from dlora.cloud.limits import Limits
 from dlora.cloud.load import DEMO_MODEL, DEMO_MODEL_ID, load_model
-from dlora.cloud.model import CloudModel, Limits
+from dlora.cloud.model import CloudModel
 from dlora.cloud.quantize import KINDS, QuantizedLinear, quantization, quantize, weight_bytes
 from dlora.edge.describe import describe_server
 from dlora.embedded import InProcessLink
@@ -175,7 +176,7 @@ def test_training_keeps_no_dequantised_weight() -> None:
     """
     full = CloudModel(make_base("llama"), model_id="x")
     low = CloudModel(make_quantised("llama", "nf4"), model_id="x")
-    assert low.bytes_per_token <= full.bytes_per_token
+    assert low.memory.bytes_per_token <= full.memory.bytes_per_token
     assert [site.modules for site in low.sites] == [site.modules for site in full.sites]
 
 

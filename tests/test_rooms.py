@@ -200,6 +200,7 @@ def test_only_the_command_line_prints_or_sets_up_logging() -> None:
     "action",
     [
         "import dlora",
+        "import dlora.cloud.limits",
         "import dlora.cli.main as m\ntry: m.main(['--help'])\nexcept SystemExit: pass",
         "import dlora.cli.main as m\ntry: m.main(['train', '--help'])\nexcept SystemExit: pass",
         *(

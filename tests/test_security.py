@@ -456,14 +456,14 @@ def test_adapter_room_is_each_owners() -> None:
     """An owner over its share drops its own modules; when the whole is full, whoever holds most
     gives.
     """
-    from dlora.cloud.adapter_store import AdapterStore
+    from dlora.cloud.frozen_store import FrozenStore
 
     def module(seed: int) -> pb.FrozenModule:
         generator = torch.Generator().manual_seed(seed)
         a, b = (torch.randn(shape, generator=generator) for shape in ((1, 8), (8, 1)))
         return pb.FrozenModule(a=encode(a, pb.FP32), b=encode(b, pb.FP32))
 
-    store = AdapterStore(64 * 5, torch.device("cpu"))
+    store = FrozenStore(64 * 5, torch.device("cpu"))
     bobs = [store.put(module(seed), "bob", 64 * 2) for seed in range(2)]
     alices = [store.put(module(seed), "alice", 64 * 4) for seed in range(4)]
     assert all(store.get(key, "bob") for key in bobs) and store.stored_bytes == 64 * 5

@@ -16,13 +16,15 @@ from conftest import NO_DRAIN, adapter, batches, lora, make_base, make_split
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import dlora
-from dlora.cloud.model import CloudModel, Limits
+from dlora.cloud.limits import Limits
+from dlora.cloud.model import CloudModel
 from dlora.edge.grpc_link import GrpcLink
 from dlora.edge.link import RetryPolicy
 from dlora.errors import PeerError, PeerLost, UsageError, WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.proto import dlora_pb2_grpc as rpc
-from dlora.protocol.wire import PROTOCOL_VERSION, encode
+from dlora.protocol.channel import PROTOCOL_VERSION
+from dlora.protocol.wire import encode
 from dlora.server.server import Server, ServerOptions
 
 NO_PATIENCE = RetryPolicy(give_up_after_s=0.0)
@@ -254,7 +256,7 @@ def test_memory_limit_is_known_before_computing(tmp_path: Path) -> None:
         with pytest.raises(PeerError, match="lower the batch size"):
             split(**batches(rows=64, length=64)[0])
         held = link.open()
-        tokens = int(0.9 * (1 << 20) / cloud.bytes_per_token)
+        tokens = int(0.9 * (1 << 20) / cloud.memory.bytes_per_token)
         held.send(
             pb.EdgeFrame(
                 begin=begin(
@@ -290,10 +292,10 @@ def test_measured_cost_covers_what_autograd_saves(
     cloud_models: Callable[[str], CloudModel],
 ) -> None:
     """The cost known beforehand is the memory that a training step really saves, within 10 %."""
-    from dlora.cloud.model import _sample_ids, _ZeroEdge
+    from dlora.cloud.zero_edge import probe_request, run_with_zeros, sample_ids
 
     cloud = cloud_models("llama")
-    ids = _sample_ids(cloud.model, 4, 100)
+    ids = sample_ids(cloud.model, 4, 100)
     weights = {p.untyped_storage().data_ptr() for p in cloud.model.parameters()}
     saved: dict[int, int] = {}
 
@@ -303,8 +305,10 @@ def test_measured_cost_covers_what_autograd_saves(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        cloud.run(cloud._probe_plan(ids, None, training=True), _ZeroEdge())
-    assert cloud._cost_bytes(4, 100, True) == pytest.approx(sum(saved.values()), rel=0.1)
+        run_with_zeros(cloud.model, probe_request(cloud.model, cloud.sites, ids, training=True))
+    assert cloud.memory.of_pass(4, 100, training=True) == pytest.approx(
+        sum(saved.values()), rel=0.1
+    )
 
 
 def test_shutdown_ends_streams_with_a_clear_status(

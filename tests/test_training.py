@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 import dlora
 from dlora.cli.main import main
-from dlora.cloud.model import CloudModel, Limits
+from dlora.cloud.limits import Limits
+from dlora.cloud.model import CloudModel
 from dlora.embedded import InProcessLink
 from dlora.errors import DataError, DivergedError, UsageError
 from dlora.server.server import Server

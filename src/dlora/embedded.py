@@ -1,6 +1,4 @@
-"""Cloud and edge in one process: the same frames through queues, for notebooks, sweeps and fast
-tests.
-"""
+"""Cloud and edge in one process, for notebooks, sweeps and tests: the same frames, in queues."""
 
 from __future__ import annotations
 
@@ -12,18 +10,18 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dlora.cloud.model import CloudModel, Limits
+from dlora.cloud.limits import Limits
+from dlora.cloud.model import CloudModel
 from dlora.errors import DLoRAError, PeerError, PeerLost
 from dlora.proto import dlora_pb2 as pb
-from dlora.protocol.files import write_edge_files, write_layer_files
+from dlora.protocol.files import write_edge_files
+from dlora.protocol.layer_files import write_layer_files
 
 __all__ = ["InProcessLink", "in_process"]
 
 
 class InProcessLink:
-    """A `Link` to a `CloudModel` of this process; frames are the ones that would cross the
-    network.
-    """
+    """A `Link` to a `CloudModel` of this process: its frames are those that would travel."""
 
     def __init__(self, cloud: CloudModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self.cloud = cloud
@@ -46,7 +44,7 @@ class InProcessLink:
         return stream
 
     def put_adapter(self, modules: Sequence[pb.FrozenModule]) -> None:
-        """Let the cloud hold frozen modules."""
+        """Give the cloud frozen modules to apply."""
         self.cloud.put_adapter(
             pb.PutAdapterRequest(fingerprint=self.description.fingerprint, modules=modules)
         )
@@ -59,7 +57,7 @@ class InProcessLink:
         return Path(self._folder.name)
 
     def layer_files(self, names: Sequence[str]) -> Path:
-        """The folder with all layers that may be held."""
+        """The folder with all layers that the edge may run."""
         return Path(self._layers.name)
 
     def close(self) -> None:
@@ -92,14 +90,17 @@ class _QueueStream:
         self.to_cloud.put(None)
 
     def serve(self, cloud: CloudModel) -> None:
+        """Check and compute what the edge sends; its thread gets whatever is raised."""
         pipe = _CloudEnd(self)
         try:
-            cloud.run(cloud.plan(pipe.receive().begin), pipe)
+            cloud.run(cloud.check(pipe.receive().begin), pipe)
         except BaseException as error:  # the edge's thread raises it
             self.to_edge.put(error)
 
 
 class _CloudEnd:
+    """The cloud's `Pipe` to a stream."""
+
     def __init__(self, stream: _QueueStream) -> None:
         self.stream = stream
 
@@ -123,9 +124,6 @@ def in_process(
     model_id: str | None = None,
     limits: Limits | None = None,
 ) -> InProcessLink:
-    """Use a loaded transformers model as the cloud, in this process; takes the place of
-    `connect`.
-    """
-    return InProcessLink(
-        CloudModel(model, model_id=model_id or model.name_or_path, limits=limits), tokenizer
-    )
+    """Use a loaded transformers model as the cloud, in this process, in place of `connect`."""
+    cloud = CloudModel(model, model_id=model_id or model.name_or_path, limits=limits)
+    return InProcessLink(cloud, tokenizer)

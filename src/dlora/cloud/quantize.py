@@ -43,9 +43,7 @@ _GROUP: Final = {"int4": 32, "nf4": 64}  # weights to a scale
 
 
 class QuantizedLinear(nn.Linear):
-    """A frozen nn.Linear whose weight is in `kind`; `weight` is made anew at each access, in the
-    compute dtype.
-    """
+    """A frozen nn.Linear in `kind`: its `weight` is made anew at each access, in compute dtype."""
 
     codes: Tensor
     scales: Tensor
@@ -89,8 +87,7 @@ class _Product(torch.autograd.Function):
 
 
 def quantize(model: PreTrainedModel, kind: str) -> None:
-    """Replace the linears of the model's decoder, in place; embedding, LM head and norms stay as
-    they are.
+    """Replace the linears of the model's decoder, in place; everything else stays as it is.
 
     Raises UsageError for an unknown kind or a missing package, ModelError for a model that this
     does not fit.
@@ -100,6 +97,7 @@ def quantize(model: PreTrainedModel, kind: str) -> None:
     name = type(model).__name__
     if getattr(model.config, "quantization_config", None) is not None:
         raise ModelError(f"{name} is quantised already: serve it without quantize")
+
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     if decoder is None or decoder is model:
         raise ModelError(f"{name} is not a decoder-only causal LM")
@@ -108,8 +106,10 @@ def quantize(model: PreTrainedModel, kind: str) -> None:
             f"{name} has Conv1D modules in place of linear ones: it can be served in full "
             "precision only"
         )
+
+    # Few of the decoder's weights in linears would save little memory: such a model is refused.
     kept = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
-    found = [
+    linears = [
         (path, module)
         for path, module in decoder.named_modules()
         if type(module) is nn.Linear and id(module) not in kept
@@ -118,15 +118,15 @@ def quantize(model: PreTrainedModel, kind: str) -> None:
         sum(p.numel() for p in decoder.parameters() if p.dim() > 1)
         - model.get_input_embeddings().weight.numel()
     )
-    if not found or 2 * sum(module.weight.numel() for _, module in found) < matrices:
+    if not linears or 2 * sum(module.weight.numel() for _, module in linears) < matrices:
         raise ModelError(
             f"{name} keeps most of its weights outside of linear modules (fused experts?): it can "
-            "be served in full "
-            "precision only"
+            "be served in full precision only"
         )
+
     before = weight_bytes(model)
-    while found:  # one after the other, so that what is replaced is free for what comes
-        path, module = found.pop()
+    while linears:  # one after the other, so that what is replaced is free for what comes
+        path, module = linears.pop()
         decoder.set_submodule(path, QuantizedLinear(module, kind))
     log.info(
         "weights in %s: %.1f MiB in place of %.1f",
@@ -194,14 +194,13 @@ def _decode(
     if kind == "int8":
         return _bitsandbytes().int8_vectorwise_dequant(codes, scales).to(dtype)
     if kind == "nf4":
-        found = _bitsandbytes()
-        # As rows of one block each: the CPU kernel is wrong where a block goes over the end of a
-        # row.
+        library = _bitsandbytes()
+        # As rows of one block each: the CPU kernel is wrong where a block goes over a row's end.
         rows = torch.Size((len(scales), _GROUP[kind]))
-        state = found.QuantState(
+        state = library.QuantState(
             scales, rows, blocksize=_GROUP[kind], quant_type="nf4", dtype=dtype
         )
-        values = found.dequantize_4bit(codes, state)
+        values = library.dequantize_4bit(codes, state)
     else:
         values = torch.cat([codes & 15, codes >> 4], dim=1).to(dtype).sub_(8).mul_(scales.to(dtype))
     return values.flatten()[: shape[0] * shape[1]].view(shape)
@@ -210,13 +209,12 @@ def _decode(
 @cache
 def _bitsandbytes() -> Any:
     """bitsandbytes' functions. Its modules are not used: see docs/decisions.md."""
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # it warns of kernels that only its modules would use
+    # It warns of kernels that only its modules would use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        from bitsandbytes import functional as found
+        from bitsandbytes import functional as library
     except ImportError as error:
         raise UsageError(
             f"quantize: int8 and nf4 need bitsandbytes ({error}): pip install 'dlora[quantize]'"
         ) from error
-    return found
+    return library

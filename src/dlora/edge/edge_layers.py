@@ -25,9 +25,9 @@ from dlora.edge.micro_batch import check_finite
 from dlora.edge.sites import shared_sites
 from dlora.edge.skeleton import decoder_of
 from dlora.errors import ModelError
+from dlora.formulas import attention_flops, backward_flops, forward_flops
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.layers import EdgeLayers, LayerRunner, find_layers, layer_of, wrap_layers
-from dlora.protocol.sites import attention_flops, backward_flops, forward_flops
 
 __all__ = ["CloudBetween", "EdgeDecoder"]
 

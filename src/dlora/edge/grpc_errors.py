@@ -8,7 +8,7 @@ from typing import Any, Final
 import grpc
 
 from dlora.errors import AdapterMissing, PeerError, PeerLost
-from dlora.protocol.wire import RETRY_AFTER_KEY
+from dlora.protocol.channel import RETRY_AFTER_KEY
 
 __all__ = ["call_error", "connect_error"]
 

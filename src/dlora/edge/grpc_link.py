@@ -26,8 +26,9 @@ from dlora.files import check_private, default_cache
 from dlora.proto import dlora_pb2 as pb
 from dlora.proto import dlora_pb2_grpc as rpc
 from dlora.protocol.address import is_loopback
-from dlora.protocol.files import ALLOWED_FILES, LAYER_FILE
-from dlora.protocol.wire import PROTOCOL_VERSION, TOKEN_KEY, TOKEN_PREFIX, channel_options
+from dlora.protocol.channel import PROTOCOL_VERSION, TOKEN_KEY, TOKEN_PREFIX, channel_options
+from dlora.protocol.files import ALLOWED_FILES
+from dlora.protocol.layer_files import is_layer_file
 
 __all__ = ["Access", "GrpcLink", "connect"]
 
@@ -225,9 +226,7 @@ class GrpcLink:
     def layer_files(self, names: Sequence[str]) -> Path:
         """The same for decoder layers that run here."""
         offered = {
-            info.name: info
-            for info in self.description.layers.files
-            if re.fullmatch(LAYER_FILE, info.name)
+            info.name: info for info in self.description.layers.files if is_layer_file(info.name)
         }
         if missing := [name for name in names if name not in offered]:
             raise WireError(f"{self.address} allows edge layers and does not offer {missing[0]}")

@@ -13,8 +13,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from dlora.edge.meter import adapter_flops
 from dlora.errors import WireError
+from dlora.formulas import adapter_flops
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.wire import content_hash, encode
 

@@ -25,8 +25,9 @@ from dlora.edge.meter import Meter
 from dlora.edge.sites import ActiveSite
 from dlora.errors import AdapterMissing, PeerError, PeerLost, WireError
 from dlora.proto import dlora_pb2 as pb
+from dlora.protocol.channel import PROTOCOL_VERSION
 from dlora.protocol.layers import EdgeLayers
-from dlora.protocol.wire import PROTOCOL_VERSION, decode, encode, largest
+from dlora.protocol.wire import decode, encode, largest
 
 __all__ = ["Responder", "SiteForward", "Wait", "begin"]
 

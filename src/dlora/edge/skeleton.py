@@ -22,14 +22,8 @@ from dlora.edge.link import Link
 from dlora.edge.options import check_edge_layers
 from dlora.errors import ModelError, UsageError
 from dlora.proto import dlora_pb2 as pb
-from dlora.protocol.layers import (
-    EdgeLayers,
-    check_weights,
-    files_for,
-    fill,
-    values_by_file,
-    without_dropout,
-)
+from dlora.protocol.layer_files import check_weights, files_for, fill, values_by_file
+from dlora.protocol.layers import EdgeLayers, without_dropout
 
 __all__ = ["build_skeleton", "decoder_of", "drop_stand_ins", "edge_layers_of"]
 

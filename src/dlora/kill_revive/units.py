@@ -8,8 +8,8 @@ from typing import Any
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from dlora.edge.lora import product_of
 from dlora.edge.model import SplitModel
-from dlora.edge.responder import product_of
 from dlora.kill_revive.costs import Costs, Unit
 from dlora.protocol.layers import layer_of
 

@@ -1,6 +1,4 @@
-"""The few files that an edge gets from a cloud: embedding, LM head, tokenizer. Data only, no
-code.
-"""
+"""Files that every edge gets from a cloud: embedding, LM head, tokenizer. Data only, no code."""
 
 from __future__ import annotations
 
@@ -14,27 +12,23 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlora.proto import dlora_pb2 as pb
-from dlora.protocol.layers import layer_weights
 
-__all__ = ["ALLOWED_FILES", "LAYER_FILE", "describe_files", "write_edge_files", "write_layer_files"]
+__all__ = ["ALLOWED_FILES", "describe_files", "write_edge_files"]
 
 # Written by save_pretrained of tokenizers, minus everything that can carry code or pickles.
 ALLOWED_FILES: Final = frozenset(
     "edge.safetensors generation_config.json tokenizer.json tokenizer_config.json "
-    "special_tokens_map.json "
-    "added_tokens.json chat_template.jinja vocab.json vocab.txt merges.txt tokenizer.model "
-    "spiece.model "
-    "sentencepiece.bpe.model".split()
+    "special_tokens_map.json added_tokens.json chat_template.jinja vocab.json vocab.txt merges.txt "
+    "tokenizer.model spiece.model sentencepiece.bpe.model".split()
 )
-
-LAYER_FILE: Final = r"(decoder|layer-\d{4})\.safetensors"
-"""Names of the files of decoder layers."""
 
 
 def write_edge_files(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path
 ) -> None:
-    """Write `edge.safetensors` (embedding.*, and head.* where not tied), generation config and
+    """Write what an edge needs beside decoder layers.
+
+    That is `edge.safetensors` (embedding.*, and head.* where not tied), generation config and
     tokenizer.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -43,24 +37,16 @@ def write_edge_files(
         if value is not embedding.weight:
             weights[f"head.{name}"] = _plain(value)
     save_file(weights, folder / "edge.safetensors")
+
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
+
     if tokenizer is not None:
         with tempfile.TemporaryDirectory() as scratch:
             tokenizer.save_pretrained(scratch)
             for file in Path(scratch).iterdir():
                 if file.name in ALLOWED_FILES:
                     (folder / file.name).write_bytes(file.read_bytes())
-
-
-def write_layer_files(model: PreTrainedModel, first: int, last: int, folder: Path) -> None:
-    """Write the decoder layers that edges may hold, and what else the decoder has; nothing if they
-    may hold none.
-    """
-    if first or last:
-        count = model.config.get_text_config().num_hidden_layers
-        for name, weights in layer_weights(model, model.get_decoder(), count, first, last).items():
-            save_file(weights, folder / name)
 
 
 def _plain(value: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Decoder layers that run on the edge: the first and the last few, around those of the cloud.
 
-Both halves run the decoder's own forward over all of its layers. A layer that the other half holds
+Both halves run the decoder's own forward over all of its layers. A layer that the other half runs
 hands its input on; at the border hidden states come from the other half. So masks, positions and
 rotary embeddings are made by the model's own code on both sides.
 
@@ -10,11 +10,10 @@ Shapes: B batch, T tokens, D width of the layers.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from transformers import Cache
 
@@ -24,14 +23,9 @@ __all__ = [
     "EdgeLayers",
     "KnownCloud",
     "LayerRunner",
-    "check_weights",
-    "files_for",
-    "fill",
     "find_layers",
     "first_output",
     "layer_of",
-    "layer_weights",
-    "values_by_file",
     "without_dropout",
     "wrap_layers",
 ]
@@ -39,7 +33,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class EdgeLayers:
-    """Which of `count` decoder layers the edge holds: the first and the last so many."""
+    """Which of `count` decoder layers the edge runs: the first `first` and the last `last`."""
 
     first: int = 0
     last: int = 0
@@ -54,14 +48,15 @@ class EdgeLayers:
         return self.count - self.last
 
     def in_cloud(self, layer: int) -> bool:
-        """Whether the cloud runs this layer; what is outside the layers (-1) runs on the edge where
-        it holds any.
+        """Whether the cloud runs this layer.
+
+        What is outside the layers (-1) runs on the edge where the edge runs any.
         """
         return not self or self.first <= layer < self.end
 
 
 class LayerRunner(Protocol):
-    """Says what becomes of each layer in the pass that runs now."""
+    """Decides what becomes of each layer in the pass that runs now."""
 
     def run_layer(
         self,
@@ -81,10 +76,12 @@ def layer_of(name: str) -> int:
 
 def find_layers(decoder: nn.Module, count: int) -> nn.ModuleList | None:
     """The decoder's one list of `count` layers; None where there is not exactly one."""
-    found = [
-        one for one in decoder.children() if isinstance(one, nn.ModuleList) and len(one) == count
+    lists = [
+        child
+        for child in decoder.children()
+        if isinstance(child, nn.ModuleList) and len(child) == count
     ]
-    return found[0] if len(found) == 1 else None
+    return lists[0] if len(lists) == 1 else None
 
 
 def first_output(output: Any) -> Tensor:
@@ -118,11 +115,12 @@ def wrap_layers(
             _check_output(isinstance(hidden_BTD, Tensor) and hidden_BTD.dim() == 3, index, in_tuple)
 
             def skip(hidden_BTD: Tensor) -> Any:
-                for one in (*args, *kwargs.values()):
-                    if isinstance(one, Cache):
+                for argument in (*args, *kwargs.values()):
+                    if isinstance(argument, Cache):
                         batch, length = hidden_BTD.shape[:2]
                         place = hidden_BTD.new_zeros(batch, 1, length, 1)
-                        one.update(place, place, index)
+                        argument.update(place, place, index)
+
                 return (hidden_BTD, None) if in_tuple else hidden_BTD
 
             def run(hidden_BTD: Tensor) -> Any:
@@ -145,7 +143,7 @@ def _check_output(fits: bool, index: int, in_tuple: bool) -> None:
 
 
 class KnownCloud:
-    """A `LayerRunner`: held layers run, and what comes out of the cloud's is known, [B, T, D]."""
+    """A `LayerRunner`: edge layers run, and what comes out of the cloud's is known, [B, T, D]."""
 
     def __init__(self, edge_layers: EdgeLayers, exit_BTD: Tensor) -> None:
         self.edge_layers, self.exit_BTD = edge_layers, exit_BTD
@@ -157,105 +155,14 @@ class KnownCloud:
         run: Callable[[Tensor], Any],
         skip: Callable[[Tensor], Any],
     ) -> Any:
-        """Run a held layer; hand on what is known at the first of the others, and what comes at the
-        rest.
-        """
+        """Run an edge layer; at the cloud's first hand on what is known, at others what comes."""
         if not self.edge_layers.in_cloud(index):
             return run(hidden_BTD)
         return skip(self.exit_BTD if index == self.edge_layers.first else hidden_BTD)
 
 
-def layer_weights(
-    model: nn.Module, decoder: nn.Module, count: int, first: int, last: int
-) -> Mapping[str, dict[str, Tensor]]:
-    """What an edge needs to hold up to so many layers: file name -> {name in the model: tensor}.
-
-    One file a layer, and one for all of the decoder beside layers and token embedding.
-    """
-    wanted = ["decoder.safetensors", *map(layer_file, (*range(first), *range(count - last, count)))]
-    files = values_by_file(model, decoder)
-    return {
-        file: {
-            name: value.detach().to("cpu").contiguous().clone()
-            for name, value in files.get(file, {}).items()
-        }
-        for file in wanted
-    }
-
-
-def values_by_file(model: nn.Module, decoder: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """The decoder's parameters and buffers but for the token embedding: file name -> {name in the
-    model: tensor}.
-    """
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
-    inputs: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    embedding = {id(parameter) for parameter in inputs.parameters()}
-    files: dict[str, dict[str, Tensor]] = {}
-    for name, value in decoder.state_dict(
-        prefix=f"{prefix}." if prefix else "", keep_vars=True
-    ).items():
-        if id(value) not in embedding:
-            layer = layer_of(name)
-            files.setdefault("decoder.safetensors" if layer < 0 else layer_file(layer), {})[
-                name
-            ] = value
-    return files
-
-
-def layer_file(index: int) -> str:
-    """The name of a layer's file."""
-    return f"layer-{index:04}.safetensors"
-
-
-def files_for(layers: EdgeLayers) -> list[str]:
-    """The files that an edge wants for these layers."""
-    edge_layers = (*range(layers.first), *range(layers.end, layers.count))
-    return ["decoder.safetensors", *map(layer_file, edge_layers)] if layers else []
-
-
-def check_weights(
-    wanted: Mapping[str, Tensor], dtype: torch.dtype, weights: Mapping[str, Tensor]
-) -> None:
-    """Raises ValueError unless a file has what `values_by_file` says, its parameters in the model's
-    dtype.
-    """
-    if missing := sorted(wanted.keys() - weights.keys()):
-        raise ValueError(f"it lacks {missing[0]}")
-    if foreign := sorted(weights.keys() - wanted.keys()):
-        raise ValueError(f"it has {foreign[0]}, which is no part of it")
-    for name, value in weights.items():
-        # A model in half precision may keep some weights in full.
-        if isinstance(wanted[name], nn.Parameter) and value.dtype not in (dtype, torch.float32):
-            raise ValueError(f"{name}: got {value.dtype}, want {dtype}")
-
-
-def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> list[nn.Parameter]:
-    """Put weights into a model by name; return them. Raises KeyError or ValueError for what does
-    not fit.
-    """
-    filled = []
-    for name, value in weights.items():
-        path, _, last = name.rpartition(".")
-        module = model.get_submodule(path)
-        have: Tensor | None = module._parameters.get(last)
-        if have is None:
-            have = module._buffers.get(last)
-        if have is None:
-            raise KeyError(name)
-        if have.shape != value.shape:
-            raise ValueError(f"{name}: got {list(value.shape)}, want {list(have.shape)}")
-        if last in module._parameters:
-            filled.append(nn.Parameter(value, requires_grad=False))
-            setattr(module, last, filled[-1])
-        else:
-            setattr(module, last, value)
-    return filled
-
-
 def without_dropout(values: dict[str, Any]) -> dict[str, Any]:
-    """A configuration whose base drops nothing, as in the cloud: held layers are never in
-    training.
-    """
+    """A configuration whose base drops nothing, as in the cloud: edge layers never train."""
     return {
         name: 0.0
         if isinstance(value, float) and re.search(r"dropout|pdrop|layerdrop", name)

@@ -1,4 +1,4 @@
-"""Tensors as messages, and what both halves must agree on about frames.
+"""Tensors as messages, and back.
 
 Shapes: N rows (attended tokens), D width.
 """
@@ -16,14 +16,6 @@ from torch import Tensor
 
 from dlora.errors import WireError
 from dlora.proto import dlora_pb2 as pb
-
-PROTOCOL_VERSION: Final = 1
-MAX_MESSAGE_BYTES: Final = 256 * 2**20
-RETRY_AFTER_KEY: Final = "retry-after-ms"
-"""Trailing metadata beside RESOURCE_EXHAUSTED: the server is busy, and when to ask again."""
-TOKEN_KEY: Final = "authorization"  # noqa: S105  # the name of a header, no secret
-TOKEN_PREFIX: Final = "Bearer "  # noqa: S105  # the same
-"""Metadata of every call, where a token says who calls."""
 
 WIRE_DTYPES: Final[dict[str, pb.DType]] = {
     "fp32": pb.FP32,
@@ -46,23 +38,6 @@ _GROUPED: Final[dict[int, tuple[int, int, torch.dtype]]] = {
 # fp16 holds 2^-24 .. 2^16. Tensors are scaled so that their largest value lies just under 2^15:
 # gradients of a mean loss would otherwise vanish, and rare activations overflow.
 _FP16_TOP: Final = 15
-
-
-def channel_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str, int]]:
-    """gRPC options for servers and channels of this protocol."""
-    return [
-        # gRPC's own limit acts before a message is allocated; its default of 4 MiB is under one
-        # frame.
-        ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.max_receive_message_length", max_message_bytes),
-        # A peer behind a dead link is noticed after at most 30 s, and NAT entries stay alive.
-        ("grpc.keepalive_time_ms", 20_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-    ]
 
 
 def encode(tensor: Tensor, dtype: pb.DType) -> pb.Tensor:
@@ -89,9 +64,9 @@ def encode(tensor: Tensor, dtype: pb.DType) -> pb.Tensor:
 def content_hash(module: pb.FrozenModule) -> bytes:
     """SHA-256 of a frozen module's tensors: equal on both halves for equal content."""
     digest = hashlib.sha256()
-    for one in (module.a, module.b):
-        digest.update(f"{one.dtype} {list(one.shape)} {one.exponent} ".encode())
-        digest.update(one.data)
+    for tensor in (module.a, module.b):
+        digest.update(f"{tensor.dtype} {list(tensor.shape)} {tensor.exponent} ".encode())
+        digest.update(tensor.data)
     return digest.digest()
 
 
@@ -123,6 +98,7 @@ def decode(message: pb.Tensor, shape: Sequence[int], what: str) -> Tensor:
         )
     if list(message.shape) != list(shape):
         raise WireError(f"{what}: got shape {list(message.shape)[:8]}, want {list(shape)}")
+
     width = shape[-1] if shape else 1
     need = payload_bytes(message.dtype, math.prod(shape) // max(1, width), width)
     data = message.data  # a copy, each time it is asked for
@@ -133,6 +109,7 @@ def decode(message: pb.Tensor, shape: Sequence[int], what: str) -> Tensor:
         )
     if message.exponent and (message.dtype != pb.FP16 or abs(message.exponent) > 200):
         raise WireError(f"{what}: got exponent {message.exponent}, want 0, or within 200 for fp16")
+
     if need == 0:
         return torch.zeros(*shape)
     if message.dtype in _GROUPED:
@@ -171,15 +148,14 @@ def _encode_grouped(tensor: Tensor, dtype: pb.DType) -> bytes:
 
 
 def _decode_grouped(data: bytes, dtype: pb.DType, width: int, what: str) -> Tensor:
-    """[rows, width], of data whose length was checked. Raises WireError for scales that are
-    none.
-    """
+    """[rows, width], of data whose length was checked. Raises WireError for impossible scales."""
     group, _, scale_dtype = _GROUPED[dtype]
     count = len(data) // (scale_dtype.itemsize + (group // 2 if group else width))
     buffer = bytearray(data)
     scales = torch.frombuffer(buffer, dtype=scale_dtype, count=count).float()
     if not (bool(torch.isfinite(scales).all()) and bool((scales >= 0).all())):
         raise WireError(f"{what}: got a scale that is negative or not finite")
+
     values = torch.frombuffer(buffer, dtype=torch.uint8, offset=count * scale_dtype.itemsize)
     if not group:
         return values.view(torch.int8).view(count, width).float() * scales[:, None]

@@ -52,8 +52,8 @@ class Replica:
         # Only where the actor runs: the front itself needs no model, and no torch.
         import torch
 
+        from dlora.cloud.limits import Limits
         from dlora.cloud.load import load_cloud
-        from dlora.cloud.model import Limits
 
         if settings.threads:
             torch.set_num_threads(settings.threads)

@@ -21,7 +21,7 @@ from dlora.errors import UsageError
 from dlora.proto import dlora_pb2 as pb
 from dlora.proto import dlora_pb2_grpc as rpc
 from dlora.protocol.address import LOOPBACK_ADDRESS
-from dlora.protocol.wire import channel_options
+from dlora.protocol.channel import channel_options
 from dlora.server.identities import Identities
 from dlora.server.replica import Replica, ReplicaSettings
 from dlora.server.scaling import Scaling, scale

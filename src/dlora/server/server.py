@@ -21,8 +21,9 @@ from dlora.cloud.model import CloudModel
 from dlora.proto import dlora_pb2 as pb
 from dlora.proto import dlora_pb2_grpc as rpc
 from dlora.protocol.address import LOOPBACK_ADDRESS
-from dlora.protocol.files import write_edge_files, write_layer_files
-from dlora.protocol.wire import channel_options
+from dlora.protocol.channel import channel_options
+from dlora.protocol.files import write_edge_files
+from dlora.protocol.layer_files import write_layer_files
 from dlora.server.access_log import AccessLog
 from dlora.server.identities import Identities
 from dlora.server.service import SERVICE_NAME, Service

@@ -22,8 +22,8 @@ from dlora.cloud.model import CloudModel
 from dlora.errors import AdapterMissing, ModelError, PeerLost, UsageError, WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.proto import dlora_pb2_grpc as rpc
+from dlora.protocol.channel import PROTOCOL_VERSION, RETRY_AFTER_KEY, TOKEN_KEY, TOKEN_PREFIX
 from dlora.protocol.files import describe_files
-from dlora.protocol.wire import PROTOCOL_VERSION, RETRY_AFTER_KEY, TOKEN_KEY, TOKEN_PREFIX
 from dlora.server.access_log import AccessLog
 from dlora.server.identities import LOCAL, Credential, Identities
 from dlora.server.settings import ServerOptions
@@ -190,7 +190,7 @@ class Service(rpc.DLoRAServicer):
             frame = pipe.receive()
             if frame.WhichOneof("kind") != "begin":
                 raise WireError(f"got frame {frame.WhichOneof('kind')!r}, want 'begin'")
-            self.cloud.run(self.cloud.plan(frame.begin, pipe.tenant.name), pipe)
+            self.cloud.run(self.cloud.check(frame.begin, pipe.tenant.name), pipe)
             return None
         except Exception as error:
             # An edge that goes by itself, after an answer or a loss without backward, wants no

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from dlora.cloud.limits import Limits
 from dlora.errors import UsageError
 from dlora.protocol.address import LOOPBACK_ADDRESS, LOOPBACK_NAME, is_loopback
 
@@ -67,18 +68,18 @@ class ServeSettings:
     extra `quantize`). Another function than the full model, with a fingerprint of its own."""
     allow_modules: str = ".*"
     """Regular expression over full module names: what edges may adapt."""
-    edge_first: int = 0
+    edge_first: int = Limits.edge_first
     """Let edges have the weights of this many of the first decoder layers, and run these layers.
     They get more privacy; you keep less of the model to yourself."""
-    edge_last: int = 0
+    edge_last: int = Limits.edge_last
     """The same for the last layers."""
-    max_tokens: int = 16_384
+    max_tokens: int = Limits.max_tokens
     """Tokens of one micro-batch, padding included."""
-    max_length: int = 8_192
+    max_length: int = Limits.max_length
     """Tokens of one sequence; the model's own limit applies too."""
-    max_message_mib: int = 256
+    max_message_mib: int = Limits.max_message_bytes >> 20
     """Largest message in MiB."""
-    max_inflight_mib: int = 8_192
+    max_inflight_mib: int = Limits.max_inflight_bytes >> 20
     """Activations kept for all micro-batches in flight, in MiB."""
     max_streams: int = ServerOptions.max_streams
     """Micro-batches in flight."""

@@ -21,10 +21,11 @@ from dlora.edge.labels import IGNORE
 from dlora.edge.link import Link
 from dlora.edge.load import get_peft_model
 from dlora.edge.lora import delta, factors
-from dlora.edge.meter import Meter, step_traffic
+from dlora.edge.meter import Meter
 from dlora.edge.model import SplitModel
 from dlora.edge.sites import ActiveSite
 from dlora.errors import UsageError
+from dlora.formulas import step_traffic
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.layers import layer_of
 from dlora.protocol.wire import WIRE_DTYPES, decode, encode, payload_bytes

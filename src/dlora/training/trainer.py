@@ -20,9 +20,9 @@ from trl import SFTConfig, SFTTrainer
 from dlora.edge.data import load_rows
 from dlora.edge.model import SplitModel
 from dlora.errors import DataError, UsageError
-from dlora.kill_revive.apply import KillReviveCallback
+from dlora.formulas import pass_bytes
+from dlora.kill_revive.callback import KillReviveCallback
 from dlora.proto import dlora_pb2 as pb
-from dlora.protocol.sites import pass_bytes
 from dlora.runs import RunFolder
 from dlora.training.callbacks import AccountingCallback, Progress, StopOnDivergence, StopOnSignal
 from dlora.training.settings import TrainSettings

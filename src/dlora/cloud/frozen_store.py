@@ -1,7 +1,7 @@
-"""Frozen modules that edges let the cloud apply: kept for their owner by the hash of their content.
+"""Frozen modules that edges let the cloud apply, kept by the hash of their content.
 
-The longest unused are dropped: an owner's own beyond its share, and of whoever holds most beyond
-the whole.
+Each belongs to its owner alone. The longest unused are dropped: an owner's own beyond its share,
+and beyond the whole those of whoever holds most.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ from dlora.errors import UsageError, WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.wire import content_hash, decode, largest
 
-__all__ = ["AdapterStore"]
+__all__ = ["FrozenStore"]
 
 
-class AdapterStore:
-    """At most `max_bytes` of modules as float32 pairs (A [r, in], B [out, r]) on the model's
-    device.
-    """
+class FrozenStore:
+    """At most `max_bytes` of float32 pairs (A [r, in], B [out, r]), on the model's device."""
 
     def __init__(self, max_bytes: int, device: torch.device) -> None:
         self.max_bytes, self.device = max_bytes, device
@@ -36,29 +34,13 @@ class AdapterStore:
     ) -> bytes:
         """Keep a module; return its hash. An owner keeps up to `owner_bytes`, if that is given.
 
-        Raises WireError for tensors that do not fit together, UsageError for one that never has
-        room.
+        Raises WireError for tensors that do not fit together or are not finite, UsageError for a
+        module that never has room.
         """
-        if (
-            len(message.a.shape) != 2
-            or len(message.b.shape) != 2
-            or message.a.shape[0] != message.b.shape[1]
-        ):
-            raise WireError(
-                f"frozen module: got shapes {list(message.a.shape)[:8]} and "
-                f"{list(message.b.shape)[:8]}"
-            )
-        size = 4 * (
-            message.a.shape[0] * message.a.shape[1] + message.b.shape[0] * message.b.shape[1]
-        )
         most = self.max_bytes if owner_bytes is None else min(owner_bytes, self.max_bytes)
-        if size > most:
-            raise UsageError(
-                f"a frozen module of {size} bytes is over this server's limit of {most}"
-            )
-        a, b = (decode(one, tuple(one.shape), "frozen module") for one in (message.a, message.b))
-        if not largest(a) < float("inf") or not largest(b) < float("inf"):
-            raise WireError("frozen module: got values that are not finite")
+        a, b = _checked(message, most)
+        size = a.nbytes + b.nbytes
+
         key = (owner, content_hash(message))
         with self._lock:
             if key not in self._modules:
@@ -66,6 +48,7 @@ class AdapterStore:
                 self.stored_bytes += size
                 self._owned[owner] = self._owned.get(owner, 0) + size
             self._modules.move_to_end(key)
+
             while self._owned[owner] > most:
                 self._drop(next(other for other in self._modules if other[0] == owner))
             while self.stored_bytes > self.max_bytes:
@@ -76,12 +59,27 @@ class AdapterStore:
     def get(self, key: bytes, owner: str = "local") -> tuple[Tensor, Tensor] | None:
         """The owner's module with this hash, if it is still there."""
         with self._lock:
-            found = self._modules.get((owner, key))
-            if found is not None:
+            pair = self._modules.get((owner, key))
+            if pair is not None:
                 self._modules.move_to_end((owner, key))
-            return found
+            return pair
 
     def _drop(self, key: tuple[str, bytes]) -> None:
         a, b = self._modules.pop(key)
         self.stored_bytes -= a.nbytes + b.nbytes
         self._owned[key[0]] -= a.nbytes + b.nbytes
+
+
+def _checked(message: pb.FrozenModule, most: int) -> tuple[Tensor, Tensor]:
+    """(A, B) on the CPU, of no more than `most` bytes; the size is checked before it is made."""
+    a_shape, b_shape = list(message.a.shape), list(message.b.shape)
+    if len(a_shape) != 2 or len(b_shape) != 2 or a_shape[0] != b_shape[1]:
+        raise WireError(f"frozen module: got shapes {a_shape[:8]} and {b_shape[:8]}")
+    size = 4 * (a_shape[0] * a_shape[1] + b_shape[0] * b_shape[1])
+    if size > most:
+        raise UsageError(f"a frozen module of {size} bytes is over this server's limit of {most}")
+
+    a, b = decode(message.a, a_shape, "frozen module"), decode(message.b, b_shape, "frozen module")
+    if not largest(a) < float("inf") or not largest(b) < float("inf"):
+        raise WireError("frozen module: got values that are not finite")
+    return a, b

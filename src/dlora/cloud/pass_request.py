@@ -1,0 +1,87 @@
+"""A checked request: everything that one pass needs, and nothing that is not validated.
+
+Shapes: B batch, T tokens, N rows that travel, K kept rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from dlora.proto import dlora_pb2 as pb
+from dlora.protocol.layers import EdgeLayers
+from dlora.protocol.sites import Site
+
+__all__ = ["PassRequest"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassRequest:
+    """A `Begin` or `Extend` whose every field was checked; indices are on the cloud's device."""
+
+    dtype: pb.DType
+    """Of the tensors that the cloud sends."""
+
+    training: bool
+    batch: int
+    length: int
+
+    mask_BT: Tensor | None
+    """With a KV cache: [B, past + T]."""
+
+    position_ids_BT: Tensor | None
+
+    rows_N: Tensor | None
+    """Flat positions of the rows that travel; None: all of them."""
+
+    keep_K: Tensor
+    """Flat positions whose last hidden states the edge wants."""
+
+    embeddings: pb.Tensor
+
+    active: tuple[tuple[Site, tuple[int, ...]], ...]
+    """Sites where the edge computes deltas, and for which of their modules."""
+
+    idle: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """(site, module) -> (A, B) that the cloud applies itself."""
+
+    probe: tuple[tuple[Site, tuple[int, ...]], ...] = ()
+    """Modules whose norm of g^T x is asked for."""
+
+    factored: bool = False
+    """Deltas come as Z = x A^T and B."""
+
+    cost_bytes: int = 0
+    """Memory that the pass needs beside the weights."""
+
+    cache_length: int = 0
+    """Tokens of each sequence that the KV cache may come to hold; 0: there is none."""
+
+    past: int = 0
+    """Tokens of each sequence that are in the KV cache already."""
+
+    rollback: bool = False
+    """The edge may take tokens back, such as drafts that were wrong."""
+
+    drop: int = 0
+    """Cached tokens to forget before the pass; `past` is without them."""
+
+    order: Tensor | None = None
+    """Rows of the cache, in their new order."""
+
+    edge_layers: EdgeLayers = field(default_factory=EdgeLayers)
+    """Layers that the edge runs; `embeddings` are then what goes into the cloud's first layer."""
+
+    wants_input_grad: bool = False
+    """The gradient of `embeddings` goes back to the edge."""
+
+    @property
+    def num_rows(self) -> int:
+        """N: the rows that travel in every tensor but the last hidden states."""
+        return self.batch * self.length if self.rows_N is None else len(self.rows_N)
+
+    @property
+    def has_backward(self) -> bool:
+        """Whether anything asks for a gradient."""
+        return self.training and (bool(self.active) or self.wants_input_grad)

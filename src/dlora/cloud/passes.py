@@ -1,0 +1,243 @@
+"""One pass in the cloud: the decoder's forward and, in training, its backward.
+
+Hooks on the model find the pass of their thread by `current_pass`. At an active site the pass
+sends x to the edge and waits for deltas, which it adds to the modules' outputs; autograd brings
+it back there in backward. Frozen modules are applied and probes taken on the way.
+
+Shapes: B batch, T tokens, D width of a site's input, O of an output, R rank.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from dlora.cloud.exchange import Exchange, Pipe
+from dlora.cloud.pass_request import PassRequest
+from dlora.proto import dlora_pb2 as pb
+from dlora.protocol.layers import first_output
+
+__all__ = ["Pass", "current_pass"]
+
+_thread = threading.local()
+
+
+def current_pass() -> Pass | None:
+    """The pass that this thread computes: all passes share the model's hooks."""
+    current: Pass | None = getattr(_thread, "current", None)
+    return current
+
+
+class Pass:
+    """The forward of a request, in training the backward, and the exchanges between.
+
+    `embedding` is the token embedding's weight: its width, dtype and device are those of what goes
+    into the decoder. `layer_width` is that between layers, for requests with edge layers. `cache`
+    is the stream's KV cache, if it has one; the last hidden states then go with `flops`.
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        embedding: Tensor,
+        request: PassRequest,
+        pipe: Pipe,
+        *,
+        layer_width: int = 0,
+        cache: Cache | None = None,
+        flops: int = 0,
+    ) -> None:
+        self.decoder, self.embedding, self.request = decoder, embedding, request
+        self.layer_width, self.cache, self.flops = layer_width, cache, flops
+        self.exchange = Exchange(request, pipe, embedding.device)
+
+        # Multiply-adds beside the model's own: factors, frozen modules, probes. Known afterwards.
+        self.forward_macs = self.backward_macs = 0
+        self.probe_norms: dict[tuple[int, int], float] = {}
+        self.entry_grad: pb.Tensor | None = None
+
+        self._probed = {
+            (site.index, module) for site, modules in request.probe for module in modules
+        }
+        self._deltas: dict[int, tuple[Tensor, ...]] = {}
+        # With edge layers: what goes into the cloud's first layer, and what comes out of its last.
+        self._entry_BTD: Tensor | None = None
+        self._exit_BTD: Tensor | None = None
+        # Frozen weights ask for no gradient: the lowest exchange needs an input that does.
+        self._anchor = torch.zeros((), device=embedding.device, requires_grad=request.training)
+
+    def run(self) -> None:
+        """Forward and, in training, backward. Raises WireError for frames that do not fit."""
+        _thread.current = self
+        self.exchange.start_clock()
+        try:
+            # On CUDA autograd would otherwise run backward on one thread a device, where a wait
+            # for one edge blocks all others.
+            with torch.autograd.set_multithreading_enabled(False):
+                self._run()
+        finally:
+            _thread.current = None
+
+    def _run(self) -> None:
+        request, width = self.request, self.embedding.shape[1]
+        entry_BTD = self.exchange.entry(
+            self.layer_width if request.edge_layers else width, self.embedding.dtype
+        )
+        if request.probe or request.wants_input_grad:  # gradients go all the way down
+            entry_BTD.requires_grad_(True)
+
+        with torch.set_grad_enabled(request.has_backward):
+            hidden_KD = self._forward(entry_BTD)
+        self.exchange.send_hidden(hidden_KD, self.flops)
+        if not request.has_backward:
+            return
+
+        hidden_KD.backward(self.exchange.receive_hidden_grad(hidden_KD))
+        if request.wants_input_grad:
+            grad_BTD = torch.zeros_like(entry_BTD) if entry_BTD.grad is None else entry_BTD.grad
+            self.entry_grad = self.exchange.entry_grad(grad_BTD)
+
+    def _forward(self, entry_BTD: Tensor) -> Tensor:
+        """The kept rows of the last hidden states, or of what comes out of the cloud's last layer.
+
+        With edge layers the decoder runs on zeros until `run_layer` puts the entry in.
+        """
+        request = self.request
+        inputs: dict[str, Any] = {"inputs_embeds": entry_BTD}
+        if request.edge_layers:
+            self._entry_BTD = entry_BTD
+            inputs["inputs_embeds"] = self.embedding.new_zeros(
+                request.batch, request.length, self.embedding.shape[1]
+            )
+        if request.mask_BT is not None:
+            inputs["attention_mask"] = request.mask_BT
+        if request.position_ids_BT is not None:
+            inputs["position_ids"] = request.position_ids_BT
+        if self.cache is not None:
+            inputs["past_key_values"] = self.cache
+
+        hidden_BTD = self.decoder(**inputs, use_cache=self.cache is not None).last_hidden_state
+        if self._exit_BTD is not None:
+            hidden_BTD, self._exit_BTD = self._exit_BTD, None
+        return hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[request.keep_K]
+
+    # ----------------------------------------------------------------- called by the model's hooks
+
+    def run_layer(
+        self,
+        index: int,
+        hidden_BTD: Tensor,
+        run: Callable[[Tensor], Any],
+        skip: Callable[[Tensor], Any],
+    ) -> Any:
+        """Skip the edge's layers; put the entry in before the others, and note what comes out."""
+        edge_layers = self.request.edge_layers
+        if not edge_layers.in_cloud(index):
+            return skip(hidden_BTD)
+
+        if index == edge_layers.first and self._entry_BTD is not None:
+            hidden_BTD, self._entry_BTD = self._entry_BTD, None
+        output = run(hidden_BTD)
+        if index == edge_layers.end - 1:
+            self._exit_BTD = first_output(output)
+        return output
+
+    def before(self, site: int, index: int, x: Tensor) -> None:
+        """Before a site's first active module: exchange x for the deltas of all of them."""
+        if self.exchange.modules.get(site, (-1,))[0] == index:
+            self._deltas[site] = self._ask(site, x)
+
+    def after(self, site: int, index: int, x: Tensor, output: Tensor, output_site: int) -> Tensor:
+        """After a module: its base output plus its deltas, in the base output's dtype as in peft.
+
+        An adapter in series reads that output at `output_site`.
+        """
+        modules = self.exchange.modules.get(site, ())
+        if index in modules:
+            delta = self._deltas[site][modules.index(index)]
+            if index == modules[-1]:
+                del self._deltas[site]
+            output = (output + delta.view_as(output)).to(output.dtype)
+        elif (frozen := self.request.idle.get((site, index))) is not None:
+            output = self._apply_frozen(x, output, *frozen)
+
+        if output_site in self.exchange.modules:
+            (delta,) = self._ask(output_site, output)
+            output = (output + delta.view_as(output)).to(output.dtype)
+
+        if (site, index) in self._probed and output.requires_grad:
+            kept = x.detach().reshape(-1, x.shape[-1])
+            output.register_hook(
+                lambda grad: self._probe(site, index, kept, grad.reshape(-1, grad.shape[-1]))
+            )
+        return output
+
+    def _ask(self, site: int, x: Tensor) -> tuple[Tensor, ...]:
+        """The edge's deltas at a site, each [B, T, O]."""
+        if self.request.training:
+            apply: Callable[..., tuple[Tensor, ...]] = _Ask.apply
+            answers = apply(x, self._anchor, self.exchange, site)
+        else:
+            self.exchange.send_input(site, x, wants_grad=False)
+            answers = self.exchange.receive_deltas(site)
+        if not self.request.factored:
+            return answers
+
+        # delta = Z B^T; autograd brings the gradients of both factors to the exchange.
+        count, deltas = len(answers) // 2, []
+        for z_BTR, b_OR in zip(answers[:count], answers[count:], strict=True):
+            macs = z_BTR.numel() * b_OR.shape[0]
+            self.forward_macs += macs
+            self.backward_macs += 2 * macs if self.request.training else 0
+            deltas.append(z_BTR @ b_OR.T)
+        return tuple(deltas)
+
+    def _apply_frozen(self, x: Tensor, output: Tensor, a_RD: Tensor, b_OR: Tensor) -> Tensor:
+        """A module's output plus the delta of a frozen module of the edge."""
+        macs = x.numel() // x.shape[-1] * (a_RD.numel() + b_OR.numel())
+        self.forward_macs += macs
+        self.backward_macs += macs if x.requires_grad else 0
+        return (output + (x.to(a_RD.dtype) @ a_RD.T) @ b_OR.T).to(output.dtype)
+
+    def _probe(self, site: int, index: int, x: Tensor, grad: Tensor) -> None:
+        """Note the Frobenius norm of g^T x, by Gram matrices where these are the smaller product.
+
+        x is [B * T, D], grad [B * T, O].
+        """
+        (rows, d), o = x.shape, grad.shape[1]
+        x, grad = x.float(), grad.float()
+        if rows * rows * (d + o) <= rows * d * o:
+            norm = ((x @ x.T) * (grad @ grad.T)).sum().clamp(min=0).sqrt()
+            self.backward_macs += rows * rows * (d + o)
+        else:
+            norm = (grad.T @ x).norm()
+            self.backward_macs += rows * d * o
+        self.probe_norms[site, index] = norm.item()
+
+
+class _Ask(torch.autograd.Function):
+    """Forward: x goes to the edge, deltas come back. Backward: the same with their gradients.
+
+    The cloud waits at once: base layers that run while the edge computes would hide little of
+    the wait, and where both halves share cores they cost more than they hide.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, anchor: Tensor, exchange: Exchange, site: int
+    ) -> tuple[Tensor, ...]:
+        ctx.exchange, ctx.site, ctx.x = exchange, site, torch.empty_like(x, device="meta")
+        exchange.send_input(site, x, ctx.needs_input_grad[0])
+        return exchange.receive_deltas(site)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+        exchange, site = ctx.exchange, ctx.site
+        exchange.send_delta_grads(site, grads)
+        grad = exchange.receive_input_grad(site, ctx.x) if ctx.needs_input_grad[0] else None
+        return grad, None, None, None

@@ -1,0 +1,116 @@
+"""An edge whose adapters are all zero: for the checks and measurements at load.
+
+With it a pass needs no stream and no peer. Its results have to be the model's own.
+
+Shapes: B batch, T tokens, K kept rows, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dlora.cloud.pass_request import PassRequest
+from dlora.cloud.passes import Pass
+from dlora.proto import dlora_pb2 as pb
+from dlora.protocol.sites import Site
+from dlora.protocol.wire import decode, encode
+
+__all__ = ["ZeroEdge", "probe_request", "run_with_zeros", "sample_ids"]
+
+
+class ZeroEdge:
+    """A `Pipe` to an edge whose adapters are all zero, for one pass."""
+
+    def __init__(self, request: PassRequest) -> None:
+        self.request = request
+        self.active = {site.index: (site, modules) for site, modules in request.active}
+        self.hidden = pb.Tensor()
+        self._answers: list[pb.EdgeFrame] = []
+        self._grad_widths: dict[int, int] = {}
+
+    def decoded_hidden(self) -> Tensor:
+        """The last hidden states that the cloud has sent, [K, D]."""
+        return decode(self.hidden, list(self.hidden.shape), "hidden")
+
+    def admit(self, cost_bytes: int) -> None:
+        """Nobody else is there."""
+
+    def send(self, frame: pb.CloudFrame) -> None:
+        """Note what the cloud will want as an answer."""
+        kind = frame.WhichOneof("kind")
+        if kind == "input":
+            site, modules = self.active[frame.input.site]
+            deltas = [
+                _zeros(self.request.num_rows, site.modules[module].out_features)
+                for module in modules
+            ]
+            self._answers.append(pb.EdgeFrame(deltas=pb.SiteDeltas(site=site.index, deltas=deltas)))
+            self._grad_widths[site.index] = (
+                frame.input.x.shape[1] if frame.input.wants_input_grad else 0
+            )
+
+        elif kind == "hidden":
+            self.hidden = frame.hidden.hidden
+            grad = pb.HiddenGrad(grad=_zeros(*self.hidden.shape))
+            self._answers.append(pb.EdgeFrame(hidden_grad=grad))
+
+        elif kind == "delta_grads" and (width := self._grad_widths[frame.delta_grads.site]):
+            zeros = _zeros(self.request.num_rows, width)
+            input_grad = pb.InputGrad(site=frame.delta_grads.site, grad=zeros)
+            self._answers.append(pb.EdgeFrame(input_grad=input_grad))
+
+    def receive(self) -> pb.EdgeFrame:
+        """The next answer."""
+        return self._answers.pop(0)
+
+
+def probe_request(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    ids_BT: Tensor,
+    mask_BT: Tensor | None = None,
+    *,
+    training: bool,
+) -> PassRequest:
+    """A request for a pass over these tokens with every module of `sites` active, in fp32."""
+    embedding, tokens = model.get_input_embeddings(), ids_BT.numel()
+    if mask_BT is None:
+        rows = torch.arange(tokens, device=ids_BT.device)
+    else:
+        rows = mask_BT.reshape(-1).nonzero()[:, 0]
+
+    return PassRequest(
+        dtype=pb.FP32,
+        training=training,
+        batch=ids_BT.shape[0],
+        length=ids_BT.shape[1],
+        mask_BT=mask_BT,
+        position_ids_BT=None,
+        rows_N=rows if len(rows) != tokens else None,
+        keep_K=rows,
+        active=tuple((site, tuple(range(len(site.modules)))) for site in sites),
+        embeddings=encode(embedding(ids_BT).reshape(tokens, -1)[rows], pb.FP32),
+    )
+
+
+def sample_ids(model: PreTrainedModel, batch: int, length: int) -> Tensor:
+    """Token ids [batch, length], the same on every machine; low ids (specials) are left out."""
+    weight = model.get_input_embeddings().weight
+    vocab = weight.shape[0]
+    ids = torch.arange(batch * length).view(batch, length) * 7919 % max(1, vocab - 8)
+    return (ids + min(7, vocab - 1)).to(weight.device)
+
+
+def run_with_zeros(model: PreTrainedModel, request: PassRequest, layer_width: int = 0) -> ZeroEdge:
+    """Run a pass with zero adapters; return the edge, which has its hidden states."""
+    edge, weight = ZeroEdge(request), model.get_input_embeddings().weight
+    Pass(model.get_decoder(), weight, request, edge, layer_width=layer_width).run()
+    return edge
+
+
+def _zeros(*shape: int) -> pb.Tensor:
+    return encode(torch.zeros(*shape), pb.FP32)

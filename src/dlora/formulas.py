@@ -1,0 +1,136 @@
+"""FLOPs and bytes in closed form: what either half can know before a step has run.
+
+FLOPs count 2 per multiply-add of matrix products; look-ups, norms and softmax count nothing.
+Bytes are those of tensors on the wire, without the framing around them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from dlora.protocol.sites import Site
+from dlora.protocol.wire import WIRE_DTYPES, payload_bytes
+
+__all__ = [
+    "adapter_flops",
+    "attention_flops",
+    "backward_flops",
+    "forward_flops",
+    "pass_bytes",
+    "step_traffic",
+]
+
+
+# ----------------------------------------------------------------- the frozen model, in the cloud
+
+
+def forward_flops(sites: Sequence[Site], tokens: int) -> int:
+    """FLOPs of the linear modules of `sites` for `tokens` rows: 2 per multiply-add."""
+    return sum(
+        2 * tokens * site.in_features * module.out_features
+        for site in sites
+        for module in site.modules
+    )
+
+
+def backward_flops(sites: Sequence[Site], lowest: int | None, tokens: int, attention: int) -> int:
+    """FLOPs of a backward pass through `sites`: input gradients only, as the weights are frozen.
+
+    It ends at site `lowest`; None: at the input of the first layer. `attention` is one layer's
+    forward, whose backward is twice that.
+    """
+    layers = {module.layer for site in sites for module in site.modules} - {-1}
+    if lowest is None:
+        return forward_flops(sites, tokens) + 2 * attention * len(layers)
+    bottom = next(site for site in sites if site.index == lowest)
+    layer = bottom.modules[0].layer
+
+    # The first site of a layer feeds its attention; from any later one attention gets no gradient.
+    reads_layer_input = all(site.modules[0].layer != layer for site in sites if site.index < lowest)
+    num_attentions = sum(other > layer for other in layers) + (
+        layer in layers and reads_layer_input
+    )
+
+    return (
+        forward_flops([site for site in sites if site.index > lowest], tokens)
+        + 2 * attention * num_attentions
+    )
+
+
+def attention_flops(config: Any, batch: int, length: int, past: int = 0) -> int:
+    """FLOPs of Q K^T and P V of one layer, counted densely (no discount for the causal mask).
+
+    `length` new tokens look at themselves and at `past` cached ones.
+    """
+    config = config.get_text_config()
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return int(4 * batch * length * (past + length) * heads * head_dim)
+
+
+def pass_bytes(
+    batch: int, length: int, per_token: float, per_token_squared: float, past: int = 0
+) -> float:
+    """Memory in which the cloud runs forward and backward over [batch, length] tokens.
+
+    `past` tokens of each sequence are cached. `per_token` and `per_token_squared` are what the
+    cloud measured at load; its limits give both.
+    """
+    return batch * length * (per_token + per_token_squared * (past + length))
+
+
+# ----------------------------------------------------------------- adapters, on the edge
+
+
+def adapter_flops(
+    rows: int, d: int, r: int, o: int, *, training: bool, input_grad: bool, factored: bool = False
+) -> int:
+    """FLOPs of one LoRA module x A^T B^T on [rows, d] -> [rows, o] with rank r.
+
+    Backward adds dB and the gradient at the rank (2 r o each), dA (d r) and, where the site
+    asks for it, dx (d r). Factored, all that has B in it is the cloud's.
+    """
+    o = 0 if factored else o
+    macs = r * (d + o)
+    if training:
+        macs += 2 * r * o + d * r + (d * r if input_grad else 0)
+    return 2 * rows * macs
+
+
+def step_traffic(
+    rows: int,
+    kept: int,
+    embedding_width: int,
+    hidden_width: int,
+    sites: Iterable[tuple[int, Sequence[tuple[int, int]]]],
+    wire_dtype: str,
+    *,
+    factored: bool = False,
+    input_grad: bool = False,
+) -> tuple[int, int]:
+    """(sent, received) payload bytes of one training micro-batch, as the edge sees them.
+
+    `sites` has, for each active site in calling order, its input width d and (o, r) of its active
+    modules: output width and rank. The first site sends no input gradient unless it is wanted. On
+    the plain wire a module sends deltas of width o and gets their gradients; factored it sends Z of
+    width r and B once, and gets the gradients of both. Framing adds under 1 % from some hundred
+    tokens on.
+
+    Where the edge runs layers, `embedding_width` and `hidden_width` are those between layers,
+    `kept` is all rows if it runs the last, and `input_grad` means that adapters in the first want
+    the gradient of what was sent.
+    """
+
+    def size(rows: int, width: int) -> int:
+        return payload_bytes(WIRE_DTYPES[wire_dtype], rows, width)
+
+    # Embeddings and last hidden states, and their gradients.
+    sent = size(rows, embedding_width) + size(kept, hidden_width)
+    received = size(kept, hidden_width) + (size(rows, embedding_width) if input_grad else 0)
+
+    for index, (d, modules) in enumerate(sites):
+        answers = sum(size(rows, r) + size(o, r) if factored else size(rows, o) for o, r in modules)
+        sent += answers + (size(rows, d) if index or input_grad else 0)
+        received += answers + size(rows, d)
+    return sent, received
