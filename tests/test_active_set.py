@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, adapter, batches, lora, make_local, make_split
+from helpers import FlopCount
 from peft.tuners.lora import LoraLayer
-from test_accounting import FlopCount
 
 import dlora
 from dlora.cloud.model import CloudModel, Limits

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import VOCAB, batches, lora, make_base, make_split
-from test_training import same
+from helpers import same
 from transformers import PreTrainedTokenizerFast
 
 import dlora.privacy.audit

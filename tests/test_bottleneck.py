@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import adapter, batches, lora, make_base, make_split
+from helpers import FlopCount
 from peft import PeftModel
-from test_accounting import FlopCount
 
 import dlora
 from dlora.cloud.model import CloudModel, Limits

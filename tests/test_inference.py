@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, lora, make_local, make_split
+from helpers import dlora_command
 from transformers import PreTrainedTokenizerFast
 
 import dlora
@@ -360,19 +361,8 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(words: list[str]) -> None:
     """SIGINT during an answer of `dlora chat` ends that answer; the next line is answered, with its
     history.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "dlora",
-        "chat",
-        *words,
-        "--max-new-tokens",
-        "150",
-        "--temperature",
-        "0",
-    ]
     with subprocess.Popen(
-        command,
+        dlora_command("chat", *words, "--max-new-tokens", "150", "--temperature", "0"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -383,7 +373,9 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(words: list[str]) -> None:
         timer.start()
         seen = ""
         while not seen.endswith("\n> "):
-            seen += process.stdout.read(1)
+            said = process.stdout.read(1)
+            assert said, "it ended before it asked for a message"
+            seen += said
         process.stdin.write("the desk\n")
         process.stdout.read(1)  # the answer has begun
         process.send_signal(signal.SIGINT)

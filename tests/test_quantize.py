@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import adapter, batches, lora, make_base, make_split
+from helpers import assert_same_grads
 from peft import get_peft_model
-from test_parity import assert_same_grads
 from torch import nn
 from transformers import PreTrainedModel
 

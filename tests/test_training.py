@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_base
+from helpers import cli, same
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 import dlora
@@ -80,17 +80,6 @@ def settings(data: Path, output: Path, **changes: Any) -> TrainSettings:
         "save_steps": 2,
     }
     return TrainSettings(**(values | changes))
-
-
-def saved(output: Path) -> dict[str, torch.Tensor]:
-    """The adapter's tensors."""
-    return load_file(output / "adapter_model.safetensors")
-
-
-def same(one: Path, other: Path) -> bool:
-    """Whether two runs ended with the very same adapter."""
-    a, b = saved(one), saved(other)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 class _Interrupt(TrainerCallback):
@@ -431,13 +420,6 @@ def test_adapter_that_does_not_fit_is_refused(
     )
     with pytest.raises(UsageError, match="does not fit example-org/llama"):
         dlora.load_adapter(link, tmp_path / "run")
-
-
-def cli(*words: str) -> subprocess.CompletedProcess[str]:
-    """`dlora` as a user starts it."""
-    return subprocess.run(
-        [sys.executable, "-m", "dlora", *words], capture_output=True, text=True, timeout=120
-    )
 
 
 def test_command_line_trains_from_yaml_and_flags(
