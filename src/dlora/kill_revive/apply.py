@@ -139,6 +139,8 @@ class KillAndRevive:
             )
             self._snapshot = self._weights()
             self._squares.clear()
+            if self.model.output_squares is not None:
+                self.model.output_squares.clear()
         self.model.probe_norms.clear()
         probe = needs_probe(self.config, step, self.total_steps)
         self.model.probe_modules = (
