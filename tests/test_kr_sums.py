@@ -35,7 +35,7 @@ def test_an_interval_is_scored_by_its_own_gradients(link: InProcessLink) -> None
         for parameter in adapter(split).values():
             parameter.grad = torch.full_like(parameter, float(step < 5))
         reviver.before_update(None)
-    scores = {record.step: record.score for record in reviver.records}
+    scores = {line["step"]: line["score"] for line in reviver.state_dict()["records"]}
     assert scores.keys() == {2, 5, 8} and min(scores[2], scores[5]) > 0 and scores[8] == 0
 
 
@@ -50,5 +50,5 @@ def test_outputs_are_summed_up_to_the_decision_alone(link: InProcessLink) -> Non
         split(**batch).loss.backward()
     assert len(reviver.state_dict()["outputs"]) == len(split.adapted_modules)
     reviver.before_step(2)
-    assert all(record.score > 0 for record in reviver.records)
+    assert all(line["score"] > 0 for line in reviver.state_dict()["records"])
     assert reviver.state_dict()["outputs"] == []
