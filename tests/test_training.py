@@ -453,7 +453,7 @@ def refused(server: Server, data: Path, tmp_path: Path, flags: list[str]) -> int
     [
         (["--server", "127.0.0.1:1"], 1, "no DLoRA server answers at 127.0.0.1:1"),
         (["--data", "nowhere.jsonl"], 2, "dlora: nowhere.jsonl: no such file"),
-        (["--pad_to", "-1"], 2, "dlora: pad_to: got -1, want 0 or more"),
+        (["--pad_to", "-1"], 2, "pad_to: got -1, want 0 or more"),
     ],
 )
 def test_user_errors_are_one_line(
