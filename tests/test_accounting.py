@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, NO_DRAIN, batches, lora, make_base, make_split
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from helpers import FlopCount
+from torch.utils.flop_counter import FlopCounterMode
 
 import dlora
 from dlora.cloud.model import CloudModel
@@ -127,22 +127,6 @@ def test_padding_does_not_travel(cloud_models: Callable[[str], CloudModel]) -> N
         sent.append(split.meter.sent_bytes)
     assert sent[1] - sent[0] == 40
     link.close()
-
-
-class FlopCount(TorchDispatchMode):
-    """torch's flop formulas, without the module tracking that cannot be used around
-    autograd.grad.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
-            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
-        return out
 
 
 @pytest.mark.parametrize("wire", ["plain", "factored"])

@@ -190,7 +190,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"extra_body": {"generation_config": "{}"}}, "generation_config='{}' is not supported"),
     ({"reasoning_effort": "low"}, "reasoning_effort='low' is not supported"),
     ({"max_tokens": 0}, "max_tokens: got 0"),
-    ({"temperature": -1}, "temperature"),
+    ({"temperature": -1}, "temperature: got -1, want a value from 0 to 2"),
 ]
 
 
@@ -256,7 +256,7 @@ def test_a_lost_client_stops_the_answer(client: openai.OpenAI, split: Any) -> No
 
 def test_empty_prompts_are_refused(client: openai.OpenAI) -> None:
     """A prompt without tokens has no answer."""
-    with pytest.raises(openai.BadRequestError, match="no tokens"):
+    with pytest.raises(openai.BadRequestError, match="prompt: it has no tokens"):
         client.completions.create(model="mine", prompt="", max_tokens=4)
 
 

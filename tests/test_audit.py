@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import NO_DRAIN, VOCAB, batches, lora, make_base, make_split
-from test_training import same
+from helpers import same
 from transformers import PreTrainedTokenizerFast
 
 from dlora.cli.demo import data_file, serving
@@ -286,9 +286,9 @@ def test_a_broken_recording_is_refused(run: Path, tmp_path: Path, suffix: str, h
     if (suffix, harm) == ("json", "missing"):
         assert len(Recording(folder)) == 11  # it is written last: an unfinished micro-batch
     else:
-        with pytest.raises(UsageError, match="0003"):
+        with pytest.raises(UsageError, match="0003: this part of the recording cannot be read"):
             Recording(folder).read(3)
-    with pytest.raises(UsageError, match="--record"):
+    with pytest.raises(UsageError, match="none holds no recording: make one with"):
         Recording(tmp_path / "none")
 
 
@@ -677,18 +677,22 @@ def test_audit_refuses_what_it_cannot_use(
     """No run, no recording, another model, or settings that make no sense are errors that say what
     to do.
     """
-    with pytest.raises(UsageError, match=r"run\.json"):
+    with pytest.raises(UsageError, match=r"holds no run of `dlora train`: there is no run\.json"):
         audit(AuditSettings(run=tmp_path, server="in-process"), link)
     (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(UsageError, match="--record"):
+    with pytest.raises(
+        UsageError, match="holds no recording: make one with `dlora train --record 24"
+    ):
         audit(AuditSettings(run=tmp_path, server="in-process"), link)
     other = InProcessLink(cloud_models("qwen2"))
-    with pytest.raises(UsageError, match="fingerprint"):
+    with pytest.raises(
+        UsageError, match="recorded with a model of fingerprint .* serves example-org/qwen2"
+    ):
         audit(AuditSettings(run=run, server="in-process"), other)
     other.close()
-    with pytest.raises(UsageError, match="rows"):
+    with pytest.raises(UsageError, match="rows: got 0, want at least 1"):
         AuditSettings(run=run, server="in-process", rows=0)
-    with pytest.raises(UsageError, match="record"):
+    with pytest.raises(UsageError, match="record: got -1, want 0 or more"):
         TrainSettings(server="in-process", data="x", output=tmp_path / "new", record=-1)
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import NO_DRAIN, adapter, batches, lora, make_base, make_split
+from helpers import FlopCount
 from peft import PeftModel
-from test_accounting import FlopCount
 
 import dlora
 from dlora.cloud.limits import Limits
@@ -187,7 +187,7 @@ def test_any_active_set_trains_as_alone(cloud_models: Any, kind: str) -> None:
             atol=1e-6,
             msg=name,
         )
-    with pytest.raises(UsageError, match="no bottleneck"):
+    with pytest.raises(UsageError, match="products of two matrices, and no bottleneck adapters"):
         model.set_active(names[:1], "cloud")
     link.close()
 
@@ -294,10 +294,16 @@ def test_command_line(
     assert "not linear" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", [{"kind": "sideways"}, {"activation": "step"}])
-def test_unknown_kinds_are_refused(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "sideways"}, "kind: got 'sideways', want series or parallel"),
+        ({"activation": "step"}, "activation: got 'step', want one of .*relu"),
+    ],
+)
+def test_unknown_kinds_are_refused(options: dict[str, Any], message: str) -> None:
     """A misspelt kind is an error, not a default."""
-    with pytest.raises(UsageError, match="want"):
+    with pytest.raises(UsageError, match=message):
         config(**options)
 
 
@@ -306,6 +312,8 @@ def test_bottlenecks_stand_alone(cloud_models: Any) -> None:
     link = InProcessLink(cloud_models("llama"))
     with pytest.raises(UsageError, match="stand alone"):
         make_split(link, config()).add_adapter("other", lora())
-    with pytest.raises(UsageError, match="rank_pattern"):
+    with pytest.raises(
+        UsageError, match="bottleneck adapters have one size and one scale: no rank_pattern"
+    ):
         make_split(link, config(rank_pattern={"o_proj": 2}))
     link.close()

@@ -13,9 +13,9 @@ import peft
 import pytest
 import torch
 from conftest import FAMILIES, NO_DRAIN, adapter, batches, lora, make_base, make_local, make_split
+from helpers import FlopCount
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from test_accounting import FlopCount
 from transformers import AutoModelForCausalLM
 
 import dlora

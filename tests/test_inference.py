@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, NO_DRAIN, lora, make_local, make_split
+from helpers import dlora_command
 from transformers import PreTrainedTokenizerFast
 
 import dlora
@@ -268,7 +269,8 @@ def test_generate_refuses_with_one_line(
     """What cannot be answered ends with one line that says why."""
     assert main(["generate", *words, *flags]) in (1, 2)
     error = capsys.readouterr().err
-    assert message in error and "Traceback" not in error
+    (line,) = (line for line in error.splitlines() if line.startswith("dlora: "))
+    assert message in line and error.endswith(f"{line}\n") and "Traceback" not in error
 
 
 # ----------------------------------------------------------------- chat
@@ -360,19 +362,8 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(words: list[str]) -> None:
     """SIGINT during an answer of `dlora chat` ends that answer; the next line is answered, with its
     history.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "dlora",
-        "chat",
-        *words,
-        "--max-new-tokens",
-        "150",
-        "--temperature",
-        "0",
-    ]
     with subprocess.Popen(
-        command,
+        dlora_command("chat", *words, "--max-new-tokens", "150", "--temperature", "0"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -383,7 +374,9 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(words: list[str]) -> None:
         timer.start()
         seen = ""
         while not seen.endswith("\n> "):
-            seen += process.stdout.read(1)
+            said = process.stdout.read(1)
+            assert said, "it ended before it asked for a message"
+            seen += said
         process.stdin.write("the desk\n")
         process.stdout.read(1)  # the answer has begun
         process.send_signal(signal.SIGINT)
@@ -666,7 +659,11 @@ def test_info_tells_server_adapter_and_fit(
 
 def test_complete_counts_tokens(split: Any, tokenizer: PreTrainedTokenizerFast) -> None:
     """Padding behind a finished answer is not counted as new tokens."""
-    texts, num_tokens = complete(
-        split, tokenizer, ["the desk", "of"], max_new_tokens=6, do_sample=False
-    )
+    prompts, options = ["the desk", "of"], {"max_new_tokens": 6, "do_sample": False}
+    texts, num_tokens = complete(split, tokenizer, prompts, **options)
     assert len(texts) == 2 and num_tokens == 12
+    # Let the first answer end with its second token, which the second answer does not have.
+    end = tokenizer(texts[0], add_special_tokens=False)["input_ids"][1]
+    assert end not in tokenizer(texts[1], add_special_tokens=False)["input_ids"]
+    cut, num_tokens = complete(split, tokenizer, prompts, eos_token_id=end, **options)
+    assert cut[1] == texts[1] and texts[0].startswith(cut[0]) and num_tokens == 2 + 6

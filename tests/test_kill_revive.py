@@ -270,7 +270,9 @@ def test_options_are_checked() -> None:
     with pytest.raises(UsageError, match="kr_options: speed is not known"):
         from_options("on", {"speed": 1})
     for bad in ({"budget": 0.0}, {"budget": 1.5}, {"interval": 0}, {"warmup": -1}, {"final": 2}):
-        with pytest.raises(UsageError, match="kr "):
+        with pytest.raises(
+            UsageError, match=f"kr {next(iter(bad))}: got {next(iter(bad.values()))}, want"
+        ):
             KillReviveConfig(**bad)
     common = {"server": "x", "data": "x", "output": Path("nowhere")}
     with pytest.raises(UsageError, match="agree with --upload_consent true"):

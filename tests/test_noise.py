@@ -137,7 +137,8 @@ def test_noise_reaches_the_wire_and_training_goes_on(watched: Any, which: str) -
 @pytest.mark.parametrize("values", [{"entry": -1.0}, {"tail": float("nan")}, {"clip": 0.5}])
 def test_values_that_cannot_work_are_refused(values: dict[str, float]) -> None:
     """Noise without sense is an error, not silence."""
-    with pytest.raises(UsageError, match="noise"):
+    ((name, value),) = values.items()
+    with pytest.raises(UsageError, match=f"noise {name}: got {value}, want"):
         Noise(**values)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, adapter, batches, lora, make_base, make_local, make_split
+from helpers import assert_same_grads
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -18,21 +19,6 @@ import dlora
 from dlora.embedded import InProcessLink
 
 Links = Callable[[str], Any]
-
-
-def assert_same_grads(
-    local: torch.nn.Module, split: torch.nn.Module, tolerance: float = 1e-5
-) -> None:
-    """For every adapter tensor: max |difference| at most `tolerance` of max |reference
-    gradient|.
-    """
-    want, got = adapter(local), adapter(split)
-    assert want.keys() == got.keys()
-    for name, parameter in want.items():
-        scale = parameter.grad.abs().max().item()
-        difference = (got[name].grad - parameter.grad).abs().max().item()
-        assert scale > 0, name
-        assert difference <= tolerance * scale, f"{name}: {difference} of {scale}"
 
 
 @pytest.mark.parametrize("wire", ["plain", "factored"])

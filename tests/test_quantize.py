@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import adapter, batches, lora, make_base, make_split
+from helpers import assert_same_grads
 from peft import get_peft_model
-from test_parity import assert_same_grads
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -300,5 +300,5 @@ def test_edge_layers_of_a_low_bit_base_are_refused() -> None:
     """Layer files hold full weights: an edge would run other layers than the cloud quantised."""
     base = make_base("llama")
     quantize(base, "int8")
-    with pytest.raises(UsageError, match="low-bit base"):
+    with pytest.raises(UsageError, match="edge layers of a low-bit base are not supported"):
         CloudModel(base, model_id="x", limits=Limits(edge_first=1))

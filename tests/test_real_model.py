@@ -12,8 +12,8 @@ import openai
 import pytest
 import torch
 from conftest import adapter
+from helpers import assert_same_grads
 from peft import LoraConfig, get_peft_model
-from test_parity import assert_same_grads
 
 import dlora
 from dlora.cli.demo import data_file, serving

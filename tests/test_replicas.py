@@ -162,11 +162,14 @@ def test_supervision_outlives_what_fails(
 def test_settings_of_replicas_are_checked() -> None:
     """Numbers that do not fit together are refused before anything is loaded."""
     for options, message in (
-        ({"replicas": 2, "max_replicas": 1}, "and no less"),
-        ({"replicas": -1}, "0 or more"),
-        ({"replica_ports": "9-8"}, "FIRST-LAST"),
-        ({"replica_ports": "x"}, "FIRST-LAST"),
-        ({"replicas": 1, "metrics_port": 1}, "single server"),
+        (
+            {"replicas": 2, "max_replicas": 1},
+            "replicas: got 2, max_replicas 1; want 0 or more, and no",
+        ),
+        ({"replicas": -1}, "replicas: got -1, max_replicas None; want 0 or more"),
+        ({"replica_ports": "9-8"}, "replica_ports: got '9-8', want FIRST-LAST"),
+        ({"replica_ports": "x"}, "replica_ports: got 'x', want FIRST-LAST"),
+        ({"replicas": 1, "metrics_port": 1}, "metrics_port is of a single server"),
     ):
         with pytest.raises(UsageError, match=message):
             ServeSettings(model="m", **options)

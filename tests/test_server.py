@@ -73,18 +73,33 @@ BAD_BEGINS: dict[str, tuple[dict[str, Any], str]] = {
     "other protocol": ({"protocol_version": 99}, "protocol 99"),
     "other model": ({"fingerprint": "feed"}, "expects the model 'feed'"),
     "no tokens": ({"batch": 0}, "empty micro-batch"),
-    "too long": ({"length": 4000}, "limit of 256"),
+    "too long": ({"length": 4000}, "a sequence of 4000 tokens is over this server's limit of 256"),
     "too many": ({"batch": 1 << 20}, "lower the batch size"),
-    "unknown dtype": ({"wire_dtype": 7}, "wire dtype"),
-    "short mask": ({"attention_mask": b"\x01"}, "attention mask"),
-    "far position": ({"position_ids": [999] * 8}, "position_ids"),
-    "keep out of range": ({"keep": [8]}, "keep"),
-    "keep not ascending": ({"keep": [3, 3]}, "keep"),
-    "unknown site": ({"sites": [pb.ActiveSite(site=99, modules=[0])]}, "sites"),
-    "site without modules": ({"sites": [pb.ActiveSite(site=0)]}, "site 0"),
-    "unknown module": ({"sites": [pb.ActiveSite(site=0, modules=[3])]}, "site 0"),
-    "embeddings too narrow": ({"embeddings": encode(torch.zeros(8, 63), pb.FP32)}, "embeddings"),
-    "embeddings too few": ({"embeddings": encode(torch.zeros(7, 64), pb.FP32)}, "embeddings"),
+    "unknown dtype": ({"wire_dtype": 7}, "wire dtype number 7 is not known"),
+    "short mask": ({"attention_mask": b"\x01"}, "attention mask: got 1 bytes, want 2 x 4"),
+    "far position": ({"position_ids": [999] * 8}, "position_ids: want 8 values under 256"),
+    "keep out of range": ({"keep": [8]}, "keep: want ascending positions under 8"),
+    "keep not ascending": ({"keep": [3, 3]}, "keep: want ascending positions under 8"),
+    "unknown site": (
+        {"sites": [pb.ActiveSite(site=99, modules=[0])]},
+        "sites: got 99 after .*, want ascending",
+    ),
+    "site without modules": (
+        {"sites": [pb.ActiveSite(site=0)]},
+        r"site 0: got modules \(\), want ascending, 1 to 3",
+    ),
+    "unknown module": (
+        {"sites": [pb.ActiveSite(site=0, modules=[3])]},
+        r"site 0: got modules \(3,\), want ascending",
+    ),
+    "embeddings too narrow": (
+        {"embeddings": encode(torch.zeros(8, 63), pb.FP32)},
+        r"embeddings: got shape \[8, 63\], want \[8, 64\]",
+    ),
+    "embeddings too few": (
+        {"embeddings": encode(torch.zeros(7, 64), pb.FP32)},
+        r"embeddings: got shape \[7, 64\], want \[8, 64\]",
+    ),
 }
 
 
@@ -101,11 +116,17 @@ def test_bad_first_frames_are_refused_with_a_reason(link: GrpcLink, name: str) -
 
 BAD_ANSWERS: dict[str, tuple[pb.EdgeFrame, str]] = {
     "one delta missing": (deltas(64), "1 deltas, want 2"),
-    "delta too wide": (deltas(64, 64), "delta at site 0"),
-    "too few rows": (deltas(64, 32, rows=7), "delta at site 0"),
-    "other site": (pb.EdgeFrame(deltas=pb.SiteDeltas(site=5)), "site 5"),
-    "other kind": (pb.EdgeFrame(hidden_grad=pb.HiddenGrad()), "hidden_grad"),
-    "nothing": (pb.EdgeFrame(), "None"),
+    "delta too wide": (deltas(64, 64), r"delta at site 0: got shape \[8, 64\], want \[8, 32\]"),
+    "too few rows": (
+        deltas(64, 32, rows=7),
+        r"delta at site 0: got shape \[7, 64\], want \[8, 64\]",
+    ),
+    "other site": (pb.EdgeFrame(deltas=pb.SiteDeltas(site=5)), "got an answer for site 5, want 0"),
+    "other kind": (
+        pb.EdgeFrame(hidden_grad=pb.HiddenGrad()),
+        "got frame 'hidden_grad', want 'deltas'",
+    ),
+    "nothing": (pb.EdgeFrame(), "got frame None, want 'deltas'"),
 }
 
 
@@ -453,12 +474,21 @@ def site_input(
 
 
 HOSTILE_FRAMES: dict[str, tuple[list[pb.CloudFrame], str]] = {
-    "wrong shape": ([site_input(shape=(24, 63))], "shape"),
-    "not finite": ([site_input(value=float("nan"))], "not finite"),
-    "site not asked for": ([site_input(site=3)], "not active"),
-    "site asked twice": ([site_input(), site_input()], "done"),
-    "backward in forward": ([pb.CloudFrame(delta_grads=pb.DeltaGrads())], "delta_grads"),
-    "empty frame": ([pb.CloudFrame()], "None"),
+    "wrong shape": (
+        [site_input(shape=(24, 63))],
+        r"input of site 0: got shape \[24, 63\], want \[24, 64\]",
+    ),
+    "not finite": (
+        [site_input(value=float("nan"))],
+        "input of site 0: .* values that are not finite",
+    ),
+    "site not asked for": ([site_input(site=3)], "the cloud asked for site 3, which is not active"),
+    "site asked twice": ([site_input(), site_input()], "the cloud asked for site 0, which is done"),
+    "backward in forward": (
+        [pb.CloudFrame(delta_grads=pb.DeltaGrads())],
+        "frame 'delta_grads' in forward",
+    ),
+    "empty frame": ([pb.CloudFrame()], "the cloud sent frame None in forward"),
 }
 
 
@@ -484,7 +514,7 @@ def test_hostile_cloud_is_stopped_by_name(
     [
         ("../evil.py", "not on the list"),
         ("modeling_evil.py", "not on the list"),
-        ("tokenizer.json", "SHA-256"),
+        ("tokenizer.json", "3 of 3 bytes, SHA-256 does not"),
     ],
 )
 def test_edge_files_with_code_paths_or_other_bytes_are_refused(

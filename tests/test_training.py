@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import NO_DRAIN, make_base
+from helpers import cli, same
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 import dlora
@@ -81,17 +82,6 @@ def settings(data: Path, output: Path, **changes: Any) -> TrainSettings:
         "save_steps": 2,
     }
     return TrainSettings(**(values | changes))
-
-
-def saved(output: Path) -> dict[str, torch.Tensor]:
-    """The adapter's tensors."""
-    return load_file(output / "adapter_model.safetensors")
-
-
-def same(one: Path, other: Path) -> bool:
-    """Whether two runs ended with the very same adapter."""
-    a, b = saved(one), saved(other)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 class _Interrupt(TrainerCallback):
@@ -201,7 +191,7 @@ def test_existing_runs_are_never_overwritten(
             ),
             link,
         )
-    with pytest.raises(UsageError, match="finished"):
+    with pytest.raises(UsageError, match="is finished: there is nothing to resume"):
         train(settings(data, tmp_path / "run", resume=True, max_steps=1, save_steps=1), link)
     with pytest.raises(UsageError, match="holds no run"):
         train(settings(data, tmp_path / "other", resume=True), link)
@@ -424,15 +414,15 @@ def test_overlong_rows_can_be_dropped_or_truncated(
     ("changes", "message"),
     [
         ({"r": 0}, "r: got 0"),
-        ({"lora_dropout": 1.0}, "lora_dropout"),
+        ({"lora_dropout": 1.0}, r"lora_dropout: got 1\.0, want a value in \[0, 1\)"),
         ({"epochs": 0.0}, "epochs or max_steps"),
         ({"early_stopping_patience": 2}, "needs eval_data"),
         ({"eval_data": "x.jsonl", "eval_steps": 3}, "save_steps: got 2 with eval_steps 3"),
         ({"trainer": {"bf16": True}}, "trainer: bf16 cannot be set here"),
-        ({"trainer": {"no_such_thing": 1}}, "no_such_thing"),
-        ({"lr_scheduler_type": "zigzag"}, "zigzag"),
+        ({"trainer": {"no_such_thing": 1}}, "training arguments: .*no_such_thing"),
+        ({"lr_scheduler_type": "zigzag"}, "training arguments: .*zigzag"),
         ({"target_modules": ["nonsense"]}, "nonsense.* allows: q_proj, k_proj, v_proj, o_proj"),
-        ({"target_modules": ["lm_head"]}, "lm_head"),
+        ({"target_modules": ["lm_head"]}, "lm_head.* allows: q_proj, k_proj, v_proj, o_proj"),
     ],
 )
 def test_bad_settings_are_refused_by_name(
@@ -482,13 +472,6 @@ def test_adapter_that_does_not_fit_is_refused(
         dlora.load_adapter(link, tmp_path / "run")
 
 
-def cli(*words: str) -> subprocess.CompletedProcess[str]:
-    """`dlora` as a user starts it."""
-    return subprocess.run(
-        [sys.executable, "-m", "dlora", *words], capture_output=True, text=True, timeout=120
-    )
-
-
 def test_command_line_trains_from_yaml_and_flags(
     server: Server, data: Path, tmp_path: Path
 ) -> None:
@@ -505,13 +488,21 @@ def test_command_line_trains_from_yaml_and_flags(
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
 
 
+def refused(server: Server, data: Path, tmp_path: Path, flags: list[str]) -> int:
+    """Exit code of a `dlora train` that must not run."""
+    words = ["--server", server.address, "--data", str(data), "--output", str(tmp_path / "run")]
+    try:
+        return main(["train", *words, *flags])
+    except SystemExit as exit_:
+        return int(exit_.code or 0)
+
+
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "code", "message"),
     [
-        (["--server", "127.0.0.1:1"], "no DLoRA server answers at 127.0.0.1:1"),
-        (["--data", "nowhere.jsonl"], "dlora: nowhere.jsonl: no such file"),
-        (["--r", "zero"], "r"),
-        (["--no-such-flag", "1"], "unknown flag --no-such-flag"),
+        (["--server", "127.0.0.1:1"], 1, "no DLoRA server answers at 127.0.0.1:1"),
+        (["--data", "nowhere.jsonl"], 2, "dlora: nowhere.jsonl: no such file"),
+        (["--pad_to", "-1"], 2, "pad_to: got -1, want 0 or more"),
     ],
 )
 def test_user_errors_are_one_line(
@@ -519,28 +510,36 @@ def test_user_errors_are_one_line(
     data: Path,
     tmp_path: Path,
     flags: list[str],
+    code: int,
     message: str,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """User errors end with one line that says what to do, and no traceback."""
-    words = [
-        "train",
-        "--server",
-        server.address,
-        "--data",
-        str(data),
-        "--output",
-        str(tmp_path / "run"),
-        *flags,
-    ]
-    try:
-        code = main(words)
-    except SystemExit as exit_:
-        code = exit_.code
-    captured = capfd.readouterr()
-    assert code in (1, 2)
-    assert message in captured.err
-    assert "Traceback" not in captured.err
+    assert refused(server, data, tmp_path, flags) == code
+    error = capfd.readouterr().err
+    (line,) = (line for line in error.splitlines() if line.startswith("dlora: "))
+    assert message in line and error.endswith(f"{line}\n") and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--r", "zero"], r"(--r: got|Parser key \"r\":).* '?zero"),
+        (["--no-such-flag", "1"], "(unknown flag --no-such-flag|arguments: --no_such_flag)"),
+    ],
+)
+def test_flags_that_cannot_be_read_are_named(
+    server: Server,
+    data: Path,
+    tmp_path: Path,
+    flags: list[str],
+    message: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A misspelt flag, or a value that is none, is refused by name, with no traceback."""
+    assert refused(server, data, tmp_path, flags) == 2
+    error = capfd.readouterr().err
+    assert re.search(message, error, re.DOTALL) and "Traceback" not in error
 
 
 @pytest.mark.parametrize(
