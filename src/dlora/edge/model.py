@@ -31,6 +31,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Unpack
 
@@ -255,7 +256,8 @@ class SplitModel(PeftModelForCausalLM):
         if micro_batch.begin.probe:
             micro_batch.on_probe = self._note_probe
         if self.output_squares is not None:
-            micro_batch.output_squares, micro_batch.on_outputs = {}, self._note_outputs
+            micro_batch.output_squares = {}
+            micro_batch.on_outputs = partial(_add_squares, self.output_squares)
         micro_batch.waits = self.waits = []
         entry_ND = new.entry_ND if wants_input_grad else new.entry_ND.detach()
         run: Callable[..., Tensor] = SplitForward.apply
@@ -264,12 +266,6 @@ class SplitModel(PeftModelForCausalLM):
     def _note_probe(self, entries: Sequence[pb.ActiveSite], norms: Sequence[float]) -> None:
         names = names_of(self.link.description, entries)
         self.probe_norms.append(dict(zip(names, norms, strict=True)))
-
-    def _note_outputs(self, squares: Mapping[tuple[int, int], float]) -> None:
-        sums = self.output_squares
-        if sums is not None:
-            for key, square in squares.items():
-                sums[key] = sums.get(key, 0.0) + square
 
     def last_hidden(self, exit_ND: Tensor) -> Tensor:
         """What the decoder makes of rows that leave the cloud, [N, D], each by itself.
@@ -388,6 +384,13 @@ def check_wire_dtype(link: Link, wire_dtype: str) -> None:
         raise UsageError(
             f"wire dtype: {link.address} does not know {wire_dtype!r}, only {', '.join(known)}"
         )
+
+
+def _add_squares(
+    sums: dict[tuple[int, int], float], squares: Mapping[tuple[int, int], float]
+) -> None:
+    for key, square in squares.items():
+        sums[key] = sums.get(key, 0.0) + square
 
 
 def _head_flops(head: Any, rows: int, training: bool) -> int:
