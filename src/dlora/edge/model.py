@@ -224,8 +224,7 @@ class SplitModel(PeftModelForCausalLM):
         sites, parameters, wants_input_grad = self.active_set.exchanged(), [], False
         if torch.is_grad_enabled():
             parameters = [parameter for site in sites for parameter in site.parameters]
-            # An input that trainers let ask for gradients without any need would drag backward to
-            # the bottom.
+            # Trainers let inputs ask for gradients without need: backward would go to the bottom.
             needs_input_grad = self._edge_decoder.trains_before_cloud()
             wants_input_grad = new.entry_ND.requires_grad and needs_input_grad
         training = bool(parameters) or wants_input_grad
