@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Collection
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -16,7 +18,10 @@ from dlora.errors import UsageError, WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.wire import content_hash, decode, largest
 
-__all__ = ["AdapterStore"]
+__all__ = ["MODULE_BYTES", "AdapterStore", "check_frozen_shape"]
+
+MODULE_BYTES: Final = 2048
+"""What a module takes beside its numbers: two tensors, its key, its entry."""
 
 
 class AdapterStore:
@@ -48,7 +53,9 @@ class AdapterStore:
                 f"frozen module: got shapes {list(message.a.shape)[:8]} and "
                 f"{list(message.b.shape)[:8]}"
             )
-        size = 4 * (
+        if 0 in message.a.shape or 0 in message.b.shape:
+            raise WireError("frozen module: got a tensor of no size, want rank and widths over 0")
+        size = MODULE_BYTES + 4 * (
             message.a.shape[0] * message.a.shape[1] + message.b.shape[0] * message.b.shape[1]
         )
         most = self.max_bytes if owner_bytes is None else min(owner_bytes, self.max_bytes)
@@ -81,7 +88,30 @@ class AdapterStore:
                 self._modules.move_to_end((owner, key))
             return found
 
+    def keep_owners(self, owners: Collection[str]) -> None:
+        """Drop the modules of everybody else: they have nobody left who could ask for them."""
+        with self._lock:
+            gone = self._owned.keys() - owners
+            for key in [key for key in self._modules if key[0] in gone]:
+                self._drop(key)
+            for owner in gone:
+                del self._owned[owner]
+
     def _drop(self, key: tuple[str, bytes]) -> None:
         a, b = self._modules.pop(key)
-        self.stored_bytes -= a.nbytes + b.nbytes
-        self._owned[key[0]] -= a.nbytes + b.nbytes
+        size = MODULE_BYTES + a.nbytes + b.nbytes
+        self.stored_bytes -= size
+        self._owned[key[0]] -= size
+
+
+def check_frozen_shape(message: pb.FrozenModule, widths: Collection[tuple[int, int]]) -> None:
+    """Raises WireError for a module that fits none of the linears with these (in, out) widths, or
+    whose rank is over both.
+    """
+    a, b = list(message.a.shape[:3]), list(message.b.shape[:3])
+    fits = len(a) == len(b) == 2 and (a[1], b[0]) in widths and 1 <= a[0] == b[1] <= max(a[1], b[0])
+    if not fits:
+        raise WireError(
+            f"frozen module: got shapes {a} and {b}, want [rank, in] and [out, rank] of a module "
+            "that is served"
+        )

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from dlora.cloud.adapter_store import AdapterStore
+from dlora.cloud.adapter_store import AdapterStore, check_frozen_shape
 from dlora.cloud.quantize import give_back, quantization
 from dlora.cloud.step import Pipe, Plan, Step, current_step
 from dlora.errors import AdapterMissing, ModelError, UsageError, WireError
@@ -441,6 +441,13 @@ class CloudModel:
         """Keep frozen modules for steps of the same owner that refer to them by hash."""
         if request.fingerprint != self.fingerprint:
             raise UsageError("the served model has changed: connect again")
+        widths = {
+            (site.in_features, module.out_features)
+            for site in self.sites
+            for module in site.modules
+        }
+        for one in request.modules:
+            check_frozen_shape(one, widths)
         return pb.PutAdapterReply(
             hashes=[self.adapters.put(one, owner, owner_bytes) for one in request.modules]
         )
@@ -448,6 +455,9 @@ class CloudModel:
     def _check_active(
         self, entries: Sequence[pb.ActiveSite], edge_layers: EdgeLayers
     ) -> tuple[tuple[Site, tuple[int, ...]], ...]:
+        # Lengths first: a list of millions is never walked through.
+        if len(entries) > len(self.all_sites):
+            raise WireError(f"sites: got {len(entries)}, want at most {len(self.all_sites)}")
         active = []
         previous = -1
         for entry in entries:
@@ -456,12 +466,13 @@ class CloudModel:
                     f"sites: got {entry.site} after {previous}, want ascending, under "
                     f"{len(self.all_sites)}"
                 )
-            previous = entry.site
-            site, modules = self.all_sites[entry.site], tuple(entry.modules)
+            previous, site = entry.site, self.all_sites[entry.site]
+            modules = tuple(entry.modules[: len(site.modules) + 1])
             if (
                 not modules
                 or sorted(set(modules)) != list(modules)
                 or modules[-1] >= len(site.modules)
+                or len(entry.modules) > len(site.modules)
             ):
                 raise WireError(
                     f"site {entry.site}: got modules {modules[:8]}, want ascending, 1 to "
