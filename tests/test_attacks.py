@@ -1,0 +1,460 @@
+"""Hostile peers against a real server on loopback: written with raw bytes, bounded in time and
+requests.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from conftest import NO_DRAIN, batches, lora, make_base, make_split
+from google.protobuf.message import Message
+
+import dlora
+from dlora.cloud.model import CloudModel, Limits
+from dlora.edge.grpc_link import Access, GrpcLink
+from dlora.errors import PeerError, PeerLost, UsageError, WireError
+from dlora.proto import dlora_pb2 as pb
+from dlora.protocol.wire import channel_options, encode
+from dlora.server import identities as identities_module
+from dlora.server import keys
+from dlora.server.frames import Awaited, check_message, rules_of
+from dlora.server.identities import Identities, TenantLimits
+from dlora.server.metrics import serve_metrics
+from dlora.server.server import Server, ServerOptions, TlsFiles
+from dlora.server.tenants import Busy, Tenancy
+
+TIMEOUT_S = 1.0  # of the server for its edges
+MIB = 2**20
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Tenants alice and bob, each with a token in TOKEN_FILES."""
+    keys.make_authority(tmp_path / "keys", ["localhost", "127.0.0.1"], 2)
+    return tmp_path / "keys"
+
+
+@pytest.fixture
+def tokens(folder: Path) -> dict[str, str]:
+    """A token for each of two tenants."""
+    return {name: keys.add_token(folder, name, 1)[1] for name in ("alice", "bob")}
+
+
+@pytest.fixture
+def secured(
+    folder: Path, tokens: dict[str, str], cloud_models: Callable[[str], CloudModel]
+) -> Iterator[Server]:
+    """A server of these two, on plaintext, since it is loopback."""
+    with Server(
+        cloud_models("llama"),
+        identities=Identities(folder / "identities.json"),
+        access_log=folder / "access.jsonl",
+        options=ServerOptions(drain_s=0.0, edge_timeout_s=TIMEOUT_S),
+    ) as server:
+        yield server
+
+
+class Peer:
+    """A peer of raw bytes, which does with a call what it likes."""
+
+    def __init__(self, server: Server, token: str | None = None) -> None:
+        # Without probes HTTP/2's window stays at 64 KiB: more than that is there to be not read.
+        options = [*channel_options(), ("grpc.http2.bdp_probe", 0)]
+        self.channel = grpc.insecure_channel(server.address, options)
+        self.metadata = () if token is None else (("authorization", f"Bearer {token}"),)
+
+    def call(
+        self,
+        name: str,
+        *messages: bytes,
+        service: str = "dlora.v1.DLoRA",
+        half_open: bool = True,
+        timeout_s: float = 20.0,
+        **options: Any,
+    ) -> Any:
+        """Answers to these messages, as bytes; half open, the peer may say more and never does."""
+        done = threading.Event()
+
+        def requests() -> Iterator[bytes]:
+            yield from messages
+            if half_open:
+                done.wait(timeout_s)
+
+        made = self.channel.stream_stream(f"/{service}/{name}")(
+            requests(), metadata=self.metadata, timeout=timeout_s, **options
+        )
+        made.add_callback(done.set)
+        return made
+
+    def close(self) -> None:
+        self.channel.close()
+
+
+@pytest.fixture
+def stranger(secured: Server) -> Iterator[Peer]:
+    """Somebody without a token."""
+    peer = Peer(secured)
+    yield peer
+    peer.close()
+
+
+@pytest.fixture
+def alice(secured: Server, tokens: dict[str, str]) -> Iterator[Peer]:
+    """A tenant that means harm."""
+    peer = Peer(secured, tokens["alice"])
+    yield peer
+    peer.close()
+
+
+@pytest.fixture
+def bob(secured: Server, tokens: dict[str, str], tmp_path: Path) -> Iterator[GrpcLink]:
+    """An honest tenant."""
+    link = dlora.connect(secured.address, access=Access(token=tokens["bob"]), cache=tmp_path)
+    yield link
+    link.close()
+
+
+def status(call: Any) -> tuple[grpc.StatusCode, str]:
+    """How a call ends, whatever comes before."""
+    with pytest.raises(grpc.RpcError) as caught:
+        for _ in call:
+            pass
+    return caught.value.code(), caught.value.details()
+
+
+def resident_mib() -> float:
+    """Memory of this process, in which the server runs."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / MIB
+
+
+def begin(server: Server, **changes: Any) -> pb.Begin:
+    """A training step of one row of two tokens at the first site."""
+    fields: dict[str, Any] = {
+        "protocol_version": 1,
+        "fingerprint": server.description.fingerprint,
+        "wire_dtype": pb.FP32,
+        "training": True,
+        "batch": 1,
+        "length": 2,
+        "keep": [1],
+        "sites": [pb.ActiveSite(site=0, modules=[0])],
+        "embeddings": encode(torch.zeros(2, 64), pb.FP32),
+    }
+    return pb.Begin(**(fields | changes))
+
+
+def first(server: Server, **changes: Any) -> bytes:
+    """That as the first frame."""
+    return pb.EdgeFrame(begin=begin(server, **changes)).SerializeToString()
+
+
+def wait_until(is_true: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Within so many seconds."""
+    deadline = time.monotonic() + timeout_s
+    while not is_true() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert is_true()
+
+
+# ----------------------------------------------------------------- strangers
+
+
+def test_a_stranger_costs_no_memory_and_is_heard_by_nobody(
+    secured: Server, stranger: Peer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Millions of submessages, compressed or not, half-open calls, watches and unknown calls of a
+    stranger end with the same refusal before they are read; there is one line in the log for them.
+    """
+    bomb = b"\x12\x00" * 4_000_000  # 8 MB on the wire, 200 MB when it is parsed
+    before = resident_mib()
+    seen = [
+        status(stranger.call("PutAdapter", bomb)),
+        status(stranger.call("Describe")),
+        status(stranger.call("Nothing", b"x")),
+        status(stranger.call("Watch", b"\n" + b"x" * 100, service="grpc.health.v1.Health")),
+        status(stranger.call("Step", bomb)),
+    ]
+    inflated = status(stranger.call("PutAdapter", bomb, compression=grpc.Compression.Gzip))
+    assert inflated[0] == grpc.StatusCode.UNIMPLEMENTED  # gRPC's own refusal, before ours
+    assert {code for code, _ in seen} == {grpc.StatusCode.UNAUTHENTICATED}
+    assert {text for _, text in seen} == {"no valid token or client certificate"}
+    assert resident_mib() - before < 40  # what this peer itself holds of its bombs
+    assert secured.tenancy.failed_logins >= len(seen)
+    assert caplog.text.count("calls of nobody known") == 1
+
+
+def test_health_answers_without_reading(secured: Server, stranger: Peer) -> None:
+    """A health check is answered before its message is there, so that no message of any size is
+    ever taken from a stranger.
+    """
+    call = stranger.call("Check", service="grpc.health.v1.Health", timeout_s=5.0)
+    assert next(call) == b"\x08\x01"
+    assert next(iter(stranger.call("Check", b"x" * 8 * MIB, service="grpc.health.v1.Health")), b"")
+
+
+def test_compressed_messages_are_refused(secured: Server, alice: Peer) -> None:
+    """A tenant's few bytes are not inflated to many."""
+    before = resident_mib()
+    call = alice.call("PutAdapter", b"\x00" * 64 * MIB, compression=grpc.Compression.Gzip)
+    assert status(call)[0] in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INTERNAL)
+    assert resident_mib() - before < 100  # the 64 MiB themselves are this peer's
+
+
+# ----------------------------------------------------------------- tenants: what is in a message
+
+TOO_MUCH: dict[str, tuple[str, Callable[[Server], bytes], str]] = {
+    "empty modules by the million": (
+        "PutAdapter",
+        lambda server: b"\x12\x00" * 4_000_000,
+        "PutAdapter: got more than",
+    ),
+    "shapes by the million": (
+        "PutAdapter",
+        lambda server: _field(2, _field(1, b"\x10\x01" * 1_000_000)),
+        "got more than 8 of field 2",
+    ),
+    "module numbers by the million": (
+        "Step",
+        lambda server: first(server, sites=[pb.ActiveSite(site=0, modules=[0] * 4_000_000)]),
+        "bytes",
+    ),
+    "sites by the thousand": (
+        "Step",
+        lambda server: first(server, sites=[pb.ActiveSite(site=0, modules=[0])] * 5_000),
+        "got more than .* of field 11",
+    ),
+    "probes by the thousand": (
+        "Step",
+        lambda server: first(server, probe=[pb.ActiveSite()] * 5_000),
+        "got more than .* of field 17",
+    ),
+    "deltas by the thousand": (
+        "Step",
+        lambda server: _field(2, b"\x12\x00" * 5_000),
+        "got more than 3 of field 2",
+    ),
+    "200 tokens' bytes for two": (
+        "Step",
+        lambda server: first(server, embeddings=encode(torch.zeros(400, 64), pb.FP32)),
+        "for 2 tokens, want at most",
+    ),
+    "more than any first frame": (
+        "Step",
+        lambda server: first(server, embeddings=encode(torch.zeros(90_000, 64), pb.FP32)),
+        "want at most .* here",
+    ),
+    "a group": ("Step", lambda server: b"\x0b\x0c", "without groups"),
+    "half a field": ("Step", lambda server: b"\x0a\x05a", "behind its message"),
+    "a number without end": ("Step", lambda server: b"\xff" * 100, "a number without end"),
+    "no protobuf": ("Step", lambda server: _field(1, _field(2, b"\xff")), "no frame"),
+    "nothing": ("PutAdapter", lambda server: b"", "the served model has changed"),
+}
+
+
+def _field(number: int, content: bytes) -> bytes:
+    """A field of bytes."""
+    size, length = len(content), bytearray()
+    while size > 127:
+        length.append(size & 127 | 128)
+        size >>= 7
+    return bytes([number << 3 | 2, *length, size]) + content
+
+
+@pytest.mark.parametrize("name", TOO_MUCH)
+def test_what_holds_more_than_it_may_is_refused_unparsed(
+    secured: Server, alice: Peer, name: str
+) -> None:
+    """No message grows in memory, and none is walked through: it is refused by what it holds."""
+    method, make, words = TOO_MUCH[name]
+    message = make(secured)
+    before, start = resident_mib(), time.monotonic()
+    code, text = status(alice.call(method, message))
+    assert code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION)
+    assert re.search(words, text), text
+    assert time.monotonic() - start < 5 and resident_mib() - before < 120
+    wait_until(lambda: secured.tenancy.streams == secured.tenancy.inflight_bytes == 0)
+
+
+def test_every_honest_message_is_within_its_rules(secured: Server) -> None:
+    """The largest messages that edges have a reason to send pass the look at what they hold."""
+    description = secured.description
+    rules, widest = rules_of(description), [pb.ActiveSite(site=s, modules=[0]) for s in range(27)]
+    tokens = description.limits.max_tokens
+    full = begin(
+        secured,
+        sites=widest,
+        probe=widest,
+        idle=[pb.IdleModule(site=s, module=m, hash=b"h" * 32) for s in range(6) for m in range(3)],
+        position_ids=[255] * tokens,
+        keep=range(tokens),
+        attention_mask=b"\x01" * tokens,
+    )
+    extend = pb.Extend(order=range(tokens), keep=range(tokens), position_ids=[1] * tokens)
+    deltas = pb.SiteDeltas(deltas=[encode(torch.zeros(2, 2), pb.FP32)] * 3)
+    frames: list[Message] = [
+        pb.EdgeFrame(begin=full),
+        pb.EdgeFrame(extend=extend),
+        pb.EdgeFrame(deltas=deltas),
+        pb.EdgeFrame(hidden_grad=pb.HiddenGrad(grad=encode(torch.zeros(2, 2), pb.INT4))),
+    ]
+    for frame in frames:
+        check_message(frame.SerializeToString(), rules.frame, "frame")
+    assert len(frames[0].SerializeToString()) < Awaited(description).most
+
+
+# ----------------------------------------------------------------- tenants: who does not read
+
+
+def big(server: Server) -> bytes:
+    """A first frame whose answers are over HTTP/2's window of 64 KiB."""
+    return first(
+        server, batch=8, length=64, keep=[1], embeddings=encode(torch.zeros(512, 64), pb.FP32)
+    )
+
+
+def test_a_stream_that_is_never_read_ends_at_the_timeout(secured: Server, alice: Peer) -> None:
+    """Its worker, activations and place are free again; what gRPC cannot get rid of counts as its
+    tenant's until the peer is gone.
+    """
+    calls = [alice.call("Step", big(secured)) for _ in range(3)]
+    wait_until(lambda: len(secured._service.pipes) == 3)
+    wait_until(lambda: not secured._service.pipes and secured.tenancy.streams == 0)
+    unread = secured.tenancy.tenants["alice"].inflight_bytes
+    assert 3 * 512 * 64 * 4 <= unread < 3 * 512 * 64 * 4 + 10_000
+    assert secured._service.slots.free == 1
+    for call in calls:
+        call.cancel()
+    wait_until(lambda: secured.tenancy.inflight_bytes == 0)
+
+
+@pytest.mark.parametrize("name", ["Step", "FetchEdgeFiles"])
+def test_a_revoked_tenant_that_does_not_read_is_cut(
+    folder: Path,
+    tokens: dict[str, str],
+    cloud_models: Callable[[str], CloudModel],
+    name: str,
+) -> None:
+    """Revoking ends streams and downloads within seconds, long before any timeout."""
+    identities = Identities(folder / "identities.json")
+    options = ServerOptions(drain_s=0.0, edge_timeout_s=60.0)
+    with Server(cloud_models("llama"), identities=identities, options=options) as server:
+        peer = Peer(server, tokens["alice"])
+        fetch = pb.FetchEdgeFilesRequest(fingerprint=server.description.fingerprint)
+        message = big(server) if name == "Step" else fetch.SerializeToString()
+        calls = [peer.call(name, message) for _ in range(3)]
+        wait_until(lambda: server.tenancy.streams == 3)
+        keys.revoke(folder, "alice")
+        wait_until(lambda: server.tenancy.streams == 0, 5.0)
+        assert {status(call)[0] for call in calls} == {grpc.StatusCode.UNAUTHENTICATED}
+        peer.close()
+
+
+def test_downloads_and_uploads_count_as_streams(
+    secured: Server, alice: Peer, bob: GrpcLink
+) -> None:
+    """Fetches that are not read and uploads that do not come take places of their own tenant: over
+    its quota they are refused or wait, and another tenant connects and trains meanwhile.
+    """
+    request = pb.FetchEdgeFilesRequest(fingerprint=secured.description.fingerprint)
+    calls = [alice.call("FetchEdgeFiles", request.SerializeToString()) for _ in range(40)]
+    calls += [alice.call("PutAdapter") for _ in range(10)]
+    wait_until(lambda: secured.tenancy.tenants["alice"].streams == TenantLimits().max_streams)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    make_split(bob, lora())(**batches()[0]).loss.backward()
+    assert len(os.listdir("/proc/self/fd")) < descriptors + 10
+    assert secured.tenancy.tenants["alice"].streams <= TenantLimits().max_streams
+    wait_until(lambda: secured.tenancy.tenants["alice"].streams == 0)
+    for call in calls:
+        call.cancel()
+
+
+def test_hourly_traffic_is_asked_at_every_frame(
+    folder: Path, tokens: dict[str, str], cloud_models: Callable[[str], CloudModel]
+) -> None:
+    """A download is cut when it has used an hour's worth and one more in advance, and then neither
+    streams nor uploads are taken.
+    """
+    keys.set_tenant(folder, "alice", {"mib_per_hour": 0.05})
+    identities = Identities(folder / "identities.json")
+    with Server(cloud_models("llama"), identities=identities, options=NO_DRAIN) as server:
+        peer = Peer(server, tokens["alice"])
+        fetch = pb.FetchEdgeFilesRequest(fingerprint=server.description.fingerprint)
+        for name, message in (
+            ("FetchEdgeFiles", fetch.SerializeToString()),
+            ("Step", first(server)),
+            ("PutAdapter", b""),
+        ):
+            code, text = status(peer.call(name, message))
+            assert code == grpc.StatusCode.RESOURCE_EXHAUSTED and "MiB an hour" in text
+        peer.close()
+
+
+def test_frames_nobody_asked_for_stay_with_the_peer(secured: Server, alice: Peer) -> None:
+    """Of many large frames the server takes the one that it waits for, and refuses it by its size
+    where it is larger than that.
+    """
+    junk = _field(2, _field(2, _field(4, b"\x00" * 8 * MIB)))
+    before = resident_mib()
+    call = alice.call("Step", first(secured), *[junk] * 4)
+    code, text = status(call)
+    assert code == grpc.StatusCode.INVALID_ARGUMENT and "want at most" in text
+    assert resident_mib() - before < 60  # 4 x 8 MiB are this peer's own
+    assert secured.tenancy.tenants["alice"].received_bytes < MIB
+
+
+def test_memory_of_frames_counts(folder: Path, tokens: dict[str, str]) -> None:
+    """First frames that wait for a compute slot hold memory of their tenant and of the server: over
+    either they are refused with a hint, before they are parsed.
+    """
+    keys.set_tenant(folder, "alice", {"max_inflight_mib": 1})
+    cloud = CloudModel(make_base("llama"), model_id="x/y", limits=Limits(max_tokens=16_384))
+    identities = Identities(folder / "identities.json")
+    with Server(cloud, identities=identities, options=NO_DRAIN) as server:
+        slot = object()
+        assert server._service.slots.acquire("local", 1.0, slot, 1.0, lambda: False)
+        peer = Peer(server, tokens["alice"])
+        rows = 10 * 256
+        message = first(
+            server, batch=10, length=256, embeddings=encode(torch.zeros(rows, 64), pb.FP32)
+        )
+        held = peer.call("Step", message)
+        wait_until(lambda: server.tenancy.inflight_bytes > rows * 256)
+        code, text = status(peer.call("Step", message))
+        assert code == grpc.StatusCode.RESOURCE_EXHAUSTED and "your quota of 1 MiB" in text
+        held.cancel()
+        server._service.slots.release(slot)
+        wait_until(lambda: server.tenancy.inflight_bytes == 0)
+        peer.close()
+
+
+def test_out_of_memory_is_a_pause_and_of_one_stream(
+    cloud_models: Callable[[str], CloudModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the machine had no memory left an edge waits and asks again, with the same result."""
+    cloud = cloud_models("llama")
+    with Server(cloud, options=NO_DRAIN) as server:
+        link = dlora.connect(server.address, cache=tmp_path)
+        want = make_split(link, lora())(**batches()[0]).loss
+        run, failures = cloud.run, [MemoryError(), RuntimeError("x: can't allocate memory: y")]
+
+        def fail(*args: Any) -> None:
+            if failures:
+                raise failures.pop()
+            run(*args)
+
+        monkeypatch.setattr("dlora.server.service._OUT_OF_MEMORY_S", 0.05)
+        monkeypatch.setattr(cloud, "run", fail)
+        split = make_split(link, lora())
+        assert torch.equal(split(**batches()[0]).loss, want) and split.meter.retries == 2
+        link.close()
