@@ -175,7 +175,7 @@ def test_forgotten_modules_are_put_again(
         split.set_active(split.adapted_modules[:1], "cloud")
         for _ in range(2):
             cloud.adapters._modules.clear()
-            cloud.adapters.held_bytes = 0
+            cloud.adapters.stored_bytes = 0
             assert split(**batch).loss.item() == pytest.approx(want, rel=1e-6)
         assert split.meter.retries == 0
         link.close()
@@ -185,7 +185,9 @@ def test_too_small_a_store_is_said(tmp_path: Path) -> None:
     """Where the cloud cannot hold all idle modules at once the edge stops with the reason."""
     from conftest import make_base
 
-    one = 4 * 4 * (64 + 64)
+    from dlora.cloud.adapter_store import MODULE_BYTES
+
+    one = MODULE_BYTES + 4 * 4 * (64 + 64)
     cloud = CloudModel(make_base("llama"), model_id="x/y", limits=Limits(max_adapter_bytes=2 * one))
     link = InProcessLink(cloud)
     split = make_split(link, lora())
@@ -193,7 +195,7 @@ def test_too_small_a_store_is_said(tmp_path: Path) -> None:
     split.set_active([], "cloud")
     with torch.no_grad(), pytest.raises(PeerError, match="room for adapters too small"):
         split(**batches()[0])
-    assert cloud.adapters.held_bytes <= 2 * one
+    assert cloud.adapters.stored_bytes <= 2 * one
     tiny = CloudModel(make_base("llama"), model_id="x/y", limits=Limits(max_adapter_bytes=one - 1))
     with pytest.raises(UsageError, match="over this server's limit"):
         tiny.adapters.put(
@@ -222,10 +224,12 @@ def frozen(a: tuple[int, ...], b: tuple[int, ...], value: float = 1.0) -> pb.Fro
                 a=pb.Tensor(dtype=pb.FP32, shape=[1 << 30, 1 << 30]),
                 b=pb.Tensor(shape=[1, 1 << 30]),
             ),
-            "limit",
+            "of a module that is served",
         ),
+        (frozen((0, 64), (64, 0)), "of a module that is served"),
+        (frozen((65, 64), (64, 65)), "of a module that is served"),
         (
-            pb.FrozenModule(a=pb.Tensor(dtype=pb.FP32, shape=[4, 4]), b=pb.Tensor(shape=[4, 4])),
+            pb.FrozenModule(a=pb.Tensor(dtype=pb.FP32, shape=[4, 64]), b=pb.Tensor(shape=[64, 4])),
             "bytes",
         ),
     ],

@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -21,17 +24,19 @@ from conftest import NO_DRAIN, batches, lora, make_base, make_split
 from google.protobuf.message import Message
 
 import dlora
+from dlora.cli.main import main
+from dlora.cloud.adapter_store import MODULE_BYTES
 from dlora.cloud.model import CloudModel, Limits
 from dlora.edge.grpc_link import Access, GrpcLink
-from dlora.errors import PeerError, PeerLost, UsageError, WireError
+from dlora.errors import PeerError, UsageError
+from dlora.files import read_secret
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.wire import channel_options, encode
-from dlora.server import identities as identities_module
 from dlora.server import keys
 from dlora.server.frames import Awaited, check_message, rules_of
 from dlora.server.identities import Identities, TenantLimits
 from dlora.server.metrics import serve_metrics
-from dlora.server.server import Server, ServerOptions, TlsFiles
+from dlora.server.server import Server, ServerOptions
 from dlora.server.tenants import Busy, Tenancy
 
 TIMEOUT_S = 1.0  # of the server for its edges
@@ -458,3 +463,223 @@ def test_out_of_memory_is_a_pause_and_of_one_stream(
         split = make_split(link, lora())
         assert torch.equal(split(**batches()[0]).loss, want) and split.meter.retries == 2
         link.close()
+
+
+# ----------------------------------------------------------------- tenants: what stays
+
+
+def module(rank: int = 2, inputs: int = 64, outputs: int = 64) -> pb.FrozenModule:
+    """A frozen module of these sizes; other numbers, and so another hash, for every rank."""
+    a, b = torch.full((rank, inputs), 0.5), torch.full((outputs, rank), 0.5)
+    return pb.FrozenModule(a=encode(a, pb.FP32), b=encode(b, pb.FP32))
+
+
+def test_modules_take_what_they_take_and_go_with_their_owner(
+    secured: Server, folder: Path, tokens: dict[str, str], tmp_path: Path
+) -> None:
+    """Modules of no size, and of no linear of this model, are refused; small ones count with what
+    each of them takes beside its numbers; all go with the last identity of their tenant.
+    """
+    store = secured._service.cloud.adapters
+    link = dlora.connect(secured.address, access=Access(token=tokens["alice"]), cache=tmp_path)
+    for wrong in (module(0), module(65), module(2, 64, 65), module(2, 63)):
+        with pytest.raises(PeerError, match="of a module that is served"):
+            link.put_adapter([wrong])
+    before = store.stored_bytes
+    link.put_adapter([module(1), module(2)])
+    assert store.stored_bytes - before == 2 * MODULE_BYTES + 4 * 3 * 128
+    keys.revoke(folder, "alice")
+    wait_until(lambda: store.stored_bytes <= before)
+    assert not [owner for owner, _ in store._modules if owner == "alice"]
+    link.close()
+
+
+def test_checks_are_charged_as_compute(secured: Server, alice: Peer) -> None:
+    """Looking at what a tenant sends takes a compute slot and counts as its seconds."""
+    used = []
+    for name, message in (("Step", first(secured, length=0)), ("PutAdapter", b"\x0a\x00")):
+        before = secured.tenancy.tenant("alice").compute_s
+        status(alice.call(name, message))
+        wait_until(lambda: secured.tenancy.streams == 0)
+        used.append(secured.tenancy.tenant("alice").compute_s - before)
+    assert min(used) > 0
+
+
+def test_each_known_tenant_has_a_minimum() -> None:
+    """Half of the streams and of the memory is kept for known tenants in equal parts: whoever is
+    idle finds his own, however many others ask, and the rest is for everybody.
+    """
+    names = ["a", "b", "c", "d"]
+    tenancy = Tenancy(16, 16 * MIB, lambda _: TenantLimits(), known=lambda: names)
+    tenants = [tenancy.tenant(name) for name in names]
+    for _ in range(10):  # 2 of its own, 8 of nobody's
+        tenancy.open_stream(tenants[0])
+    with pytest.raises(Busy, match="all streams are taken"):
+        tenancy.open_stream(tenants[0])
+    for tenant in tenants[1:]:
+        tenancy.open_stream(tenant)
+        tenancy.open_stream(tenant)
+        assert not tenancy.has_room(tenant)
+
+    with pytest.raises(UsageError, match="one tenant may have 10 MiB here"):
+        tenancy.reserve(tenants[0], 0, 11 * MIB)
+    tenancy.reserve(tenants[0], 0, 10 * MIB)
+    with pytest.raises(Busy, match="no room now"):
+        tenancy.reserve(tenants[1], 0, 3 * MIB)
+    for tenant in tenants[1:]:
+        tenancy.reserve(tenant, 0, 2 * MIB)
+    assert tenancy.inflight_bytes == 16 * MIB and tenancy.streams == 16
+
+
+# ----------------------------------------------------------------- identities
+
+
+def test_identities_that_cannot_be_read_let_nobody_in(
+    secured: Server,
+    folder: Path,
+    tokens: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """While the file is gone calls and streams go on for a while; then new ones are refused and
+    those in flight are ended, both to be tried again, with the reason in the server's log; when it
+    is back, so is everybody.
+    """
+    monkeypatch.setattr("dlora.server.identities._STALE_S", 3.0)
+    link = dlora.connect(secured.address, access=Access(token=tokens["alice"]), cache=tmp_path)
+    split, file = make_split(link, lora()), folder / "identities.json"
+    file.rename(folder / "away")
+    split(**batches()[0]).loss.backward()
+    peer = Peer(secured, tokens["alice"])
+    wait_until(lambda: secured._service.identities.is_stale)
+    code, text = status(peer.call("Step", first(secured)))
+    assert code == grpc.StatusCode.UNAVAILABLE and "at the moment" in text
+    assert caplog.text.count("identities are as they were: ") == 1
+    (folder / "away").rename(file)
+    split(**batches()[0]).loss.backward()
+    peer.close()
+    link.close()
+
+
+def test_a_revoked_certificate_lets_nobody_in_with_a_token(folder: Path) -> None:
+    """Where a certificate and a token are shown both have to be valid and of one tenant, when they
+    are shown and as long as the stream lives.
+    """
+    (_, token), (_, bobs) = (keys.add_token(folder, name, 1) for name in ("alice", "bob"))
+    name, file = keys.add_certificate(folder, "alice", 1)
+    pem = file.with_name(f"{file.name}.pem").read_bytes()
+    identities = Identities(folder / "identities.json")
+    found = identities.authenticate(token, pem)
+    assert found is not None and found.tenant == "alice" and identities.is_valid(found)
+    assert identities.authenticate(bobs, pem) is None
+    assert identities.authenticate("wrong", pem) is None
+    keys.revoke(folder, name)
+    identities.refresh()
+    assert identities.authenticate(token, pem) is None and not identities.is_valid(found)
+    assert identities.authenticate(token, None) is not None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1, True, "4", 1e300])
+def test_limits_are_numbers(value: Any) -> None:
+    """No limit of a tenant, and no time of a server, is infinite, negative or no number."""
+    with pytest.raises(UsageError, match="want"):
+        TenantLimits(mib_per_hour=value)
+    if isinstance(value, float) or value == -1:
+        with pytest.raises(UsageError, match="want"):
+            ServerOptions(edge_timeout_s=value)
+
+
+# ----------------------------------------------------------------- files, metrics, signals
+
+
+def test_the_access_log_is_private_and_can_be_rotated(
+    tmp_path: Path, cloud_models: Callable[[str], CloudModel]
+) -> None:
+    """A log that others can write or read, or that is a link or a pipe, is refused; when it was
+    moved away a new one is begun; lines that find no room are counted.
+    """
+    file = tmp_path / "access.jsonl"
+    file.touch(0o644)
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    os.mkfifo(tmp_path / "pipe", 0o600)
+    for wrong in (file, tmp_path / "link", tmp_path / "pipe"):
+        with pytest.raises(UsageError, match="access log"):
+            Server(cloud_models("llama"), access_log=wrong)
+    assert not (tmp_path / "other").exists()
+
+    file.chmod(0o600)
+    with Server(cloud_models("llama"), access_log=file, options=NO_DRAIN) as server:
+        link = dlora.connect(server.address, cache=tmp_path)
+        link.edge_files()
+        wait_until(lambda: '"FetchEdgeFiles"' in file.read_text())
+        file.rename(tmp_path / "access.jsonl.1")
+        server.reopen_log()
+        wait_until(file.exists)
+        with serve_metrics(server, 0) as port:
+            os.close(server._service.access_log._descriptor)
+            server._service.access_log._descriptor = os.open("/dev/full", os.O_WRONLY)
+            make_split(link, lora())(**batches()[0]).loss.backward()
+            wait_until(lambda: server.lost_log_lines > 0)
+            text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+            assert "dlora_lost_log_lines_total 1.0" in text
+        link.close()
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_silent_connection_does_not_block_metrics(secured: Server, stranger: Peer) -> None:
+    """Health and metrics answer beside connections that say nothing; failed logins are there."""
+    status(stranger.call("Describe"))
+    with serve_metrics(secured, 0) as port:
+        silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+        for path in ("healthz", "metrics"):
+            answer = urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", timeout=5)
+            text = answer.read().decode()
+        assert "dlora_failed_logins_total 1.0" in text
+        for one in silent:
+            one.close()
+
+
+def test_a_token_is_written_privately(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`dlora keys token --output` makes a file that edges take, and shows the token nowhere."""
+    where = ["--folder", str(tmp_path / "keys")]
+    assert main(["keys", "init", *where]) == 0
+    capsys.readouterr()
+    file = tmp_path / "alice.token"
+    assert main(["keys", "token", *where, "--tenant", "alice", "--output", str(file)]) == 0
+    token, shown = read_secret(file), capsys.readouterr()
+    assert token and token not in shown.out + shown.err
+    identities = Identities(tmp_path / "keys" / "identities.json")
+    assert identities.authenticate(token, None) is not None
+
+
+@pytest.mark.slow
+def test_serve_by_command_lives_through_sighup(model_folder: Path, tmp_path: Path) -> None:
+    """`dlora serve` takes all descriptors that it may have, and SIGHUP opens its access log anew
+    instead of ending it.
+    """
+    file = tmp_path / "access.jsonl"
+    command = [sys.executable, "-m", "dlora", "serve", "--model", str(model_folder), "--port", "0"]
+    serving = subprocess.Popen(
+        [*command, "--threads", "1", "--access_log", str(file)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    try:
+        assert serving.stdout is not None
+        assert any(line.startswith("ready") for line in serving.stdout)
+        limits = Path(f"/proc/{serving.pid}/limits").read_text()
+        soft, hard = next(
+            line.split()[3:5] for line in limits.splitlines() if line.startswith("Max open files")
+        )
+        assert soft == hard
+        file.unlink()
+        serving.send_signal(signal.SIGHUP)
+        wait_until(file.exists)
+        serving.send_signal(signal.SIGTERM)
+        assert serving.wait(30) == 0
+    finally:
+        serving.kill()
+        serving.wait()
+        serving.stdout.close()

@@ -29,7 +29,7 @@ from jsonargparse import (  # type: ignore[attr-defined]
 from dlora.cli.settings import DemoSettings, MergeSettings
 from dlora.edge.settings import EdgeSettings, InfoSettings
 from dlora.errors import DLoRAError, UsageError
-from dlora.files import write_json
+from dlora.files import write_json, write_private
 from dlora.inference.settings import ApiSettings, ChatSettings, EvalSettings, GenerateSettings
 from dlora.privacy.settings import AuditSettings
 from dlora.protocol.address import is_loopback
@@ -168,6 +168,9 @@ def _parser() -> ArgumentParser:
 
 def _serve(values: dict[str, Any]) -> int:
     settings = ServeSettings(**values)
+    # gRPC's own lines on stderr: strangers could write as many as they like. Read at its import.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    _raise_descriptors()
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -188,9 +191,9 @@ def _serve(values: dict[str, Any]) -> int:
     cloud, loaded = load_cloud(**_model(settings), limits=Limits(**_limits(settings)))
     protection = _protection(settings)
     tls, identities = protection["tls"], protection["identities"]
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    events: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: events.put(number))
     modules = [module for site in cloud.sites for module in site.modules if module.allowed]
     server = Server(
         cloud,
@@ -223,9 +226,19 @@ def _serve(values: dict[str, Any]) -> int:
             f"{cloud.bytes_per_token / 2**10:.0f} KiB of activations a training token"
         )
         print(f"ready      {server.address}", flush=True)
-        stop.wait()
+        while events.get() == signal.SIGHUP:
+            server.reopen_log()
         print(f"stopping: streams in flight have {settings.drain_s:.0f} s", flush=True)
     return 0
+
+
+def _raise_descriptors() -> None:
+    """As many open files as the system lets us have: every connection is one."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _limits(settings: ServeSettings) -> dict[str, int]:
@@ -668,7 +681,7 @@ def _keys(values: dict[str, Any]) -> int:
         keys.make_authority(folder, hosts, settings.days)
         print(f"{folder}/ca.pem    give this to edges: --tls_ca ca.pem")
         print(f"serve      dlora serve --keys {folder} --host 0.0.0.0 ...")
-        print(f"next       dlora keys token --folder {folder} --tenant NAME")
+        print(f"next       dlora keys token --folder {folder} --tenant NAME --output NAME.token")
     elif settings.action == "server":
         keys.make_server_certificate(folder, hosts, settings.days)
         print(f"{folder}/server.pem    for {', '.join(hosts)}; a running server takes it up")
@@ -677,11 +690,15 @@ def _keys(values: dict[str, Any]) -> int:
         print(f"tenant     {tenant}")
     elif settings.action == "token":
         name, token = keys.add_token(folder, tenant, settings.days)
+        where = "Shown once" if settings.output is None else f"Written to {settings.output}"
         print(
-            f"id {name} for {tenant}, {settings.days} days. Shown once, kept as a hash only:",
+            f"id {name} for {tenant}, {settings.days} days. {where}, kept as a hash only.",
             file=sys.stderr,
         )
-        print(token)
+        if settings.output is None:
+            print(token)
+        else:
+            write_private(settings.output, f"{token}\n".encode())
     elif settings.action == "certificate":
         name, file = keys.add_certificate(folder, tenant, settings.days)
         print(f"{file}.pem, {file}.key    hand both to {tenant}, then delete the key here")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from dataclasses import dataclass
@@ -70,6 +71,10 @@ class Front:
 
         Raises UsageError without Ray, or for identities that cannot be read.
         """
+        if is_loopback(host) and ray_address is None:
+            # Edges come from this machine alone, so Ray's own ports are for it alone: without a
+            # cluster its node has the loopback address. Read when Ray is imported.
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         try:
             import ray
         except ImportError as error:
@@ -101,11 +106,8 @@ class Front:
 
     def __enter__(self) -> Front:
         if not self.ray.is_initialized():
-            # Where edges come from this machine alone, Ray's own ports are for it alone as well.
-            is_local = is_loopback(self.host) and self.ray_address is None
             self.ray.init(
                 address=self.ray_address,
-                _node_ip_address=LOOPBACK_ADDRESS if is_local else None,
                 include_dashboard=False,
                 log_to_driver=True,
                 logging_level=logging.WARNING,

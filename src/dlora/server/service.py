@@ -152,7 +152,8 @@ class Service:
             files = self._files(pb.FetchEdgeFilesRequest.FromString(message))
 
             # Half of the limit leaves room for the frame around a chunk.
-            size = min(_CHUNK_BYTES, self.cloud.limits.max_message_bytes // 2)
+            limits = self.cloud.limits
+            size = min(_CHUNK_BYTES, limits.max_message_bytes // 2, limits.max_inflight_bytes // 16)
             place.hold(size)
             for path in files:
                 with path.open("rb") as file:
