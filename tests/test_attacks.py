@@ -458,7 +458,7 @@ def test_out_of_memory_is_a_pause_and_of_one_stream(
                 raise failures.pop()
             run(*args)
 
-        monkeypatch.setattr("dlora.server.service._OUT_OF_MEMORY_S", 0.05)
+        monkeypatch.setattr("dlora.server.refusals._OUT_OF_MEMORY_S", 0.05)
         monkeypatch.setattr(cloud, "run", fail)
         split = make_split(link, lora())
         assert torch.equal(split(**batches()[0]).loss, want) and split.meter.retries == 2

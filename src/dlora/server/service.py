@@ -18,20 +18,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
-import grpc
-import torch
-from google.protobuf.message import DecodeError
-
 from dlora.cloud.model import CloudModel
-from dlora.errors import AdapterMissing, ModelError, PeerLost, UsageError, WireError
+from dlora.errors import PeerLost, UsageError, WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.files import describe_files
-from dlora.protocol.wire import PROTOCOL_VERSION, RETRY_AFTER_KEY
+from dlora.protocol.wire import PROTOCOL_VERSION
 from dlora.server.access_log import AccessLog
 from dlora.server.calls import Call
 from dlora.server.frames import Awaited, check_message, rules_of
 from dlora.server.identities import Identities
 from dlora.server.place import Place
+from dlora.server.refusals import Refusal, ShuttingDown, refusal_of, status_of
 from dlora.server.settings import ServerOptions
 from dlora.server.stream import StreamPipe
 from dlora.server.tenants import Busy, FairSlots, Tenancy
@@ -48,8 +45,6 @@ _MOST_BESIDE: Final = 8
 _POLL_S: Final = 0.2
 # A revoked identity is refused, and its streams are cut, after at most this long.
 _REFRESH_S: Final = 1.0
-_OUT_OF_MEMORY_S: Final = 2.0
-"""After which an edge may ask again when the machine had no memory left."""
 
 
 async def read_request(call: Call, most_bytes: int) -> bytes:
@@ -117,12 +112,15 @@ class Service:
         def guarded(handle: Callable[[Call], Awaitable[None]]) -> Callable[[Call], Awaitable[None]]:
             async def run(call: Call) -> None:
                 self.calls.add(call)
+                refusal = None
                 try:
                     await handle(call)
                 except Exception as error:
-                    await self._refuse(call, error)
+                    refusal = refusal_of(error, call, is_stopping=self.stopping)
                 finally:
                     self.calls.discard(call)
+                if refusal is not None:
+                    await self._refuse(call, refusal)
 
             return run
 
@@ -290,7 +288,7 @@ class Service:
         Raises Busy if there is none, ShuttingDown where no new calls are taken.
         """
         if self.draining:
-            raise _ShuttingDown("the server is shutting down")
+            raise ShuttingDown("the server is shutting down")
         place = Place(self.tenancy, self.slots, self.tenancy.tenant(call.credential.tenant), call)
         started, status = time.monotonic(), "CANCELLED"
 
@@ -304,7 +302,7 @@ class Service:
             yield place
             status = "OK"
         except Exception as error:
-            status = self._status(error, call).name
+            status = status_of(error, call, is_stopping=self.stopping).name
             raise
         finally:
             status = "OK" if place.is_done else status
@@ -313,46 +311,11 @@ class Service:
             else:
                 place.work.add_done_callback(close)
 
-    def _status(self, error: BaseException, call: Call) -> grpc.StatusCode:
-        """The status that tells the edge whether to try again."""
-        if call.is_revoked:
-            return grpc.StatusCode.UNAUTHENTICATED
-        # Kinds of PeerLost, so they come before it.
-        if isinstance(error, Busy) or _is_out_of_memory(error):
-            return grpc.StatusCode.RESOURCE_EXHAUSTED
-        if isinstance(error, AdapterMissing):
-            return grpc.StatusCode.NOT_FOUND
-        if isinstance(error, _ShuttingDown):
-            return grpc.StatusCode.UNAVAILABLE
-
-        if isinstance(error, PeerLost) and (self.stopping or call.is_unchecked):
-            return grpc.StatusCode.UNAVAILABLE
-        if isinstance(error, PeerLost):
-            return grpc.StatusCode.DEADLINE_EXCEEDED
-        if isinstance(error, UsageError):
-            return grpc.StatusCode.FAILED_PRECONDITION
-        if isinstance(error, (WireError, ModelError, DecodeError)):
-            return grpc.StatusCode.INVALID_ARGUMENT
-        return grpc.StatusCode.INTERNAL
-
-    async def _refuse(self, call: Call, error: Exception) -> None:
-        """End the call with the status and the words of an error."""
+    async def _refuse(self, call: Call, refusal: Refusal) -> None:
+        """End the call with a status, when the peer has room for one."""
         await self._wait_unread(call)
-        code, text = self._status(error, call), str(error)
-        wait_s: float | None = None
-        if code == grpc.StatusCode.INTERNAL:
-            # A fault of this server: its details are for the provider's log alone.
-            log.error("a micro-batch failed", exc_info=error)
-            text = f"the server failed on this micro-batch ({type(error).__name__}); see its log"
-        elif isinstance(error, Busy):
-            wait_s = error.retry_after_s or 1.0
-        elif code == grpc.StatusCode.RESOURCE_EXHAUSTED:
-            log.error("out of memory: lower --max_inflight_mib", exc_info=error)
-            text, wait_s = "no memory left for this micro-batch", _OUT_OF_MEMORY_S
-
-        log.info("%s ended: %s: %s", call.name, code.name, text)
-        hint = () if wait_s is None else ((RETRY_AFTER_KEY, str(int(1000 * wait_s))),)
-        await call.abort(code, text, hint)
+        log.info("%s ended: %s: %s", call.name, refusal.code.name, refusal.text)
+        await call.abort(refusal.code, refusal.text, refusal.trailing)
 
     async def _wait_unread(self, call: Call) -> None:
         """Wait for a peer that does not read: its last message stays with gRPC, and counts."""
@@ -410,14 +373,3 @@ class Service:
         self.workers.shutdown(cancel_futures=True)
         if self.access_log is not None:
             self.access_log.close()
-
-
-class _ShuttingDown(PeerLost):
-    """No new calls are taken."""
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether the machine, or the device, had no memory left: torch says it in three ways."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
