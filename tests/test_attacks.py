@@ -384,6 +384,18 @@ def test_downloads_and_uploads_count_as_streams(
         call.cancel()
 
 
+def test_edge_files_wait_for_room(secured: Server, alice: Peer, tokens: dict[str, str]) -> None:
+    """A download that finds all places taken begins when there is one: edges ask for it once."""
+    taken = [alice.call("PutAdapter") for _ in range(TenantLimits().max_streams)]
+    wait_until(lambda: secured.tenancy.tenants["alice"].streams == len(taken))
+    request = pb.FetchEdgeFilesRequest(fingerprint=secured.description.fingerprint)
+    fetch = alice.call("FetchEdgeFiles", request.SerializeToString())
+    taken[0].cancel()
+    assert next(fetch)
+    for call in (fetch, *taken):
+        call.cancel()
+
+
 def test_hourly_traffic_is_asked_at_every_frame(
     folder: Path, tokens: dict[str, str], cloud_models: Callable[[str], CloudModel]
 ) -> None:
