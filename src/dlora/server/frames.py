@@ -67,6 +67,8 @@ def rules_of(description: pb.Description) -> _Rules:
     # Every module has an output, which is a site as well.
     sites = Most(len(description.sites) + modules, inside={2: Most(widest, widest)})
     tensors = Most(widest, inside=_TENSOR.inside)
+
+    # The fields of each frame that may be there more than once, or that hold such.
     begin = {
         8: Most(tokens, tokens),
         10: Most(tokens, tokens),
@@ -76,6 +78,8 @@ def rules_of(description: pb.Description) -> _Rules:
         17: sites,
     }
     extend = {2: Most(tokens, tokens), 5: Most(tokens, tokens), 7: Most(tokens, tokens), 8: _TENSOR}
+
+    # By the kind of the frame.
     return _Rules(
         frame={
             1: Most(1, inside=begin),

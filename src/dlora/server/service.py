@@ -205,7 +205,7 @@ class Service:
             reader = asyncio.create_task(pipe.read())
             place.work = asyncio.get_running_loop().run_in_executor(self.workers, self._work, pipe)
             try:
-                while (frame := await self._next(pipe)) is not None:
+                while (frame := await pipe.next_frame()) is not None:
                     # The edge may hang up as soon as it has this frame.
                     place.is_done = frame.WhichOneof("kind") == "done"
                     message = frame.SerializeToString()
@@ -219,24 +219,6 @@ class Service:
                 call.close("the edge closed the stream")
                 self.pipes.discard(pipe)
                 reader.add_done_callback(lambda done: done.cancelled() or done.exception())
-
-    async def _next(self, pipe: StreamPipe) -> pb.CloudFrame | None:
-        """The next frame for the edge; None when there is none to come.
-
-        Raises PeerLost if the call is cut meanwhile, whatever the worker is at.
-        """
-        with contextlib.suppress(asyncio.QueueEmpty):
-            return pipe.outbox.get_nowait()
-        waiting = asyncio.ensure_future(pipe.outbox.get())
-        try:
-            frame: pb.CloudFrame | None = await pipe.call.wait(waiting, None, "got nothing")
-            return frame
-        except PeerLost:
-            if pipe.has_left:
-                return None
-            raise
-        finally:
-            waiting.cancel()
 
     def _work(self, pipe: StreamPipe) -> BaseException | None:
         """On a worker thread: one stream, from its first frame to its last.

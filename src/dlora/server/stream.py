@@ -2,7 +2,7 @@
 
             asyncio loop                              worker thread
  network -> read() -> inbox ----------------------->  receive()  waits, without a compute slot
- network <- Service <- outbox <---------------------  send()     computes, with a compute slot
+ network <- next_frame() <- outbox <----------------  send()     computes, with a compute slot
 
 A frame is read from the network only when the worker asks for it, and parsed by the worker, with
 its slot. Either side may end first: a call that closes wakes the worker wherever it waits, `finish`
@@ -42,7 +42,7 @@ class StreamPipe:
         self._is_in_pass = False
 
         self._loop = asyncio.get_running_loop()
-        self.outbox: asyncio.Queue[pb.CloudFrame | None] = asyncio.Queue()
+        self._outbox: asyncio.Queue[pb.CloudFrame | None] = asyncio.Queue()
         self._inbox: queue.SimpleQueue[bytes | DLoRAError | None] = queue.SimpleQueue()
         self._wanted = asyncio.Event()
         self.has_left = False  # the edge closed its half in good order
@@ -73,6 +73,24 @@ class StreamPipe:
         else:
             self.has_left = self.call.closed is None
             self.call.close("the edge closed the stream")
+
+    async def next_frame(self) -> pb.CloudFrame | None:
+        """The next frame for the edge; None when there is none to come.
+
+        Raises PeerLost if the call is cut meanwhile, whatever the worker is at.
+        """
+        with contextlib.suppress(asyncio.QueueEmpty):
+            return self._outbox.get_nowait()
+        waiting = asyncio.ensure_future(self._outbox.get())
+        try:
+            frame: pb.CloudFrame | None = await self.call.wait(waiting, None, "got nothing")
+            return frame
+        except PeerLost:
+            if self.has_left:
+                return None
+            raise
+        finally:
+            waiting.cancel()
 
     def _wake(self) -> None:
         """Wake the worker and the reader, wherever they wait."""
@@ -148,7 +166,7 @@ class StreamPipe:
         return frame
 
     def _to_loop(self, frame: pb.CloudFrame | None) -> None:
-        self._on_loop(self.outbox.put_nowait, frame)
+        self._on_loop(self._outbox.put_nowait, frame)
 
     def _on_loop(self, act: Callable[..., object], *args: object) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to read
