@@ -187,8 +187,9 @@ def test_forgotten_modules_are_put_again(
 def test_too_small_a_store_is_said(tmp_path: Path) -> None:
     """Where the cloud cannot hold all idle modules at once the edge stops with the reason."""
     from conftest import make_base
+    from dlora.cloud.adapter_store import MODULE_BYTES
 
-    one = 4 * 4 * (64 + 64)
+    one = MODULE_BYTES + 4 * 4 * (64 + 64)
     cloud = CloudModel(make_base("llama"), model_id="x/y", limits=Limits(max_adapter_bytes=2 * one))
     link = InProcessLink(cloud)
     split = make_split(link, lora())
@@ -225,10 +226,12 @@ def frozen(a: tuple[int, ...], b: tuple[int, ...], value: float = 1.0) -> pb.Fro
                 a=pb.Tensor(dtype=pb.FP32, shape=[1 << 30, 1 << 30]),
                 b=pb.Tensor(shape=[1, 1 << 30]),
             ),
-            r"a frozen module of \d+ bytes is over this server's limit of 1073741824",
+            "of a module that is served",
         ),
+        (frozen((0, 64), (64, 0)), "of a module that is served"),
+        (frozen((65, 64), (64, 65)), "of a module that is served"),
         (
-            pb.FrozenModule(a=pb.Tensor(dtype=pb.FP32, shape=[4, 4]), b=pb.Tensor(shape=[4, 4])),
+            pb.FrozenModule(a=pb.Tensor(dtype=pb.FP32, shape=[4, 64]), b=pb.Tensor(shape=[64, 4])),
             "got 0 bytes, shape",
         ),
     ],

@@ -456,20 +456,23 @@ def test_adapter_room_is_each_owners() -> None:
     """An owner over its share drops its own modules; when the whole is full, whoever holds most
     gives.
     """
-    from dlora.cloud.frozen_store import FrozenStore
+    from dlora.cloud.frozen_store import MODULE_BYTES, FrozenStore
 
     def module(seed: int) -> pb.FrozenModule:
         generator = torch.Generator().manual_seed(seed)
         a, b = (torch.randn(shape, generator=generator) for shape in ((1, 8), (8, 1)))
         return pb.FrozenModule(a=encode(a, pb.FP32), b=encode(b, pb.FP32))
 
-    store = FrozenStore(64 * 5, torch.device("cpu"))
-    bobs = [store.put(module(seed), "bob", 64 * 2) for seed in range(2)]
-    alices = [store.put(module(seed), "alice", 64 * 4) for seed in range(4)]
-    assert all(store.get(key, "bob") for key in bobs) and store.stored_bytes == 64 * 5
+    size = 64 + MODULE_BYTES
+    store = FrozenStore(size * 5, torch.device("cpu"))
+    bobs = [store.put(module(seed), "bob", size * 2) for seed in range(2)]
+    alices = [store.put(module(seed), "alice", size * 4) for seed in range(4)]
+    assert all(store.get(key, "bob") for key in bobs) and store.stored_bytes == size * 5
     assert [store.get(key, "alice") is not None for key in alices] == [False, True, True, True]
-    third = store.put(module(9), "bob", 64 * 2)
+    third = store.put(module(9), "bob", size * 2)
     assert store.get(bobs[0], "bob") is None and store.get(third, "bob")
+    store.keep_owners({"alice"})
+    assert store.get(third, "bob") is None and store.stored_bytes == size * 3
 
 
 def test_quotas_refuse_with_a_hint_and_tell_of_nobody_else() -> None:
@@ -563,7 +566,8 @@ def test_metrics_and_status(
         text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
         rows = int(batches()[0]["attention_mask"].sum())
         assert f'dlora_tokens_total{{tenant="alice"}} {float(rows)}' in text
-        assert 'dlora_finished_streams_total{status="OK",tenant="alice"} 1.0' in text
+        # The edge's files, and the micro-batch.
+        assert 'dlora_finished_streams_total{status="OK",tenant="alice"} 2.0' in text
         assert "dlora_queue_length 0.0" in text
         assert urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz").status == 200
         assert main(["status", "--metrics-port", str(port)]) == 0

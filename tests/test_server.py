@@ -250,6 +250,7 @@ def test_late_backward_runs_the_micro_batch_again(link: GrpcLink, server: Server
 
 def test_full_server_gives_a_retry_hint(link: GrpcLink, server: Server) -> None:
     """Over the stream limit an edge is told when to ask again, and succeeds when there is room."""
+    split = make_split(link, lora())
     taken = [link.open() for _ in range(4)]
     for stream in taken:
         stream.send(pb.EdgeFrame(begin=begin(link)))
@@ -259,7 +260,6 @@ def test_full_server_gives_a_retry_hint(link: GrpcLink, server: Server) -> None:
         extra.receive()
     assert caught.value.retry_after_s == 1.0
     threading.Timer(0.3, lambda: [stream.close() for stream in taken]).start()
-    split = make_split(link, lora())
     split(**batches()[0]).loss.backward()
     assert split.meter.retries >= 1
 

@@ -6,19 +6,20 @@ model that is not there) and only then loads torch and the model.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import queue
 import re
 import signal
 import socket
 import sys
-import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
 from dlora.errors import UsageError
-from dlora.files import check_private
+from dlora.files import check_private, write_private
 from dlora.protocol.address import is_loopback
 from dlora.server.settings import KeysSettings, ServeSettings, StatusSettings
 
@@ -30,6 +31,9 @@ _HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")
 def serve(settings: ServeSettings) -> int:
     """Serve a model until SIGINT or SIGTERM."""
     check_before_loading(settings)
+    # gRPC's own lines on stderr: strangers could write as many as they like. Read at its import.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    _raise_descriptors()
 
     import torch
     from transformers.utils import logging as transformers_logging
@@ -56,9 +60,9 @@ def _serve_one(settings: ServeSettings) -> int:
     cloud, loaded = load_cloud(**_model(settings), limits=Limits(**_limits(settings)))
     identities = _identities(settings)
 
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    events: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: events.put(number))
 
     server = Server(
         cloud,
@@ -76,9 +80,19 @@ def _serve_one(settings: ServeSettings) -> int:
         stack.enter_context(server)
         _print_served(settings, cloud, loaded)
         print(f"ready      {server.address}", flush=True)
-        stop.wait()
+        while events.get() == signal.SIGHUP:
+            server.reopen_log()
         print(f"stopping: streams in flight have {settings.drain_s:.0f} s", flush=True)
     return 0
+
+
+def _raise_descriptors() -> None:
+    """As many open files as the system lets us have: every connection is one."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _print_served(settings: ServeSettings, cloud: Any, loaded: Any) -> None:
@@ -300,7 +314,9 @@ def keys(settings: KeysSettings) -> int:
             keys.make_authority(folder, hosts, days)
             print(f"{folder}/ca.pem    give this to edges: --tls_ca ca.pem")
             print(f"serve      dlora serve --keys {folder} --host 0.0.0.0 ...")
-            print(f"next       dlora keys token --folder {folder} --tenant NAME")
+            print(
+                f"next       dlora keys token --folder {folder} --tenant NAME --output NAME.token"
+            )
 
         case "server":
             keys.make_server_certificate(folder, hosts, days)
@@ -311,11 +327,15 @@ def keys(settings: KeysSettings) -> int:
             print(f"tenant     {tenant}")
 
         case "token":
-            # The token alone on standard output, so that it can go into a file.
+            # The token alone on standard output; a file of --output is open to its user alone.
             name, token = keys.add_token(folder, tenant, days)
-            note = f"id {name} for {tenant}, {days} days. Shown once, kept as a hash only:"
+            where = "Shown once" if settings.output is None else f"Written to {settings.output}"
+            note = f"id {name} for {tenant}, {days} days. {where}, kept as a hash only."
             print(note, file=sys.stderr)
-            print(token)
+            if settings.output is None:
+                print(token)
+            else:
+                write_private(settings.output, f"{token}\n".encode())
 
         case "certificate":
             name, file = keys.add_certificate(folder, tenant, days)

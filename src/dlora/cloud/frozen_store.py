@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Collection
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -16,7 +18,10 @@ from dlora.errors import UsageError, WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.wire import content_hash, decode, largest
 
-__all__ = ["FrozenStore"]
+__all__ = ["MODULE_BYTES", "FrozenStore", "check_frozen_shape"]
+
+MODULE_BYTES: Final = 2048
+"""What a module takes beside its numbers: two tensors, its key, its entry."""
 
 
 class FrozenStore:
@@ -39,7 +44,7 @@ class FrozenStore:
         """
         most = self.max_bytes if owner_bytes is None else min(owner_bytes, self.max_bytes)
         a, b = _checked(message, most)
-        size = a.nbytes + b.nbytes
+        size = MODULE_BYTES + a.nbytes + b.nbytes
 
         key = (owner, content_hash(message))
         with self._lock:
@@ -64,10 +69,34 @@ class FrozenStore:
                 self._modules.move_to_end((owner, key))
             return pair
 
+    def keep_owners(self, owners: Collection[str]) -> None:
+        """Drop the modules of everybody else: they have nobody left who could ask for them."""
+        with self._lock:
+            gone = self._owned.keys() - owners
+            for key in [key for key in self._modules if key[0] in gone]:
+                self._drop(key)
+            for owner in gone:
+                del self._owned[owner]
+
     def _drop(self, key: tuple[str, bytes]) -> None:
         a, b = self._modules.pop(key)
-        self.stored_bytes -= a.nbytes + b.nbytes
-        self._owned[key[0]] -= a.nbytes + b.nbytes
+        size = MODULE_BYTES + a.nbytes + b.nbytes
+        self.stored_bytes -= size
+        self._owned[key[0]] -= size
+
+
+def check_frozen_shape(message: pb.FrozenModule, widths: Collection[tuple[int, int]]) -> None:
+    """Raises WireError for a module that fits none of the linears with these (in, out) widths.
+
+    Nor may its rank be over both widths.
+    """
+    a, b = list(message.a.shape[:3]), list(message.b.shape[:3])
+    fits = len(a) == len(b) == 2 and (a[1], b[0]) in widths and 1 <= a[0] == b[1] <= max(a[1], b[0])
+    if not fits:
+        raise WireError(
+            f"frozen module: got shapes {a} and {b}, want [rank, in] and [out, rank] of a module "
+            "that is served"
+        )
 
 
 def _checked(message: pb.FrozenModule, most: int) -> tuple[Tensor, Tensor]:
@@ -75,7 +104,9 @@ def _checked(message: pb.FrozenModule, most: int) -> tuple[Tensor, Tensor]:
     a_shape, b_shape = list(message.a.shape), list(message.b.shape)
     if len(a_shape) != 2 or len(b_shape) != 2 or a_shape[0] != b_shape[1]:
         raise WireError(f"frozen module: got shapes {a_shape[:8]} and {b_shape[:8]}")
-    size = 4 * (a_shape[0] * a_shape[1] + b_shape[0] * b_shape[1])
+    if 0 in (*a_shape, *b_shape):
+        raise WireError("frozen module: got a tensor of no size, want rank and widths over 0")
+    size = MODULE_BYTES + 4 * (a_shape[0] * a_shape[1] + b_shape[0] * b_shape[1])
     if size > most:
         raise UsageError(f"a frozen module of {size} bytes is over this server's limit of {most}")
 

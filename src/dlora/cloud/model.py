@@ -24,7 +24,7 @@ from transformers import DynamicCache, PreTrainedModel
 from dlora.cloud import load_checks
 from dlora.cloud.costs import MemoryCost, pass_flops
 from dlora.cloud.exchange import Pipe
-from dlora.cloud.frozen_store import FrozenStore
+from dlora.cloud.frozen_store import FrozenStore, check_frozen_shape
 from dlora.cloud.layers import CloudLayers
 from dlora.cloud.limits import Limits
 from dlora.cloud.pass_request import PassRequest
@@ -192,6 +192,13 @@ class CloudModel:
         """
         if request.fingerprint != self.fingerprint:
             raise UsageError("the served model has changed: connect again")
+        widths = {
+            (site.in_features, module.out_features)
+            for site in self.sites
+            for module in site.modules
+        }
+        for module in request.modules:
+            check_frozen_shape(module, widths)
         hashes = [self.frozen_store.put(module, owner, owner_bytes) for module in request.modules]
         return pb.PutAdapterReply(hashes=hashes)
 

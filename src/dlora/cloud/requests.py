@@ -135,6 +135,10 @@ class RequestCheck:
 
     def _check_modules(self, entries: Sequence[pb.ActiveSite], edge_layers: EdgeLayers) -> Modules:
         """Sites and modules that exist, in ascending order, in the cloud, and allowed."""
+        # Lengths first: a list of millions is never walked through.
+        if len(entries) > len(self.all_sites):
+            raise WireError(f"sites: got {len(entries)}, want at most {len(self.all_sites)}")
+
         checked = []
         previous = -1
         for entry in entries:
@@ -145,9 +149,11 @@ class RequestCheck:
                 )
             previous = entry.site
 
-            site, modules = self.all_sites[entry.site], tuple(entry.modules)
+            site = self.all_sites[entry.site]
+            modules = tuple(entry.modules[: len(site.modules) + 1])
             ascending = sorted(set(modules)) == list(modules)
-            if not modules or not ascending or modules[-1] >= len(site.modules):
+            too_many = len(entry.modules) > len(site.modules)
+            if not modules or too_many or not ascending or modules[-1] >= len(site.modules):
                 raise WireError(
                     f"site {entry.site}: got modules {modules[:8]}, want ascending, 1 to "
                     f"{len(site.modules)}"

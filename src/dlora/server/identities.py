@@ -19,6 +19,7 @@ import json
 import logging
 import ssl
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -33,6 +34,12 @@ __all__ = ["LOCAL", "Credential", "Identities", "TenantLimits", "hash_token"]
 log = logging.getLogger(__name__)
 
 _KINDS: Final = ("tokens", "certificates")
+_STALE_S: Final = 60.0
+"""For so long the last good identities are in force when the file cannot be read."""
+
+
+_MOST: Final = 2.0**40
+"""No limit is larger, and none is infinite or no number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +60,11 @@ class TenantLimits:
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
         for name, value in asdict(self).items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-                raise UsageError(f"tenant limit {name}: got {value!r}, want a number, 0 or more")
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not 0 <= value <= _MOST:
+                raise UsageError(
+                    f"tenant limit {name}: got {value!r}, want a number from 0 to {_MOST:g}"
+                )
         if self.weight == 0:
             raise UsageError("tenant limit weight: got 0, want more")
 
@@ -66,6 +76,8 @@ class Credential:
     tenant: str
     id: str
     """Name of the token, or fingerprint of the certificate: never the secret itself."""
+    certificate: str = ""
+    """Fingerprint of the certificate that was shown beside a token."""
 
 
 LOCAL: Final = Credential("local", "none")
@@ -88,6 +100,8 @@ class Identities:
         self.file = file
         self._lock = threading.Lock()
         self._read_at: tuple[int, int, int] | None = None
+        self._looked_at = time.monotonic()  # with success
+        self._names: frozenset[str] = frozenset()
         self._complaint = ""  # about the file as it is now; logged already
         self._tenants: dict[str, TenantLimits] = {}
         self._entries: dict[str, dict[str, Any]] = {kind: {} for kind in _KINDS}
@@ -97,19 +111,33 @@ class Identities:
     def refresh(self) -> None:
         """Read the file again if it has changed.
 
-        A file that cannot be read, is gone, or is open to others changes nothing: revoking is done
-        by changing it. The log says so once.
+        A file that cannot be read, is gone, or is open to others changes nothing at first: revoking
+        is done by changing it. The log says so once. After a minute `is_stale` says that nobody can
+        be trusted any longer.
         """
         try:
             if self._stamp() != self._read_at:
                 check_private(self.file)
                 self._read()
-            self._complaint = ""
+            self._complaint, self._looked_at = "", time.monotonic()
         except Exception as error:  # whatever a file can do to a parser: nobody may be locked out
             complaint = str(error) or type(error).__name__
             if complaint != self._complaint:
-                log.error("identities are as they were: %s", complaint)
+                log.error(
+                    "identities are as they were: %s; in %.0f s nobody is let in",
+                    complaint,
+                    _STALE_S,
+                )
             self._complaint = complaint
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the file could not be looked at for so long that a revocation may be missed."""
+        return time.monotonic() - self._looked_at > _STALE_S
+
+    def tenants(self) -> frozenset[str]:
+        """Everybody who has a token or a certificate."""
+        return self._names
 
     def limits(self, tenant: str) -> TenantLimits:
         """A tenant's limits; defaults for one that has none of its own."""
@@ -117,30 +145,36 @@ class Identities:
             return self._tenants.get(tenant, TenantLimits())
 
     def authenticate(self, token: str | None, certificate_pem: bytes | None) -> Credential | None:
-        """Whose token or client certificate this is; None if it is nobody's, revoked or expired."""
-        with self._lock:
-            if token is not None:
-                digest = hash_token(token).encode()
-                for name, entry in self._entries["tokens"].items():
-                    # As bytes: text that is not ASCII cannot be compared, whoever wrote it.
-                    if hmac.compare_digest(entry["sha256"].encode(), digest) and _alive(entry):
-                        return Credential(entry["tenant"], name)
+        """Whose token or client certificate this is; None if it is nobody's, revoked or expired.
 
-            if certificate_pem:
-                name = fingerprint(certificate_pem)
-                entry = self._entries["certificates"].get(name)
-                if entry is not None and _alive(entry):
-                    return Credential(entry["tenant"], name)
+        Where both are shown both have to be valid, and of the same tenant: a certificate that was
+        revoked lets nobody in, whatever comes with it.
+        """
+        with self._lock:
+            shown = fingerprint(certificate_pem) if certificate_pem else ""
+            listed = self._entries["certificates"].get(shown)
+            if shown and (listed is None or not _alive(listed)):
+                return None
+            if token is None:
+                return None if listed is None else Credential(listed["tenant"], shown)
+
+            digest = hash_token(token).encode()
+            for name, entry in self._entries["tokens"].items():
+                # As bytes: text that is not ASCII cannot be compared, whoever wrote it.
+                if hmac.compare_digest(entry["sha256"].encode(), digest) and _alive(entry):
+                    if listed is not None and listed["tenant"] != entry["tenant"]:
+                        return None
+                    return Credential(entry["tenant"], name, shown)
         return None
 
     def is_valid(self, credential: Credential) -> bool:
         """Whether it still is: not revoked, not expired, and of the same tenant."""
         with self._lock:
             entries = [self._entries[kind].get(credential.id) for kind in _KINDS]
-        return any(
-            entry is not None and entry["tenant"] == credential.tenant and _alive(entry)
-            for entry in entries
-        )
+            beside = self._entries["certificates"].get(credential.certificate)
+        if credential.certificate and not _belongs(beside, credential.tenant):
+            return False
+        return any(_belongs(entry, credential.tenant) for entry in entries)
 
     def _stamp(self) -> tuple[int, int, int]:
         stat = self.file.stat()
@@ -156,6 +190,9 @@ class Identities:
             ) from error
         with self._lock:
             self._tenants, self._entries, self._read_at = tenants, entries, stamp
+            self._names = frozenset(
+                entry["tenant"] for found in entries.values() for entry in found.values()
+            )
 
 
 def parse(content: Mapping[str, Any]) -> tuple[dict[str, TenantLimits], dict[str, dict[str, Any]]]:
@@ -195,6 +232,10 @@ def _time(text: str) -> datetime:
     """A moment; without a zone it is UTC."""
     moment = datetime.fromisoformat(text)
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _belongs(entry: Mapping[str, Any] | None, tenant: str) -> bool:
+    return entry is not None and entry["tenant"] == tenant and _alive(entry)
 
 
 def _alive(entry: Mapping[str, Any]) -> bool:

@@ -10,8 +10,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from socketserver import ThreadingMixIn
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, make_server
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from dlora.errors import PeerLost, UsageError
 from dlora.protocol.address import LOOPBACK_ADDRESS
@@ -45,8 +46,14 @@ _GAUGES: dict[str, tuple[str, Callable[[Tenant], float]]] = {
 class _Collector:
     """Reads the tenancy whenever Prometheus asks: nothing is counted twice."""
 
-    def __init__(self, tenancy: Tenancy, queue_length: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        tenancy: Tenancy,
+        queue_length: Callable[[], int],
+        lost_log_lines: Callable[[], int],
+    ) -> None:
         self.tenancy, self.queue_length = tenancy, queue_length
+        self.lost_log_lines = lost_log_lines
 
     def collect(self) -> Iterator[Any]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -74,10 +81,27 @@ class _Collector:
         yield GaugeMetricFamily(
             "dlora_queue_length", "Streams that wait for a slot.", value=self.queue_length()
         )
+        yield CounterMetricFamily(
+            "dlora_failed_logins", "Calls of nobody known.", value=self.tenancy.failed_logins
+        )
+        yield CounterMetricFamily(
+            "dlora_lost_log_lines",
+            "Lines of the access log that could not be written.",
+            value=self.lost_log_lines(),
+        )
+
+
+class _Threads(ThreadingMixIn, WSGIServer):
+    """A thread for each connection: one that says nothing keeps nobody from the others."""
+
+    daemon_threads = True
 
 
 class _Quiet(WSGIRequestHandler):
     """The standard handler without its line on stderr for every request."""
+
+    timeout = 10.0
+    """Seconds that a connection may say nothing."""
 
     def log_message(self, format: str, *args: Any) -> None:
         """Write nothing."""
@@ -98,7 +122,9 @@ def serve_metrics(server: Any, port: int) -> Iterator[int]:
         ) from error
 
     registry = CollectorRegistry()
-    registry.register(_Collector(server.tenancy, lambda: server.queue_length))
+    registry.register(
+        _Collector(server.tenancy, lambda: server.queue_length, lambda: server.lost_log_lines)
+    )
     metrics = make_wsgi_app(registry)
 
     def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
@@ -116,7 +142,7 @@ def serve_metrics(server: Any, port: int) -> Iterator[int]:
         return [f"{status[4:].lower()}\n".encode()]
 
     try:
-        httpd = make_server(LOOPBACK_ADDRESS, port, app, handler_class=_Quiet)
+        httpd = make_server(LOOPBACK_ADDRESS, port, app, _Threads, _Quiet)
     except OSError as error:
         raise UsageError(f"metrics_port {port}: {error.strerror}") from error
     thread = threading.Thread(target=httpd.serve_forever, name="dlora-metrics", daemon=True)

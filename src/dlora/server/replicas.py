@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from google.protobuf.message import DecodeError
 
-from dlora.errors import UsageError
+from dlora.errors import DLoRAError, PeerLost, UsageError
 from dlora.proto import dlora_pb2 as pb
-from dlora.proto import dlora_pb2_grpc as rpc
-from dlora.protocol.address import LOOPBACK_ADDRESS
-from dlora.protocol.channel import channel_options
+from dlora.protocol.address import LOOPBACK_ADDRESS, is_loopback
+from dlora.protocol.channel import MAX_MESSAGE_BYTES
+from dlora.server.calls import Call
+from dlora.server.gate import Gate, server_options
 from dlora.server.identities import Identities
 from dlora.server.replica import Replica, ReplicaSettings
 from dlora.server.scaling import Scaling, scale
-from dlora.server.service import caller, check_protocol
+from dlora.server.service import answer_describe
 from dlora.server.tls import add_port
 
 __all__ = ["Front"]
@@ -33,6 +35,7 @@ __all__ = ["Front"]
 log = logging.getLogger(__name__)
 
 _POLL_S: Final = 0.5
+_REFRESH_S: Final = 1.0  # a revoked identity is refused after at most this long
 _ANSWER_S: Final = 5.0  # a replica that takes longer to say its load is being restarted
 _START_S: Final = 600.0  # a large model takes minutes to load
 _DRAIN_SPARE_S: Final = 30.0  # on top of what its streams may take
@@ -68,6 +71,10 @@ class Front:
 
         Raises UsageError without Ray, or for identities that cannot be read.
         """
+        if is_loopback(host) and ray_address is None:
+            # Edges come from this machine alone, so Ray's own ports are for it alone: without a
+            # cluster its node has the loopback address. Read when Ray is imported.
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         try:
             import ray
         except ImportError as error:
@@ -84,6 +91,7 @@ class Front:
         self._changing = threading.Lock()
         self._loop = asyncio.new_event_loop()
         self._server: grpc.aio.Server | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._serving = threading.Thread(
             target=self._loop.run_forever, name="dlora-front", daemon=True
         )
@@ -122,6 +130,8 @@ class Front:
         if self._supervising.is_alive():
             self._supervising.join()
         if self._serving.is_alive():
+            if self._watching is not None:
+                self._loop.call_soon_threadsafe(self._watching.cancel)
             if self._server is not None:
                 asyncio.run_coroutine_threadsafe(self._server.stop(1.0), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
@@ -234,42 +244,52 @@ class Front:
 
     async def _serve(self) -> int:
         """Bind and answer; return the port."""
-        self._server = grpc.aio.server(options=[*channel_options(), ("grpc.so_reuseport", 0)])
-        answers = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(answers, self._server)
-        rpc.add_DLoRAServicer_to_server(_FrontService(self), self._server)
+        gate = Gate(
+            {"Describe": self._describe},
+            self.identities,
+            timeout_s=self.settings.options.edge_timeout_s,
+            is_ready=lambda: any(replica.address for replica in self.replicas),
+        )
+        most_streams = self.settings.options.max_streams
+        self._server = grpc.aio.server(options=server_options(MAX_MESSAGE_BYTES, most_streams))
+        self._server.add_generic_rpc_handlers((gate,))
         port = add_port(self._server, f"{self.host}:{self.port}", self.settings.tls)
         await self._server.start()
-        await answers.set("", health_pb2.HealthCheckResponse.SERVING)
+        if self.identities is not None:
+            self._watching = asyncio.create_task(self._watch(self.identities))
         return port
 
+    async def _watch(self, identities: Identities) -> None:
+        """Take up changes of the identities."""
+        while True:
+            identities.refresh()
+            await asyncio.sleep(_REFRESH_S)
 
-class _FrontService(rpc.DLoRAServicer):
-    """`Describe`, with the replicas; every other call is theirs."""
+    async def _describe(self, call: Call) -> None:
+        """What is served, and where. Every other call is the replicas'."""
+        try:
+            await answer_describe(call, self._described)
+        except PeerLost as error:
+            await call.leave()
+            await call.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        except (DLoRAError, DecodeError) as error:
+            await call.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
 
-    def __init__(self, front: Front) -> None:
-        self.front = front
-
-    async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.Description:
-        """What is served, and where: the least busy replica first."""
-        if self.front.identities is not None:
-            self.front.identities.refresh()
-        await caller(self.front.identities, context)
-        await check_protocol(request, context)
-
+    def _described(self) -> bytes:
+        """The description with the replicas, the least busy first. Raises PeerLost without any."""
         alive = sorted(
-            (replica for replica in self.front.replicas if replica.address),
+            (replica for replica in self.replicas if replica.address),
             key=lambda replica: replica.streams + replica.queued,
         )
         if not alive:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "no replica is ready")
+            raise PeerLost("no replica is ready")
 
         description = pb.Description()
-        description.CopyFrom(self.front.description)
+        description.CopyFrom(self.description)
         description.replicas.extend(replica.address for replica in alive)
         # Until it says its load itself: edges that come together are spread.
         alive[0].streams += 1
-        return description
+        return description.SerializeToString()
 
 
 def _first_line(error: Exception) -> str:

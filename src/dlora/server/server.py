@@ -14,19 +14,17 @@ from pathlib import Path
 from typing import Any, Final
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from transformers import PreTrainedTokenizerBase
 
 from dlora.cloud.model import CloudModel
 from dlora.proto import dlora_pb2 as pb
-from dlora.proto import dlora_pb2_grpc as rpc
 from dlora.protocol.address import LOOPBACK_ADDRESS
-from dlora.protocol.channel import channel_options
 from dlora.protocol.files import write_edge_files
 from dlora.protocol.layer_files import write_layer_files
 from dlora.server.access_log import AccessLog
+from dlora.server.gate import Gate, server_options
 from dlora.server.identities import Identities
-from dlora.server.service import SERVICE_NAME, Service
+from dlora.server.service import Service
 from dlora.server.settings import ServerOptions
 from dlora.server.tenants import Tenancy
 from dlora.server.tls import TlsFiles, add_port
@@ -41,7 +39,7 @@ class Server:
     """Serve one model. `start` returns the port; `stop` ends streams with UNAVAILABLE.
 
     With `identities` only their tenants are answered; `tls` encrypts. With `access_log` one JSON
-    line for every stream says who did how much, never what. Runs its event loop on a thread of its
+    line for every call says who did how much, never what. Runs its event loop on a thread of its
     own, so that tests and notebooks can use it as a context manager: `with Server(cloud) as server:
     connect(server.address)`.
     """
@@ -76,7 +74,6 @@ class Server:
             target=self._loop.run_forever, name="dlora-grpc", daemon=True
         )
         self._server: grpc.aio.Server | None = None
-        self._health: health.aio.HealthServicer | None = None
         self._watch: asyncio.Task[None] | None = None
 
     @property
@@ -100,6 +97,17 @@ class Server:
         return self._service.slots.queue_length
 
     @property
+    def lost_log_lines(self) -> int:
+        """Lines of the access log that could not be written."""
+        access_log = self._service.access_log
+        return 0 if access_log is None else access_log.lost_lines
+
+    def reopen_log(self) -> None:
+        """Go on in a new file of the access log's name, where there is one."""
+        if self._service.access_log is not None:
+            self._loop.call_soon_threadsafe(self._service.access_log.reopen)
+
+    @property
     def is_ready(self) -> bool:
         """Whether new streams are taken."""
         return self._server is not None and not self._service.draining
@@ -118,18 +126,21 @@ class Server:
         return self.port
 
     async def _start(self) -> int:
-        options = channel_options(self._service.cloud.limits.max_message_bytes)
-        # Without this, a second server could silently share the port.
-        server = grpc.aio.server(options=[*options, ("grpc.so_reuseport", 0)])
-        self._health = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        rpc.add_DLoRAServicer_to_server(self._service, server)
+        service = self._service
+        gate = Gate(
+            service.handlers,
+            service.identities,
+            timeout_s=self.options.edge_timeout_s,
+            is_ready=lambda: self.is_ready,
+            on_stranger=service.tenancy.count_failed_login,
+        )
+        most_bytes = service.cloud.limits.max_message_bytes
+        server = grpc.aio.server(options=server_options(most_bytes, self.options.max_streams))
+        server.add_generic_rpc_handlers((gate,))
 
         port = add_port(server, f"{self.host}:{self.port}", self.tls)
         await server.start()
         self._server = server
-        for name in ("", SERVICE_NAME):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._watch = asyncio.create_task(self._service.watch())
         return port
 
@@ -151,11 +162,9 @@ class Server:
         self._layers.cleanup()
 
     async def _stop(self) -> None:
-        if self._health is not None:
-            await self._health.enter_graceful_shutdown()
         self._service.draining = True
         end = time.monotonic() + self.options.drain_s
-        while self._service.pipes and time.monotonic() < end:
+        while self._service.calls and time.monotonic() < end:
             await asyncio.sleep(_DRAIN_POLL_S)
 
         if self._watch is not None:

@@ -6,16 +6,19 @@ defaults.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Final, Literal
 
 from dlora.cloud.limits import Limits
 from dlora.errors import UsageError
 from dlora.protocol.address import LOOPBACK_ADDRESS, LOOPBACK_NAME, is_loopback
 
 __all__ = ["KeysSettings", "ServeSettings", "ServerOptions", "StatusSettings"]
+
+_MOST_S: Final = 31.0 * 24 * 3600
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,19 @@ class ServerOptions:
     at all."""
     grace_s: float = 5.0
     """How long shutdown then waits for the last streams to end with a status, in seconds."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for times that are none."""
+        for name in ("edge_timeout_s", "drain_s", "grace_s"):
+            check_seconds(name, getattr(self, name))
+        if self.edge_timeout_s == 0:
+            raise UsageError("edge_timeout_s: got 0, want more")
+
+
+def check_seconds(name: str, value: float) -> None:
+    """Raises UsageError for a time that is negative, infinite or no number."""
+    if not 0 <= value <= _MOST_S:
+        raise UsageError(f"{name}: got {value}, want seconds from 0 to {_MOST_S:.0f}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +122,8 @@ class ServeSettings:
     """Agree that anybody on the network can read what travels, and use the server: only inside a
     tunnel."""
     access_log: Path | None = None
-    """File that gets a JSON line for every stream: who, how much, how it ended; never content."""
+    """File that gets a JSON line for every call: who, how much, how it ended; never content. Open
+    to its user alone; SIGHUP opens it anew."""
     drain_s: float = ServerOptions.drain_s
     """After Ctrl-C or SIGTERM: how long streams in flight may go on while new ones are refused."""
     metrics_port: int | None = None
@@ -186,8 +203,11 @@ class ServeSettings:
             )
 
     def _check_numbers(self) -> None:
-        if self.drain_s < 0:
-            raise UsageError(f"drain_s: got {self.drain_s}, want 0 or more")
+        check_seconds("drain_s", self.drain_s)
+        check_seconds("edge_timeout_s", self.edge_timeout_s)
+        for name in ("replica_cpus", "replica_gpus"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"{name}: got {getattr(self, name)}, want 0 or more")
         for name in (
             "max_tokens",
             "max_length",
@@ -210,7 +230,7 @@ class KeysSettings:
     """Settings of `dlora keys`."""
 
     GROUPS: ClassVar[dict[str, str]] = {
-        "keys": "action folder tenant hosts days id limits",
+        "keys": "action folder tenant hosts days id limits output",
     }
 
     action: Literal["init", "server", "tenant", "token", "certificate", "revoke", "list"]
@@ -227,7 +247,9 @@ class KeysSettings:
     days: int = 90
     """How many days a certificate or token is valid."""
     id: str | None = None
-    """With revoke: id of a token or certificate. Default: everything of `tenant`."""
+    """With revoke: id of a token or certificate; default: everything of `tenant`."""
+    output: Path | None = None
+    """With token: file that gets it, open to its user alone, in place of the screen."""
     limits: dict[str, float] = field(default_factory=dict)
     """With tenant: max_streams, max_inflight_mib, mib_per_hour, adapter_mib, weight."""
 
@@ -235,6 +257,8 @@ class KeysSettings:
         """Raises UsageError for actions that lack what they need."""
         if self.action in ("tenant", "token", "certificate") and self.tenant is None:
             raise UsageError(f"keys {self.action} needs --tenant NAME")
+        if self.output is not None and self.action != "token":
+            raise UsageError("output is of keys token")
         if self.action == "revoke" and (self.id is None) == (self.tenant is None):
             raise UsageError("keys revoke needs --id or --tenant, one of the two")
 

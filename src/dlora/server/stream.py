@@ -2,29 +2,30 @@
 
             asyncio loop                              worker thread
  network -> read() -> inbox ----------------------->  receive()  waits, without a compute slot
- network <- Service.Step <- outbox <----------------  send()     computes, with a compute slot
+ network <- next_frame() <- outbox <----------------  send()     computes, with a compute slot
 
-Either side may end first: `close` wakes the worker wherever it waits, `finish` ends the loop's side
-after the frames that are queued already.
+A frame is read from the network only when the worker asks for it, and parsed by the worker, with
+its slot. Either side may end first: a call that closes wakes the worker wherever it waits, `finish`
+ends the loop's side after the frames that are queued already.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import time
-from collections.abc import AsyncIterator
-from typing import Final
+from collections.abc import Callable
 
-from dlora.errors import PeerLost
+from google.protobuf.message import DecodeError
+
+from dlora.errors import DLoRAError, PeerLost, WireError
 from dlora.proto import dlora_pb2 as pb
-from dlora.server.identities import Credential
-from dlora.server.tenants import Busy, FairSlots, Tenancy, Tenant
+from dlora.server.calls import Call
+from dlora.server.frames import Awaited, Rules, check_message
+from dlora.server.place import Place
 
 __all__ = ["StreamPipe"]
-
-# The frames go strictly in turn, so an honest edge never has more than one or two waiting.
-_MAX_UNREAD_FRAMES: Final = 4
 
 
 class StreamPipe:
@@ -33,150 +34,140 @@ class StreamPipe:
     The worker holds a compute slot, except while it waits for the edge.
     """
 
-    def __init__(
-        self,
-        slots: FairSlots,
-        timeout_s: float,
-        tenancy: Tenancy,
-        tenant: Tenant,
-        credential: Credential,
-    ) -> None:
-        self.slots, self.timeout_s, self.tenancy, self.tenant = slots, timeout_s, tenancy, tenant
-        self.credential = credential
-        self.reserved_bytes = self.received_bytes = self.sent_bytes = self.tokens = 0
-        self.compute_s = 0.0
-        self.rows = 0  # of the pass that is computed now
+    def __init__(self, place: Place, call: Call, awaited: Awaited, rules: Rules) -> None:
+        """`awaited` says how large the edge's frames may be, `rules` what may be in them."""
+        self.place, self.call, self._awaited, self._rules = place, call, awaited, rules
+        self._rows = 0  # of the pass that is computed now
+        self._entry_bytes = 0  # of the frame that began it
+        self._is_in_pass = False
 
-        self.loop = asyncio.get_running_loop()
-        self.outbox: asyncio.Queue[pb.CloudFrame | None] = asyncio.Queue()
-        self.inbox: queue.SimpleQueue[pb.EdgeFrame | None] = queue.SimpleQueue()
-
-        self.closed: str | None = None
-        self.left = False  # the edge closed its half in good order
-        self.revoked = False
-        self.has_slot = False
+        self._loop = asyncio.get_running_loop()
+        self._outbox: asyncio.Queue[pb.CloudFrame | None] = asyncio.Queue()
+        self._inbox: queue.SimpleQueue[bytes | DLoRAError | None] = queue.SimpleQueue()
+        self._wanted = asyncio.Event()
+        self.has_left = False  # the edge closed its half in good order
+        call.on_close(self._wake)
 
     # ----------------------------------------------------------------- on the loop
 
-    def count(self, received: int = 0, sent: int = 0) -> None:
-        """Bytes of this stream and its tenant."""
-        self.received_bytes += received
-        self.sent_bytes += sent
-        self.tenancy.count_traffic(self.tenant, received, sent)
+    async def read(self) -> None:
+        """Move frames from the network to the worker, as it asks for them, until the call ends.
 
-    async def read(self, requests: AsyncIterator[pb.EdgeFrame]) -> None:
-        """Move frames from the network to the worker; an end of any kind closes the pipe."""
+        An end of any kind closes the call.
+        """
         try:
-            async for frame in requests:
-                self.count(received=frame.ByteSize())
-                if self.inbox.qsize() >= _MAX_UNREAD_FRAMES:
-                    self.close(
-                        f"the edge sent {_MAX_UNREAD_FRAMES} frames without waiting for answers"
-                    )
-                    return
-                self.inbox.put(frame)
+            while self.call.closed is None:
+                await self._wanted.wait()
+                self._wanted.clear()
+                if (message := await self.call.read()) is None:
+                    break
+                self._awaited.check(len(message))
+                self.place.count(received=len(message))
+                self.place.hold(len(message))
+                self._inbox.put(message)
+                del message
+        except DLoRAError as error:
+            self._inbox.put(error)  # the worker ends the stream with it
         except Exception as error:
-            self.close(f"the edge is gone: {error}")
+            self.call.close(f"the edge is gone: {error}")
         else:
-            self.left = self.closed is None
-            self.close("the edge closed the stream")
+            self.has_left = self.call.closed is None
+            self.call.close("the edge closed the stream")
 
-    def close(self, reason: str) -> None:
-        """Wake the worker, wherever it waits; the first reason counts."""
-        self.closed = self.closed or reason
-        self.inbox.put(None)
+    async def next_frame(self) -> pb.CloudFrame | None:
+        """The next frame for the edge; None when there is none to come.
+
+        Raises PeerLost if the call is cut meanwhile, whatever the worker is at.
+        """
+        with contextlib.suppress(asyncio.QueueEmpty):
+            return self._outbox.get_nowait()
+        waiting = asyncio.ensure_future(self._outbox.get())
+        try:
+            frame: pb.CloudFrame | None = await self.call.wait(waiting, None, "got nothing")
+            return frame
+        except PeerLost:
+            if self.has_left:
+                return None
+            raise
+        finally:
+            waiting.cancel()
+
+    def _wake(self) -> None:
+        """Wake the worker and the reader, wherever they wait."""
+        self._inbox.put(None)
+        self._wanted.set()
 
     # ----------------------------------------------------------------- on the worker
 
     def admit(self, cost_bytes: int) -> None:
         """Reserve memory for what the stream now needs, and take a compute slot.
 
-        Raises Busy if there is no room now, UsageError if the tenant may never have this much.
+        A pass has room for the frame that began it and for the largest of the others. Raises Busy
+        if there is no room now, UsageError if the tenant may never have this much.
         """
-        self.tenancy.reserve(self.tenant, self.reserved_bytes, cost_bytes)
-        self.reserved_bytes = cost_bytes
-        if not self.has_slot:
-            self.take_slot()
+        if self._is_in_pass:
+            self.place.admit(cost_bytes + self._entry_bytes, self._awaited.room)
+        else:
+            self.place.admit(cost_bytes, 0)
+        if not self.place.has_slot:
+            self.place.take_slot()
 
     def send(self, frame: pb.CloudFrame) -> None:
         """Queue a frame for the edge. Raises PeerLost if the stream is closed."""
-        if self.closed:
-            raise PeerLost(self.closed)
+        if self.call.closed:
+            raise PeerLost(self.call.closed)
         if frame.WhichOneof("kind") == "hidden":
-            self.tokens += self.rows
-            self.tenancy.count_tokens(self.tenant, self.rows)
+            self.place.count_tokens(self._rows)
+            self._is_in_pass = False
+        self._awaited.sent(frame)
         self._to_loop(frame)
 
     def receive(self) -> pb.EdgeFrame:
         """Wait for the edge's next frame, without a compute slot meanwhile.
 
-        Raises PeerLost when the stream is closed or no frame comes within `timeout_s`.
-        """
-        had_slot, start = self.has_slot, time.monotonic()
-        self.release_slot()
-        try:
-            frame = self.inbox.get(timeout=self.timeout_s)
-        except queue.Empty:
-            raise PeerLost(f"the edge sent nothing for {self.timeout_s:.0f} s") from None
-        finally:
-            self.tenancy.count_compute(self.tenant, wait_s=time.monotonic() - start)
-        if frame is None:
-            raise PeerLost(self.closed or "the edge closed the stream")
-
-        # The first frame of a pass: its rows are counted as tokens when the pass is done.
-        if (kind := frame.WhichOneof("kind")) in ("begin", "extend"):
-            shape = getattr(frame, kind).embeddings.shape
-            self.rows = int(shape[0]) if len(shape) else 0
-
-        if had_slot:
-            self.take_slot()
-        return frame
-
-    def take_slot(self) -> None:
-        """Wait for a compute slot; give up when the stream closes meanwhile.
-
-        Raises PeerLost if it closes, Busy if there is no slot within `timeout_s`.
+        Raises PeerLost when the stream is closed or no frame comes in time, Busy if there is no
+        room for it, WireError for one that cannot be what was asked for.
         """
         start = time.monotonic()
+        self.place.release_slot()
+        self._on_loop(self._wanted.set)
         try:
-            has_slot = self.slots.acquire(
-                self.tenant.name,
-                self.tenant.limits.weight,
-                self,
-                self.timeout_s,
-                lambda: self.closed is not None,
-            )
+            message = self._inbox.get(timeout=self.call.timeout_s)
+        except queue.Empty:
+            raise PeerLost(f"the edge sent nothing for {self.call.timeout_s:.0f} s") from None
         finally:
-            self.tenancy.count_compute(self.tenant, queue_s=time.monotonic() - start)
+            self.place.tenancy.count_compute(self.place.tenant, wait_s=time.monotonic() - start)
 
-        if not has_slot:
-            if self.closed:
-                raise PeerLost(self.closed)
-            self.tenancy.count_refusal(self.tenant, "queue")
-            raise Busy(
-                f"no compute slot for {self.timeout_s:.0f} s", retry_after_s=5.0, reason="queue"
-            )
-        self.has_slot = True
-
-    def release_slot(self) -> None:
-        """Give the compute slot back, if there is one."""
-        if self.has_slot:
-            self.has_slot = False
-            seconds = self.slots.release(self)
-            self.compute_s += seconds
-            self.tenancy.count_compute(self.tenant, compute_s=seconds)
-
-    def free(self) -> None:
-        """Reserve nothing any more."""
-        self.tenancy.reserve(self.tenant, self.reserved_bytes, 0)
-        self.reserved_bytes = 0
+        if message is None:
+            raise PeerLost(self.call.closed or "the edge closed the stream")
+        if isinstance(message, DLoRAError):
+            raise message
+        self.place.take_slot()
+        return self._parse(message)
 
     def finish(self) -> None:
         """The worker is done: end the loop's side after the frames that are queued already."""
         self._to_loop(None)
 
-    def _to_loop(self, frame: pb.CloudFrame | None) -> None:
+    def _parse(self, message: bytes) -> pb.EdgeFrame:
+        """A frame of bytes that hold no more than they may. Raises WireError."""
+        check_message(message, self._rules, "frame")
         try:
-            self.loop.call_soon_threadsafe(self.outbox.put_nowait, frame)
-        except RuntimeError:  # the loop is closed: nobody is left to read
-            self.closed = self.closed or "the server has stopped"
+            frame = pb.EdgeFrame.FromString(message)
+        except DecodeError as error:
+            raise WireError(f"got {len(message)} bytes that are no frame") from error
+
+        # The first frame of a pass: its rows are counted as tokens when the pass is done.
+        if self._awaited.received(frame, len(message)):
+            kind = frame.WhichOneof("kind")
+            shape = (frame.begin if kind == "begin" else frame.extend).embeddings.shape
+            self._rows = int(shape[0]) if len(shape) else 0
+            self._entry_bytes, self._is_in_pass = len(message), True
+        return frame
+
+    def _to_loop(self, frame: pb.CloudFrame | None) -> None:
+        self._on_loop(self._outbox.put_nowait, frame)
+
+    def _on_loop(self, act: Callable[..., object], *args: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to read
+            self._loop.call_soon_threadsafe(act, *args)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from dlora.errors import PeerLost, UsageError
@@ -68,13 +68,19 @@ class Tenancy:
         max_inflight_bytes: int,
         limits: Callable[[str], TenantLimits] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        known: Callable[[], Collection[str]] = tuple,
     ) -> None:
-        """`limits` gives those of a tenant; None: a tenant may have all that the server has."""
+        """`limits` gives those of a tenant; None: a tenant may have all that the server has.
+
+        `known` names the tenants for whom a minimum of streams and memory is kept free.
+        """
         self.max_streams, self.max_inflight_bytes = max_streams, max_inflight_bytes
-        self._limits, self._clock = limits, clock
+        self._limits, self._clock, self._known = limits, clock, known
         self._lock = threading.Lock()
         self.tenants: dict[str, Tenant] = {}
         self.streams = self.inflight_bytes = 0
+        self.failed_logins = 0
+        """Calls that nobody known made."""
 
     def tenant(self, name: str) -> Tenant:
         """A tenant's use, with its limits as they are now."""
@@ -86,6 +92,13 @@ class Tenancy:
                 tenant.allowance = limits.mib_per_hour * _MIB
             tenant.limits = limits
             return tenant
+
+    def has_room(self, tenant: Tenant) -> bool:
+        """Whether there is room for one more stream now, whatever has travelled."""
+        with self._lock:
+            return tenant.streams < tenant.limits.max_streams and self.streams < self._room(
+                tenant, tenant.streams, 1, is_memory=False
+            )
 
     def open_stream(self, tenant: Tenant) -> None:
         """Count a stream in. Raises Busy if there is no room for it, or too much has travelled."""
@@ -102,7 +115,7 @@ class Tenancy:
                 message = f"your quota of {limits.mib_per_hour:g} MiB an hour is used"
                 self._refuse(tenant, "traffic", message, wait_s)
 
-            if self.streams >= self.max_streams:
+            if self.streams + 1 > self._room(tenant, tenant.streams, 1, is_memory=False):
                 self._refuse(tenant, "server", "busy: all streams are taken", 1.0)
             tenant.streams += 1
             self.streams += 1
@@ -127,17 +140,49 @@ class Tenancy:
                     f"this needs {wanted_bytes / _MIB:.0f} MiB of activations, your quota is "
                     f"{quota / _MIB:.0f} MiB: use a smaller batch or shorter sequences"
                 )
+            if more > 0 and wanted_bytes > (most := self._most_bytes(tenant)):
+                raise UsageError(
+                    f"this needs {wanted_bytes / _MIB:.0f} MiB of activations and frames, one "
+                    f"tenant may have {most / _MIB:.0f} MiB here: use a smaller batch or shorter "
+                    "sequences"
+                )
 
             # Giving back is always possible, also for a tenant whose quota has shrunk.
             if more > 0 and tenant.inflight_bytes + more > quota:
                 message = f"busy: your quota of {quota / _MIB:.0f} MiB of activations is taken"
                 self._refuse(tenant, "memory", message, 0.5)
-            if more > 0 and self.inflight_bytes + more > self.max_inflight_bytes:
+            room = self._room(tenant, tenant.inflight_bytes, more, is_memory=True)
+            if more > 0 and self.inflight_bytes + more > room:
                 message = f"busy: no room now for {wanted_bytes / _MIB:.0f} MiB of activations"
                 self._refuse(tenant, "server", message, 0.5)
 
             tenant.inflight_bytes += more
             self.inflight_bytes += more
+
+    def keep(self, tenant: Tenant, more_bytes: int) -> None:
+        """Count memory that is taken already, whether there is room or not; below 0: it is free."""
+        with self._lock:
+            tenant.inflight_bytes += more_bytes
+            self.inflight_bytes += more_bytes
+
+    def check_traffic(self, tenant: Tenant) -> None:
+        """Raises Busy in the middle of a stream that has overdrawn the hourly traffic.
+
+        Streams in flight may use one more hour's worth: otherwise none would ever end where the
+        allowance is nearly used. New ones wait until all of it is made up for.
+        """
+        with self._lock:
+            self._refill(tenant)
+            rate = tenant.limits.mib_per_hour * _MIB
+            if rate and tenant.allowance < -rate:
+                wait_s = -tenant.allowance / rate * _HOUR_S
+                message = f"your quota of {tenant.limits.mib_per_hour:g} MiB an hour is used"
+                self._refuse(tenant, "traffic", message, wait_s)
+
+    def count_failed_login(self) -> None:
+        """A call of nobody known."""
+        with self._lock:
+            self.failed_logins += 1
 
     def count_traffic(self, tenant: Tenant, received: int = 0, sent: int = 0) -> None:
         """Bytes that have travelled."""
@@ -165,6 +210,34 @@ class Tenancy:
         """A refusal that was decided elsewhere."""
         with self._lock:
             tenant.refused[reason] = tenant.refused.get(reason, 0) + 1
+
+    def _share(self, total: int) -> int:
+        """What is kept for each known tenant: half of the whole, in equal parts."""
+        known = len(self._known())
+        return total // 2 // known if known else 0
+
+    def _room(self, tenant: Tenant, used: int, more: int, *, is_memory: bool) -> int:
+        """Up to where all tenants together may come, for one that uses `used` and wants `more`.
+
+        Within its own share a tenant may come up to the whole; beyond it what the others have not
+        taken of theirs stays free.
+        """
+        total = self.max_inflight_bytes if is_memory else self.max_streams
+        share = self._share(total)
+        if not share or used + more <= share:
+            return total
+        others = set(self._known()) - {tenant.name}
+        taken = sum(
+            min(share, other.inflight_bytes if is_memory else other.streams)
+            for other in self.tenants.values()
+            if other.name in others
+        )
+        return total - share * len(others) + taken
+
+    def _most_bytes(self, tenant: Tenant) -> int:
+        """What one tenant may have when all others are idle."""
+        others = len(set(self._known()) - {tenant.name})
+        return self.max_inflight_bytes - self._share(self.max_inflight_bytes) * others
 
     def _refill(self, tenant: Tenant) -> None:
         """Bring the allowance up to date; an hour's worth is the most."""
