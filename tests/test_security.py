@@ -24,6 +24,7 @@ from dlora.edge.grpc_link import Access
 from dlora.errors import AdapterMissing, PeerError, PeerLost, UsageError
 from dlora.proto import dlora_pb2 as pb
 from dlora.proto import dlora_pb2_grpc as rpc
+from dlora.protocol.channel import PROTOCOL_VERSION
 from dlora.protocol.wire import encode
 from dlora.server import keys
 from dlora.server.identities import Credential, Identities, TenantLimits
@@ -71,7 +72,7 @@ def secured(folder: Path, cloud_models: Callable[[str], CloudModel]) -> Iterator
 def calls(stub: Any, metadata: Any) -> Iterator[Callable[[], Any]]:
     """Every call of the service."""
     yield lambda: stub.Describe(
-        pb.DescribeRequest(protocol_version=1), metadata=metadata, timeout=5
+        pb.DescribeRequest(protocol_version=PROTOCOL_VERSION), metadata=metadata, timeout=5
     )
     yield lambda: list(
         stub.FetchEdgeFiles(pb.FetchEdgeFilesRequest(), metadata=metadata, timeout=5)
@@ -204,7 +205,7 @@ def test_revoked_token_is_refused_and_its_streams_are_cut(
 def begin(link: Any) -> pb.Begin:
     """A training step of one row of two tokens at the first site."""
     return pb.Begin(
-        protocol_version=1,
+        protocol_version=PROTOCOL_VERSION,
         fingerprint=link.description.fingerprint,
         wire_dtype=pb.FP32,
         training=True,

@@ -137,7 +137,7 @@ class Service(rpc.DLoRAServicer):
         """Keep frozen modules for the tenant."""
         tenant = await self._tenant(context)
         self.tenancy.count_traffic(tenant, received=request.ByteSize())
-        room_bytes = None if self.identities is None else tenant.limits.adapter_mib << 20
+        room_bytes = self._room_bytes(tenant)
         try:
             return await asyncio.to_thread(self.cloud.put_adapter, request, tenant.name, room_bytes)
         except (UsageError, WireError) as error:
@@ -190,7 +190,8 @@ class Service(rpc.DLoRAServicer):
             frame = pipe.receive()
             if frame.WhichOneof("kind") != "begin":
                 raise WireError(f"got frame {frame.WhichOneof('kind')!r}, want 'begin'")
-            self.cloud.run(self.cloud.check(frame.begin, pipe.tenant.name), pipe)
+            room_bytes = self._room_bytes(pipe.tenant)
+            self.cloud.run(self.cloud.check(frame.begin, pipe.tenant.name, room_bytes), pipe)
             return None
         except Exception as error:
             # An edge that goes by itself, after an answer or a loss without backward, wants no
@@ -206,6 +207,10 @@ class Service(rpc.DLoRAServicer):
     async def _tenant(self, context: Any) -> Tenant:
         """The tenant that calls; ends the call if it is nobody's."""
         return self.tenancy.tenant((await caller(self.identities, context)).tenant)
+
+    def _room_bytes(self, tenant: Tenant) -> int | None:
+        """What a tenant may keep here; None: no limit but the server's."""
+        return None if self.identities is None else tenant.limits.adapter_mib << 20
 
     def _status(self, error: BaseException, pipe: StreamPipe | None = None) -> grpc.StatusCode:
         """The status that tells the edge whether to try again."""

@@ -72,6 +72,7 @@ def plan(settings: PlanSettings, link: Link) -> tuple[SplitModel, Prediction]:
         config,
         wire=settings.wire,
         wire_dtype=settings.wire_dtype,
+        upload_consent=settings.upload_consent,
         device=settings.device,
         edge_layers=settings.edge_layers,
         head_positions="supervised",
