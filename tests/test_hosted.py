@@ -4,7 +4,9 @@ local peft's adapter.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from peft import LoraConfig
 import dlora
 from dlora.cloud.hosted import HostedAdapter
 from dlora.cloud.hosted_request import check_hosted
+from dlora.cloud.limits import Limits
 from dlora.cloud.model import CloudModel
 from dlora.edge.bottleneck import BottleneckConfig, apply_bottleneck
 from dlora.errors import UsageError
@@ -215,7 +218,7 @@ def test_a_cache_keeps_its_adapter(links: Links) -> None:
 
 def test_consent_is_asked_for(links: Links) -> None:
     """Nobody sends the adapter by setting a wire alone; the words say what it shows."""
-    with pytest.raises(UsageError, match="sees the adapter itself .* --upload_consent true"):
+    with pytest.raises(UsageError, match=r"sees the adapter itself .*--upload_consent true"):
         make_split(links("llama"), lora(), wire="hosted")
     split = make_split(links("llama"), lora())
     with pytest.raises(UsageError, match="upload_consent"):
@@ -223,3 +226,196 @@ def test_consent_is_asked_for(links: Links) -> None:
     split.set_options(wire="hosted", upload_consent=True)
     with pytest.raises(UsageError, match="upload_consent"):
         split.set_options(upload_consent=False)
+
+
+def test_two_edges_at_once_get_what_each_gets_alone(links: Links) -> None:
+    """Streams share the model and nothing of each other's adapter: gradients are the same bits."""
+
+    def gradients(split: dlora.SplitModel, seed: int) -> list[list[torch.Tensor]]:
+        found = []
+        for number, batch in enumerate(batches(6, seed=seed)):
+            split.zero_grad()
+            with lock:
+                torch.manual_seed(number)
+                loss = split(**batch).loss
+            loss.backward()
+            found.append([parameter.grad.clone() for parameter in adapter(split).values()])
+        return found
+
+    lock = threading.Lock()  # torch's generator is one for all threads of the edge
+    seeds = (11, 12)
+    models = [hosted(links("llama"), lora(lora_dropout=0.2), seed=seed) for seed in seeds]
+    alone = [gradients(*pair) for pair in zip(models, seeds, strict=True)]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(gradients, models, seeds))
+    for want, got in zip(alone, together, strict=True):
+        for one, other in zip(want, got, strict=True):
+            assert all(map(torch.equal, one, other))
+
+
+# ----------------------------------------------------------------- gradient accumulation
+
+
+class Watched:
+    """A link that keeps the first frame of every stream."""
+
+    def __init__(self, link: Any) -> None:
+        self.link, self.description, self.address = link, link.description, link.address
+        self.begins: list[pb.Begin] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.link, name)
+
+    def open(self) -> Any:
+        stream = self.link.open()
+        send = stream.send
+
+        def note(frame: pb.EdgeFrame) -> None:
+            if frame.WhichOneof("kind") == "begin":
+                self.begins.append(pb.Begin.FromString(frame.begin.SerializeToString()))
+            send(frame)
+
+        stream.send = note
+        return stream
+
+    def how_modules_went(self) -> list[str]:
+        """Of every stream."""
+        return [
+            "hash" if first.hash else "keep" if first.keep else "whole"
+            for first in (begin.modules[0] for begin in self.begins)
+        ]
+
+
+def train(split: dlora.SplitModel, steps: int, accumulation: int) -> None:
+    """Plain SGD."""
+    optimizer = torch.optim.SGD(adapter(split).values(), lr=1e-2)
+    for _ in range(steps):
+        for batch in batches(accumulation):
+            split(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.fixture
+def own(links: Links) -> Iterator[Watched]:
+    """A watched link to a cloud of its own."""
+    link = dlora.in_process(make_base("llama"), model_id="x/y")
+    yield Watched(link)
+    link.close()
+
+
+def test_with_accumulation_the_adapter_travels_once_a_step(own: Watched) -> None:
+    """From the second optimizer step on the first micro-batch lets the cloud keep the adapter, the
+    others refer to it, and the gradients are those of a run that always sends it.
+    """
+    split, other = hosted(own, lora()), hosted(own, lora())
+    other._kept_versions._misses = 99  # it believes that nothing is ever kept
+    train(split, steps=3, accumulation=3)
+    assert own.how_modules_went() == ["whole"] * 3 + ["keep", "hash", "hash"] * 2
+    train(other, steps=3, accumulation=3)
+    assert own.how_modules_went()[9:] == ["whole"] * 9
+    assert all(map(torch.equal, adapter(split).values(), adapter(other).values()))
+    values = sum(parameter.numel() for parameter in adapter(split).values())
+    assert other.meter.sent_bytes - split.meter.sent_bytes > 0.9 * 4 * 4 * values
+
+
+def test_a_server_that_forgot_gets_it_again(own: Watched) -> None:
+    """What another replica never had, or this one dropped, is sent whole; the gradients stay."""
+    split, other = hosted(own, lora()), hosted(own, lora())
+    train(other, steps=3, accumulation=3)
+    own.begins.clear()
+    store = own.link.cloud.frozen_store
+    find, asked = store._find, []
+
+    def forget(key: Any) -> Any:
+        asked.append(key)
+        return None if len(asked) == 1 else find(key)
+
+    store._find = forget
+    train(split, steps=3, accumulation=3)
+    assert own.how_modules_went()[3:] == ["keep", "hash", "keep", "hash", "keep", "hash", "hash"]
+    assert all(map(torch.equal, adapter(split).values(), adapter(other).values()))
+    assert split.meter.retries == 0
+
+
+def test_a_server_without_room_is_not_asked_for_ever(own: Watched) -> None:
+    """Where nothing can be kept the edge stops to try after a few times, and trains on."""
+    own.link.cloud.frozen_store.max_bytes = 0
+    train(hosted(own, lora()), steps=6, accumulation=3)
+    assert own.how_modules_went().count("hash") == 3
+    assert own.link.cloud.frozen_store.stored_bytes == 0
+
+
+def test_without_accumulation_nothing_stays(own: Watched) -> None:
+    """After a run of one micro-batch a step, with evaluations in between, the cloud has kept
+    nothing.
+    """
+    split = hosted(own, lora())
+    train(split, steps=2, accumulation=1)
+    with torch.no_grad():
+        for batch in batches(3):
+            split(**batch)
+    train(split, steps=2, accumulation=1)
+    assert own.how_modules_went() == ["whole"] * 7
+    assert own.link.cloud.frozen_store.stored_bytes == 0
+
+
+# ----------------------------------------------------------------- with what else there is
+
+
+@pytest.mark.parametrize("idle", ["drop", "cloud"])
+def test_idle_modules_are_as_ever(links: Links, idle: Any) -> None:
+    """Only active modules travel and are trained; with idle ones frozen in the cloud loss and
+    gradients are the plain wire's, with norms of g^T x too.
+    """
+    models = make_split(links("llama"), lora()), hosted(links("llama"), lora())
+    found = []
+    for split in models:
+        split.set_active(split.adapted_modules[2:5], idle)
+        split.probe_modules = split.adapted_modules
+        loss = split(**batches()[0]).loss
+        loss.backward()
+        assert len(adapter(split)) == 6
+        found.append((loss.item(), split.probe_norms[-1]))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-4)
+    assert_same_grads(*models)
+
+
+def test_what_the_edge_would_have_to_compute_is_refused(links: Links) -> None:
+    """Idle modules on the edge, and a policy that measures deltas, are refused by name."""
+    split = hosted(links("llama"), lora())
+    with pytest.raises(UsageError, match="idle=edge: on the hosted wire"):
+        split.set_active(split.adapted_modules[:1], "edge")
+    split.output_squares = {}
+    with pytest.raises(UsageError, match="policy=output measures deltas"):
+        split(**batches()[0])
+
+
+def test_edge_layers_keep_their_adapters(own: Watched) -> None:
+    """With layers on the edge gradients are local peft's, and of the adapters in these layers
+    nothing travels.
+    """
+    link = dlora.in_process(
+        make_base("llama"), model_id="x/y", limits=Limits(edge_first=1, edge_last=1)
+    )
+    watched = Watched(link)
+    local = make_local("llama", lora())
+    split = hosted(watched, lora(), edge_layers=(1, 1))
+    for model in (local, split):
+        model(**batches()[0]).loss.backward()
+    assert_same_grads(local, split)
+    sent = {(one.site, one.module) for one in watched.begins[0].modules}
+    assert len(sent) == 3 and watched.begins[0].wants_input_grad
+    assert split.meter.round_trips == 2
+    link.close()
+
+
+@pytest.mark.parametrize("wire_dtype", ["int8", "int4"])
+def test_coarse_wires_leave_the_adapter_16_bits(own: Watched, wire_dtype: str) -> None:
+    """Where rows travel in few bits, A, B and their gradients do not."""
+    split = hosted(own, lora(), wire_dtype=wire_dtype)
+    split(**batches()[0]).loss.backward()
+    (begin,) = own.begins
+    assert begin.embeddings.dtype not in (pb.FP32, pb.FP16)
+    assert {one.a.dtype for one in begin.modules} == {pb.FP16}
