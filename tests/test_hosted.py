@@ -16,12 +16,13 @@ from helpers import assert_same_grads
 from peft import LoraConfig
 
 import dlora
+import dlora.embedded
 from dlora.cloud.hosted import HostedAdapter
 from dlora.cloud.hosted_request import check_hosted
 from dlora.cloud.limits import Limits
 from dlora.cloud.model import CloudModel
 from dlora.edge.bottleneck import BottleneckConfig, apply_bottleneck
-from dlora.errors import UsageError
+from dlora.errors import DLoRAError, PeerError, UsageError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.wire import encode
 
@@ -419,3 +420,135 @@ def test_coarse_wires_leave_the_adapter_16_bits(own: Watched, wire_dtype: str) -
     (begin,) = own.begins
     assert begin.embeddings.dtype not in (pb.FP32, pb.FP16)
     assert {one.a.dtype for one in begin.modules} == {pb.FP16}
+
+
+# ----------------------------------------------------------------- what a server refuses
+
+
+def double(begin: pb.Begin) -> None:
+    begin.modules.insert(1, begin.modules[0])
+    del begin.modules[2]
+
+
+REFUSED: dict[str, tuple[Callable[[pb.Begin], Any], str]] = {
+    "no modules": (lambda begin: begin.ClearField("modules"), "got 0, want 9"),
+    "one missing": (lambda begin: begin.modules.pop(), "got 8, want 9"),
+    "one twice": (double, r"got \(0, 0\), want \(0, 1\)"),
+    "not hosted": (lambda begin: setattr(begin, "hosted", False), "that is not hosted"),
+    "factored too": (lambda begin: setattr(begin, "factored", True), "factored or hosted"),
+    "other width": (
+        lambda begin: begin.modules[0].a.CopyFrom(encode(torch.ones(4, 63), pb.FP32)),
+        r"got A \[4, 63\]",
+    ),
+    "other rank of B": (
+        lambda begin: begin.modules[0].b.CopyFrom(encode(torch.ones(64, 3), pb.FP32)),
+        r"and B \[64, 3\]",
+    ),
+    "no A": (lambda begin: begin.modules[0].ClearField("a"), r"got A \[\]"),
+    "rank 0": (
+        lambda begin: begin.modules[0].a.CopyFrom(encode(torch.ones(0, 64), pb.FP32)),
+        r"with r from 1 to 64",
+    ),
+    "huge rank": (
+        lambda begin: (
+            begin.modules[0].a.shape.__setitem__(0, 2**31),
+            begin.modules[0].b.shape.__setitem__(1, 2**31),
+        ),
+        r"got A \[2147483648, 64\]",
+    ),
+    "too few bytes": (
+        lambda begin: setattr(begin.modules[0].a, "data", b"\0" * 8),
+        "A of the adapter: got 8 bytes",
+    ),
+    "hash and tensors": (lambda begin: setattr(begin.modules[0], "hash", b"x"), "a hash and"),
+    "bias of another width": (
+        lambda begin: begin.modules[0].b_bias.CopyFrom(encode(torch.ones(5), pb.FP32)),
+        r"b_bias has shape \[5\]",
+    ),
+    "unknown activation": (
+        lambda begin: setattr(begin.modules[0], "activation", 9),
+        "activation number 9",
+    ),
+    "dropout of half the rank": (
+        lambda begin: begin.modules[0].dropouts.add(rank=2, p=0.1),
+        "another rank than 4",
+    ),
+    "dropout of everything": (
+        lambda begin: begin.modules[0].dropouts.add(rank=4, p=1.0),
+        "got dropout 1.0",
+    ),
+    "dropout that is no number": (
+        lambda begin: begin.modules[0].dropouts.add(rank=4, p=float("nan")),
+        "got dropout nan",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_is_refused_and_the_server_lives(links: Links, name: str) -> None:
+    """Adapters that are not exactly the active modules, in shapes that fit, end the stream with the
+    reason, and the next honest edge is served.
+    """
+    change, reason = REFUSED[name]
+    link = links("llama")
+    watched = Watched(link)
+    split = hosted(watched, lora())
+    with torch.no_grad():
+        want = split(**batches()[0]).loss
+    (begin,) = watched.begins
+    change(begin)
+    stream = link.open()
+    stream.send(pb.EdgeFrame(begin=begin))
+    with pytest.raises(DLoRAError, match=reason):
+        stream.receive()
+    stream.close()
+    with torch.no_grad():
+        assert torch.equal(split(**batches()[0]).loss, want)
+
+
+def test_values_without_sense_harm_their_own_stream_alone(links: Links) -> None:
+    """An adapter that is not finite gives its own edge an error, and no other edge anything."""
+    split, other = hosted(links("llama"), lora()), hosted(links("llama"), lora())
+    next(iter(adapter(split).values())).data.fill_(float("nan"))
+    with pytest.raises(PeerError, match="not finite"):
+        split(**batches()[0])
+    assert other(**batches()[0]).loss.isfinite()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_memory_is_known_before_it_is_taken(
+    cloud_models: Callable[[str], CloudModel], dropout: float
+) -> None:
+    """What autograd saves because of the adapter is no more than the request was said to cost
+    above one without, and not a fraction of it either.
+    """
+    cloud = cloud_models("llama")
+    link = dlora.embedded.InProcessLink(cloud)
+    watched = Watched(link)
+    split = hosted(watched, lora(target_modules="all-linear", lora_dropout=dropout))
+    split(**batches(rows=4, length=64)[0]).loss.backward()
+    request = cloud.check(watched.begins[0])
+    assert request.hosted is not None
+    site_of = {site.index: site for site in cloud.sites}
+    module_bytes, seen = 0, set()
+    work = HostedAdapter(request.hosted, cloud.frozen_store, training=True)
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal module_bytes
+        storage = tensor.untyped_storage()
+        # Not the adapter's own tensors, which are counted apart.
+        if storage.data_ptr() not in seen and not (tensor.is_leaf and tensor.requires_grad):
+            seen.add(storage.data_ptr())
+            module_bytes += storage.nbytes()
+        return tensor
+
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        for index in sorted({module.site for module in request.hosted.modules}):
+            x = torch.randn(4, 64, site_of[index].in_features, requires_grad=True) * 1
+            kept.append(work.deltas(index, x, past=0))
+    said = request.hosted.pass_bytes(4 * 64, training=True)
+    assert 0.5 * said < module_bytes <= said
+    without = cloud.memory.of_pass(4, 64, training=True)
+    assert request.cost_bytes == without + said + request.hosted.adapter_bytes(training=True)
+    link.close()

@@ -265,6 +265,10 @@ class SplitModel(PeftModelForCausalLM):
         run: Callable[..., Tensor] = SplitForward.apply
         return run(micro_batch, entry_ND, *parameters)
 
+    def forget_kept(self) -> None:
+        """Send the hosted wire's adapter whole the next time, as after an optimizer step."""
+        self._kept_versions = KeptVersions()
+
     def _check_hosted(self, idle: Idle) -> None:
         """Raises UsageError for what needs the cloud to ask at sites, on the hosted wire."""
         if self.options.wire != "hosted":
