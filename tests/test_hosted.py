@@ -7,6 +7,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from helpers import assert_same_grads
 from peft import LoraConfig
 
 import dlora
+import dlora.edge.load
 import dlora.embedded
 from dlora.cloud.hosted import HostedAdapter
 from dlora.cloud.hosted_request import check_hosted
@@ -23,8 +26,13 @@ from dlora.cloud.limits import Limits
 from dlora.cloud.model import CloudModel
 from dlora.edge.bottleneck import BottleneckConfig, apply_bottleneck
 from dlora.errors import DLoRAError, PeerError, UsageError
+from dlora.inference.settings import ApiSettings, ChatSettings, EvalSettings, GenerateSettings
+from dlora.kill_revive.apply import KillAndRevive
+from dlora.kill_revive.config import KillReviveConfig
+from dlora.kill_revive.units import costs_of
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.wire import encode
+from dlora.training.settings import PlanSettings, TrainSettings
 
 Links = Callable[[str], Any]
 
@@ -552,3 +560,93 @@ def test_memory_is_known_before_it_is_taken(
     without = cloud.memory.of_pass(4, 64, training=True)
     assert request.cost_bytes == without + said + request.hosted.adapter_bytes(training=True)
     link.close()
+
+
+# ----------------------------------------------------------------- commands
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        partial(TrainSettings, data="rows.jsonl", output=Path("out")),
+        PlanSettings,
+        GenerateSettings,
+        ChatSettings,
+        partial(EvalSettings, data="rows.jsonl"),
+        ApiSettings,
+    ],
+)
+def test_every_command_asks_for_consent(settings: Any) -> None:
+    """No command that reaches a server sends an adapter without being told so."""
+    with pytest.raises(UsageError, match=r"--upload_consent true"):
+        settings(server="localhost:1", wire="hosted")
+    assert settings(server="localhost:1", wire="hosted", upload_consent=True).wire == "hosted"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"idle": "edge"}, "idle=edge: on the hosted"), ({"policy": "output"}, "measures deltas")],
+)
+def test_kill_and_revive_that_cannot_work_is_refused_early(
+    options: dict[str, Any], reason: str
+) -> None:
+    """Settings of Kill and Revive that need deltas on the edge are refused before a run begins."""
+    with pytest.raises(UsageError, match=reason):
+        TrainSettings(
+            server="localhost:1",
+            data="rows.jsonl",
+            output=Path("out"),
+            wire="hosted",
+            upload_consent=True,
+            kr="on",
+            kr_options=options,
+        )
+
+
+def test_kill_and_revive_trains(links: Links) -> None:
+    """A run whose active set changes ends with the plain wire's adapter, and its costs count the
+    adapter's own bytes.
+    """
+    options = KillReviveConfig(budget=0.5, warmup=0.2, interval=1, revive="scored", idle="cloud")
+    found, shares = [], []
+    for make in (make_split, hosted):
+        torch.manual_seed(0)
+        split = make(links("llama"), lora())
+        reviver = KillAndRevive(split, options, total_steps=6)
+        optimizer = torch.optim.SGD(split.parameters(), lr=1e-2)
+        for step, batch in enumerate(batches(6)):
+            reviver.before_step(step)
+            split(**batch).loss.backward()
+            reviver.before_update(optimizer)
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([parameter.detach().clone() for parameter in split.parameters()])
+        shares.append(costs_of(split).share(set(split.adapted_modules[:1])))
+    for one, other in zip(*found, strict=True):
+        if one.device.type != "meta":
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert shares[1] != shares[0]
+
+
+def test_the_base_model_alone_has_nothing_to_send(own: Watched) -> None:
+    """Without an active adapter the hosted wire sends no module, and the answer is the base's."""
+    split = dlora.edge.load.load_base(own, wire="hosted", upload_consent=True, wire_dtype="fp32")
+    plain = dlora.edge.load.load_base(own, wire_dtype="fp32")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        assert torch.equal(split(input_ids=ids).logits, plain(input_ids=ids).logits)
+    assert not own.begins[0].modules
+
+
+@pytest.mark.parametrize("kind", ["series", "parallel"])
+def test_bottlenecks_answer_with_a_cache(links: Links, kind: str) -> None:
+    """Bottlenecks in the cloud give the plain wire's tokens, one round trip each."""
+    config = BottleneckConfig(
+        kind=kind, r=5, target_modules=["o_proj", "down_proj"], init_lora_weights=False
+    )
+    ids, answers = torch.tensor([[5, 6, 7, 8]]), []
+    for model in (make_split(links("llama"), config), hosted(links("llama"), config)):
+        model.eval()
+        answers.append(model.generate(input_ids=ids, max_new_tokens=5, do_sample=False))
+    assert torch.equal(*answers)
+    assert model.meter.round_trips == model.meter.passes

@@ -453,6 +453,52 @@ def test_uploaded_modules_are_their_owners_alone(
     assert ask(bob) == "input"
 
 
+def test_hosted_modules_are_their_owners_alone(
+    secured: Server,
+    cloud_models: Callable[[str], CloudModel],
+    folder: Path,
+    tmp_path: Path,
+) -> None:
+    """What one tenant let the cloud keep of its adapter is not found by another, by the right hash;
+    it takes no more than the tenant's room.
+    """
+    from dlora.protocol.wire import content_hash
+
+    tokens = [keys.add_token(folder, name, 1)[1] for name in ("alice", "bob")]
+    time.sleep(1.5)
+    alice, bob = (
+        dlora.connect(secured.address, access=access(folder, t), cache=tmp_path) for t in tokens
+    )
+    site = alice.description.sites[0]
+    module = pb.HostedModule(
+        a=encode(torch.randn(2, site.in_features), pb.FP32),
+        b=encode(torch.randn(site.modules[0].out_features, 2), pb.FP32),
+        keep=True,
+    )
+
+    def ask(link: Any, module: pb.HostedModule) -> str | None:
+        message = begin(link)
+        message.hosted = True
+        message.modules.append(module)
+        stream = link.open()
+        stream.send(pb.EdgeFrame(begin=message))
+        try:
+            return stream.receive().WhichOneof("kind")
+        finally:
+            stream.close()
+
+    reference = pb.HostedModule(hash=content_hash(module))
+    with pytest.raises(AdapterMissing):
+        ask(alice, reference)
+    assert ask(alice, module) == ask(alice, reference) == "hidden"
+    with pytest.raises(AdapterMissing):
+        ask(bob, reference)
+    store = cloud_models("llama").frozen_store
+    assert store.get(reference.hash, "alice") is None, "no frozen module, though it is kept"
+    store.put_hosted(b"large", (torch.ones(1, 9), torch.ones(9, 1), None, None), "alice", 71)
+    assert store.get_hosted(b"large", "alice") is None
+
+
 def test_adapter_room_is_each_owners() -> None:
     """An owner over its share drops its own modules; when the whole is full, whoever holds most
     gives.
