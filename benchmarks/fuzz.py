@@ -5,10 +5,11 @@ otherwise afterwards.
     python benchmarks/fuzz.py table                   # the table of docs/security.md
 
 Frames are those of real streams with a tiny Llama: training on the plain wire, on the factored wire
-with idle modules and a probe, with a layer on the edge, and generation with a KV cache that is
-rolled back. One frame of a stream is changed, in its bytes or in a field, or takes another's place;
-the rest follows as recorded. A half may refuse with an error of its own, or go on where the change
-is within what it must accept (another number). All else is a failure and is kept with its seed.
+with idle modules and a probe, on the hosted wire with dropout, with a layer on the edge, and
+generation with a KV cache that is rolled back. One frame of a stream is changed, in its bytes or in
+a field, or takes another's place; the rest follows as recorded. A half may refuse with an error of
+its own, or go on where the change is within what it must accept (another number). All else is a
+failure and is kept with its seed.
 """
 
 from __future__ import annotations
@@ -149,15 +150,21 @@ class Scene:
         self.name, self.recorder = name, Recorder(link)
         torch.manual_seed(0)
         config = LoraConfig(
-            r=2, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False
+            r=2,
+            target_modules=["q_proj", "v_proj", "up_proj"],
+            init_lora_weights=False,
+            lora_dropout=0.1 if name == "hosted" else 0.0,
         )
-        wire = "factored" if name == "factored" else "plain"
-        dtype = {"factored": "fp32", "int8": "int8", "int4": "int4"}.get(name, "fp16")
+        wire: Any = name if name in ("factored", "hosted") else "plain"
+        dtype = {"factored": "fp32", "hosted": "fp32", "int8": "int8", "int4": "int4"}.get(
+            name, "fp16"
+        )
         self.model = dlora.get_peft_model(
             self.recorder,
             config,
             wire=wire,
             wire_dtype=dtype,
+            upload_consent=wire == "hosted",
             retry=RetryPolicy(give_up_after_s=0.0),
             edge_layers=(1, 0) if name == "held" else (0, 0),
         )
@@ -194,6 +201,7 @@ class Scene:
                 return found
         self.model.zero_grad()
         self.model.probe_norms.clear()
+        self.model.forget_kept()
         labels = ids.masked_fill(mask == 0, -100)
         self.model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
         return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
@@ -222,7 +230,8 @@ def scenes() -> tuple[InProcessLink, list[Scene]]:
     )
     link = InProcessLink(cloud)
     return link, [
-        Scene(name, link) for name in ("plain", "factored", "held", "generation", "int8", "int4")
+        Scene(name, link)
+        for name in ("plain", "factored", "hosted", "held", "generation", "int8", "int4")
     ]
 
 

@@ -71,7 +71,7 @@ def relayed(cloud: CloudModel, cache: Path) -> Iterator[tuple[Any, Relay]]:
         relay.listener.close()
 
 
-@pytest.mark.parametrize("wire", ["plain", "factored"])
+@pytest.mark.parametrize("wire", ["plain", "factored", "hosted"])
 @pytest.mark.parametrize("wire_dtype", WIRE_DTYPES)
 def test_traffic_is_what_crosses_the_socket_and_what_the_formula_says(
     cloud_models: Callable[[str], CloudModel], tmp_path: Path, wire_dtype: str, wire: str
@@ -79,7 +79,9 @@ def test_traffic_is_what_crosses_the_socket_and_what_the_formula_says(
     """Counted bytes are those on the socket and those of the formula, to 1 %, in each direction."""
     batch = batches(rows=16, length=48)[0]
     with relayed(cloud_models("llama"), tmp_path) as (link, relay):
-        split = make_split(link, lora(r=16), wire_dtype=wire_dtype, wire=wire)
+        split = make_split(
+            link, lora(r=16), wire_dtype=wire_dtype, wire=wire, upload_consent=wire == "hosted"
+        )
         before = (relay.up, relay.down)
         for _ in range(3):
             split(**batch).loss.backward()
@@ -91,11 +93,17 @@ def test_traffic_is_what_crosses_the_socket_and_what_the_formula_says(
         for site in split.sites
     ]
     sent, received = step_traffic(
-        rows, kept, 64, 64, sites, wire_dtype, factored=wire == "factored"
+        rows,
+        kept,
+        64,
+        64,
+        sites,
+        wire_dtype,
+        factored=wire == "factored",
+        hosted=wire == "hosted",
     )
-    near = (
-        0.02 if wire_dtype == "int4" else 0.01
-    )  # beside so few bytes of a tiny model its frames count
+    # Beside so few bytes of a tiny model its frames count, and hosted the mask and positions too.
+    near = 0.04 if wire == "hosted" else 0.02 if wire_dtype == "int4" else 0.01
     assert split.meter.sent_bytes == pytest.approx(3 * sent, rel=near)
     assert split.meter.received_bytes == pytest.approx(3 * received, rel=near)
     assert split.meter.sent_bytes == pytest.approx(up, rel=near)
@@ -129,7 +137,7 @@ def test_padding_does_not_travel(cloud_models: Callable[[str], CloudModel]) -> N
     link.close()
 
 
-@pytest.mark.parametrize("wire", ["plain", "factored"])
+@pytest.mark.parametrize("wire", ["plain", "factored", "hosted"])
 @pytest.mark.parametrize("positions", ["supervised", "all"])
 @pytest.mark.parametrize("targets", [["q_proj", "k_proj", "v_proj"], "all-linear"])
 def test_edge_flops_equal_torchs_count(
@@ -137,7 +145,9 @@ def test_edge_flops_equal_torchs_count(
 ) -> None:
     """Adapter and head FLOPs are exactly those that torch counts on the edge's thread."""
     link = InProcessLink(cloud_models("llama"))
-    split = make_split(link, lora(target_modules=targets), wire=wire)
+    split = make_split(
+        link, lora(target_modules=targets), wire=wire, upload_consent=wire == "hosted"
+    )
     split.set_options(head_positions=positions)
     with FlopCount() as count:
         split(**batches()[0]).loss.backward()
@@ -166,14 +176,25 @@ def test_cloud_flops_equal_torchs_count(family: str, first_site: int) -> None:
     assert found[0][1] == 0 < found[1][1] < found[1][0] * 1.2
 
 
-def test_cloud_counts_the_product_of_factors() -> None:
-    """On the factored wire the cloud's FLOPs include Z B^T and both its gradients, exactly as torch
-    counts them.
+@pytest.mark.parametrize(
+    ("wire", "targets"),
+    [
+        ("factored", ["q_proj", "k_proj", "v_proj"]),
+        ("hosted", ["q_proj", "k_proj", "v_proj"]),
+        ("hosted", ["down_proj"]),  # the highest site alone: the model has no backward
+    ],
+)
+def test_cloud_counts_what_it_computes_of_adapters(wire: str, targets: list[str]) -> None:
+    """On the factored wire the cloud's FLOPs include Z B^T and both its gradients, hosted all of
+    the adapter's, exactly as torch counts them.
     """
+    last = {"layers_to_transform": [2]} if targets == ["down_proj"] else {}
     base = make_base("llama")
     base.set_attn_implementation("eager")
     link = dlora.in_process(base, model_id="x/y")
-    split = make_split(link, lora(), wire="factored")
+    split = make_split(
+        link, lora(target_modules=targets, **last), wire=wire, upload_consent=wire == "hosted"
+    )
     run, counted = link.cloud.run, []
 
     def count(*args: Any) -> None:

@@ -41,6 +41,7 @@ from dlora.privacy.audit import audit, read_recording
 from dlora.privacy.cloud_view import CloudView
 from dlora.privacy.lengths import LengthCounts, attack_lengths
 from dlora.privacy.matching import match_rows
+from dlora.privacy.page import write_audit
 from dlora.privacy.recording import Module, Recorder, Recording, RecordingLink, Truth
 from dlora.privacy.samples import Samples, collect, split_rows
 from dlora.privacy.scores import rouge_l, token_scores
@@ -627,6 +628,20 @@ def test_audit_where_the_active_set_changes(
         <= {"begin", "entry", "exit", *(f"site {site}" for site in found["sites"])}
     )
     assert found["setting"]["wire"] == "factored" and len(found["sites"]) < 3
+
+
+def test_audit_of_the_hosted_wire(link: InProcessLink, data: Path, tmp_path: Path) -> None:
+    """Nothing is asked at sites; the audit says that the cloud was sent the adapter, and attacks
+    the two ends as ever.
+    """
+    options: dict[str, Any] = {"record": 12, "wire": "hosted", "upload_consent": True}
+    train(settings(data, tmp_path / "run", **options), link)
+    found = audit(AuditSettings(run=tmp_path / "run", server="in-process"), link)
+    assert found["setting"]["wire"] == "hosted" and not found["sites"]
+    by = {one["attack"]: one for one in found["attacks"]}
+    assert by["adapter"]["says"] == "the adapter itself, sent by --wire hosted"
+    assert by["look-up"]["tokens"] == by["labels"]["labels"] == 1
+    write_audit(found, tmp_path / "audit")
 
 
 def test_attacker_and_victim_share_no_text(link: InProcessLink, data: Path, tmp_path: Path) -> None:

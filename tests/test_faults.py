@@ -117,11 +117,12 @@ class _FaultyStream:
         self.stream.close()
 
 
-def run(link: Any, cache: Path) -> tuple[list[torch.Tensor], dlora.SplitModel]:
+def run(link: Any, cache: Path, wire: Any = "plain") -> tuple[list[torch.Tensor], dlora.SplitModel]:
     """Train six micro-batches with LoRA dropout; two make an optimizer step."""
     torch.manual_seed(1)
     retry = RetryPolicy(give_up_after_s=60.0, first_delay_s=0.02, longest_delay_s=0.2)
-    split = dlora.get_peft_model(link, lora(lora_dropout=0.3), wire_dtype="fp32", retry=retry)
+    options = {"wire": wire, "wire_dtype": "fp32", "upload_consent": wire == "hosted"}
+    split = dlora.get_peft_model(link, lora(lora_dropout=0.3), retry=retry, **options)
     optimizer = torch.optim.AdamW(adapter(split).values(), lr=1e-2)
     torch.manual_seed(2)
     for number, batch in enumerate(batches(6)):
@@ -145,14 +146,29 @@ PHASES = {
 }
 
 
-def test_server_killed_in_every_phase(mortal: Mortal, tmp_path: Path) -> None:
+# Hosted there are two of each. The second micro-batch of a step refers to an adapter that the
+# server has kept, from the second step on.
+HOSTED_PHASES = {
+    0: ("send", 0),
+    1: ("receive", 0),  # before the last hidden states
+    2: ("send", 1),  # after the loss, before backward
+    3: ("open", 0),  # between two micro-batches: what was kept is gone
+    4: ("receive", 1),  # the gradients are under way
+    5: ("send", 1),
+}
+
+
+@pytest.mark.parametrize(("wire", "phases"), [("plain", PHASES), ("hosted", HOSTED_PHASES)])
+def test_server_killed_in_every_phase(
+    mortal: Mortal, tmp_path: Path, wire: str, phases: dict[int, tuple[str, int]]
+) -> None:
     """Six kills, one in each phase, cost no step and change no bit, dropout and accumulation
     included.
     """
     link = dlora.connect(f"127.0.0.1:{mortal.port}", cache=tmp_path)
-    want, calm = run(link, tmp_path)
-    faulty = FaultyLink(link, PHASES, mortal.kill)
-    got, shaken = run(faulty, tmp_path)
+    want, calm = run(link, tmp_path, wire)
+    faulty = FaultyLink(link, phases, mortal.kill)
+    got, shaken = run(faulty, tmp_path, wire)
     link.close()
     assert not faulty.plan, "every fault must have happened"
     assert calm.meter.retries == 0

@@ -42,7 +42,7 @@ def predicted_and_run(settings: PlanSettings, link: Any) -> tuple[Any, Any, floa
     return model, found, seconds
 
 
-@pytest.mark.parametrize("wire", ["plain", "factored"])
+@pytest.mark.parametrize("wire", ["plain", "factored", "hosted"])
 @pytest.mark.parametrize("wire_dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("sites", [None, 1, 5])
 def test_bytes_and_round_trips_are_those_of_a_step(
@@ -54,6 +54,7 @@ def test_bytes_and_round_trips_are_those_of_a_step(
         server=server.address,
         target_modules="all-linear",
         wire=wire,
+        upload_consent=wire == "hosted",
         wire_dtype=wire_dtype,
         sites=sites,
         batch_size=8,
@@ -66,12 +67,13 @@ def test_bytes_and_round_trips_are_those_of_a_step(
     link.close()
 
 
+@pytest.mark.parametrize("wire", ["plain", "hosted"])
 @pytest.mark.parametrize(
     ("first", "last", "layers"),
     [(1, 0, None), (0, 1, None), (1, 1, None), (1, 1, [0, 2]), (0, 1, [2])],
 )
 def test_held_layers_are_planned(
-    tmp_path: Path, first: int, last: int, layers: list[int] | None
+    tmp_path: Path, wire: Any, first: int, last: int, layers: list[int] | None
 ) -> None:
     """With layers on the edge too, predicted bytes are within 1 % of a real step's, round trips
     equal.
@@ -89,6 +91,8 @@ def test_held_layers_are_planned(
         settings = PlanSettings(
             server=server.address,
             target_modules=targets,
+            wire=wire,
+            upload_consent=wire == "hosted",
             edge_first=first,
             edge_last=last,
             batch_size=8,

@@ -95,7 +95,7 @@ CACHED: dict[str, Any] = {"training": False, "cache_length": 8}
         ({"protocol_version": PROTOCOL_VERSION + 1}, UsageError, "speaks protocol"),
         ({"fingerprint": "other"}, UsageError, "expects the model 'other'"),
         ({"cache_length": 8}, WireError, "not for training"),
-        (CACHED | {"factored": True}, WireError, "on the plain wire"),
+        (CACHED | {"factored": True}, WireError, "on the plain or hosted wire"),
         (CACHED | {"cache_length": 11}, UsageError, "KV cache of 11 tokens is over .* of 10"),
         ({"wire_dtype": 77}, WireError, "wire dtype number 77"),
         ({"edge_first": 2}, UsageError, "hold the first 1 and the last 1 layers, got 2 and 0"),

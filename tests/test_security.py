@@ -24,6 +24,7 @@ from dlora.edge.grpc_link import Access
 from dlora.errors import AdapterMissing, PeerError, PeerLost, UsageError
 from dlora.proto import dlora_pb2 as pb
 from dlora.proto import dlora_pb2_grpc as rpc
+from dlora.protocol.channel import PROTOCOL_VERSION
 from dlora.protocol.wire import encode
 from dlora.server import keys
 from dlora.server.identities import Credential, Identities, TenantLimits
@@ -71,7 +72,7 @@ def secured(folder: Path, cloud_models: Callable[[str], CloudModel]) -> Iterator
 def calls(stub: Any, metadata: Any) -> Iterator[Callable[[], Any]]:
     """Every call of the service."""
     yield lambda: stub.Describe(
-        pb.DescribeRequest(protocol_version=1), metadata=metadata, timeout=5
+        pb.DescribeRequest(protocol_version=PROTOCOL_VERSION), metadata=metadata, timeout=5
     )
     yield lambda: list(
         stub.FetchEdgeFiles(pb.FetchEdgeFilesRequest(), metadata=metadata, timeout=5)
@@ -204,7 +205,7 @@ def test_revoked_token_is_refused_and_its_streams_are_cut(
 def begin(link: Any) -> pb.Begin:
     """A training step of one row of two tokens at the first site."""
     return pb.Begin(
-        protocol_version=1,
+        protocol_version=PROTOCOL_VERSION,
         fingerprint=link.description.fingerprint,
         wire_dtype=pb.FP32,
         training=True,
@@ -450,6 +451,52 @@ def test_uploaded_modules_are_their_owners_alone(
         ask(bob)
     bob.put_adapter([module])
     assert ask(bob) == "input"
+
+
+def test_hosted_modules_are_their_owners_alone(
+    secured: Server,
+    cloud_models: Callable[[str], CloudModel],
+    folder: Path,
+    tmp_path: Path,
+) -> None:
+    """What one tenant let the cloud keep of its adapter is not found by another, by the right hash;
+    it takes no more than the tenant's room.
+    """
+    from dlora.protocol.wire import content_hash
+
+    tokens = [keys.add_token(folder, name, 1)[1] for name in ("alice", "bob")]
+    time.sleep(1.5)
+    alice, bob = (
+        dlora.connect(secured.address, access=access(folder, t), cache=tmp_path) for t in tokens
+    )
+    site = alice.description.sites[0]
+    module = pb.HostedModule(
+        a=encode(torch.randn(2, site.in_features), pb.FP32),
+        b=encode(torch.randn(site.modules[0].out_features, 2), pb.FP32),
+        keep=True,
+    )
+
+    def ask(link: Any, module: pb.HostedModule) -> str | None:
+        message = begin(link)
+        message.hosted = True
+        message.modules.append(module)
+        stream = link.open()
+        stream.send(pb.EdgeFrame(begin=message))
+        try:
+            return stream.receive().WhichOneof("kind")
+        finally:
+            stream.close()
+
+    reference = pb.HostedModule(hash=content_hash(module))
+    with pytest.raises(AdapterMissing):
+        ask(alice, reference)
+    assert ask(alice, module) == ask(alice, reference) == "hidden"
+    with pytest.raises(AdapterMissing):
+        ask(bob, reference)
+    store = cloud_models("llama").frozen_store
+    assert store.get(reference.hash, "alice") is None, "no frozen module, though it is kept"
+    store.put_hosted(b"large", (torch.ones(1, 9), torch.ones(9, 1), None, None), "alice", 71)
+    assert store.get_hosted(b"large", "alice") is None
 
 
 def test_adapter_room_is_each_owners() -> None:

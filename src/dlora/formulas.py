@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dlora.protocol.sites import Site
-from dlora.protocol.wire import WIRE_DTYPES, payload_bytes
+from dlora.protocol.wire import WIRE_DTYPES, factor_dtype, payload_bytes
 
 __all__ = [
     "adapter_flops",
@@ -107,6 +107,7 @@ def step_traffic(
     wire_dtype: str,
     *,
     factored: bool = False,
+    hosted: bool = False,
     input_grad: bool = False,
 ) -> tuple[int, int]:
     """(sent, received) payload bytes of one training micro-batch, as the edge sees them.
@@ -114,7 +115,8 @@ def step_traffic(
     `sites` has, for each active site in calling order, its input width d and (o, r) of its active
     modules: output width and rank. The first site sends no input gradient unless it is wanted. On
     the plain wire a module sends deltas of width o and gets their gradients; factored it sends Z of
-    width r and B once, and gets the gradients of both. Framing adds under 1 % from some hundred
+    width r and B once, and gets the gradients of both. Hosted, A and B of every module go up and
+    their gradients come back, and sites send nothing. Framing adds under 1 % from some hundred
     tokens on.
 
     Where the edge runs layers, `embedding_width` and `hidden_width` are those between layers,
@@ -128,6 +130,15 @@ def step_traffic(
     # Embeddings and last hidden states, and their gradients.
     sent = size(rows, embedding_width) + size(kept, hidden_width)
     received = size(kept, hidden_width) + (size(rows, embedding_width) if input_grad else 0)
+
+    if hosted:  # with 16 bits where rows travel in fewer; as much both ways
+        dtype = factor_dtype(WIRE_DTYPES[wire_dtype])
+        adapter = sum(
+            payload_bytes(dtype, r, d) + payload_bytes(dtype, o, r)
+            for d, modules in sites
+            for o, r in modules
+        )
+        return sent + adapter, received + adapter
 
     for index, (d, modules) in enumerate(sites):
         answers = sum(size(rows, r) + size(o, r) if factored else size(rows, o) for o, r in modules)

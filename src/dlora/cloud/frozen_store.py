@@ -1,4 +1,6 @@
-"""Frozen modules that edges let the cloud apply, kept by the hash of their content.
+"""Modules that edges let the cloud keep, by the hash of their content.
+
+Frozen ones that the cloud applies, and active ones that several requests refer to ("hosted").
 
 Each belongs to its owner alone. The longest unused are dropped: an owner's own beyond its share,
 and beyond the whole those of whoever holds most.
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Final
 
 import torch
@@ -30,7 +32,10 @@ class FrozenStore:
     def __init__(self, max_bytes: int, device: torch.device) -> None:
         self.max_bytes, self.device = max_bytes, device
         self.stored_bytes = 0
-        self._modules: OrderedDict[tuple[str, bytes], tuple[Tensor, Tensor]] = OrderedDict()
+        # By owner, kind and hash: a module is never taken for one of the other kind.
+        self._modules: OrderedDict[tuple[str, str, bytes], tuple[Tensor | None, ...]] = (
+            OrderedDict()
+        )
         self._owned: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -44,14 +49,44 @@ class FrozenStore:
         """
         most = self.max_bytes if owner_bytes is None else min(owner_bytes, self.max_bytes)
         a, b = _checked(message, most)
-        size = MODULE_BYTES + a.nbytes + b.nbytes
+        key = (owner, "frozen", content_hash(message))
+        self._keep(key, (a.to(self.device), b.to(self.device)), most)
+        return key[2]
 
-        key = (owner, content_hash(message))
+    def get(self, key: bytes, owner: str = "local") -> tuple[Tensor, Tensor] | None:
+        """The owner's module with this hash, if it is still there."""
+        a, b = self._find((owner, "frozen", key)) or (None, None)
+        return None if a is None or b is None else (a, b)
+
+    def put_hosted(
+        self,
+        key: bytes,
+        tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+        owner: str,
+        owner_bytes: int | None,
+    ) -> None:
+        """Keep an active module under its hash, if there is room for it."""
+        most = self.max_bytes if owner_bytes is None else min(owner_bytes, self.max_bytes)
+        if _size(tensors) <= most:
+            self._keep((owner, "hosted", key), tensors, most)
+
+    def get_hosted(
+        self, key: bytes, owner: str
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
+        """A, B and their biases of the owner's active module with this hash, if still there."""
+        a, b, a_bias, b_bias = self._find((owner, "hosted", key)) or (None, None, None, None)
+        return None if a is None or b is None else (a, b, a_bias, b_bias)
+
+    def _keep(
+        self, key: tuple[str, str, bytes], tensors: tuple[Tensor | None, ...], most: int
+    ) -> None:
+        """Keep tensors, and drop what is then too much."""
+        owner = key[0]
         with self._lock:
             if key not in self._modules:
-                self._modules[key] = (a.to(self.device), b.to(self.device))
-                self.stored_bytes += size
-                self._owned[owner] = self._owned.get(owner, 0) + size
+                self._modules[key] = tensors
+                self.stored_bytes += _size(tensors)
+                self._owned[owner] = self._owned.get(owner, 0) + _size(tensors)
             self._modules.move_to_end(key)
 
             while self._owned[owner] > most:
@@ -59,15 +94,13 @@ class FrozenStore:
             while self.stored_bytes > self.max_bytes:
                 largest_owner = max(self._owned, key=lambda name: self._owned[name])
                 self._drop(next(other for other in self._modules if other[0] == largest_owner))
-        return key[1]
 
-    def get(self, key: bytes, owner: str = "local") -> tuple[Tensor, Tensor] | None:
-        """The owner's module with this hash, if it is still there."""
+    def _find(self, key: tuple[str, str, bytes]) -> tuple[Tensor | None, ...] | None:
         with self._lock:
-            pair = self._modules.get((owner, key))
-            if pair is not None:
-                self._modules.move_to_end((owner, key))
-            return pair
+            tensors = self._modules.get(key)
+            if tensors is not None:
+                self._modules.move_to_end(key)
+            return tensors
 
     def keep_owners(self, owners: Collection[str]) -> None:
         """Drop the modules of everybody else: they have nobody left who could ask for them."""
@@ -78,9 +111,8 @@ class FrozenStore:
             for owner in gone:
                 del self._owned[owner]
 
-    def _drop(self, key: tuple[str, bytes]) -> None:
-        a, b = self._modules.pop(key)
-        size = MODULE_BYTES + a.nbytes + b.nbytes
+    def _drop(self, key: tuple[str, str, bytes]) -> None:
+        size = _size(self._modules.pop(key))
         self.stored_bytes -= size
         self._owned[key[0]] -= size
 
@@ -97,6 +129,11 @@ def check_frozen_shape(message: pb.FrozenModule, widths: Collection[tuple[int, i
             f"frozen module: got shapes {a} and {b}, want [rank, in] and [out, rank] of a module "
             "that is served"
         )
+
+
+def _size(tensors: Iterable[Tensor | None]) -> int:
+    """Bytes of the tensors that there are, and of what a module takes beside them."""
+    return MODULE_BYTES + sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def _checked(message: pb.FrozenModule, most: int) -> tuple[Tensor, Tensor]:

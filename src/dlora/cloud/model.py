@@ -25,6 +25,7 @@ from dlora.cloud import load_checks
 from dlora.cloud.costs import MemoryCost, pass_flops
 from dlora.cloud.exchange import Pipe
 from dlora.cloud.frozen_store import FrozenStore, check_frozen_shape
+from dlora.cloud.hosted import HostedAdapter
 from dlora.cloud.layers import CloudLayers
 from dlora.cloud.limits import Limits
 from dlora.cloud.pass_request import PassRequest
@@ -202,13 +203,16 @@ class CloudModel:
         hashes = [self.frozen_store.put(module, owner, owner_bytes) for module in request.modules]
         return pb.PutAdapterReply(hashes=hashes)
 
-    def check(self, begin: pb.Begin, owner: str = "local") -> PassRequest:
+    def check(
+        self, begin: pb.Begin, owner: str = "local", owner_bytes: int | None = None
+    ) -> PassRequest:
         """Check every field of a `Begin` of this owner, before anything is allocated.
 
+        `owner_bytes`: what the owner may keep here, as for `put_adapter`.
         Raises UsageError for what the edge's user can mend, WireError for a broken edge,
         AdapterMissing for frozen modules that are not here.
         """
-        return self.requests.begin(begin, owner)
+        return self.requests.begin(begin, owner, owner_bytes)
 
     def run(self, request: PassRequest, pipe: Pipe) -> None:
         """Compute one micro-batch, or pass after pass with a KV cache until the edge leaves.
@@ -217,16 +221,19 @@ class CloudModel:
         WireError if it sends what does not fit.
         """
         pipe.admit(request.cost_bytes)
+        hosted = None
+        if request.hosted is not None:
+            hosted = HostedAdapter(request.hosted, self.frozen_store, request.has_backward)
         if request.cache_length:
-            self._run_cached(request, pipe)
+            self._run_cached(request, pipe, hosted)
             return
 
-        running = self._pass(request, pipe)
+        running = self._pass(request, pipe, hosted)
         running.run()
 
         forward, backward = self.flops(request)
         forward += 2 * running.forward_macs
-        backward += 2 * running.backward_macs if backward else 0
+        backward += 2 * running.backward_macs
         probe = [
             running.probe_norms.get((site.index, module), 0.0)
             for site, modules in request.probe
@@ -237,10 +244,11 @@ class CloudModel:
             backward_flops=backward,
             probe=probe,
             input_grad=running.entry_grad,
+            module_grads=hosted.grads(request.dtype) if hosted and request.has_backward else [],
         )
         running.exchange.send(pb.CloudFrame(done=done))
 
-    def _run_cached(self, request: PassRequest, pipe: Pipe) -> None:
+    def _run_cached(self, request: PassRequest, pipe: Pipe, hosted: HostedAdapter | None) -> None:
         """Pass after pass; `receive` raises when the edge has left."""
         cache = DynamicCache(config=self.model.config)
         if request.rollback:
@@ -248,12 +256,16 @@ class CloudModel:
 
         while True:
             tokens = request.batch * request.length
-            frozen_macs = tokens * sum(a.numel() + b.numel() for a, b in request.idle.values())
-            flops = self.flops(request)[0] + 2 * frozen_macs
-            self._pass(request, pipe, cache, flops).run()
+            adapter_macs = tokens * sum(a.numel() + b.numel() for a, b in request.idle.values())
+            kept_bytes = self.memory.of_cache(request.batch, request.cache_length)
+            if request.hosted is not None:
+                adapter_macs += tokens * request.hosted.numel
+                kept_bytes += request.hosted.adapter_bytes(training=False)
+            flops = self.flops(request)[0] + 2 * adapter_macs
+            self._pass(request, pipe, hosted, cache, flops).run()
 
-            # What the pass needed is free again while the edge thinks; the cache stays.
-            pipe.admit(self.memory.of_cache(request.batch, request.cache_length))
+            # What the pass needed is free again while the edge thinks; cache and adapter stay.
+            pipe.admit(kept_bytes)
             frame = pipe.receive()
             if frame.WhichOneof("kind") != "extend":
                 raise WireError(f"got frame {frame.WhichOneof('kind')!r}, want 'extend'")
@@ -266,7 +278,12 @@ class CloudModel:
                 cache.crop(-request.drop)
 
     def _pass(
-        self, request: PassRequest, pipe: Pipe, cache: DynamicCache | None = None, flops: int = 0
+        self,
+        request: PassRequest,
+        pipe: Pipe,
+        hosted: HostedAdapter | None,
+        cache: DynamicCache | None = None,
+        flops: int = 0,
     ) -> Pass:
         return Pass(
             self.decoder,
@@ -274,6 +291,7 @@ class CloudModel:
             request,
             pipe,
             layer_width=self.layers.width,
+            hosted=hosted,
             cache=cache,
             flops=flops,
         )

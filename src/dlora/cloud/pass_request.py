@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from dlora.cloud.hosted_request import HostedRequest
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.layers import EdgeLayers
 from dlora.protocol.sites import Site
@@ -51,6 +52,9 @@ class PassRequest:
 
     factored: bool = False
     """Deltas come as Z = x A^T and B."""
+
+    hosted: HostedRequest | None = None
+    """The active modules' adapter, which the cloud computes; None: the edge does."""
 
     cost_bytes: int = 0
     """Memory that the pass needs beside the weights."""

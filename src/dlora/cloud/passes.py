@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from dlora.cloud.exchange import Exchange, Pipe
+from dlora.cloud.hosted import HostedAdapter
 from dlora.cloud.pass_request import PassRequest
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.layers import first_output
@@ -37,7 +38,8 @@ class Pass:
     """The forward of a request, in training the backward, and the exchanges between.
 
     `embedding` is the token embedding's weight: its width, dtype and device are those of what goes
-    into the decoder. `layer_width` is that between layers, for requests with edge layers. `cache`
+    into the decoder. `layer_width` is that between layers, for requests with edge layers. `hosted`
+    is the adapter, where the cloud computes it: no site is asked for then. `cache`
     is the stream's KV cache, if it has one; the last hidden states then go with `flops`.
     """
 
@@ -49,11 +51,13 @@ class Pass:
         pipe: Pipe,
         *,
         layer_width: int = 0,
+        hosted: HostedAdapter | None = None,
         cache: Cache | None = None,
         flops: int = 0,
     ) -> None:
         self.decoder, self.embedding, self.request = decoder, embedding, request
         self.layer_width, self.cache, self.flops = layer_width, cache, flops
+        self.hosted = hosted
         self.exchange = Exchange(request, pipe, embedding.device)
 
         # Multiply-adds beside the model's own: factors, frozen modules, probes. Known afterwards.
@@ -178,7 +182,9 @@ class Pass:
         return output
 
     def _ask(self, site: int, x: Tensor) -> tuple[Tensor, ...]:
-        """The edge's deltas at a site, each [B, T, O]."""
+        """The deltas at a site, each [B, T, O]: the edge's or, of a hosted adapter, its own."""
+        if self.hosted is not None:
+            return self._compute(self.hosted, site, x)
         if self.request.training:
             apply: Callable[..., tuple[Tensor, ...]] = _Ask.apply
             answers = apply(x, self._anchor, self.exchange, site)
@@ -196,6 +202,14 @@ class Pass:
             self.backward_macs += 2 * macs if self.request.training else 0
             deltas.append(z_BTR @ b_OR.T)
         return tuple(deltas)
+
+    def _compute(self, hosted: HostedAdapter, site: int, x: Tensor) -> tuple[Tensor, ...]:
+        """The deltas of a hosted adapter at a site."""
+        rows = x.numel() // x.shape[-1]
+        forward, backward = hosted.macs(site, input_grad=x.requires_grad)
+        self.forward_macs += rows * forward
+        self.backward_macs += rows * backward if self.request.training else 0
+        return hosted.deltas(site, x, self.request.past)
 
     def _apply_frozen(self, x: Tensor, output: Tensor, a_RD: Tensor, b_OR: Tensor) -> Tensor:
         """A module's output plus the delta of a frozen module of the edge."""

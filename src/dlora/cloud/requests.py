@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dlora.cloud.costs import MemoryCost
 from dlora.cloud.frozen_store import FrozenStore
+from dlora.cloud.hosted_request import check_hosted
 from dlora.cloud.limits import Limits
 from dlora.cloud.pass_request import PassRequest
 from dlora.errors import AdapterMissing, UsageError, WireError
@@ -58,8 +59,11 @@ class RequestCheck:
 
     # ----------------------------------------------------------------- a stream's first request
 
-    def begin(self, message: pb.Begin, owner: str) -> PassRequest:
-        """Check every field of a `Begin` of this owner, and what it costs."""
+    def begin(self, message: pb.Begin, owner: str, owner_bytes: int | None = None) -> PassRequest:
+        """Check every field of a `Begin` of this owner, and what it costs.
+
+        `owner_bytes`: what the owner may keep here, if there is a limit.
+        """
         self._check_peer(message)
         self._check_cache(message)
         if message.wire_dtype not in WIRE_DTYPES.values():
@@ -88,6 +92,7 @@ class RequestCheck:
             idle=self._check_idle(message.idle, active, owner, edge_layers),
             probe=self._check_modules(message.probe, edge_layers),
             factored=message.factored,
+            hosted=check_hosted(message, active, self.frozen_store, owner, owner_bytes),
             cache_length=message.cache_length,
             rollback=message.rollback,
             edge_layers=edge_layers,
@@ -114,7 +119,9 @@ class RequestCheck:
         if not message.cache_length:
             return
         if message.training or message.factored:
-            raise WireError("a KV cache is for generation on the plain wire, not for training")
+            raise WireError(
+                "a KV cache is for generation on the plain or hosted wire, not for training"
+            )
         if not self.memory.cache_bytes_per_token:
             raise UsageError(f"{self.class_name} is served without KV cache: use use_cache=False")
         if message.cache_length > self.limits.max_length:
@@ -261,6 +268,9 @@ class RequestCheck:
         cost = self.memory.of_pass(
             batch, length, training=stream.training, past=past, cache_length=cache_length
         )
+        if stream.hosted is not None:
+            cost += stream.hosted.adapter_bytes(training=stream.training)
+            cost += stream.hosted.pass_bytes(tokens, training=stream.training)
         if tokens > limits.max_tokens or cost > limits.max_inflight_bytes:
             what = "activations" if not cache_length else "activations and KV cache"
             raise UsageError(

@@ -19,13 +19,11 @@ Shapes: N rows, D width of what is read, R size of the bottleneck, O width of th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
@@ -34,6 +32,7 @@ from transformers import PreTrainedModel
 
 from dlora.errors import UsageError
 from dlora.files import write_json
+from dlora.protocol.activations import ACTIVATIONS
 
 __all__ = [
     "BottleneckConfig",
@@ -45,12 +44,6 @@ __all__ = [
 
 CONFIG_FILE: Final = "bottleneck_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
-_ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
-    "relu": torch.relu,
-    "gelu": nn.functional.gelu,
-    "silu": nn.functional.silu,
-    "tanh": torch.tanh,
-}
 _SAVED: Final = (
     "base_model_name_or_path",
     "r",
@@ -75,9 +68,9 @@ class BottleneckConfig(LoraConfig):
     def __post_init__(self) -> None:
         if self.kind not in ("series", "parallel"):
             raise UsageError(f"kind: got {self.kind!r}, want series or parallel")
-        if self.activation not in _ACTIVATIONS:
+        if self.activation not in ACTIVATIONS:
             raise UsageError(
-                f"activation: got {self.activation!r}, want one of {', '.join(_ACTIVATIONS)}"
+                f"activation: got {self.activation!r}, want one of {', '.join(ACTIVATIONS)}"
             )
         self.lora_alpha = self.scale * self.r  # peft scales by alpha / r
         super().__post_init__()
@@ -92,7 +85,7 @@ class _Down(nn.Linear):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _ACTIVATIONS[self.activation](super().forward(x))
+        return ACTIVATIONS[self.activation](super().forward(x))
 
 
 class _Series:

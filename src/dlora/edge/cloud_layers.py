@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from dlora.edge.hosted import HostedAdapter, KeptVersions
 from dlora.edge.kv_cache import CloudCache
 from dlora.edge.link import Link
 from dlora.edge.lora import FrozenModule
@@ -39,11 +40,19 @@ class CloudLayers:
     edge_layers: EdgeLayers
     sites: Sequence[ActiveSite]
     frozen: Sequence[FrozenModule]
+    versions: KeptVersions
+    """Which adapter a cloud has kept, on the hosted wire."""
 
     @property
     def wire_dtype(self) -> pb.DType:
         """How tensors travel."""
         return WIRE_DTYPES[self.options.wire_dtype]
+
+    def _hosted(self) -> HostedAdapter | None:
+        """The adapter as it travels, on the hosted wire."""
+        if self.options.wire != "hosted":
+            return None
+        return HostedAdapter(self.sites, self.wire_dtype, self.versions)
 
     def extend(self, new: PassInput, cache: CloudCache, here: Iterable[LoraLayer]) -> Tensor:
         """Run tokens behind those of a KV cache; return kept hidden states, float32 [K, D].
@@ -58,6 +67,7 @@ class CloudLayers:
             new.entry_ND.device,
             frozen=self.frozen,
             edge_layers=self.edge_layers,
+            hosted=self._hosted(),
         )
         cache.bind(responder, here)
         return cache.forward(new, self.options.retry)
@@ -71,6 +81,7 @@ class CloudLayers:
         probe_modules: Iterable[str],
     ) -> MicroBatch:
         """A micro-batch that runs these tokens alone, with its first frame; nothing is sent yet."""
+        hosted = self._hosted()
         first = begin(
             self.link,
             self.sites,
@@ -82,6 +93,7 @@ class CloudLayers:
             factored=self.options.wire == "factored",
             probe=entries_of(self.link.description, probe_modules) if training else [],
             wants_input_grad=wants_input_grad,
+            **(hosted.fields(training=training) if hosted else {}),
             **new.fields(self.wire_dtype),
         )
 
@@ -94,6 +106,7 @@ class CloudLayers:
             new.entry_ND.device,
             self.frozen,
             self.edge_layers,
+            hosted,
         )
         micro_batch.noise = self.options.noise
         return micro_batch

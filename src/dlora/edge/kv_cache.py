@@ -207,6 +207,8 @@ class CloudCache(Cache):
             *(frozen.hash for frozen in responder.frozen),
             responder.edge_layers,
             *((id(layer), *layer.active_adapters) for layer in here),
+            # A hosted adapter went into the cloud as it was then.
+            None if responder.hosted is None else responder.hosted.version,
         )
 
         if self._responder is None or not self._past:
@@ -307,6 +309,7 @@ class CloudCache(Cache):
             batch=part.batch,
             cache_length=self._reserved,
             rollback=self._recording,
+            **(responder.hosted.fields(training=False) if responder.hosted else {}),
             **fields,
         )
 
@@ -318,7 +321,7 @@ def _slice_length(responder: Responder, batch: int) -> int:
     """
     description = responder.link.description
     widths = [description.embedding_width, responder.hidden_width]
-    for site in responder.sites.values():
+    for site in [] if responder.hosted else responder.sites.values():
         widths += [site.in_features, sum(layer.out_features for layer in site.layers)]
     by_message = description.limits.max_message_bytes // (8 * max(widths))
     return max(1, min(int(description.limits.max_tokens), by_message) // batch)

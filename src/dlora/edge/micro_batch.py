@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlora.edge.hosted import HostedAdapter
 from dlora.edge.link import Link, RetryPolicy
 from dlora.edge.lora import FrozenModule
 from dlora.edge.meter import Meter
@@ -50,6 +51,7 @@ class MicroBatch(Responder):
         device: torch.device,
         frozen: Sequence[FrozenModule] = (),
         edge_layers: EdgeLayers | None = None,
+        hosted: HostedAdapter | None = None,
     ) -> None:
         super().__init__(
             link,
@@ -60,6 +62,7 @@ class MicroBatch(Responder):
             factored=begin.factored,
             frozen=frozen,
             edge_layers=edge_layers,
+            hosted=hosted,
         )
         self.retry, self.begin = retry, begin
         self.rng = _rng_state(device)
@@ -105,11 +108,13 @@ class MicroBatch(Responder):
     # -------------------------------------- one attempt
 
     def _forward(self) -> Tensor:
-        try:
-            return self._forward_once()
-        except AdapterMissing as missing:
-            self.put_frozen(missing)
-            return self._forward_once()
+        while True:
+            try:
+                return self._forward_once()
+            except AdapterMissing as missing:
+                # Each is done a few times at most.
+                if not (self.hosted and self.hosted.send_whole(self.begin)):
+                    self.put_frozen(missing)
 
     def _forward_once(self) -> Tensor:
         self.close()
@@ -132,20 +137,24 @@ class MicroBatch(Responder):
         check_finite(grad, "the gradient of the loss")
         try:
             self.send(pb.EdgeFrame(hidden_grad=pb.HiddenGrad(grad=encode(grad, self.wire_dtype))))
-            for _ in range(len(self.sites)):
+            # A hosted adapter's gradients are in the last frame, all together.
+            for _ in range(0 if self.hosted else len(self.sites)):
                 frame = self.receive()
                 kind = frame.WhichOneof("kind")
                 if kind != "delta_grads":
                     raise WireError(f"the cloud sent frame {kind!r} in backward")
                 self._answer_backward(frame.delta_grads, grads)
-            self._finish()
+            self._finish(grads)
         except BaseException:
             self.close()
             raise
         return grads
 
-    def _finish(self) -> None:
-        """Take the last frame, with what the cloud has counted and measured."""
+    def _finish(self, grads: dict[nn.Parameter, Tensor] | None = None) -> None:
+        """Take the last frame, with what the cloud has counted and measured.
+
+        After backward a hosted adapter's gradients are in it, and go into `grads`.
+        """
         frame = self.receive()
         if frame.WhichOneof("kind") != "done":
             raise WireError(f"the cloud sent frame {frame.WhichOneof('kind')!r}, want 'done'")
@@ -161,9 +170,14 @@ class MicroBatch(Responder):
                 raise WireError("the cloud sent a probe norm that is negative or not finite")
             self.on_probe(self.begin.probe, norms)
 
+        if self.hosted is not None and grads is not None:
+            grads.update(self.hosted.gradients(frame.done.module_grads, self.decode))
+            for grad in grads.values():
+                check_finite(grad, "a gradient of the adapter")
+        if self.begin.wants_input_grad or (self.hosted is not None and grads is not None):
+            self.meter.round_trips += 1  # this frame's gradients are waited for
         if self.begin.wants_input_grad:
             shape = tuple(self.begin.embeddings.shape)
-            self.meter.round_trips += 1  # the last gradient is waited for
             self.input_grad = self.decode(
                 frame.done.input_grad, shape, "gradient of the cloud's input"
             )

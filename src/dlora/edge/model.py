@@ -18,7 +18,7 @@ One forward call, `model(input_ids=..., labels=...)`:
 4. `_through_cloud` sends the rows (`cloud_layers.py`). In training the whole decoder is one node
    of autograd, whose backward talks to the cloud again (`micro_batch.py`); with a KV cache, the
    cache sends (`kv_cache.py`). At every active site the cloud asks for deltas (`responder.py`,
-   `lora.py`).
+   `lora.py`); on the hosted wire it computes them, of what travelled with the tokens (`hosted.py`).
 5. Hidden states come back, and the call is over. The architecture's own head and loss, which are
    here, do the rest.
 
@@ -48,6 +48,7 @@ from dlora.edge.bottleneck import BottleneckConfig, make_bottleneck, save_bottle
 from dlora.edge.cloud_layers import CloudLayers
 from dlora.edge.edge_layers import CloudBetween, EdgeDecoder
 from dlora.edge.forward_call import ForwardCall
+from dlora.edge.hosted import KeptVersions
 from dlora.edge.kv_cache import CloudCache, cache_for
 from dlora.edge.labels import head_request, spread, with_zero_row
 from dlora.edge.link import Link
@@ -91,6 +92,7 @@ class SplitModel(PeftModelForCausalLM):
         """Decoder layers that run here; their adapters need no exchange and are always trained."""
 
         self.active_set = ActiveSet(())
+        self._kept_versions = KeptVersions()
         self._edge_decoder = EdgeDecoder(
             base, edge_layers, link.description, lambda: self._call.runner
         )
@@ -221,6 +223,7 @@ class SplitModel(PeftModelForCausalLM):
 
     def _through_cloud(self, new: PassInput, cache: CloudCache | None) -> Tensor:
         """Run the cloud's layers over new tokens; return the kept hidden states, float32 [K, D]."""
+        self._check_hosted(self.active_set.idle)
         sites, parameters, wants_input_grad = self.active_set.exchanged(), [], False
         if torch.is_grad_enabled():
             parameters = [parameter for site in sites for parameter in site.parameters]
@@ -236,6 +239,7 @@ class SplitModel(PeftModelForCausalLM):
             edge_layers=self.edge_layers,
             sites=sites,
             frozen=self.active_set.applied_by_cloud(),
+            versions=self._kept_versions,
         )
         if cache is not None:
             if training:
@@ -261,6 +265,24 @@ class SplitModel(PeftModelForCausalLM):
         entry_ND = new.entry_ND if wants_input_grad else new.entry_ND.detach()
         run: Callable[..., Tensor] = SplitForward.apply
         return run(micro_batch, entry_ND, *parameters)
+
+    def forget_kept(self) -> None:
+        """Send the hosted wire's adapter whole the next time, as after an optimizer step."""
+        self._kept_versions = KeptVersions()
+
+    def _check_hosted(self, idle: Idle) -> None:
+        """Raises UsageError for what needs the cloud to ask at sites, on the hosted wire."""
+        if self.options.wire != "hosted":
+            return
+        if idle == "edge":
+            raise UsageError(
+                "idle=edge: on the hosted wire the edge computes no module: use idle=drop or cloud"
+            )
+        if self.output_squares is not None:
+            raise UsageError(
+                "policy=output measures deltas, which the hosted wire leaves to the cloud: use "
+                "another policy, or wire=factored or plain"
+            )
 
     def _note_probe(self, entries: Sequence[pb.ActiveSite], norms: Sequence[float]) -> None:
         names = names_of(self.link.description, entries)
@@ -324,6 +346,7 @@ class SplitModel(PeftModelForCausalLM):
             raise UsageError(
                 "idle=cloud: the cloud applies products of two matrices, and no bottleneck adapters"
             )
+        self._check_hosted(idle)
         self.active_set.choose(modules, idle)
 
     @contextmanager

@@ -9,9 +9,9 @@ from dlora.edge.link import RetryPolicy
 from dlora.edge.noise import Noise
 from dlora.errors import UsageError
 
-__all__ = ["OPTION_NAMES", "OptionArguments", "SplitOptions", "check_edge_layers"]
+__all__ = ["OPTION_NAMES", "OptionArguments", "SplitOptions", "check_consent", "check_edge_layers"]
 
-Wire = Literal["plain", "factored"]
+Wire = Literal["plain", "factored", "hosted"]
 HeadPositions = Literal["auto", "supervised", "all"]
 
 
@@ -21,8 +21,13 @@ class SplitOptions:
 
     wire: Wire = "plain"
     """How deltas travel in training: "plain", or as exact factors ("factored"), which takes several
-    times fewer bytes and shows B to the cloud, which could solve for it anyway.
+    times fewer bytes and shows B to the cloud, which could solve for it anyway. Or not at all
+    ("hosted"): active modules travel with each micro-batch, the cloud computes them and their
+    gradients, and a micro-batch takes two round trips however many sites there are. The cloud then
+    sees A and B of every active module: that needs `upload_consent`.
     """
+    upload_consent: bool = False
+    """Agree that the cloud sees the adapter itself, on the hosted wire."""
     wire_dtype: str = "fp16"
     """fp32 (exact), fp16, bf16, int8 or int4."""
     retry: RetryPolicy = field(default_factory=RetryPolicy)
@@ -47,7 +52,8 @@ class SplitOptions:
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work with any server."""
         if self.wire not in get_args(Wire):
-            raise UsageError(f"wire: got {self.wire!r}, want plain or factored")
+            raise UsageError(f"wire: got {self.wire!r}, want plain, factored or hosted")
+        check_consent(self.wire, self.upload_consent)
         if self.head_positions not in get_args(HeadPositions):
             raise UsageError(
                 f"head_positions: got {self.head_positions!r}, want auto, supervised or all"
@@ -64,6 +70,7 @@ class OptionArguments(TypedDict, total=False):
     """The fields of `SplitOptions` as keyword arguments; what is left out keeps its value."""
 
     wire: Wire
+    upload_consent: bool
     wire_dtype: str
     retry: RetryPolicy | None
     noise: Noise
@@ -73,6 +80,16 @@ class OptionArguments(TypedDict, total=False):
 
 
 OPTION_NAMES: Final = frozenset(option.name for option in fields(SplitOptions))
+
+
+def check_consent(wire: str, upload_consent: bool) -> None:
+    """Raises UsageError for the hosted wire without consent to what it shows."""
+    if wire == "hosted" and not upload_consent:
+        raise UsageError(
+            "wire=hosted sends the active modules' A and B to the cloud, which computes with them "
+            "and sees the adapter itself and its gradients: agree with upload_consent "
+            "(--upload_consent true), or use wire=factored or plain"
+        )
 
 
 def check_edge_layers(first: int, last: int) -> None:

@@ -19,6 +19,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from dlora.edge.hosted import HostedAdapter
 from dlora.edge.link import Link, Stream
 from dlora.edge.lora import FrozenModule, delta, factors, layer_flops
 from dlora.edge.meter import Meter
@@ -95,8 +96,10 @@ class Responder:
         factored: bool = False,
         frozen: Sequence[FrozenModule] = (),
         edge_layers: EdgeLayers | None = None,
+        hosted: HostedAdapter | None = None,
     ) -> None:
         self.link, self.meter, self.wire_dtype, self.device = link, meter, wire_dtype, device
+        self.hosted = hosted
         self.sites = {site.index: site for site in sites}
         self.factored, self.frozen = factored, frozen
         self.edge_layers = edge_layers or EdgeLayers()
@@ -211,10 +214,9 @@ class Responder:
 
     def site(self, index: int, *, done: bool) -> ActiveSite:
         """The active site that the cloud speaks of. Raises WireError if none, or done before."""
-        if index not in self.sites or done:
-            raise WireError(
-                f"the cloud asked for site {index}, which is {'done' if done else 'not active'}"
-            )
+        if index not in self.sites or done or self.hosted is not None:
+            why = "not active" if index not in self.sites else "done" if done else "its own to do"
+            raise WireError(f"the cloud asked for site {index}, which is {why}")
         return self.sites[index]
 
     def decode(self, message: pb.Tensor, shape: tuple[int, ...], what: str) -> Tensor:
@@ -238,6 +240,7 @@ class Responder:
             raise PeerError(
                 f"a message of {size / 2**20:.0f} MiB is over the server's limit of "
                 f"{limit / 2**20:.0f} MiB: use a smaller batch or shorter sequences"
+                f"{' or a lower rank, as the adapter travels too' if self.hosted else ''}"
             )
         self.meter.sent_bytes += size
         self._open_stream().send(frame)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from dlora.edge.link import RetryPolicy
 from dlora.edge.noise import Noise
-from dlora.edge.options import check_edge_layers
+from dlora.edge.options import SplitOptions, Wire, check_consent, check_edge_layers
 from dlora.errors import UsageError
 from dlora.files import read_secret
 
@@ -62,14 +62,21 @@ class EdgeSettings(AccessSettings):
     """What every command on the edge needs to reach a server."""
 
     GROUPS: ClassVar[dict[str, str]] = {
-        "connection": "server tls tls_ca tls_cert tls_key token_file wire_dtype give_up_after_s",
+        "connection": "server tls tls_ca tls_cert tls_key token_file wire wire_dtype "
+        "give_up_after_s",
         "computing": "device",
-        "privacy": "edge_first edge_last noise_entry noise_clip",
+        "privacy": "edge_first edge_last noise_entry noise_clip upload_consent",
     }
 
     server: str
     """Address of `dlora serve`, as host:port. Several servers of the same model are separated by
     commas: where one is lost the next is taken."""
+    wire: Wire = SplitOptions.wire
+    """How deltas travel. plain: as they are. factored: in training as two exact factors, several
+    times fewer bytes; the cloud then sees the factor B of every module, which it could solve for on
+    the plain wire too. hosted: not at all. The adapter's active modules go with each micro-batch or
+    answer, and the cloud computes with them: two round trips a micro-batch and one a token, and few
+    bytes. It then sees A and B: that needs upload_consent."""
     wire_dtype: Literal["fp32", "fp16", "bf16", "int8", "int4"] = "fp16"
     """How tensors travel. fp32 is exact. fp16 and bf16 halve the traffic. int8 (a scale for each
     token) halves it again, and int4 (a scale for 32 values) almost once more; both add noise."""
@@ -88,8 +95,13 @@ class EdgeSettings(AccessSettings):
     noise_clip: float = Noise.clip
     """With noise: rows longer than this many times the median are shortened first."""
 
+    upload_consent: bool = False
+    """Agree that the cloud sees weights of the adapter. `--wire hosted` needs it, which sends the
+    active modules, and so do kr_options '{idle: cloud}', which upload idle modules, frozen."""
+
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work with any server."""
+        check_consent(self.wire, self.upload_consent)
         check_edge_layers(self.edge_first, self.edge_last)
         _ = self.noise  # checks itself
 

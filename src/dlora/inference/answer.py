@@ -21,6 +21,7 @@ from dlora.edge.link import Link, RetryPolicy
 from dlora.edge.load import load_adapter, load_base
 from dlora.edge.meter import Meter
 from dlora.edge.model import SplitModel
+from dlora.edge.options import Wire
 from dlora.errors import DLoRAError, UsageError
 from dlora.inference.prompts import Prompt, encode_prompts, pad_token
 
@@ -41,14 +42,18 @@ def load_for_inference(
     link: Link,
     adapter: Path | None,
     *,
+    wire: Wire = "plain",
     wire_dtype: str = "fp16",
+    upload_consent: bool = False,
     give_up_after_s: float = 600.0,
     device: str = "cpu",
     edge_layers: tuple[int, int] = (0, 0),
 ) -> SplitModel:
     """The served model with an adapter, or as it is, ready to answer."""
     options: dict[str, Any] = {
+        "wire": wire,
         "wire_dtype": wire_dtype,
+        "upload_consent": upload_consent,
         "retry": RetryPolicy(give_up_after_s=give_up_after_s),
         "device": device,
         "edge_layers": edge_layers,

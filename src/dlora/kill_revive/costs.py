@@ -28,7 +28,8 @@ class Costs:
 
     sites: tuple[tuple[int, Mapping[str, int]], ...]
     """(input width, elements that each module adds to both directions) of every site, in calling
-    order. On the plain wire a module adds its output width; factored r (1 + out / tokens)."""
+    order. On the plain wire a module adds its output width; factored r (1 + out / tokens); hosted
+    r (in + out) / tokens, and the site itself nothing: its input width is 0."""
     ends: int = 0
     """Elements a token that always travel: embeddings up, last hidden states down, their gradient
     up."""

@@ -38,14 +38,17 @@ def costs_of(
     """
     sites = []
     for site in model.sites:
-        added = {}
+        added, width = {}, site.in_features
         for name, layer in zip(site.names, site.layers, strict=True):
             rank = sum(layer.r[adapter] for adapter in layer.active_adapters if adapter in layer.r)
             out = layer.out_features
-            added[name] = (
-                out if model.options.wire == "plain" else max(1, round(rank * (1 + out / tokens)))
-            )
-        sites.append((site.in_features, added))
+            if model.options.wire == "plain":
+                added[name] = out
+            elif model.options.wire == "factored":
+                added[name] = max(1, round(rank * (1 + out / tokens)))
+            else:  # A and B, once a micro-batch
+                added[name] = max(1, round(rank * (width + out) / tokens))
+        sites.append((0 if model.options.wire == "hosted" else width, added))
 
     # What travels in any case: where the edge holds layers it is hidden states, both ways.
     description = model.link.description

@@ -18,7 +18,7 @@ from dlora.privacy.cloud_view import CloudView, SiteView
 from dlora.privacy.findings import Finding, finding
 from dlora.privacy.recording import Module, Recording
 
-__all__ = ["attack_adapters"]
+__all__ = ["attack_adapters", "sent_adapter"]
 
 _EXACT: Final = 1e-3  # relative error up to which a module counts as known
 
@@ -58,6 +58,19 @@ def attack_adapters(recording: Recording, places: dict[int, str]) -> Iterator[Fi
             determined=determined,
             known=sum(error <= _EXACT for error in errors) / len(errors),
         )
+
+
+def sent_adapter(recording: Recording) -> Iterator[Finding]:
+    """What the hosted wire sends needs no attack."""
+    begin = recording.read(len(recording) - 1)[0].begin
+    yield finding(
+        "adapter",
+        "begin",
+        "begin",
+        "the adapter itself, sent by --wire hosted",
+        modules=len(begin.modules),
+        known=1.0,
+    )
 
 
 def _views_of_one_adapter(recording: Recording) -> tuple[list[CloudView], list[Module]]:

@@ -28,7 +28,7 @@ from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.layers import EdgeLayers, layer_of
 from dlora.protocol.wire import WIRE_DTYPES
 
-__all__ = ["any_module", "attackers_model", "public_texts", "run_texts", "wire_dtype"]
+__all__ = ["any_module", "attackers_model", "public_texts", "run_texts", "wire_dtype", "wire_of"]
 
 _PUBLIC_ROWS: Final = 512
 _PUBLIC_LENGTH: Final = 128
@@ -85,6 +85,11 @@ def attackers_model(
         head_positions="supervised",
         noise=noise,
     )
+
+
+def wire_of(begin: pb.Begin) -> str:
+    """The name of the wire of a recorded run."""
+    return "hosted" if begin.hosted else "factored" if begin.factored else "plain"
 
 
 def wire_dtype(begin: pb.Begin) -> str:

@@ -24,13 +24,14 @@ from dlora.edge.link import Link
 from dlora.edge.model import SplitModel
 from dlora.edge.noise import Noise
 from dlora.errors import UsageError
-from dlora.privacy.adapters import attack_adapters
+from dlora.privacy.adapters import attack_adapters, sent_adapter
 from dlora.privacy.attacker import (
     any_module,
     attackers_model,
     public_texts,
     run_texts,
     wire_dtype,
+    wire_of,
 )
 from dlora.privacy.cloud_view import CloudView
 from dlora.privacy.findings import Attackers, Finding
@@ -123,7 +124,7 @@ def _attack(
         *attack_by_matching(
             link, model, attacked, public, table_VE, places, most=settings.match, seed=seed
         ),
-        *attack_adapters(recording, places),
+        *(sent_adapter(recording) if begin.hosted else attack_adapters(recording, places)),
     ]
 
 
@@ -168,7 +169,7 @@ def _about_run(run: Run, recording: Recording, link: Link) -> dict[str, Any]:
         "setting": {
             "edge_first": begin.edge_first,
             "edge_last": begin.edge_last,
-            "wire": "factored" if begin.factored else "plain",
+            "wire": wire_of(begin),
             "wire_dtype": wire_dtype(begin),
             **{name: options.get(name) for name in asked},
         },

@@ -78,7 +78,9 @@ class CloudView:
             raise WireError("the frames are not those of a whole micro-batch, from begin to done")
 
         self.begin = edge[0].begin
-        self.sites = {site.site: SiteView(tuple(site.modules)) for site in self.begin.sites}
+        # A hosted adapter is in `begin`, its gradients in `done`, and nothing is asked at sites.
+        asked = [] if self.begin.hosted else self.begin.sites
+        self.sites = {site.site: SiteView(tuple(site.modules)) for site in asked}
         self._hidden, self._hidden_grad = pb.Tensor(), pb.Tensor()
         self._sort_edge_frames(edge[1:])
         self._sort_cloud_frames(cloud)

@@ -305,14 +305,19 @@ class Recording:
         return len(self.stems)
 
     def sites(self, number: int) -> dict[int, tuple[int, ...]]:
-        """Active modules of each active site of one micro-batch. Reads its first frame alone."""
+        """Active modules of each site of one micro-batch that was asked for; hosted: of none.
+
+        Reads its first frame alone.
+        """
         file = self.folder / f"{self.stems[number]}.edge"
         try:
             with file.open("rb") as stream:
                 frame = parse_length_prefixed(pb.EdgeFrame, cast(io.BytesIO, stream))
         except (OSError, ValueError, DecodeError) as error:
             raise UsageError(f"{file} cannot be read: {error}") from error
-        return {} if frame is None else {one.site: tuple(one.modules) for one in frame.begin.sites}
+        if frame is None or frame.begin.hosted:
+            return {}
+        return {one.site: tuple(one.modules) for one in frame.begin.sites}
 
     def read(self, number: int) -> tuple[CloudView, Truth, str]:
         """One micro-batch: what the cloud saw, the truth, and the fingerprint of the model."""

@@ -15,12 +15,25 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     BF16: _ClassVar[DType]
     INT8: _ClassVar[DType]
     INT4: _ClassVar[DType]
+
+class Activation(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    NO_ACTIVATION: _ClassVar[Activation]
+    RELU: _ClassVar[Activation]
+    GELU: _ClassVar[Activation]
+    SILU: _ClassVar[Activation]
+    TANH: _ClassVar[Activation]
 DTYPE_UNSPECIFIED: DType
 FP32: DType
 FP16: DType
 BF16: DType
 INT8: DType
 INT4: DType
+NO_ACTIVATION: Activation
+RELU: Activation
+GELU: Activation
+SILU: Activation
+TANH: Activation
 
 class Tensor(_message.Message):
     __slots__ = ("dtype", "shape", "exponent", "data")
@@ -194,8 +207,40 @@ class IdleModule(_message.Message):
     hash: bytes
     def __init__(self, site: _Optional[int] = ..., module: _Optional[int] = ..., hash: _Optional[bytes] = ...) -> None: ...
 
+class HostedDropout(_message.Message):
+    __slots__ = ("rank", "p")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    P_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    p: float
+    def __init__(self, rank: _Optional[int] = ..., p: _Optional[float] = ...) -> None: ...
+
+class HostedModule(_message.Message):
+    __slots__ = ("site", "module", "a", "b", "a_bias", "b_bias", "hash", "keep", "activation", "dropouts")
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    MODULE_FIELD_NUMBER: _ClassVar[int]
+    A_FIELD_NUMBER: _ClassVar[int]
+    B_FIELD_NUMBER: _ClassVar[int]
+    A_BIAS_FIELD_NUMBER: _ClassVar[int]
+    B_BIAS_FIELD_NUMBER: _ClassVar[int]
+    HASH_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATION_FIELD_NUMBER: _ClassVar[int]
+    DROPOUTS_FIELD_NUMBER: _ClassVar[int]
+    site: int
+    module: int
+    a: Tensor
+    b: Tensor
+    a_bias: Tensor
+    b_bias: Tensor
+    hash: bytes
+    keep: bool
+    activation: Activation
+    dropouts: _containers.RepeatedCompositeFieldContainer[HostedDropout]
+    def __init__(self, site: _Optional[int] = ..., module: _Optional[int] = ..., a: _Optional[_Union[Tensor, _Mapping]] = ..., b: _Optional[_Union[Tensor, _Mapping]] = ..., a_bias: _Optional[_Union[Tensor, _Mapping]] = ..., b_bias: _Optional[_Union[Tensor, _Mapping]] = ..., hash: _Optional[bytes] = ..., keep: _Optional[bool] = ..., activation: _Optional[_Union[Activation, str]] = ..., dropouts: _Optional[_Iterable[_Union[HostedDropout, _Mapping]]] = ...) -> None: ...
+
 class Begin(_message.Message):
-    __slots__ = ("protocol_version", "fingerprint", "wire_dtype", "training", "batch", "length", "attention_mask", "position_ids", "dense", "keep", "sites", "embeddings", "cache_length", "rollback", "factored", "idle", "probe", "edge_first", "edge_last", "wants_input_grad")
+    __slots__ = ("protocol_version", "fingerprint", "wire_dtype", "training", "batch", "length", "attention_mask", "position_ids", "dense", "keep", "sites", "embeddings", "cache_length", "rollback", "factored", "idle", "probe", "edge_first", "edge_last", "wants_input_grad", "hosted", "modules", "dropout_seed")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -216,6 +261,9 @@ class Begin(_message.Message):
     EDGE_FIRST_FIELD_NUMBER: _ClassVar[int]
     EDGE_LAST_FIELD_NUMBER: _ClassVar[int]
     WANTS_INPUT_GRAD_FIELD_NUMBER: _ClassVar[int]
+    HOSTED_FIELD_NUMBER: _ClassVar[int]
+    MODULES_FIELD_NUMBER: _ClassVar[int]
+    DROPOUT_SEED_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     fingerprint: str
     wire_dtype: DType
@@ -236,7 +284,10 @@ class Begin(_message.Message):
     edge_first: int
     edge_last: int
     wants_input_grad: bool
-    def __init__(self, protocol_version: _Optional[int] = ..., fingerprint: _Optional[str] = ..., wire_dtype: _Optional[_Union[DType, str]] = ..., training: _Optional[bool] = ..., batch: _Optional[int] = ..., length: _Optional[int] = ..., attention_mask: _Optional[bytes] = ..., position_ids: _Optional[_Iterable[int]] = ..., dense: _Optional[bool] = ..., keep: _Optional[_Iterable[int]] = ..., sites: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., embeddings: _Optional[_Union[Tensor, _Mapping]] = ..., cache_length: _Optional[int] = ..., rollback: _Optional[bool] = ..., factored: _Optional[bool] = ..., idle: _Optional[_Iterable[_Union[IdleModule, _Mapping]]] = ..., probe: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., edge_first: _Optional[int] = ..., edge_last: _Optional[int] = ..., wants_input_grad: _Optional[bool] = ...) -> None: ...
+    hosted: bool
+    modules: _containers.RepeatedCompositeFieldContainer[HostedModule]
+    dropout_seed: int
+    def __init__(self, protocol_version: _Optional[int] = ..., fingerprint: _Optional[str] = ..., wire_dtype: _Optional[_Union[DType, str]] = ..., training: _Optional[bool] = ..., batch: _Optional[int] = ..., length: _Optional[int] = ..., attention_mask: _Optional[bytes] = ..., position_ids: _Optional[_Iterable[int]] = ..., dense: _Optional[bool] = ..., keep: _Optional[_Iterable[int]] = ..., sites: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., embeddings: _Optional[_Union[Tensor, _Mapping]] = ..., cache_length: _Optional[int] = ..., rollback: _Optional[bool] = ..., factored: _Optional[bool] = ..., idle: _Optional[_Iterable[_Union[IdleModule, _Mapping]]] = ..., probe: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., edge_first: _Optional[int] = ..., edge_last: _Optional[int] = ..., wants_input_grad: _Optional[bool] = ..., hosted: _Optional[bool] = ..., modules: _Optional[_Iterable[_Union[HostedModule, _Mapping]]] = ..., dropout_seed: _Optional[int] = ...) -> None: ...
 
 class Extend(_message.Message):
     __slots__ = ("drop", "order", "length", "attention_mask", "position_ids", "dense", "keep", "embeddings")
@@ -324,17 +375,31 @@ class DeltaGrads(_message.Message):
     factor_grads: _containers.RepeatedCompositeFieldContainer[Tensor]
     def __init__(self, site: _Optional[int] = ..., grads: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., factor_grads: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
 
+class ModuleGrad(_message.Message):
+    __slots__ = ("a", "b", "a_bias", "b_bias")
+    A_FIELD_NUMBER: _ClassVar[int]
+    B_FIELD_NUMBER: _ClassVar[int]
+    A_BIAS_FIELD_NUMBER: _ClassVar[int]
+    B_BIAS_FIELD_NUMBER: _ClassVar[int]
+    a: Tensor
+    b: Tensor
+    a_bias: Tensor
+    b_bias: Tensor
+    def __init__(self, a: _Optional[_Union[Tensor, _Mapping]] = ..., b: _Optional[_Union[Tensor, _Mapping]] = ..., a_bias: _Optional[_Union[Tensor, _Mapping]] = ..., b_bias: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
 class Done(_message.Message):
-    __slots__ = ("forward_flops", "backward_flops", "probe", "input_grad")
+    __slots__ = ("forward_flops", "backward_flops", "probe", "input_grad", "module_grads")
     FORWARD_FLOPS_FIELD_NUMBER: _ClassVar[int]
     BACKWARD_FLOPS_FIELD_NUMBER: _ClassVar[int]
     PROBE_FIELD_NUMBER: _ClassVar[int]
     INPUT_GRAD_FIELD_NUMBER: _ClassVar[int]
+    MODULE_GRADS_FIELD_NUMBER: _ClassVar[int]
     forward_flops: int
     backward_flops: int
     probe: _containers.RepeatedScalarFieldContainer[float]
     input_grad: Tensor
-    def __init__(self, forward_flops: _Optional[int] = ..., backward_flops: _Optional[int] = ..., probe: _Optional[_Iterable[float]] = ..., input_grad: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+    module_grads: _containers.RepeatedCompositeFieldContainer[ModuleGrad]
+    def __init__(self, forward_flops: _Optional[int] = ..., backward_flops: _Optional[int] = ..., probe: _Optional[_Iterable[float]] = ..., input_grad: _Optional[_Union[Tensor, _Mapping]] = ..., module_grads: _Optional[_Iterable[_Union[ModuleGrad, _Mapping]]] = ...) -> None: ...
 
 class CloudFrame(_message.Message):
     __slots__ = ("input", "hidden", "delta_grads", "done", "compute_s")

@@ -16,7 +16,7 @@ __all__ = [
     "channel_options",
 ]
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 MAX_MESSAGE_BYTES: Final = 256 * 2**20
 """Of one frame, where a server sets no limit of its own."""
 

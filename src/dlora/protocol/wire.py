@@ -61,10 +61,18 @@ def encode(tensor: Tensor, dtype: pb.DType) -> pb.Tensor:
     )
 
 
-def content_hash(module: pb.FrozenModule) -> bytes:
-    """SHA-256 of a frozen module's tensors: equal on both halves for equal content."""
+def factor_dtype(dtype: pb.DType) -> pb.DType:
+    """How an adapter's own matrices travel: they are small, and keep at least 16 bits."""
+    return pb.FP16 if dtype in _GROUPED else dtype
+
+
+def content_hash(module: pb.FrozenModule | pb.HostedModule) -> bytes:
+    """SHA-256 of a module's tensors: equal on both halves for equal content."""
     digest = hashlib.sha256()
-    for tensor in (module.a, module.b):
+    tensors = [module.a, module.b]
+    if isinstance(module, pb.HostedModule):  # an absent bias is an empty tensor
+        tensors += [module.a_bias, module.b_bias]
+    for tensor in tensors:
         digest.update(f"{tensor.dtype} {list(tensor.shape)} {tensor.exponent} ".encode())
         digest.update(tensor.data)
     return digest.digest()

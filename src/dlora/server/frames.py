@@ -32,6 +32,8 @@ _SITE_BYTES: Final = 20
 """An entry of `Begin.sites` without its modules."""
 _IDLE_BYTES: Final = 64
 """An entry of `Begin.idle`."""
+_MOST_DROPOUTS: Final = 64
+"""Adapters whose sum one hosted module may be."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def rules_of(description: pb.Description) -> _Rules:
         12: _TENSOR,
         16: Most(modules),
         17: sites,
+        22: Most(modules, inside=dict.fromkeys((3, 4, 5, 6), _TENSOR) | {10: Most(_MOST_DROPOUTS)}),
     }
     extend = {2: Most(tokens, tokens), 5: Most(tokens, tokens), 7: Most(tokens, tokens), 8: _TENSOR}
 
@@ -163,7 +166,8 @@ class Awaited:
         self._hidden_width = max(description.hidden_width, self._entry_width)
         self._most_tokens = description.limits.max_tokens
 
-        self.most = self.entry_bytes(self._most_tokens)
+        # A first frame may bring the modules that the cloud is to compute, of any rank.
+        self.most = self.entry_bytes(self._most_tokens) + self._hosted_bytes(description)
         self.room = 0
         """The largest frame of a pass behind its first, in bytes."""
         self._active: list[int] = []
@@ -175,6 +179,17 @@ class Awaited:
         listed = sum(_SITE_BYTES + _VALUE_BYTES * len(outs) for _, outs in self._sites)
         entry = tokens * (4 * self._entry_width + _ROW_BYTES + 1 + 3 * _VALUE_BYTES)
         return entry + 2 * listed + _IDLE_BYTES * self._num_modules + _FIXED_BYTES
+
+    @staticmethod
+    def _hosted_bytes(description: pb.Description) -> int:
+        """All modules at the highest rank that a cloud takes, in float32."""
+        pairs = [
+            (site.in_features, m.out_features) for site in description.sites for m in site.modules
+        ]
+        values = sum((max(pair) + 1) * sum(pair) + max(pair) for pair in pairs)
+        return int(
+            min(4 * values + 8 * _TENSOR_BYTES * len(pairs), description.limits.max_message_bytes)
+        )
 
     def check(self, size: int) -> None:
         """Raises WireError for a frame of a size that cannot be the one that is awaited."""
@@ -193,6 +208,9 @@ class Awaited:
             self._is_training, self._is_factored = begin.training, begin.factored
             self._has_cache = begin.cache_length > 0
             self._active = [entry.site for entry in begin.sites if entry.site < len(self._sites)]
+            if begin.hosted:
+                size -= sum(module.ByteSize() for module in begin.modules)
+                self._active = []  # no site is asked for
         elif kind == "extend":
             self._batch, length = len(frame.extend.order) or self._batch, frame.extend.length
         else:

@@ -31,7 +31,7 @@ from dlora.server.place import Place
 from dlora.server.refusals import Refusal, ShuttingDown, refusal_of, status_of
 from dlora.server.settings import ServerOptions
 from dlora.server.stream import StreamPipe
-from dlora.server.tenants import Busy, FairSlots, Tenancy
+from dlora.server.tenants import Busy, FairSlots, Tenancy, Tenant
 
 __all__ = ["Service", "answer_describe"]
 
@@ -188,7 +188,7 @@ class Service:
     def _put(self, message: bytes, place: Place) -> bytes:
         """On a worker thread, with its slot: checking modules is computing as well."""
         tenant = place.tenant
-        room_bytes = None if self.identities is None else int(tenant.limits.adapter_mib * 2**20)
+        room_bytes = self._room_bytes(tenant)
         place.take_slot()
         try:
             check_message(message, self._rules.put, "PutAdapter")
@@ -229,7 +229,9 @@ class Service:
             frame = pipe.receive()
             if frame.WhichOneof("kind") != "begin":
                 raise WireError(f"got frame {frame.WhichOneof('kind')!r}, want 'begin'")
-            self.cloud.run(self.cloud.check(frame.begin, pipe.place.tenant.name), pipe)
+            tenant = pipe.place.tenant
+            request = self.cloud.check(frame.begin, tenant.name, self._room_bytes(tenant))
+            self.cloud.run(request, pipe)
             return None
         except Exception as error:
             # An edge that goes by itself, after an answer or a loss without backward, wants no
@@ -253,6 +255,10 @@ class Service:
             yield
         finally:
             self._beside[name] -= 1
+
+    def _room_bytes(self, tenant: Tenant) -> int | None:
+        """What a tenant may keep here; None: no limit but the server's."""
+        return None if self.identities is None else int(tenant.limits.adapter_mib * 2**20)
 
     async def _wait_room(self, call: Call) -> None:
         """Wait a while for room for one more stream: edges fetch their files once, and do not ask

@@ -72,6 +72,7 @@ def plan(settings: PlanSettings, link: Link) -> tuple[SplitModel, Prediction]:
         config,
         wire=settings.wire,
         wire_dtype=settings.wire_dtype,
+        upload_consent=settings.upload_consent,
         device=settings.device,
         edge_layers=settings.edge_layers,
         head_positions="supervised",
@@ -105,9 +106,11 @@ def _predict(settings: PlanSettings, model: SplitModel) -> Prediction:
     for size, mbit in ((sent, settings.up_mbit), (received, settings.down_mbit)):
         link_s += size * max(per_byte_s, 8 / (mbit * 1e6) if mbit else 0.0)
 
-    # One site stands for all. The input gradients of edge layers cost about what their forward
-    # does.
-    sites_s = sum(_edge_site(settings, site, rows) for site, _ in sites[:1]) * len(sites)
+    # One site stands for all; hosted ones are the cloud's. The input gradients of edge layers cost
+    # about what their forward does.
+    hosted = settings.wire == "hosted"
+    timed = [] if hosted else sites[:1]
+    sites_s = sum(_edge_site(settings, site, rows) for site, _ in timed) * len(sites)
     edge_s = sites_s + _edge_head(model, supervised) + 2 * measured.edge_layers_s
     return Prediction(
         active_sites=len(sites),
@@ -135,6 +138,7 @@ def _traffic(
     """(sent bytes, received bytes, round trips) of a step with these active sites and layers."""
     rows = settings.batch_size * settings.length
     edge_layers, factored = model.edge_layers, settings.wire == "factored"
+    hosted = settings.wire == "hosted"
     kept = rows if edge_layers.last else settings.batch_size * settings.supervised
     input_grad = any(layer_of(name) < edge_layers.first for name, _ in model.edge_layer_adapters())
     shapes = [
@@ -148,6 +152,7 @@ def _traffic(
         shapes,
         settings.wire_dtype,
         factored=factored,
+        hosted=hosted,
         input_grad=input_grad,
     )
     if not (sites or input_grad):  # then the cloud has no backward
@@ -157,13 +162,17 @@ def _traffic(
     # Begin, hidden states and their gradient, Done.
     answers = sum(len(layers) for _, layers in sites) * (2 if factored else 1)
     tensors, frames = answers + len(sites) + 1, 2 * len(sites) + 1
+    round_trips = 2 * len(sites) + 1 + input_grad
+    if hosted:  # A and B of every module, in Begin and in Done
+        tensors, frames = answers * 2 + 1, 1 + answers
+        round_trips = 2 if sites or input_grad else 1
     sent += tensors * _TENSOR_BYTES + frames * _FRAME_BYTES
     received += tensors * _TENSOR_BYTES + frames * _FRAME_BYTES
-    received += (2 * len(sites) + 2) * _COMPUTE_BYTES
+    received += (2 if hosted else 2 * len(sites) + 2) * _COMPUTE_BYTES
 
     # In Begin: the mask, the fingerprint, kept positions, and the rest of it.
     sent += rows + len(model.link.description.fingerprint) + 2 * kept + _BEGIN_BYTES
-    return sent, received, 2 * len(sites) + 1 + input_grad
+    return sent, received, round_trips
 
 
 def check(settings: PlanSettings, model: SplitModel) -> tuple[Meter, float]:
@@ -193,6 +202,7 @@ def _run(
 ) -> tuple[float, Meter]:
     """Seconds and cost of a training step without an update, or of its forward pass alone."""
     model.train()
+    model.forget_kept()
     before, start = model.meter.copy(), time.perf_counter()
     with torch.set_grad_enabled(training):
         loss = model(**batch).loss

@@ -78,6 +78,7 @@ def _build_model(settings: TrainSettings, link: Link) -> SplitModel:
     options: dict[str, Any] = {
         "wire": settings.wire,
         "wire_dtype": settings.wire_dtype,
+        "upload_consent": settings.upload_consent,
         "retry": RetryPolicy(give_up_after_s=settings.give_up_after_s),
         "device": settings.device,
         "edge_layers": settings.edge_layers,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
 from dlora.edge.noise import Noise
-from dlora.edge.options import SplitOptions
 from dlora.edge.settings import AccessSettings, EdgeSettings, target_names
 from dlora.errors import UsageError
 from dlora.kill_revive.config import KillReviveConfig, from_options
@@ -28,7 +27,7 @@ class TrainSettings(EdgeSettings):
     """Settings of `dlora train`."""
 
     GROUPS: ClassVar[dict[str, str]] = {
-        "connection": f"{EdgeSettings.GROUPS['connection']} wire",
+        "connection": EdgeSettings.GROUPS["connection"],
         "data": "data max_length overlong batch_size",
         "adapter": "adapter kind r lora_alpha lora_dropout target_modules use_rslora rank_pattern "
         "alpha_pattern activation scale",
@@ -36,7 +35,7 @@ class TrainSettings(EdgeSettings):
         "lr_scheduler_type warmup_steps weight_decay max_grad_norm seed trainer",
         "evaluation": "eval_data eval_batch_size eval_steps keep_best early_stopping_patience",
         "privacy": f"{EdgeSettings.GROUPS['privacy']} noise_tail pad_to record",
-        "Kill and Revive": "kr kr_options upload_consent",
+        "Kill and Revive": "kr kr_options",
         "run folder": "output resume save_steps save_total_limit logging_steps report_to",
         "computing": EdgeSettings.GROUPS["computing"],
     }
@@ -79,17 +78,11 @@ class TrainSettings(EdgeSettings):
     """Over 0: pad rows to a multiple of this many tokens, fill the padding with other tokens of the
     batch, and let all positions travel. Masks then reveal no lengths. Gradients still do, without
     noise_tail. Results stay the same."""
-    wire: Literal["plain", "factored"] = SplitOptions.wire
-    """How deltas travel. factored: as two exact factors, several times fewer bytes. The cloud then
-    sees the factor B of every module, which it could solve for on the plain wire too."""
     kr: Literal["off", "on", "paper"] = "off"
     """Train few modules at a time, and send little. paper: the paper's words taken literally."""
     kr_options: dict[str, Any] = field(default_factory=dict)
     """Settings of Kill and Revive by name: budget, interval, idle, policy and others.
     docs/kill-and-revive.md lists them."""
-    upload_consent: bool = False
-    """Agree that idle modules are uploaded, frozen, for the cloud to apply. kr_options
-    '{idle: cloud}' needs it."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     optim: str = "adamw_torch"
@@ -215,6 +208,17 @@ class TrainSettings(EdgeSettings):
                 "kr_options idle=cloud uploads killed modules to the cloud, which then holds part "
                 "of the adapter: agree with --upload_consent true, or use idle=drop"
             )
+        if config is not None and self.wire == "hosted":
+            if config.idle == "edge":
+                raise UsageError(
+                    "kr_options idle=edge: on the hosted wire the edge computes no module: use "
+                    "idle=drop or cloud"
+                )
+            if config.policy == "output":
+                raise UsageError(
+                    "kr_options policy=output measures deltas, which the hosted wire leaves to the "
+                    "cloud: use another policy, or wire=factored or plain"
+                )
 
     def _check_least(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -263,7 +267,7 @@ class PlanSettings(EdgeSettings):
 
     GROUPS: ClassVar[dict[str, str]] = {
         "connection": EdgeSettings.GROUPS["connection"],
-        "what is planned": "target_modules r wire sites batch_size length supervised steps check",
+        "what is planned": "target_modules r sites batch_size length supervised steps check",
         "link": "rtt_ms up_mbit down_mbit",
         "privacy": EdgeSettings.GROUPS["privacy"],
         "computing": EdgeSettings.GROUPS["computing"],
@@ -273,8 +277,6 @@ class PlanSettings(EdgeSettings):
     """Linear modules to adapt, as for training. Default: peft's for this architecture."""
     r: int = 8
     """LoRA rank."""
-    wire: Literal["plain", "factored"] = SplitOptions.wire
-    """How deltas travel."""
     sites: int | None = None
     """Number of active sites, evenly spread. Default: all. Kill and Revive at 1/8 of the bytes has
     about an eighth."""

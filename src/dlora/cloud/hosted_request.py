@@ -1,0 +1,175 @@
+"""Checking the adapter that travels with a request, for the cloud to compute (`Begin.hosted`).
+
+Every size is checked here, before anything is allocated. `hosted.py` computes.
+
+Shapes: D width of what a module reads, R rank, O width of what it adds to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from torch import Tensor
+
+from dlora.cloud.frozen_store import FrozenStore
+from dlora.errors import AdapterMissing, UsageError, WireError
+from dlora.proto import dlora_pb2 as pb
+from dlora.protocol.activations import activation_of
+from dlora.protocol.sites import Site
+
+__all__ = ["HostedModule", "HostedRequest", "HostedTensors", "check_hosted"]
+
+HostedTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""A [R, D], scaled B [O, R], and the biases of A [R] and of B [O] where there are any; float32."""
+
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostedModule:
+    """One active module of a request, checked."""
+
+    site: int
+    module: int
+    in_features: int
+    rank: int
+    out_features: int
+
+    message: pb.HostedModule
+    kept: HostedTensors | None
+    """Its tensors, if they are here already."""
+
+    @property
+    def numel(self) -> int:
+        """Values of A and B: multiply-adds of a row."""
+        return self.rank * (self.in_features + self.out_features)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostedRequest:
+    """The adapter of one request."""
+
+    modules: tuple[HostedModule, ...]
+    seed: int
+    """Of the masks of dropout."""
+    owner: str
+    owner_bytes: int | None
+    """What the owner may keep; None: no limit but the store's."""
+
+    @property
+    def numel(self) -> int:
+        """Values of all A and B."""
+        return sum(module.numel for module in self.modules)
+
+    def adapter_bytes(self, *, training: bool) -> int:
+        """Memory of the tensors themselves and, in training, of their gradients."""
+        values = sum(module.numel + module.rank + module.out_features for module in self.modules)
+        return _FLOAT_BYTES * values * (2 if training else 1)
+
+    def pass_bytes(self, tokens: int, *, training: bool) -> int:
+        """Memory of a pass over so many tokens: what backward needs, and the largest site's work.
+
+        A site keeps x in float32; a module x A^T, before and after its activation, and for each
+        mask of dropout the mask and what it leaves. Deltas and their gradients come and go.
+        """
+        kept = most = 0
+        for _, group in groupby(self.modules, key=lambda module: module.site):
+            site = list(group)
+            width = site[0].in_features
+            most = max(most, 2 * (width + sum(module.out_features for module in site)))
+            kept += width
+            for module in site:
+                masks = sum(1 for part in module.message.dropouts if part.p)
+                kept += 2 * masks * width + 2 * module.rank
+        return _FLOAT_BYTES * tokens * (most + (kept if training else 0))
+
+
+def check_hosted(
+    message: pb.Begin,
+    active: Sequence[tuple[Site, tuple[int, ...]]],
+    store: FrozenStore,
+    owner: str,
+    owner_bytes: int | None,
+) -> HostedRequest | None:
+    """The adapter of a `Begin`; None where the edge computes it.
+
+    Raises WireError for modules that are not exactly the active ones, or do not fit them, and
+    AdapterMissing for a hash that this owner has kept nothing under.
+    """
+    if not message.hosted:
+        if message.modules:
+            raise WireError(f"modules: got {len(message.modules)} in a request that is not hosted")
+        return None
+    if message.factored:
+        raise WireError("a request is either factored or hosted, got both")
+
+    wanted = [(site, index) for site, indices in active for index in indices]
+    if len(message.modules) != len(wanted):
+        raise WireError(f"modules: got {len(message.modules)}, want {len(wanted)}: the active ones")
+    modules = []
+    for entry, (site, index) in zip(message.modules, wanted, strict=True):
+        if (entry.site, entry.module) != (site.index, index):
+            raise WireError(
+                f"modules: got {(entry.site, entry.module)}, want {(site.index, index)}: the "
+                "active ones, in order"
+            )
+        modules.append(_checked(entry, site, index, store, owner))
+    return HostedRequest(
+        modules=tuple(modules), seed=message.dropout_seed, owner=owner, owner_bytes=owner_bytes
+    )
+
+
+def _checked(
+    entry: pb.HostedModule, site: Site, index: int, store: FrozenStore, owner: str
+) -> HostedModule:
+    """One module, whose tensors fit the linear that it sits on."""
+    name, width = site.modules[index].name, site.modules[index].out_features
+    kept = None
+    if entry.hash:
+        if any(entry.HasField(field) for field in ("a", "b", "a_bias", "b_bias")):
+            raise WireError(f"{name}: got a hash and tensors, want one of them")
+        kept = store.get_hosted(entry.hash, owner)
+        if kept is None:
+            raise AdapterMissing(f"the adapter of {name} is not here: send it whole")
+        shapes = [list(kept[0].shape), list(kept[1].shape)]
+    else:
+        shapes = [list(entry.a.shape), list(entry.b.shape)]
+
+    # The wire's A says what the rank is; no module gains by one over both widths.
+    rank = shapes[0][0] if shapes[0] else 0
+    most = max(site.in_features, width)
+    if not 1 <= rank <= most or shapes != [[rank, site.in_features], [width, rank]]:
+        raise WireError(
+            f"{name}: got A {shapes[0][:8]} and B {shapes[1][:8]}, want [r, {site.in_features}] "
+            f"and [{width}, r] with r from 1 to {most}"
+        )
+    for field, length in (("a_bias", rank), ("b_bias", width)):
+        if entry.HasField(field) and list(getattr(entry, field).shape) != [length]:
+            raise WireError(f"{name}: {field} has shape {list(getattr(entry, field).shape)[:8]}")
+
+    _check_arithmetic(entry, rank, name)
+    return HostedModule(
+        site=site.index,
+        module=index,
+        in_features=site.in_features,
+        rank=rank,
+        out_features=width,
+        message=entry,
+        kept=kept,
+    )
+
+
+def _check_arithmetic(entry: pb.HostedModule, rank: int, name: str) -> None:
+    """Activation and dropout are such as the cloud can compute."""
+    try:
+        activation_of(entry.activation)
+    except ValueError as error:
+        raise WireError(f"{name}: activation number {entry.activation} is not known") from error
+    if entry.dropouts and sum(part.rank for part in entry.dropouts) != rank:
+        raise WireError(f"{name}: dropouts of another rank than {rank}")
+    for part in entry.dropouts:
+        if not (part.rank and math.isfinite(part.p) and 0 <= part.p < 1):
+            raise UsageError(f"{name}: got dropout {part.p} of rank {part.rank}, want p in [0, 1)")

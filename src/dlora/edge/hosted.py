@@ -1,0 +1,250 @@
+"""The edge's end of the hosted wire: active modules travel, the cloud computes with them.
+
+`HostedAdapter` is the adapter of one micro-batch or stream: as messages on the way out, and as
+gradients of peft's parameters on the way back. `KeptVersions` decides when the cloud is to keep
+one, so that with gradient accumulation it travels once an optimizer step.
+
+Shapes: D width of what a module reads, R rank (of all active adapters together), O width of what it
+adds to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, Final
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from dlora.edge.lora import active_names
+from dlora.edge.sites import ActiveSite
+from dlora.errors import WireError
+from dlora.proto import dlora_pb2 as pb
+from dlora.protocol.activations import activation_name
+from dlora.protocol.wire import content_hash, encode, factor_dtype
+
+__all__ = ["HostedAdapter", "KeptVersions"]
+
+_FIELDS: Final = ("a", "b", "a_bias", "b_bias")
+_MOST_MISSES: Final = 3
+"""A cloud that so often in a row has not what it was to keep has no room for it."""
+
+Decode = Callable[[pb.Tensor, tuple[int, ...], str], Tensor]
+"""`Responder.decode`."""
+
+
+class KeptVersions:
+    """What the cloud has kept of this model's adapter, and whether it is worth keeping.
+
+    An adapter is kept when the version before it was trained with more than once: without gradient
+    accumulation nothing stays in the cloud.
+    """
+
+    def __init__(self) -> None:
+        self.version = b""
+        self.kept = False
+        self._uses = self._uses_before = self._misses = 0
+
+    def choose(self, version: bytes, *, training: bool) -> tuple[bool, bool]:
+        """(whether hashes will do, whether the cloud is to keep what it gets) for a micro-batch."""
+        if version != self.version:
+            self._uses_before = self._uses or self._uses_before
+            self.version, self._uses, self.kept = version, 0, False
+        self._uses += training
+        if self.kept:
+            return True, False
+        self.kept = training and self._uses_before > 1 and self._misses < _MOST_MISSES
+        return False, self.kept
+
+    def missed(self) -> None:
+        """The cloud has it no longer, or is another one."""
+        self._misses += 1
+        self.kept = self._misses < _MOST_MISSES
+
+    def found(self) -> None:
+        """The cloud had it."""
+        self._misses = 0
+
+
+class HostedAdapter:
+    """The active modules of `sites`, as they are now, for one micro-batch or stream."""
+
+    def __init__(
+        self, sites: Sequence[ActiveSite], wire_dtype: pb.DType, versions: KeptVersions
+    ) -> None:
+        self.sites, self.versions = sites, versions
+        self.dtype = factor_dtype(wire_dtype)
+        self._by_hash = False
+
+    @cached_property
+    def messages(self) -> list[pb.HostedModule]:
+        """Every module, whole, in the cloud's order."""
+        return [
+            self._message(site.index, module, layer)
+            for site in self.sites
+            for module, layer in zip(site.modules, site.layers, strict=True)
+        ]
+
+    def _message(self, site: int, module: int, layer: LoraLayer) -> pb.HostedModule:
+        with torch.no_grad():
+            tensors = _tensors(layer)
+        a, b, a_bias, b_bias = (
+            None if tensor is None else encode(tensor, self.dtype) for tensor in tensors
+        )
+        return pb.HostedModule(
+            site=site,
+            module=module,
+            a=a,
+            b=b,
+            a_bias=a_bias,
+            b_bias=b_bias,
+            activation=activation_name(_activation(layer)),
+            dropouts=_dropouts(layer),
+        )
+
+    @cached_property
+    def hashes(self) -> list[bytes]:
+        """The content hash of every module."""
+        return [content_hash(message) for message in self.messages]
+
+    @cached_property
+    def version(self) -> bytes:
+        """Equal for the same modules with the same values."""
+        digest = hashlib.sha256()
+        for message, key in zip(self.messages, self.hashes, strict=True):
+            digest.update(f"{message.site} {message.module} ".encode() + key)
+        return digest.digest()
+
+    def fields(self, *, training: bool) -> dict[str, Any]:
+        """The fields of `Begin`. Draws the seed of dropout from torch's generator, if there is any.
+
+        A training micro-batch may be sent by hash; so may what is measured in between.
+        """
+        self._by_hash, keep = self.versions.choose(self.version, training=training)
+        if self._by_hash:
+            modules = [
+                self._reference(*pair) for pair in zip(self.messages, self.hashes, strict=True)
+            ]
+        else:
+            modules = [_kept(message, keep) for message in self.messages]
+
+        dropped = any(part.p for message in self.messages for part in message.dropouts)
+        seed = int(torch.randint(2**62, ())) if dropped else 0
+        return {"hosted": True, "modules": modules, "dropout_seed": seed}
+
+    def _reference(self, message: pb.HostedModule, key: bytes) -> pb.HostedModule:
+        return pb.HostedModule(
+            site=message.site,
+            module=message.module,
+            hash=key,
+            activation=message.activation,
+            dropouts=message.dropouts,
+        )
+
+    def send_whole(self, begin: pb.Begin) -> bool:
+        """Put the modules themselves into `begin` in place of their hashes; false if they are."""
+        if not self._by_hash:
+            return False
+        self._by_hash = False
+        self.versions.missed()
+        del begin.modules[:]
+        begin.modules.extend(_kept(message, self.versions.kept) for message in self.messages)
+        return True
+
+    def gradients(
+        self, messages: Sequence[pb.ModuleGrad], decode: Decode
+    ) -> dict[nn.Parameter, Tensor]:
+        """The gradients of all trainable parameters, from those that the cloud has sent.
+
+        Raises WireError for others than were asked for, and what `decode` raises.
+        """
+        if self._by_hash:
+            self.versions.found()
+        if len(messages) != len(self.messages):
+            raise WireError(f"the cloud sent {len(messages)} gradients, want {len(self.messages)}")
+
+        grads: dict[nn.Parameter, Tensor] = {}
+        places = [(site, number) for site in self.sites for number in range(len(site.layers))]
+        for message, (site, number) in zip(messages, places, strict=True):
+            # What travelled is linear in the parameters: autograd takes the gradients apart.
+            with torch.enable_grad():
+                tensors = _tensors(site.layers[number])
+            name = site.names[number]
+            pairs = [
+                (tensor, decode(getattr(message, field), tuple(tensor.shape), f"{field} of {name}"))
+                for field, tensor in zip(_FIELDS, tensors, strict=True)
+                if tensor is not None and tensor.requires_grad
+            ]
+            parameters = _trainable(site.layers[number])
+            if parameters:
+                outputs, received = zip(*pairs, strict=True)
+                computed = torch.autograd.grad(outputs, parameters, received)
+                grads.update(zip(parameters, computed, strict=True))
+        return grads
+
+
+def _kept(message: pb.HostedModule, keep: bool) -> pb.HostedModule:
+    """The module with the word whether the cloud is to keep it."""
+    if not keep:
+        return message
+    copy = pb.HostedModule()
+    copy.CopyFrom(message)
+    copy.keep = True
+    return copy
+
+
+def _tensors(layer: LoraLayer) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """A [R, D], scaled B [O, R], and their biases if there are any, float32.
+
+    The sum of the active adapters: A one under the other, B side by side.
+    """
+    downs, ups, offsets, shifts = [], [], [], []
+    for name in active_names(layer):
+        lora_A, lora_B, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
+        downs.append(lora_A.weight.float())
+        ups.append(lora_B.weight.float() * scaling)
+        if lora_A.bias is not None:
+            offsets.append(lora_A.bias.float())
+        if lora_B.bias is not None:
+            shifts.append(lora_B.bias.float() * scaling)
+    if offsets and len(offsets) != len(downs):
+        raise AssertionError("bottleneck adapters stand alone")
+    return (
+        torch.cat(downs),
+        torch.cat(ups, dim=1),
+        torch.cat(offsets) if offsets else None,
+        torch.stack(shifts).sum(dim=0) if shifts else None,
+    )
+
+
+def _activation(layer: LoraLayer) -> str | None:
+    """What is between the two matrices of a bottleneck; None for LoRA."""
+    names = {getattr(layer.lora_A[name], "activation", None) for name in active_names(layer)}
+    if len(names) != 1:
+        raise AssertionError("bottleneck adapters stand alone")
+    found: str | None = names.pop()
+    return found
+
+
+def _dropouts(layer: LoraLayer) -> list[pb.HostedDropout]:
+    """Each adapter has masks of its own; none at all outside training mode."""
+    parts = []
+    for name in active_names(layer):
+        dropout, rank = layer.lora_dropout[name], layer.lora_A[name].out_features
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        parts.append(pb.HostedDropout(rank=rank, p=p))
+    return parts if any(part.p for part in parts) else []
+
+
+def _trainable(layer: LoraLayer) -> list[nn.Parameter]:
+    """The layer's parameters that are in use and ask for gradients."""
+    return [
+        parameter
+        for name in active_names(layer)
+        for modules in (layer.lora_A, layer.lora_B)
+        for parameter in modules[name].parameters()
+        if parameter.requires_grad
+    ]
