@@ -208,8 +208,9 @@ class Awaited:
             self._is_training, self._is_factored = begin.training, begin.factored
             self._has_cache = begin.cache_length > 0
             self._active = [entry.site for entry in begin.sites if entry.site < len(self._sites)]
+            # Modules explain themselves: their shapes are checked before anything is allocated.
+            size -= sum(module.ByteSize() for module in begin.modules)
             if begin.hosted:
-                size -= sum(module.ByteSize() for module in begin.modules)
                 self._active = []  # no site is asked for
         elif kind == "extend":
             self._batch, length = len(frame.extend.order) or self._batch, frame.extend.length
