@@ -68,10 +68,13 @@ def write_private(file: Path, data: bytes, mode: int = 0o600) -> None:
 
 
 def write_json(file: Path, values: Any) -> None:
-    """Write at once or not at all: a full disk must not cost the old file."""
+    """Write at once or not at all: a full disk, or a power cut, must not cost the old file."""
     scratch = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        scratch.write_text(json.dumps(values, indent=2) + "\n")
+        with scratch.open("w") as out:
+            out.write(json.dumps(values, indent=2) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
         scratch.replace(file)
     finally:
         scratch.unlink(missing_ok=True)
