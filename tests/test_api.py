@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import signal
 import subprocess
@@ -269,6 +271,31 @@ def test_strangers_are_kept_out(url: str) -> None:
             client.with_options(**key("open sesame")).models.list(
                 extra_headers={"Host": "evil.example"}
             )
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_large_bodies_are_refused_as_they_come(
+    url: str, client: openai.OpenAI, announced: bool
+) -> None:
+    """A body over the limit is a 413, whether or not it says its size, and is never held whole;
+    others are answered while it comes.
+    """
+    connection = http.client.HTTPConnection(url.split("/")[2], timeout=30)
+    connection.putrequest("POST", "/v1/chat/completions")
+    connection.putheader("Authorization", "Bearer open sesame")
+    connection.putheader("Content-Type", "application/json")
+    size, piece = 200 * 2**20, b" " * 2**15
+    name, value = ("Content-Length", str(size)) if announced else ("Transfer-Encoding", "chunked")
+    connection.putheader(name, value)
+    connection.endheaders()
+    for _ in range(0 if announced else 8):
+        connection.send(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
+        assert client.models.list().data[0].id == "mine"
+
+    answer = connection.getresponse()
+    assert answer.status == 413
+    assert "the body is over" in json.loads(answer.read())["error"]["message"]
+    connection.close()
 
 
 def test_command_serves_until_it_is_told_to_stop(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dlora.cloud.limits import Limits
 from dlora.cloud.model import CloudModel
 from dlora.errors import DLoRAError, PeerError, PeerLost
+from dlora.files import ScratchFolder
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.files import write_edge_files
 from dlora.protocol.layer_files import write_layer_files
@@ -27,9 +27,9 @@ class InProcessLink:
         self.cloud = cloud
         self.description = cloud.describe()
         self.address = "in process"
-        self._folder = tempfile.TemporaryDirectory(prefix="dlora-edge-")
+        self._folder = ScratchFolder("dlora-edge-")
         write_edge_files(cloud.model, tokenizer, Path(self._folder.name))
-        self._layers = tempfile.TemporaryDirectory(prefix="dlora-layers-")
+        self._layers = ScratchFolder("dlora-layers-")
         write_layer_files(
             cloud.model, cloud.limits.edge_first, cloud.limits.edge_last, Path(self._layers.name)
         )

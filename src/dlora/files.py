@@ -4,14 +4,30 @@ the machine.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import shutil
+import tempfile
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from dlora.errors import UsageError
 
-__all__ = ["check_private", "default_cache", "read_secret", "write_json", "write_private"]
+__all__ = [
+    "ScratchFolder",
+    "check_private",
+    "default_cache",
+    "read_secret",
+    "sync_folder",
+    "write_json",
+    "write_private",
+]
+
+_YOUNG_S: Final = 60.0
+"""A scratch folder that is younger may be one whose owner has not locked it yet."""
 
 
 def default_cache() -> Path:
@@ -52,10 +68,63 @@ def write_private(file: Path, data: bytes, mode: int = 0o600) -> None:
 
 
 def write_json(file: Path, values: Any) -> None:
-    """Write at once or not at all: a full disk must not cost the old file."""
+    """Write at once or not at all: a full disk, or a power cut, must not cost the old file."""
     scratch = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        scratch.write_text(json.dumps(values, indent=2) + "\n")
+        with scratch.open("w") as out:
+            out.write(json.dumps(values, indent=2) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
         scratch.replace(file)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+class ScratchFolder(tempfile.TemporaryDirectory[str]):
+    """A temporary folder that is also removed where its process was killed: by the next one.
+
+    Each is locked by the process that made it; folders of the same prefix whose lock is free are
+    removed first. Without `parent` it is where temporary files are.
+    """
+
+    def __init__(self, prefix: str, parent: Path | None = None) -> None:
+        parent = Path(tempfile.gettempdir()) if parent is None else parent
+        _remove_stale(prefix, parent)
+        super().__init__(prefix=prefix, dir=parent)
+        self._lock: int | None = os.open(self.name, os.O_RDONLY)
+        fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+    def cleanup(self) -> None:
+        """Remove the folder; may be called twice."""
+        super().cleanup()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _remove_stale(prefix: str, parent: Path) -> None:
+    """Remove this user's scratch folders that nobody holds any more."""
+    for folder in parent.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):
+            status = folder.lstat()
+            old = time.time() - status.st_mtime > _YOUNG_S
+            if not (old and status.st_uid == os.getuid() and folder.is_dir()):
+                continue
+            lock = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError: somebody holds it
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def sync_folder(folder: Path) -> None:
+    """Let a folder and its files reach the disk: what follows may then rely on them."""
+    for path in (*(file for file in folder.rglob("*")), folder, folder.parent):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            continue
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

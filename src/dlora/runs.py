@@ -18,15 +18,22 @@ import shutil
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+from zipfile import BadZipFile, ZipFile
+
+from safetensors import SafetensorError, safe_open
 
 from dlora.edge.meter import Meter
 from dlora.errors import UsageError
 from dlora.files import write_json
 
-__all__ = ["Run", "RunFolder", "load_run"]
+__all__ = ["Run", "RunFolder", "damage", "load_run", "step_of"]
 
 log = logging.getLogger(__name__)
+
+# What the trainer saves in a checkpoint. The second set is there as a whole or not at all.
+_ALWAYS: Final = frozenset(("trainer_state.json", "adapter_model.safetensors"))
+_OF_RESUME: Final = frozenset(("optimizer.pt", "scheduler.pt", "rng_state.pth"))
 
 
 @dataclass(frozen=True)
@@ -71,14 +78,41 @@ class RunFolder:
         """
         newest_first = sorted(self.checkpoints.glob("checkpoint-*"), key=step_of, reverse=True)
         for folder in newest_first:
-            try:
-                json.loads((folder / "trainer_state.json").read_text())  # written last
-            except (OSError, json.JSONDecodeError):
-                log.warning("%s is not complete: looking for an older one", folder)
-                shutil.rmtree(folder, ignore_errors=True)
-            else:
+            reason = damage(folder)
+            if reason is None:
                 return folder
+            log.warning("%s is not complete (%s): looking for an older one", folder, reason)
+            shutil.rmtree(folder, ignore_errors=True)
         return None
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None if all can be read to their end."""
+    names = {file.name for file in checkpoint.glob("*")}
+    if missing := sorted(_ALWAYS - names):
+        return f"{missing[0]} is missing"
+    if names & _OF_RESUME and (missing := sorted(_OF_RESUME - names)):
+        return f"{missing[0]} is missing"
+
+    for file in sorted(checkpoint.rglob("*")):
+        try:
+            _read_through(file)
+        except (OSError, ValueError, SafetensorError, BadZipFile) as error:
+            return f"{file.name}: {error}"
+    return None
+
+
+def _read_through(file: Path) -> None:
+    """Raises what the file's kind raises for one that was cut off or changed."""
+    if file.suffix == ".json":
+        json.loads(file.read_text())
+    elif file.suffix == ".safetensors":
+        with safe_open(file, framework="numpy"):  # wants the header to fit the size
+            pass
+    elif file.suffix in (".pt", ".pth"):
+        with ZipFile(file) as parts:
+            if (bad := parts.testzip()) is not None:
+                raise ValueError(f"{bad} in it is not as it was written")
 
 
 def step_of(checkpoint: Path) -> int:

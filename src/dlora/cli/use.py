@@ -18,6 +18,7 @@ from dlora.errors import DLoRAError
 from dlora.files import write_json
 from dlora.inference.settings import ApiSettings, ChatSettings, EvalSettings, GenerateSettings
 from dlora.protocol.address import is_loopback
+from dlora.protocol.text import without_controls
 
 __all__ = ["api", "chat", "evaluate", "generate", "info"]
 
@@ -52,7 +53,13 @@ def _loaded(settings: EdgeSettings, adapter: Path | None) -> Iterator[tuple[Any,
 
 
 def _write(text: str) -> None:
-    print(text, end="", flush=True)
+    """Show words of a model, which is the cloud's: none of them steers the terminal."""
+    print(_shown(text), end="", flush=True)
+
+
+def _shown(text: str) -> str:
+    """As it is where a file or a program reads it; without control characters at a terminal."""
+    return without_controls(text) if sys.stdout.isatty() else text
 
 
 # ----------------------------------------------------------------- generate
@@ -95,7 +102,7 @@ def _generate_one(settings: GenerateSettings, model: Any, tokenizer: Any, prompt
     texts, num_tokens = complete(
         model, tokenizer, [prompt], chat=settings.chat, streamer=pieces, **settings.options
     )
-    print("" if pieces.num_tokens else texts[0])
+    print("" if pieces.num_tokens else _shown(texts[0]))
     return num_tokens
 
 

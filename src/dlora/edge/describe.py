@@ -14,18 +14,20 @@ from safetensors import SafetensorError, safe_open
 from dlora.edge.adapter_config import read_adapter_config
 from dlora.edge.bottleneck import BottleneckConfig, is_series
 from dlora.edge.sites import allowed_names
+from dlora.edge.wall import wall
 from dlora.errors import UsageError
 from dlora.proto import dlora_pb2 as pb
+from dlora.protocol.text import clean_text
 
 __all__ = ["describe_adapter", "describe_server"]
 
 
 def describe_server(address: str, description: pb.Description) -> Iterator[tuple[str, str]]:
     """(name, value) pairs: model, sites, limits."""
-    config = json.loads(description.config_json)
+    with wall("the configuration", address):
+        model_type = clean_text(json.loads(description.config_json).get("model_type"), 80)
     software, protocol = description.software_version, description.protocol_version
     yield "server", f"{address}, software {software}, protocol {protocol}"
-    model_type = config.get("model_type")
     yield "model", f"{description.model_id} ({model_type}), {description.compute_dtype}"
     yield "fingerprint", description.fingerprint
     yield "widths", f"embedding {description.embedding_width}, hidden {description.hidden_width}"

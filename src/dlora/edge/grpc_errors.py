@@ -9,8 +9,13 @@ import grpc
 
 from dlora.errors import AdapterMissing, PeerError, PeerLost
 from dlora.protocol.channel import RETRY_AFTER_KEY
+from dlora.protocol.text import clean_text
 
 __all__ = ["call_error", "connect_error"]
+
+_MAX_HINT_DIGITS: Final = 9
+_MAX_PAUSE_S: Final = 300.0
+"""Longer than this no server is left alone, whatever it says."""
 
 _TRY_AGAIN: Final = (
     grpc.StatusCode.UNAVAILABLE,
@@ -21,10 +26,18 @@ _TRY_AGAIN: Final = (
 )
 
 
-def connect_error(error: Any, address: str) -> PeerError | PeerLost:
-    """What a failed first call means, in words that help to mend it."""
-    code, details = error.code(), error.details()
+def connect_error(error: Any, address: str, proxy: str | None = None) -> PeerError | PeerLost:
+    """What a failed first call means, in words that help to mend it.
+
+    `proxy`: the variable of the environment that names a proxy on the way, if there is one.
+    """
+    code, details = error.code(), clean_text(error.details() or "no reason given")
     if code == grpc.StatusCode.DEADLINE_EXCEEDED or code == grpc.StatusCode.UNAVAILABLE:
+        if proxy is not None:
+            return PeerLost(
+                f"no DLoRA server answers at {address} through the proxy of ${proxy}: does it let "
+                f"gRPC through? Without it: no_proxy={address.rpartition(':')[0]}"
+            )
         if _listens(address):
             return PeerLost(
                 f"{address} is there, but does not answer as a DLoRA server: does it want TLS "
@@ -61,15 +74,24 @@ def _listens(address: str) -> bool:
 
 def call_error(error: Any, address: str) -> PeerError | PeerLost:
     """What any later failed call means: try again, or not."""
-    code, details = error.code(), error.details() or ""
+    code, details = error.code(), clean_text(error.details() or "")
     message = f"{address}: {details or code.name}"
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
-        hint = dict(error.trailing_metadata() or ()).get(RETRY_AFTER_KEY)
-        if hint is not None and hint.isdigit():
-            return PeerLost(message, retry_after_s=int(hint) / 1000)
+        hint = _pause_s(dict(error.trailing_metadata() or ()).get(RETRY_AFTER_KEY))
+        if hint is not None:
+            return PeerLost(message, retry_after_s=hint)
         return PeerError(f"{message}. Use a smaller batch or shorter sequences.")
     if code == grpc.StatusCode.NOT_FOUND:
         return AdapterMissing(message)
     if code in _TRY_AGAIN or "RST_STREAM" in details:
         return PeerLost(message)
     return PeerError(message)
+
+
+def _pause_s(hint: str | bytes | None) -> float | None:
+    """Seconds of a server's hint in milliseconds; None for what is no hint."""
+    if not isinstance(hint, str) or not (hint.isascii() and hint.isdigit()):
+        return None
+    if len(hint) > _MAX_HINT_DIGITS:
+        return _MAX_PAUSE_S
+    return min(int(hint) / 1000, _MAX_PAUSE_S)

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import queue
-import re
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from dlora.edge.description import read_description
 from dlora.edge.file_cache import cached_files
 from dlora.edge.grpc_errors import call_error, connect_error
-from dlora.errors import AdapterMissing, PeerError, PeerLost, UsageError, WireError
+from dlora.edge.grpc_stream import GrpcStream, StreamServer
+from dlora.edge.server_address import check_address, check_replica, proxy_of, target_of
+from dlora.edge.stall import without_stalls
+from dlora.edge.tokenizer_trial import try_tokenizer
+from dlora.errors import PeerLost, UsageError, WireError
 from dlora.files import check_private, default_cache
 from dlora.proto import dlora_pb2 as pb
 from dlora.proto import dlora_pb2_grpc as rpc
@@ -29,6 +31,7 @@ from dlora.protocol.address import is_loopback
 from dlora.protocol.channel import PROTOCOL_VERSION, TOKEN_KEY, TOKEN_PREFIX, channel_options
 from dlora.protocol.files import ALLOWED_FILES
 from dlora.protocol.layer_files import is_layer_file
+from dlora.protocol.text import clean_text
 
 __all__ = ["Access", "GrpcLink", "connect"]
 
@@ -36,7 +39,7 @@ log = logging.getLogger(__name__)
 
 # Longer than the server's own wait for an edge, so that the server's clearer status comes first.
 _FRAME_TIMEOUT_S: Final = 180.0
-_ADDRESS: Final = r"\[?[\w.:-]+\]?:\d{1,5}"
+_DESCRIBE: Final = f"/{pb.DESCRIPTOR.services_by_name['DLoRA'].full_name}/Describe"
 _MAX_REPLICAS: Final = 64
 
 
@@ -54,6 +57,15 @@ class Access:
     token: str | None = field(default=None, repr=False)
     """Bearer token; sent over TLS, or to this machine itself, and never else."""
 
+    @property
+    def encrypted(self) -> bool:
+        """Whether anything here asks for TLS."""
+        return bool(self.tls or self.ca or self.certificate)
+
+    def proxy(self, address: str) -> str | None:
+        """The variable that names the proxy on the way there, or None."""
+        return proxy_of(address, encrypted=self.encrypted)
+
     def channel(self, address: str) -> tuple[grpc.Channel, tuple[tuple[str, str], ...]]:
         """A channel and the metadata of its calls.
 
@@ -61,18 +73,20 @@ class Access:
         """
         options = [
             *channel_options(),
+            # To this machine, or in clear, there is no way through anybody else's.
+            ("grpc.enable_http_proxy", int(self.proxy(address) is not None)),
             # gRPC would wait up to 2 minutes between its own attempts; RetryPolicy paces ours.
             ("grpc.initial_reconnect_backoff_ms", 200),
             ("grpc.max_reconnect_backoff_ms", 2_000),
         ]
         metadata = () if self.token is None else ((TOKEN_KEY, TOKEN_PREFIX + self.token),)
-        if not (self.tls or self.ca or self.certificate):
+        if not self.encrypted:
             if metadata and not is_loopback(address):
                 raise UsageError(
                     f"a token is not sent to {address} without TLS: others could read it. Give "
                     "tls_ca or tls"
                 )
-            return grpc.insecure_channel(address, options), metadata
+            return grpc.insecure_channel(target_of(address), options), metadata
 
         if (self.certificate is None) != (self.key is None):
             raise UsageError("a client certificate and its key go together: give both or neither")
@@ -86,7 +100,7 @@ class Access:
         except OSError as error:
             raise UsageError(f"{error.filename}: {error.strerror}") from error
         credentials = grpc.ssl_channel_credentials(ca, key, certificate)
-        return grpc.secure_channel(address, credentials, options), metadata
+        return grpc.secure_channel(target_of(address), credentials, options), metadata
 
 
 def connect(
@@ -106,8 +120,7 @@ def connect(
     """
     addresses = [part.strip() for part in address.split(",")]
     for part in addresses:
-        if not re.fullmatch(_ADDRESS, part):
-            raise UsageError(f"server: got {part!r}, want host:port, for example 127.0.0.1:50051")
+        check_address(part)
     return GrpcLink(
         addresses, access or Access(), timeout_s, frame_timeout_s, cache or default_cache()
     )
@@ -156,11 +169,7 @@ class GrpcLink:
     def _use_replicas(self, addresses: list[str]) -> None:
         """Open channels to these, keep those that are open, close the others."""
         for address in addresses:
-            if not re.fullmatch(_ADDRESS, address):
-                raise PeerError(
-                    f"{self._asked[0].address} names a replica {address[:80]!r}, which is no "
-                    "address"
-                )
+            check_replica(address, self._asked[0].address)
 
         kept: dict[str, _Server] = {}
         if self._servers is not self._asked:
@@ -178,14 +187,14 @@ class GrpcLink:
         """Of the server that is used now."""
         return self._servers[self._current].address
 
-    def open(self) -> _GrpcStream:
+    def open(self) -> GrpcStream:
         if self._servers is not self._asked and self._losses >= len(self._servers):
             self._losses = 0  # all replicas were tried: are there others?
             with contextlib.suppress(PeerLost):
                 self._find(self._timeout_s)
-        return _GrpcStream(self._servers[self._current], self.frame_timeout_s, self._lost)
+        return GrpcStream(self._servers[self._current], self.frame_timeout_s, self._lost)
 
-    def _lost(self, server: _Server) -> None:
+    def _lost(self, server: StreamServer) -> None:
         """Take the next server, if that one is still in use."""
         self._losses += 1
         if self._servers[self._current] is server and len(self._servers) > 1:
@@ -217,11 +226,13 @@ class GrpcLink:
         """Fetch the edge files once for each content; later calls and runs use the cache."""
         for info in self.description.edge_files:
             if info.name not in ALLOWED_FILES:
+                name = clean_text(info.name, 80)
                 raise WireError(
-                    f"{self.address} offers a file {info.name[:80]!r}, which is not on the list of "
-                    "edge files"
+                    f"{self.address} offers a file {name!r}, which is not on the list of edge files"
                 )
-        return self._cached(self.description.edge_files, "embedding, head, tokenizer")
+        folder = self._cached(self.description.edge_files, "embedding, head, tokenizer")
+        try_tokenizer(folder, self.address)
+        return folder
 
     def layer_files(self, names: Sequence[str]) -> Path:
         """The same for decoder layers that run here."""
@@ -240,12 +251,13 @@ class GrpcLink:
             request = pb.FetchEdgeFilesRequest(
                 fingerprint=self.description.fingerprint, names=names
             )
-            # Enough for a slow line of 50 kB/s; a cloud that stalls for longer is not waited for.
+            # Enough for a slow line of 50 kB/s; a stall is noticed much earlier.
             timeout_s = 120 + sum(info.size for info in infos) / 50_000
             try:
-                yield from server.stub.FetchEdgeFiles(
+                call = server.stub.FetchEdgeFiles(
                     request, timeout=timeout_s, metadata=server.metadata
                 )
+                yield from without_stalls(call, server.address)
             except grpc.RpcError as error:
                 raise call_error(error, self.address) from error
 
@@ -275,59 +287,13 @@ class _Server:
         """
         try:
             request = pb.DescribeRequest(protocol_version=PROTOCOL_VERSION)
-            description: pb.Description = self.stub.Describe(
+            # Bytes: how many they are is looked at before they are parsed.
+            describe: Any = self.channel.unary_unary(
+                _DESCRIBE, request_serializer=pb.DescribeRequest.SerializeToString
+            )
+            data: bytes = describe(
                 request, timeout=timeout_s, wait_for_ready=True, metadata=self.metadata
             )
         except grpc.RpcError as error:
-            raise connect_error(error, self.address) from error
-        if description.protocol_version != PROTOCOL_VERSION:
-            raise PeerError(
-                f"{self.address} speaks protocol {description.protocol_version}, this edge "
-                f"{PROTOCOL_VERSION}: upgrade the older of the two"
-            )
-        return description
-
-
-class _GrpcStream:
-    """One `Step` call. A reader thread takes replies, so that every wait has a deadline."""
-
-    def __init__(self, server: _Server, timeout_s: float, lost: Callable[[_Server], None]) -> None:
-        self.server, self.address = server, server.address
-        self.timeout_s, self.lost = timeout_s, lost
-        self.outbox: queue.SimpleQueue[pb.EdgeFrame | None] = queue.SimpleQueue()
-        self.inbox: queue.SimpleQueue[pb.CloudFrame | Exception] = queue.SimpleQueue()
-        self.call = server.stub.Step(self._requests(), metadata=server.metadata)
-        threading.Thread(target=self._read, name="dlora-reader", daemon=True).start()
-
-    def _requests(self) -> Iterator[pb.EdgeFrame]:
-        while (frame := self.outbox.get()) is not None:
-            yield frame
-
-    def _read(self) -> None:
-        try:
-            for frame in self.call:
-                self.inbox.put(frame)
-            self.inbox.put(PeerLost(f"{self.address} ended the stream"))
-        except grpc.RpcError as error:
-            self.inbox.put(call_error(error, self.address))
-
-    def send(self, frame: pb.EdgeFrame) -> None:
-        self.outbox.put(frame)
-
-    def receive(self) -> pb.CloudFrame:
-        try:
-            frame = self.inbox.get(timeout=self.timeout_s)
-        except queue.Empty:
-            self.server.channel.close()
-            self.server.connect()
-            self.lost(self.server)
-            raise PeerLost(f"{self.address} sent nothing for {self.timeout_s:.0f} s") from None
-        if isinstance(frame, PeerLost) and not isinstance(frame, AdapterMissing):
-            self.lost(self.server)
-        if isinstance(frame, Exception):
-            raise frame
-        return frame
-
-    def close(self) -> None:
-        self.outbox.put(None)
-        self.call.cancel()
+            raise connect_error(error, self.address, self._access.proxy(self.address)) from error
+        return read_description(data, self.address)

@@ -20,6 +20,7 @@ from dlora.edge.model import SplitModel, check_wire_dtype
 from dlora.edge.options import OptionArguments, SplitOptions
 from dlora.edge.sites import allowed_names
 from dlora.edge.skeleton import build_skeleton, drop_stand_ins, edge_layers_of
+from dlora.edge.wall import wall
 from dlora.errors import DLoRAError, UsageError
 
 __all__ = ["get_peft_model", "load_adapter", "load_base", "load_tokenizer"]
@@ -123,7 +124,8 @@ def load_tokenizer(link: Link) -> PreTrainedTokenizerBase:
             f"{link.address} serves no tokenizer with {link.description.model_id}: load one "
             "yourself"
         )
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=False
-    )
+    with wall("the tokenizer", link.address):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
     return tokenizer

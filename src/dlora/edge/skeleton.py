@@ -6,9 +6,9 @@ peft puts its adapter on the model they have shapes and no memory; afterwards th
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
@@ -16,14 +16,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dlora.edge.link import Link
+from dlora.edge.model_config import read_config
 from dlora.edge.options import check_edge_layers
+from dlora.edge.wall import bounded_building, wall
 from dlora.errors import ModelError, UsageError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.layer_files import check_weights, files_for, fill, values_by_file
-from dlora.protocol.layers import EdgeLayers, without_dropout
+from dlora.protocol.layers import EdgeLayers
 
 __all__ = ["build_skeleton", "decoder_of", "drop_stand_ins", "edge_layers_of"]
 
@@ -52,12 +53,21 @@ def edge_layers_of(link: Link, edge_layers: tuple[int, int]) -> EdgeLayers:
 def build_skeleton(link: Link, edge_layers: EdgeLayers) -> PreTrainedModel:
     """The architecture's own class: real embedding, head and edge layers, the rest without memory.
 
-    Raises ModelError for a model type or for weights that do not fit.
+    Raises ModelError for a model type or for weights that do not fit, PeerError for what cannot be
+    built.
     """
-    description, folder = link.description, link.edge_files()
+    folder = link.edge_files()
+    with wall("the model", link.address):
+        return _build(link, folder, edge_layers)
+
+
+def _build(link: Link, folder: Path, edge_layers: EdgeLayers) -> PreTrainedModel:
+    description = link.description
     model = _empty_model(description, for_edge_layers=bool(edge_layers))
     if (folder / "generation_config.json").is_file():
-        model.generation_config = type(model.generation_config).from_pretrained(folder)
+        model.generation_config = type(model.generation_config).from_pretrained(
+            folder, local_files_only=True
+        )
     if not description.limits.cache_bytes_per_token:
         log.warning("%s is served without KV cache: generation is slow", description.model_id)
         model.generation_config.use_cache = False
@@ -74,6 +84,7 @@ def build_skeleton(link: Link, edge_layers: EdgeLayers) -> PreTrainedModel:
     if tied:
         head.weight = embedding.weight
     _fill(head, weights, "head.", skip=("weight",) if tied else ())
+    _check_widths(description, embedding, head)
 
     dtype = embedding.weight.dtype
     real = [*embedding.parameters(), *head.parameters()]
@@ -86,18 +97,22 @@ def build_skeleton(link: Link, edge_layers: EdgeLayers) -> PreTrainedModel:
 
 def _empty_model(description: pb.Description, *, for_edge_layers: bool) -> PreTrainedModel:
     """The served architecture; buffers have their values, parameters no memory."""
-    values = json.loads(description.config_json)
-    model_type = values.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        raise ModelError(
-            f"this transformers does not know model type {model_type!r}: upgrade transformers"
-        )
-    values = without_dropout(values) if for_edge_layers else values
-    config = CONFIG_MAPPING[model_type].from_dict(values)
+    config = read_config(description, dropout=not for_edge_layers)
     # Buffers keep their values (Gemma scales its embedding with one).
-    with init_empty_weights(include_buffers=False):
+    with bounded_building(), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return model
+
+
+def _check_widths(description: pb.Description, embedding: nn.Module, head: nn.Module) -> None:
+    """Raises ModelError unless the widths that were described are those of the weights."""
+    for what, module, width in (
+        ("embedding", embedding, description.embedding_width),
+        ("hidden", head, description.hidden_width),
+    ):
+        got = module.get_parameter("weight").shape[-1]
+        if got != width:
+            raise ModelError(f"{what} width: described as {width}, the weights have {got}")
 
 
 def _fill_edge_layers(

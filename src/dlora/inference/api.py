@@ -66,6 +66,63 @@ _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
 }
 
 
+_MAX_BODY_BYTES: Final = 8 * 2**20
+"""Of one request, whatever the model."""
+_PLAIN_BODY_BYTES: Final = 128 * 2**10
+_BYTES_PER_TOKEN: Final = 100
+"""More than a token stands for: longer texts fit no context, and would only be tokenised."""
+_MAX_BODY_S: Final = 60.0
+"""A request has to have come in whole by then."""
+
+
+class _BodyLimit:
+    """Takes bodies in pieces, up to a limit; whoever sends more, or dawdles, is refused.
+
+    Frameworks join a body of any size before anybody may look at it.
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]], most: int) -> None:
+        self.app, self.most = app, most
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer 413 or 408, or hand the request on with its body."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            async with asyncio.timeout(_MAX_BODY_S):
+                body = await _body_of(scope, receive, self.most)
+        except (ValueError, TimeoutError) as error:
+            late = isinstance(error, TimeoutError)
+            reason = f"the body did not come within {_MAX_BODY_S:.0f} s" if late else str(error)
+            await _refused(408 if late else 413, reason)(scope, receive, send)
+            return
+
+        given = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def again() -> Any:
+            return next(given, None) or await receive()
+
+        await self.app(scope, again, send)
+
+
+async def _body_of(scope: Any, receive: Any, most: int) -> bytes:
+    """All of a request's body. Raises ValueError for more than `most` bytes, before it is read."""
+    announced = dict(scope["headers"]).get(b"content-length", b"")
+    large = f"the body is over {most >> 10} KiB"
+    if len(announced) > 12 or (announced.isdigit() and int(announced) > most):
+        raise ValueError(large)
+
+    body, more = bytearray(), True
+    while more:
+        message = await receive()
+        body += message.get("body", b"")
+        if len(body) > most:
+            raise ValueError(large)
+        more = message["type"] == "http.request" and message.get("more_body", False)
+    return bytes(body)
+
+
 class _Served:
     """The split model as transformers' handlers see it."""
 
@@ -214,6 +271,9 @@ def build_app(
     addressed, so that no web page can reach it under a name of its own.
     """
     app = FastAPI(title="dlora api", docs_url=None, redoc_url=None, openapi_url=None)
+    context = int(model.link.description.limits.max_length)
+    most = min(_MAX_BODY_BYTES, _PLAIN_BODY_BYTES + _BYTES_PER_TOKEN * context)
+    app.add_middleware(_BodyLimit, most=most)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     _require_key(app, api_key)
     _answer_errors(app)

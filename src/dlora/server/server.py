@@ -7,7 +7,6 @@ is answered is in `service.py`.
 from __future__ import annotations
 
 import asyncio
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ import grpc
 from transformers import PreTrainedTokenizerBase
 
 from dlora.cloud.model import CloudModel
+from dlora.files import ScratchFolder
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.address import LOOPBACK_ADDRESS
 from dlora.protocol.files import write_edge_files
@@ -62,8 +62,8 @@ class Server:
         lines = None if access_log is None else AccessLog(access_log)
 
         # What edges may fetch is written once, and read for each of them.
-        self._folder = tempfile.TemporaryDirectory(prefix="dlora-serve-")
-        self._layers = tempfile.TemporaryDirectory(prefix="dlora-serve-")
+        self._folder = ScratchFolder("dlora-served-")
+        self._layers = ScratchFolder("dlora-served-")
         folders = Path(self._folder.name), Path(self._layers.name)
         write_edge_files(cloud.model, tokenizer, folders[0])
         write_layer_files(cloud.model, cloud.limits.edge_first, cloud.limits.edge_last, folders[1])

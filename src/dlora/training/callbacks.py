@@ -29,7 +29,7 @@ from transformers import (
 
 from dlora.edge.meter import Meter
 from dlora.edge.responder import Wait
-from dlora.errors import DivergedError
+from dlora.errors import DivergedError, PeerLost
 from dlora.files import write_json
 
 __all__ = ["AccountingCallback", "Progress", "StopOnDivergence", "StopOnSignal", "time_line"]
@@ -37,6 +37,8 @@ __all__ = ["AccountingCallback", "Progress", "StopOnDivergence", "StopOnSignal",
 log = logging.getLogger(__name__)
 
 _METER_FILE: Final = "dlora_meter.json"
+_LOOK_UP_S: Final = 0.2
+"""How soon a signal is noticed while a lost server is waited for."""
 
 
 class AccountingCallback(TrainerCallback):
@@ -97,6 +99,8 @@ def time_line(waits: Sequence[Wait]) -> list[list[Any]]:
     What the cloud did not compute of a wait is the link's (or a queue's), half of it before and
     half after.
     """
+    if not waits:  # the run ended in the first wait of a micro-batch
+        return []
     spans: list[list[Any]] = []
     for wait, before in zip(waits, (None, *waits[:-1]), strict=True):
         zero, link_s = waits[0].start, (wait.end - wait.start - wait.cloud_s) / 2
@@ -146,7 +150,10 @@ class Progress(ProgressCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """After a signal: save at the end of the step, then stop."""
+    """After a signal: save at the end of the step, then stop.
+
+    While the server is lost no step ends: then what is finished is saved at once.
+    """
 
     def __init__(self) -> None:
         self.asked = False
@@ -157,6 +164,14 @@ class StopOnSignal(TrainerCallback):
         if self.asked:
             control.should_save = True
             control.should_training_stop = True
+
+    def sleep(self, seconds: float) -> None:
+        """Wait before the next attempt to reach a lost server. Raises PeerLost after a signal."""
+        end = time.monotonic() + seconds
+        while not self.asked and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, _LOOK_UP_S))
+        if self.asked:
+            raise PeerLost("stopped while the server was lost")
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from dlora.edge.bottleneck import BottleneckConfig
 from dlora.edge.link import Link, RetryPolicy
 from dlora.edge.load import get_peft_model, load_adapter, load_tokenizer
 from dlora.edge.model import SplitModel
-from dlora.errors import DLoRAError
+from dlora.errors import DLoRAError, PeerError, PeerLost, WireError
 from dlora.privacy.recording import Recorder
 from dlora.runs import RunFolder, step_of
 from dlora.training.callbacks import time_line
@@ -60,12 +60,17 @@ def train(settings: TrainSettings, link: Link) -> dict[str, Any]:
         _start_recording(recorder, trainer, checkpoint)
 
     # Whatever ends the loop, run.json says how, and what it cost until then.
+    model.set_options(retry=replace(model.options.retry, sleep=trainer.stop.sleep))
     try:
         with trainer.stop.listening():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except BaseException as error:
-        folder.write(run | _failure(error) | _results(trainer, started))
-        raise
+        peer = isinstance(error, PeerLost | PeerError | WireError)
+        is_saved = peer and trainer.save_finished(folder.path)
+        if not (is_saved and trainer.stop.asked and isinstance(error, PeerLost)):
+            folder.write(run | _failure(error) | _results(trainer, started))
+            raise
+        log.warning("stopped in the middle of a step, as the server is lost: %s", error)
 
     trainer.save_model(str(folder.path))
     run["status"] = "interrupted" if trainer.stop.asked else "finished"

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from dlora.edge.data import load_rows
@@ -25,6 +26,7 @@ from dlora.kill_revive.callback import KillReviveCallback
 from dlora.proto import dlora_pb2 as pb
 from dlora.runs import RunFolder
 from dlora.training.callbacks import AccountingCallback, Progress, StopOnDivergence, StopOnSignal
+from dlora.training.checkpoints import RandomStates, save_finished, sync_checkpoint
 from dlora.training.settings import TrainSettings
 
 __all__ = ["SplitTrainer", "build_trainer"]
@@ -48,14 +50,17 @@ class SplitTrainer(SFTTrainer):
     ) -> None:
         """`arguments` are SFTTrainer's. `log_file` holds the whole log, a JSON object a line."""
         self.accounting, self.kill_revive, self.log_file = accounting, kill_revive, log_file
-        self.stop = StopOnSignal()
+        self.stop, self.random_states = StopOnSignal(), RandomStates()
         self._lines_written: int | None = None
 
         super().__init__(callbacks=[early_stopping] if early_stopping else [], **arguments)
 
         # `Progress` takes the place of its base class, which has to go first: it matches both.
         self.remove_callback(ProgressCallback)
-        for callback in (accounting, Progress(), self.stop, StopOnDivergence(), kill_revive):
+        for callback in (
+            *(accounting, Progress(), self.stop, self.random_states, StopOnDivergence()),
+            kill_revive,
+        ):
             if callback is not None:
                 self.add_callback(callback)
 
@@ -74,6 +79,29 @@ class SplitTrainer(SFTTrainer):
 
         super().log(logs, start_time)
         self._write_log()
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Remove older checkpoints only when the new one is on the disk."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        sync_checkpoint(self)
+        rotate_checkpoints(
+            str(self.args.output_dir),
+            save_total_limit=limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=True,
+        )
+
+    def save_finished(self, output: Path) -> bool:
+        """On an ending within a step: save those before it; whether they are saved now.
+
+        Not with Kill and Revive, which has begun the next step by then: it has decided what is
+        active, and dropped what is not.
+        """
+        return self.kill_revive is None and save_finished(self, self.random_states, output)
 
     def _write_log(self) -> None:
         # All of it at first, as a resumed run takes its history from its checkpoint.

@@ -1,0 +1,109 @@
+"""One `Step` call of an edge: what it sends, and a bounded box of what it has not read yet."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Final, Protocol
+
+import grpc
+
+from dlora.edge.frame_size import parse_frame
+from dlora.edge.grpc_errors import call_error
+from dlora.errors import AdapterMissing, DLoRAError, PeerError, PeerLost
+from dlora.proto import dlora_pb2 as pb
+
+__all__ = ["GrpcStream", "StreamServer"]
+
+_STEP: Final = f"/{pb.DESCRIPTOR.services_by_name['DLoRA'].full_name}/Step"
+_MAX_UNREAD: Final = 4
+"""Frames. A cloud that waits for its answers has two on the way at most: the last gradients, and
+what ends the stream."""
+
+
+class StreamServer(Protocol):
+    """What a stream needs of the server that it goes to."""
+
+    address: str
+    channel: grpc.Channel
+    metadata: tuple[tuple[str, str], ...]
+
+    def connect(self) -> None:
+        """Make a new channel."""
+
+
+class GrpcStream:
+    """A `Stream`. A reader thread takes replies, so that every wait has a deadline."""
+
+    def __init__(
+        self, server: StreamServer, timeout_s: float, lost: Callable[[StreamServer], None]
+    ) -> None:
+        self.server, self.address = server, server.address
+        self.timeout_s, self.lost = timeout_s, lost
+        self.outbox: queue.SimpleQueue[pb.EdgeFrame | None] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[bytes | DLoRAError] = queue.SimpleQueue()
+        self.flooded: PeerError | None = None
+        """The cloud sent more than it was asked for: this comes before all that is unread."""
+
+        # Bytes, and parsed where they are read: gRPC would parse whatever comes, on its own thread.
+        step: Any = server.channel.stream_stream(
+            _STEP, request_serializer=pb.EdgeFrame.SerializeToString
+        )
+        self.call = step(self._requests(), metadata=server.metadata)
+        threading.Thread(target=self._read, name="dlora-reader", daemon=True).start()
+
+    def _requests(self) -> Iterator[pb.EdgeFrame]:
+        while (frame := self.outbox.get()) is not None:
+            yield frame
+
+    def _read(self) -> None:
+        """Take frames as they come, also while nobody waits for one."""
+        try:
+            for frame in self.call:
+                if self.inbox.qsize() >= _MAX_UNREAD:
+                    self._flood()
+                    return
+                self.inbox.put(frame)
+            self.inbox.put(PeerLost(f"{self.address} ended the stream"))
+        except grpc.RpcError as error:
+            self.inbox.put(call_error(error, self.address))
+        except Exception as error:  # whatever it is: one who waits has to hear of it
+            self.inbox.put(PeerError(f"{self.address}: {type(error).__name__} in what it sent"))
+
+    def _flood(self) -> None:
+        """End a stream whose cloud sends without being asked."""
+        self.flooded = PeerError(
+            f"{self.address} sent more than {_MAX_UNREAD} frames that nobody asked for: the stream "
+            "was ended. Use another server."
+        )
+        self.call.cancel()
+        while not self.inbox.empty():
+            self.inbox.get()
+        self.inbox.put(self.flooded)  # for one who waits already
+
+    def send(self, frame: pb.EdgeFrame) -> None:
+        """Queue a frame for the cloud."""
+        self.outbox.put(frame)
+
+    def receive(self) -> pb.CloudFrame:
+        """Wait for the next frame. Raises PeerLost (try again) or PeerError (do not)."""
+        if self.flooded is not None:
+            raise self.flooded
+        try:
+            frame = self.inbox.get(timeout=self.timeout_s)
+        except queue.Empty:
+            self.server.channel.close()
+            self.server.connect()
+            self.lost(self.server)
+            raise PeerLost(f"{self.address} sent nothing for {self.timeout_s:.0f} s") from None
+        if isinstance(frame, PeerLost) and not isinstance(frame, AdapterMissing):
+            self.lost(self.server)
+        if isinstance(frame, DLoRAError):
+            raise frame
+        return parse_frame(frame)
+
+    def close(self) -> None:
+        """End the stream, finished or not."""
+        self.outbox.put(None)
+        self.call.cancel()
