@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlora.edge.conditions import Conditions
 from dlora.edge.link import Link, RetryPolicy
 from dlora.edge.lora import FrozenModule
 from dlora.edge.meter import Meter
@@ -36,8 +37,8 @@ log = logging.getLogger(__name__)
 class MicroBatch(Responder):
     """Forward and backward of one micro-batch, run again as a whole if the cloud is lost.
 
-    `begin` is the complete first frame. A repeated run starts from the same random state, so that
-    LoRA dropout draws the same masks.
+    `begin` is the complete first frame. A repeated run starts from the same random state and under
+    the same autocast, so that LoRA dropout draws the same masks and adapters round as before.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class MicroBatch(Responder):
             edge_layers=edge_layers,
         )
         self.retry, self.begin = retry, begin
-        self.rng = _rng_state(device)
+        self.conditions = Conditions(device)
         self.input_grad: Tensor | None = None
         """After backward, where `begin` asks for it: gradient of what went in, [N, D]."""
         self.on_probe: Callable[[Sequence[pb.ActiveSite], Sequence[float]], None] | None = None
@@ -90,16 +91,20 @@ class MicroBatch(Responder):
     def backward(self, grad: Tensor) -> dict[nn.Parameter, Tensor]:
         """Take the gradient of the kept hidden states; return that of every trainable parameter."""
         grad = self.noise.on_tail(grad)
-        for wait in self.retry.attempts():
-            try:
-                if self.stream is None:
-                    after = _rng_state(self.device)
-                    self._forward()
-                    _set_rng_state(after, self.device)
-                return self._backward(grad)
-            except PeerLost as error:
-                self._lost(error)
-                wait(error)
+        # Once: an attempt that fails half way leaves the random state of its forward behind.
+        now = Conditions(self.device)
+        try:
+            for wait in self.retry.attempts():
+                try:
+                    if self.stream is None:
+                        with self.conditions.autocast():
+                            self._forward()
+                    return self._backward(grad)
+                except PeerLost as error:
+                    self._lost(error)
+                    wait(error)
+        finally:
+            now.restore_rng()
         raise AssertionError("unreachable: attempts() ends by raising")
 
     # -------------------------------------- one attempt
@@ -113,7 +118,7 @@ class MicroBatch(Responder):
 
     def _forward_once(self) -> Tensor:
         self.close()
-        _set_rng_state(self.rng, self.device)
+        self.conditions.restore_rng()
         self.stream = self.link.open()
         try:
             rows, kept = int(self.begin.embeddings.shape[0]), len(self.begin.keep)
@@ -199,8 +204,7 @@ class MicroBatch(Responder):
         grads.update(zip(parameters, computed, strict=True))
 
     def _lost(self, error: PeerLost) -> None:
-        self.close()
-        self.meter.retries += 1
+        self.note_lost(error)
         log.warning("lost the cloud, the micro-batch runs again: %s", error)
 
 
@@ -255,16 +259,3 @@ def check_finite(grad: Tensor, what: str) -> None:
             f"{what} is not finite: the learning rate is too high, or the cloud sent values "
             "without sense. The adapter is unchanged. Try a lower learning rate, or another server."
         )
-
-
-def _rng_state(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states
-
-
-def _set_rng_state(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
