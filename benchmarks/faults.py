@@ -1,7 +1,7 @@
 """Faults on the way and in the server: after each the work ends with exactly the result of a run
 without faults.
 
-    python benchmarks/faults.py run      # about ten minutes
+    python benchmarks/faults.py run      # about ten minutes; goes on where it was interrupted
     python benchmarks/faults.py table    # the tables of docs/security.md
 
 A tiny Llama is used in several ways: LoRA training with dropout on both wires, bottleneck adapters,
@@ -26,6 +26,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ from dlora.server import keys
 from dlora.server.server import Server, ServerOptions, TlsFiles
 
 RESULT = Path(__file__).parent / "results" / "faults.json"
+PARTIAL = RESULT.with_suffix(".partial.jsonl")
 MORTAL = Path(__file__).parents[1] / "tests" / "mortal_server.py"
 STEPS = 12
 FRAME_TIMEOUT_S = 1.5  # where a connection hangs; else that of the library
@@ -87,6 +89,7 @@ IN_THE_SERVER: dict[str, ServerFault] = {
 LONG = "the server is away for 5, 10 and 30 s"
 AGAIN = "SIGKILL three times, twice while the step is repeated"
 HANGS = "the server hangs for 2 s"
+FEWER = {LONG: 3, HANGS: 4, AGAIN: 3}  # steps of these
 
 
 @dataclass(frozen=True)
@@ -410,12 +413,11 @@ def cases() -> Iterator[tuple[str, str, int]]:
         if fault == LONG:
             works = [training, "Kill and Revive, idle modules in the cloud"]
         for work in works:
-            yield fault, work, {LONG: 3, HANGS: 4, AGAIN: 4}.get(fault, STEPS)
+            yield fault, work, FEWER.get(fault, STEPS)
 
 
-def run(chosen: Sequence[tuple[str, str, int]] | None = None) -> list[dict[str, Any]]:
-    """All cases, or some: one row each."""
-    chosen = list(cases()) if chosen is None else chosen
+def run(chosen: Sequence[tuple[str, str, int]], keep: Path | None = None) -> list[dict[str, Any]]:
+    """Some cases: one row each, which is also appended to the file `keep`."""
     found = []
     with stage() as (cloud, folder), contextlib.ExitStack() as stack:
         server = None
@@ -428,7 +430,26 @@ def run(chosen: Sequence[tuple[str, str, int]] | None = None) -> list[dict[str, 
                     stack.callback(server.end)
                 found.append(hurt(fault, work, server, folder, steps))
             print(found[-1], file=sys.stderr, flush=True)
+            if keep is not None:
+                with keep.open("a") as file:
+                    file.write(json.dumps(found[-1]) + "\n")
     return found
+
+
+def run_all(workers: int) -> list[dict[str, Any]]:
+    """All cases, in their order; what an interrupted run has done is not done again."""
+    done = (
+        [json.loads(line) for line in PARTIAL.read_text().splitlines()] if PARTIAL.exists() else []
+    )
+    known = {(one["fault"], one["work"]): one for one in done}
+    groups: dict[str, list[tuple[str, str, int]]] = {}
+    for case in cases():
+        if case[:2] not in known:
+            groups.setdefault(case[0], []).append(case)
+    with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for rows in pool.map(run, groups.values(), [PARTIAL] * len(groups)):
+            known |= {(one["fault"], one["work"]): one for one in rows}
+    return [known[case[:2]] for case in cases()]
 
 
 def table(result: dict[str, Any]) -> str:
@@ -457,10 +478,12 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("run", "table"))
-    if parser.parse_args().what == "run":
-        torch.set_num_threads(1)
+    parser.add_argument("--workers", type=int, default=2, help="kinds of fault at a time")
+    arguments = parser.parse_args()
+    if arguments.what == "run":
         from provenance import provenance
 
-        result = {"runs": run(), **provenance("grpcio")}
+        result = {"runs": run_all(arguments.workers), **provenance("grpcio")}
         RESULT.write_text(json.dumps(result, indent=2) + "\n")
+        PARTIAL.unlink(missing_ok=True)
     print(table(json.loads(RESULT.read_text())))
