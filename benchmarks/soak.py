@@ -117,10 +117,13 @@ class Edges:
         link = dlora.connect(self.address, timeout_s=120, cache=self.cache)
         try:
             config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-            with self._lock:  # initial values come from the process's one generator
-                torch.manual_seed(seed)
-                retry = RetryPolicy(give_up_after_s=300.0, first_delay_s=0.05)
-                model = dlora.get_peft_model(link, config, retry=retry)
+            retry = RetryPolicy(give_up_after_s=300.0, first_delay_s=0.05)
+            model = dlora.get_peft_model(link, config, retry=retry)
+            # All threads share the process's one generator; these values depend on the seed alone.
+            own = torch.Generator().manual_seed(seed)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    torch.nn.init.normal_(parameter, std=0.05, generator=own)
             if answers:
                 ids = torch.arange(3 + seed, 12 + seed)[None]
                 found = [model.eval().generate(input_ids=ids, max_new_tokens=12, do_sample=False)]

@@ -393,6 +393,20 @@ def test_a_server_that_stays_away_changes_nothing_random(
     assert all(torch.equal(one, other) for one, other in zip(want, got, strict=True))
 
 
+def test_an_unbroken_micro_batch_leaves_the_generator_to_other_threads(
+    cloud_models: Callable[[str], CloudModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a fault the state of the one generator is never set back, which would let another
+    thread draw the same numbers twice.
+    """
+    link = InProcessLink(cloud_models("llama"))
+    split = dlora.get_peft_model(link, lora(lora_dropout=0.3), wire_dtype="fp32")
+    monkeypatch.setattr(torch, "set_rng_state", lambda state: pytest.fail("set back"))
+    split(**batches()[0]).loss.backward()
+    split.eval().generate(input_ids=torch.arange(5, 12)[None], max_new_tokens=2)
+    link.close()
+
+
 def test_a_lost_prompt_draws_the_same_dropout(
     cloud_models: Callable[[str], CloudModel],
 ) -> None:

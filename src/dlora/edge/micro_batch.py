@@ -63,7 +63,7 @@ class MicroBatch(Responder):
             edge_layers=edge_layers,
         )
         self.retry, self.begin = retry, begin
-        self.conditions = Conditions(device)
+        self.conditions, self.repeats = Conditions(device), False
         self.input_grad: Tensor | None = None
         """After backward, where `begin` asks for it: gradient of what went in, [N, D]."""
         self.on_probe: Callable[[Sequence[pb.ActiveSite], Sequence[float]], None] | None = None
@@ -91,12 +91,13 @@ class MicroBatch(Responder):
     def backward(self, grad: Tensor) -> dict[nn.Parameter, Tensor]:
         """Take the gradient of the kept hidden states; return that of every trainable parameter."""
         grad = self.noise.on_tail(grad)
-        # Once: an attempt that fails half way leaves the random state of its forward behind.
-        now = Conditions(self.device)
+        now: Conditions | None = None
         try:
             for wait in self.retry.attempts():
                 try:
                     if self.stream is None:
+                        # Noted once: an attempt that fails leaves the state of its forward behind.
+                        now = now or Conditions(self.device)
                         with self.conditions.autocast():
                             self._forward()
                     return self._backward(grad)
@@ -104,7 +105,8 @@ class MicroBatch(Responder):
                     self._lost(error)
                     wait(error)
         finally:
-            now.restore_rng()
+            if now is not None:
+                now.restore_rng()
         raise AssertionError("unreachable: attempts() ends by raising")
 
     # -------------------------------------- one attempt
@@ -118,7 +120,10 @@ class MicroBatch(Responder):
 
     def _forward_once(self) -> Tensor:
         self.close()
-        self.conditions.restore_rng()
+        # Only then: other threads may draw from the same generator.
+        if self.repeats:
+            self.conditions.restore_rng()
+        self.repeats = True
         self.stream = self.link.open()
         try:
             rows, kept = int(self.begin.embeddings.shape[0]), len(self.begin.keep)
