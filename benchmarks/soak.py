@@ -41,6 +41,7 @@ from dlora.edge.link import RetryPolicy
 RESULT = Path(__file__).parent / "results" / "soak.json"
 EDGES, SEEDS, STEPS = 3, 4, 5
 SAMPLE_S = 2.0
+COUNTED = ("adapters", "answers", "failed", "retries")
 MEASURES = ("memory_mib", "threads", "descriptors")
 
 
@@ -220,12 +221,12 @@ def run(minutes: float) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """Markdown."""
     counts = result["edges"]
-    different = len(result["different"])
+    cells = [result["minutes"], *(counts.get(name, 0) for name in COUNTED)]
     lines = [
-        f"{result['minutes']} minutes, one restart of the server: "
-        f"{counts.get('adapters', 0)} edges trained, {counts.get('answers', 0)} answered, "
-        f"{counts.get('failed', 0)} failed, {counts.get('retries', 0)} attempts again, "
-        f"{different or 'no'} results that differ from others of the same seed.",
+        "| minutes | edges trained | edges answered | failed | attempts again | other results than "
+        "of the same seed |",
+        "|---|---|---|---|---|---|",
+        f"| {' | '.join(map(str, cells))} | {len(result['different'])} |",
         "",
         "| process | memory, MiB | threads | descriptors |",
         "|---|---|---|---|",
