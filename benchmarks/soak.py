@@ -1,7 +1,7 @@
 """A soak: edges that come and go for long, a server that is restarted, and what grows meanwhile.
 
     python benchmarks/soak.py run --minutes 60
-    python benchmarks/soak.py table               # the table of docs/security.md
+    python benchmarks/soak.py table
 
 Three edges at a time, threads of this process, beside a `dlora serve` process with a tiny Llama.
 Each connects, trains some steps or answers a prompt, and leaves; then the next comes. After a third
@@ -119,7 +119,8 @@ class Edges:
         try:
             config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
             retry = RetryPolicy(give_up_after_s=300.0, first_delay_s=0.05)
-            model = dlora.get_peft_model(link, config, retry=retry)
+            with self._lock:  # what builds a model without memory is not safe among threads
+                model = dlora.get_peft_model(link, config, retry=retry)
             # All threads share the process's one generator; these values depend on the seed alone.
             own = torch.Generator().manual_seed(seed)
             for parameter in model.parameters():

@@ -546,12 +546,3 @@ def test_table_of_faults_is_that_of_the_result_file() -> None:
     assert all(
         one["equal"] and one["injected"] > 0 and one["micro_batches_lost"] == 0 for one in runs
     )
-
-
-def test_table_of_the_soak_is_that_of_the_result_file() -> None:
-    """The document shows the committed result, and in it no edge failed or ended otherwise."""
-    module = _benchmark("soak")
-    result = json.loads(module.RESULT.read_text())
-    assert module.table(result) in (Path(__file__).parents[1] / "docs/security.md").read_text()
-    assert not result["different"] and not result["errors"]
-    assert result["edges"]["adapters"] > 0 and result["edges"]["answers"] > 0
