@@ -16,6 +16,7 @@ os.environ["OMP_NUM_THREADS"] = (
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dlora.cloud.limits import Limits
 from dlora.cloud.model import CloudModel
 from dlora.server.server import Server
 
@@ -28,7 +29,9 @@ def main(folder: str, port: int) -> None:
     while True:
         pid = os.fork()
         if pid == 0:
-            server = Server(CloudModel(model, model_id="example-org/llama"), tokenizer, port=port)
+            limits = Limits(edge_first=1, edge_last=1)
+            cloud = CloudModel(model, model_id="example-org/llama", limits=limits)
+            server = Server(cloud, tokenizer, port=port)
             server.start()
             print(os.getpid(), flush=True)
             time.sleep(600)

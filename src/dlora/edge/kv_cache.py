@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from dlora.edge.conditions import Conditions
 from dlora.edge.link import RetryPolicy
 from dlora.edge.passes import PassInput, joined
 from dlora.edge.responder import Responder, begin
@@ -228,6 +229,7 @@ class CloudCache(Cache):
         responder = self._responder
         if responder is None:
             raise AssertionError("bind() comes first")
+        now = Conditions(responder.device)
         for wait in retry.attempts():
             try:
                 try:
@@ -238,7 +240,8 @@ class CloudCache(Cache):
                 break
             except PeerLost as error:
                 self.close()
-                responder.meter.retries += 1
+                responder.note_lost(error)
+                now.restore_rng()
                 log.info("the KV cache is made again: %s", error)
                 wait(error)
             except BaseException:

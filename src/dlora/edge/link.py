@@ -7,12 +7,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from dlora.errors import PeerLost
 from dlora.proto import dlora_pb2 as pb
 
 __all__ = ["Link", "RetryPolicy", "Stream"]
+
+# Not the global generator: its state is in checkpoints, and a pause must not change what it draws.
+_JITTER: Final = random.Random()
 
 
 class Stream(Protocol):
@@ -79,7 +82,7 @@ class RetryPolicy:
 
             def wait(error: PeerLost) -> None:
                 nonlocal delay
-                pause = max(error.retry_after_s or 0.0, delay * random.uniform(0.5, 1.0))
+                pause = max(error.retry_after_s or 0.0, delay * _JITTER.uniform(0.5, 1.0))
                 if self.clock() - start + pause > self.give_up_after_s:
                     raise PeerLost(
                         f"{error} (gave up after {self.clock() - start:.0f} s; nothing saved so "

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlora.edge.conditions import Conditions
 from dlora.edge.hosted import HostedAdapter
 from dlora.edge.link import Link, RetryPolicy
 from dlora.edge.lora import FrozenModule
@@ -37,8 +38,8 @@ log = logging.getLogger(__name__)
 class MicroBatch(Responder):
     """Forward and backward of one micro-batch, run again as a whole if the cloud is lost.
 
-    `begin` is the complete first frame. A repeated run starts from the same random state, so that
-    LoRA dropout draws the same masks.
+    `begin` is the complete first frame. A repeated run starts from the same random state and under
+    the same autocast, so that LoRA dropout draws the same masks and adapters round as before.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class MicroBatch(Responder):
             hosted=hosted,
         )
         self.retry, self.begin = retry, begin
-        self.rng = _rng_state(device)
+        self.conditions, self.repeats = Conditions(device), False
         self.input_grad: Tensor | None = None
         """After backward, where `begin` asks for it: gradient of what went in, [N, D]."""
         self.on_probe: Callable[[Sequence[pb.ActiveSite], Sequence[float]], None] | None = None
@@ -93,16 +94,22 @@ class MicroBatch(Responder):
     def backward(self, grad: Tensor) -> dict[nn.Parameter, Tensor]:
         """Take the gradient of the kept hidden states; return that of every trainable parameter."""
         grad = self.noise.on_tail(grad)
-        for wait in self.retry.attempts():
-            try:
-                if self.stream is None:
-                    after = _rng_state(self.device)
-                    self._forward()
-                    _set_rng_state(after, self.device)
-                return self._backward(grad)
-            except PeerLost as error:
-                self._lost(error)
-                wait(error)
+        now: Conditions | None = None
+        try:
+            for wait in self.retry.attempts():
+                try:
+                    if self.stream is None:
+                        # Noted once: an attempt that fails leaves the state of its forward behind.
+                        now = now or Conditions(self.device)
+                        with self.conditions.autocast():
+                            self._forward()
+                    return self._backward(grad)
+                except PeerLost as error:
+                    self._lost(error)
+                    wait(error)
+        finally:
+            if now is not None:
+                now.restore_rng()
         raise AssertionError("unreachable: attempts() ends by raising")
 
     # -------------------------------------- one attempt
@@ -118,7 +125,10 @@ class MicroBatch(Responder):
 
     def _forward_once(self) -> Tensor:
         self.close()
-        _set_rng_state(self.rng, self.device)
+        # Only then: other threads may draw from the same generator.
+        if self.repeats:
+            self.conditions.restore_rng()
+        self.repeats = True
         self.stream = self.link.open()
         try:
             rows, kept = int(self.begin.embeddings.shape[0]), len(self.begin.keep)
@@ -213,8 +223,7 @@ class MicroBatch(Responder):
         grads.update(zip(parameters, computed, strict=True))
 
     def _lost(self, error: PeerLost) -> None:
-        self.close()
-        self.meter.retries += 1
+        self.note_lost(error)
         log.warning("lost the cloud, the micro-batch runs again: %s", error)
 
 
@@ -269,16 +278,3 @@ def check_finite(grad: Tensor, what: str) -> None:
             f"{what} is not finite: the learning rate is too high, or the cloud sent values "
             "without sense. The adapter is unchanged. Try a lower learning rate, or another server."
         )
-
-
-def _rng_state(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states
-
-
-def _set_rng_state(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)

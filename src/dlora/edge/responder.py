@@ -120,6 +120,13 @@ class Responder:
             self.stream.close()
             self.stream = None
 
+    def note_lost(self, error: PeerLost) -> None:
+        """Drop a stream that was lost; a server that comes back is given what it needs again."""
+        self.close()
+        self.meter.retries += 1
+        if not isinstance(error, AdapterMissing):
+            self.times_put = 0
+
     def __del__(self) -> None:
         self.close()
 
@@ -172,6 +179,7 @@ class Responder:
 
         shape = (num_kept, self.hidden_width)
         hidden_KD = self.decode(reply.hidden.hidden, shape, "last hidden states")
+        self.times_put = 0  # the server had all modules
         self.meter.tokens += num_rows
         return hidden_KD, reply.hidden.forward_flops
 
