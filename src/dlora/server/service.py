@@ -27,8 +27,9 @@ from dlora.protocol.files import describe_files
 from dlora.server.access_log import AccessLog
 from dlora.server.identities import LOCAL, Credential, Identities
 from dlora.server.settings import ServerOptions
+from dlora.server.slots import FairSlots
 from dlora.server.stream import StreamPipe
-from dlora.server.tenants import Busy, FairSlots, Tenancy, Tenant
+from dlora.server.tenants import Busy, Tenancy, Tenant
 
 __all__ = ["SERVICE_NAME", "Service", "caller", "check_protocol"]
 

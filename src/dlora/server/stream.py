@@ -11,6 +11,7 @@ after the frames that are queued already.
 from __future__ import annotations
 
 import asyncio
+import math
 import queue
 import time
 from collections.abc import AsyncIterator
@@ -19,7 +20,8 @@ from typing import Final
 from dlora.errors import PeerLost
 from dlora.proto import dlora_pb2 as pb
 from dlora.server.identities import Credential
-from dlora.server.tenants import Busy, FairSlots, Tenancy, Tenant
+from dlora.server.slots import FairSlots
+from dlora.server.tenants import Busy, Tenancy, Tenant
 
 __all__ = ["StreamPipe"]
 
@@ -30,7 +32,7 @@ _MAX_UNREAD_FRAMES: Final = 4
 class StreamPipe:
     """What a pass in the cloud sees of its edge (`Pipe`), with slots, quotas and counters.
 
-    The worker holds a compute slot, except while it waits for the edge.
+    The worker holds a compute slot, except while it waits for the edge or gives way to others.
     """
 
     def __init__(
@@ -132,31 +134,47 @@ class StreamPipe:
             self.take_slot()
         return frame
 
-    def take_slot(self) -> None:
-        """Wait for a compute slot; give up when the stream closes meanwhile.
+    def breathe(self) -> float:
+        """Let a tenant compute that is behind this one; return the seconds that it took.
 
-        Raises PeerLost if it closes, Busy if there is no slot within `timeout_s`.
+        Raises PeerLost if the stream is closed, so that nothing more is computed for it.
         """
+        if self.closed:
+            raise PeerLost(self.closed)
+        if not self.slots.asked_back(self):
+            return 0.0
+
+        # However long it takes: a pass that is given up in its middle would only come again.
+        self.release_slot()
+        return self.take_slot(math.inf)
+
+    def take_slot(self, timeout_s: float | None = None) -> float:
+        """Wait for a compute slot; give up when the stream closes meanwhile. Return the seconds.
+
+        Raises PeerLost if it closes, Busy if there is no slot within `timeout_s`, by default that
+        of the stream.
+        """
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
         start = time.monotonic()
         try:
             has_slot = self.slots.acquire(
                 self.tenant.name,
                 self.tenant.limits.weight,
                 self,
-                self.timeout_s,
+                timeout_s,
                 lambda: self.closed is not None,
             )
         finally:
-            self.tenancy.count_compute(self.tenant, queue_s=time.monotonic() - start)
+            waited_s = time.monotonic() - start
+            self.tenancy.count_compute(self.tenant, queue_s=waited_s)
 
         if not has_slot:
             if self.closed:
                 raise PeerLost(self.closed)
             self.tenancy.count_refusal(self.tenant, "queue")
-            raise Busy(
-                f"no compute slot for {self.timeout_s:.0f} s", retry_after_s=5.0, reason="queue"
-            )
+            raise Busy(f"no compute slot for {timeout_s:.0f} s", retry_after_s=5.0, reason="queue")
         self.has_slot = True
+        return waited_s
 
     def release_slot(self) -> None:
         """Give the compute slot back, if there is one."""
