@@ -2,7 +2,9 @@
 
 Hooks on the model find the pass of their thread by `current_pass`. At an active site the pass
 sends x to the edge and waits for deltas, which it adds to the modules' outputs; autograd brings
-it back there in backward. Frozen modules are applied and probes taken on the way.
+it back there in backward. Frozen modules are applied and probes taken on the way. At every hooked
+module, forward and backward, the pass lets others compute if it is their turn, and ends if its edge
+is gone.
 
 Shapes: B batch, T tokens, D width of a site's input, O of an output, R rank.
 """
@@ -148,7 +150,10 @@ class Pass:
         return output
 
     def before(self, site: int, index: int, x: Tensor) -> None:
-        """Before a site's first active module: exchange x for the deltas of all of them."""
+        """Before a module: let others compute. Before the first active one of a site: exchange x
+        for the deltas of all of them.
+        """
+        self.exchange.breathe()
         if self.exchange.modules.get(site, (-1,))[0] == index:
             self._deltas[site] = self._ask(site, x)
 
@@ -170,6 +175,8 @@ class Pass:
             (delta,) = self._ask(output_site, output)
             output = (output + delta.view_as(output)).to(output.dtype)
 
+        if output.requires_grad:
+            output.register_hook(self.exchange.breathe)  # and in backward: a hook changes no bit
         if (site, index) in self._probed and output.requires_grad:
             kept = x.detach().reshape(-1, x.shape[-1])
             output.register_hook(
