@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
+import torch
+from conftest import NO_DRAIN, batches, lora, make_split
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+import dlora
+from dlora.cloud.model import CloudModel
+from dlora.edge.grpc_link import GrpcLink
+from dlora.edge.model import SplitModel
+from dlora.errors import DLoRAError
+from dlora.server.server import Server
 from dlora.server.slots import FairQueue
 
 # ------------------------------------------------------------- the slots, simulated without threads
@@ -194,3 +207,112 @@ def test_streams_of_one_tenant_take_turns() -> None:
     queue.release(first, 0.03)
     queue.wait("one", 1.0, first, 0.03)
     assert queue.grant(0.03) == [second]
+
+
+# ----------------------------------------------------------------------------- on a real server
+
+
+class _Watch:
+    """Counts linears as the cloud's workers run them, forward and backward, and may stop one."""
+
+    def __init__(self, cloud: CloudModel) -> None:
+        self.ran: list[str] = []  # the thread of each
+        self.stop_at: Callable[[int], None] = lambda count: None
+        self.hooks = [
+            cloud.model.get_submodule(module.name).register_forward_hook(self._forward)
+            for site in cloud.sites
+            for module in site.modules
+        ]
+
+    def _forward(self, module: Any, args: Any, output: torch.Tensor) -> None:
+        self._count()
+        if output.requires_grad:
+            output.register_hook(lambda grad: self._count())
+
+    def _count(self) -> None:
+        self.ran.append(threading.current_thread().name)
+        self.stop_at(len(self.ran))
+
+
+@pytest.fixture
+def watch(cloud_models: Callable[[str], CloudModel]) -> Iterator[_Watch]:
+    """Counts on the tiny llama: 3 layers of 7 linears."""
+    found = _Watch(cloud_models("llama"))
+    yield found
+    for hook in found.hooks:
+        hook.remove()
+
+
+def _wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    assert condition()
+
+
+def _with_adapters_in(layer: int, link: GrpcLink) -> SplitModel:
+    """A split model with one layer's adapters alone: the rest is one piece."""
+    split = make_split(link, lora(layers_to_transform=[layer]))
+    split.set_options(retry=dlora.RetryPolicy(give_up_after_s=0.0))
+    return split
+
+
+@pytest.mark.parametrize("at", [5, 25])
+def test_nothing_is_computed_for_a_closed_stream(
+    watch: _Watch, cloud_models: Callable[[str], CloudModel], tmp_path: Path, at: int
+) -> None:
+    """A pass whose edge hangs up, in its forward or its backward, stops within a few linears,
+    although no exchange is due for many."""
+    with Server(cloud_models("llama"), options=NO_DRAIN) as server:
+        link = dlora.connect(server.address, cache=tmp_path)
+        split = _with_adapters_in(0, link)
+        service = server._service
+
+        def hang_up(count: int) -> None:
+            if count == at:
+                (pipe,) = service.pipes
+                link.close()
+                _wait_for(lambda: pipe.closed)
+
+        watch.ran.clear()
+        watch.stop_at = hang_up
+        with pytest.raises(DLoRAError):
+            split(**batches()[0]).loss.backward()
+        _wait_for(lambda: not service.pipes and service.slots.free == 1)
+    # q, k and v read one tensor: they breathe together in backward.
+    assert at <= len(watch.ran) <= at + 3
+
+
+def test_a_long_pass_lets_others_compute(
+    watch: _Watch, cloud_models: Callable[[str], CloudModel], tmp_path: Path
+) -> None:
+    """A stream that is asked back gives way between two exchanges, and its result is the same
+    bits as without."""
+    with Server(cloud_models("llama"), options=NO_DRAIN) as server:
+        links = [dlora.connect(server.address, cache=tmp_path) for _ in range(2)]
+        long, short = _with_adapters_in(0, links[0]), _with_adapters_in(2, links[1])
+        want = long(**batches()[0]).loss
+        slots = server._service.slots
+
+        threads = []
+
+        def other(count: int) -> None:
+            if count == 8:  # the long pass, in its second layer
+                watch.stop_at = lambda count: None
+                thread = threading.Thread(target=lambda: short(**batches()[0]).loss.backward())
+                threads.append(thread)
+                thread.start()
+                _wait_for(lambda: slots._queue.computing and slots.queue_length)
+                _wait_for(lambda: any(p.asked_back for p in slots._queue.computing.values()))
+
+        watch.ran.clear()
+        watch.stop_at = other
+        assert torch.equal(long(**batches()[0]).loss, want)
+        # Of the long pass 21 linears ran, and before its last one some of the other.
+        first = watch.ran[0]
+        places = [place for place, name in enumerate(watch.ran) if name == first][:21]
+        assert len(places) == 21 and places[-1] > 20
+        for thread in threads:
+            thread.join(20)
+        for link in links:
+            link.close()

@@ -154,6 +154,10 @@ class Pass:
         for the deltas of all of them.
         """
         self.exchange.breathe()
+        if index == 0 and x.requires_grad:
+            # And in backward, once a site: a hook changes no bit, and costs as much as a small
+            # operation.
+            x.register_hook(self.exchange.breathe)
         if self.exchange.modules.get(site, (-1,))[0] == index:
             self._deltas[site] = self._ask(site, x)
 
@@ -175,8 +179,6 @@ class Pass:
             (delta,) = self._ask(output_site, output)
             output = (output + delta.view_as(output)).to(output.dtype)
 
-        if output.requires_grad:
-            output.register_hook(self.exchange.breathe)  # and in backward: a hook changes no bit
         if (site, index) in self._probed and output.requires_grad:
             kept = x.detach().reshape(-1, x.shape[-1])
             output.register_hook(
