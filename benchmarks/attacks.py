@@ -1,7 +1,8 @@
 """What a hostile or merely greedy peer costs others: attacks on a real server on this machine.
 
-    python benchmarks/attacks.py run      # rows that are not there yet, each under a minute
-    python benchmarks/attacks.py table    # the table of docs/security.md
+    python benchmarks/attacks.py run             # rows that are not there yet, each under a minute
+    python benchmarks/attacks.py run 4 1,024     # of these, those whose names have all these words
+    python benchmarks/attacks.py table           # the table of docs/security.md
 
 Every row has a fresh `dlora serve` with TLS and tokens, a tiny random Llama, and an honest tenant
 that trains on 2 x 16 tokens: for some seconds alone, then beside the attack. Memory, threads and
@@ -196,14 +197,14 @@ def tiny_folder(folder: Path) -> str:
     return str(folder)
 
 
-def run() -> None:
-    """Every row that the result does not have; written after each."""
+def run(words: list[str]) -> None:
+    """Every row with these words that the result does not have; written after each."""
     found: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.is_file() else {"rows": {}}
     with tempfile.TemporaryDirectory() as scratch:
         model = tiny_folder(Path(scratch) / "tiny")
         for attack in ATTACKS:
             key = f"{attack.name}, weights {attack.weights[0]}:{attack.weights[1]}"
-            if key in found["rows"]:
+            if key in found["rows"] or not set(words) <= set(attack.name.split()):
                 continue
             found["rows"][key] = row(attack, model) | {"provenance": provenance("grpcio")}
             print(key, found["rows"][key]["tokens_per_s"], file=sys.stderr, flush=True)
@@ -244,5 +245,5 @@ if __name__ == "__main__":
         tenant(address, Path(folder), token, int(rows), int(length))
         sys.exit()
     if arguments.what == "run":
-        run()
+        run(arguments.rest)
     print(table(json.loads(RESULT.read_text())))
