@@ -131,6 +131,9 @@ class Pipe:
 
     def admit(self, cost_bytes: int) -> None: ...
 
+    def breathe(self) -> float:
+        return 0.0
+
     def send(self, frame: pb.CloudFrame) -> None:
         copy = pb.CloudFrame.FromString(frame.SerializeToString())
         copy.compute_s = 0.0

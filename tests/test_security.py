@@ -31,7 +31,7 @@ from dlora.server.identities import Credential, Identities, TenantLimits
 from dlora.server.metrics import read_status, serve_metrics
 from dlora.server.server import Server, ServerOptions, TlsFiles
 from dlora.server.settings import ServeSettings
-from dlora.server.tenants import Busy, FairSlots, Tenancy
+from dlora.server.tenants import Busy, Tenancy
 from dlora.training.settings import TrainSettings
 
 
@@ -560,42 +560,6 @@ def test_quotas_refuse_with_a_hint_and_tell_of_nobody_else() -> None:
     tenancy.open_stream(alice)
     assert not any("alice" in text or "bob" in text or "tenant" in text for text in messages)
     assert alice.refused == {"streams": 1, "memory": 1, "traffic": 1} and tenancy.streams == 3
-
-
-def test_slots_are_shared_by_weight_whoever_asks_more() -> None:
-    """Of one slot a tenant with eight streams gets no more than one with a single stream, and twice
-    the weight is twice the compute; a tenant that comes late does not get what it had not asked
-    for."""
-    now = [0.0]
-    slots = FairSlots(1, clock=lambda: now[0])
-    got: dict[str, float] = {"many": 0.0, "one": 0.0, "double": 0.0}
-    weights = {"many": 1.0, "one": 1.0, "double": 2.0}
-    stop, order = threading.Event(), []
-
-    def stream(tenant: str) -> None:
-        ticket = object()
-        while not stop.is_set():
-            if slots.acquire(tenant, weights[tenant], ticket, 5.0, stop.is_set):
-                # Both others wait before the turn ends, as streams in the middle of a step do.
-                deadline = time.monotonic() + 1
-                while slots.queue_length < 9 and time.monotonic() < deadline and not stop.is_set():
-                    time.sleep(0.0005)
-                now[0] += 1.0
-                got[tenant] += slots.release(ticket)
-                order.append(tenant)
-                if len(order) >= 200:
-                    stop.set()
-
-    threads = [
-        threading.Thread(target=stream, args=(name,)) for name in ["many"] * 8 + ["one", "double"]
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert got["one"] == pytest.approx(50, abs=8)
-    assert got["many"] == pytest.approx(50, abs=8)
-    assert got["double"] == pytest.approx(100, abs=12)
 
 
 def test_metrics_and_status(

@@ -107,6 +107,10 @@ class _CloudEnd:
     def admit(self, cost_bytes: int) -> None:
         """One process, one user: whatever was within the limits is admitted."""
 
+    def breathe(self) -> float:
+        """One process, one user: nobody waits."""
+        return 0.0
+
     def send(self, frame: pb.CloudFrame) -> None:
         self.stream.to_edge.put(frame)
 

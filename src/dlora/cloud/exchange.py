@@ -31,6 +31,13 @@ class Pipe(Protocol):
         Raises PeerLost if there is none.
         """
 
+    def breathe(self) -> float:
+        """Let others compute if it is their turn; return the seconds that they took.
+
+        Called often while a pass computes. Raises PeerLost if the edge is gone, so that nothing
+        more is computed for it.
+        """
+
     def send(self, frame: pb.CloudFrame) -> None:
         """Queue a frame for the edge."""
 
@@ -53,6 +60,13 @@ class Exchange:
     def start_clock(self) -> None:
         """From here to the next frame that is sent, the cloud computes."""
         self._resumed = time.perf_counter()
+
+    def breathe(self, _: object = None) -> None:
+        """Let others compute if it is their turn; also a hook of a tensor, called in backward.
+
+        Raises PeerLost if the edge is gone.
+        """
+        self._resumed += self.pipe.breathe()
 
     def send(self, frame: pb.CloudFrame) -> None:
         """Send a frame that says how long it took to compute."""

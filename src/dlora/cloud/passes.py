@@ -2,7 +2,9 @@
 
 Hooks on the model find the pass of their thread by `current_pass`. At an active site the pass
 sends x to the edge and waits for deltas, which it adds to the modules' outputs; autograd brings
-it back there in backward. Frozen modules are applied and probes taken on the way.
+it back there in backward. Frozen modules are applied and probes taken on the way. At every hooked
+module, forward and backward, the pass lets others compute if it is their turn, and ends if its edge
+is gone.
 
 Shapes: B batch, T tokens, D width of a site's input, O of an output, R rank.
 """
@@ -152,7 +154,14 @@ class Pass:
         return output
 
     def before(self, site: int, index: int, x: Tensor) -> None:
-        """Before a site's first active module: exchange x for the deltas of all of them."""
+        """Before a module: let others compute. Before the first active one of a site: exchange x
+        for the deltas of all of them.
+        """
+        self.exchange.breathe()
+        if index == 0 and x.requires_grad:
+            # And in backward, once a site: a hook changes no bit, and costs as much as a small
+            # operation.
+            x.register_hook(self.exchange.breathe)
         if self.exchange.modules.get(site, (-1,))[0] == index:
             self._deltas[site] = self._ask(site, x)
 

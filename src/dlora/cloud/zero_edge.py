@@ -39,6 +39,10 @@ class ZeroEdge:
     def admit(self, cost_bytes: int) -> None:
         """Nobody else is there."""
 
+    def breathe(self) -> float:
+        """Nobody else is there."""
+        return 0.0
+
     def send(self, frame: pb.CloudFrame) -> None:
         """Note what the cloud will want as an answer."""
         kind = frame.WhichOneof("kind")

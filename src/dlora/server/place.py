@@ -6,13 +6,15 @@ Every call that moves more than a few bytes has one, whatever it does: quotas ca
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from typing import Any
 
 from dlora.errors import PeerLost
 from dlora.server.calls import Call
-from dlora.server.tenants import Busy, FairSlots, Tenancy, Tenant
+from dlora.server.slots import FairSlots
+from dlora.server.tenants import Busy, Tenancy, Tenant
 
 __all__ = ["Place"]
 
@@ -85,31 +87,47 @@ class Place:
 
     # ----------------------------------------------------------------- compute
 
-    def take_slot(self) -> None:
+    def breathe(self) -> float:
+        """Let a tenant compute that is behind this one; return the seconds that it took.
+
+        Raises PeerLost if the call is closed, so that nothing more is computed for it.
+        """
+        if self.call.closed:
+            raise PeerLost(self.call.closed)
+        if not self.slots.asked_back(self):
+            return 0.0
+
+        # However long it takes: a pass that is given up in its middle would only come again.
+        self.release_slot()
+        return self.take_slot(math.inf)
+
+    def take_slot(self, timeout_s: float | None = None) -> float:
         """Wait for a compute slot, on a worker; give up when the call closes meanwhile.
 
-        Raises PeerLost if it closes, Busy if there is no slot within the timeout.
+        Returns the seconds that it took. Raises PeerLost if the call closes, Busy if there is no
+        slot within `timeout_s`, by default the call's.
         """
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
         start = time.monotonic()
         try:
             has_slot = self.slots.acquire(
                 self.tenant.name,
                 self.tenant.limits.weight,
                 self,
-                self.timeout_s,
+                timeout_s,
                 lambda: self.call.closed is not None,
             )
         finally:
-            self.tenancy.count_compute(self.tenant, queue_s=time.monotonic() - start)
+            waited_s = time.monotonic() - start
+            self.tenancy.count_compute(self.tenant, queue_s=waited_s)
 
         if not has_slot:
             if self.call.closed:
                 raise PeerLost(self.call.closed)
             self.tenancy.count_refusal(self.tenant, "queue")
-            raise Busy(
-                f"no compute slot for {self.timeout_s:.0f} s", retry_after_s=5.0, reason="queue"
-            )
+            raise Busy(f"no compute slot for {timeout_s:.0f} s", retry_after_s=5.0, reason="queue")
         self.has_slot = True
+        return waited_s
 
     def release_slot(self) -> None:
         """Give the compute slot back, if there is one."""

@@ -30,8 +30,9 @@ from dlora.server.identities import Identities
 from dlora.server.place import Place
 from dlora.server.refusals import Refusal, ShuttingDown, refusal_of, status_of
 from dlora.server.settings import ServerOptions
+from dlora.server.slots import FairSlots
 from dlora.server.stream import StreamPipe
-from dlora.server.tenants import Busy, FairSlots, Tenancy, Tenant
+from dlora.server.tenants import Busy, Tenancy, Tenant
 
 __all__ = ["Service", "answer_describe"]
 

@@ -31,7 +31,7 @@ __all__ = ["StreamPipe"]
 class StreamPipe:
     """What a pass in the cloud sees of its edge (`Pipe`), with slots, quotas and counters.
 
-    The worker holds a compute slot, except while it waits for the edge.
+    The worker holds a compute slot, except while it waits for the edge or gives way to others.
     """
 
     def __init__(self, place: Place, call: Call, awaited: Awaited, rules: Rules) -> None:
@@ -121,6 +121,10 @@ class StreamPipe:
             self._is_in_pass = False
         self._awaited.sent(frame)
         self._to_loop(frame)
+
+    def breathe(self) -> float:
+        """Let a tenant compute that is behind; return the seconds that it took. Raises PeerLost."""
+        return self.place.breathe()
 
     def receive(self) -> pb.EdgeFrame:
         """Wait for the edge's next frame, without a compute slot meanwhile.

@@ -1,4 +1,4 @@
-"""What tenants use of a server, and what they may: quotas, fair compute slots, counters.
+"""What tenants use of a server, and what they may: quotas and counters.
 
 A message that a tenant sees speaks of its own use alone, or of none: it must not reveal that others
 exist.
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from dlora.errors import PeerLost, UsageError
 from dlora.server.identities import TenantLimits
 
-__all__ = ["Busy", "FairSlots", "Tenancy", "Tenant"]
+__all__ = ["Busy", "Tenancy", "Tenant"]
 
 _HOUR_S = 3600.0
 _MIB = 2**20
@@ -251,72 +251,3 @@ class Tenancy:
         """Count a refusal and raise it as Busy."""
         tenant.refused[reason] = tenant.refused.get(reason, 0) + 1
         raise Busy(message, retry_after_s=wait_s, reason=reason)
-
-
-class FairSlots:
-    """Compute slots, given to the waiting tenant that has computed least.
-
-    This is start-time fair queueing: a tenant's clock advances by the seconds that it computes,
-    divided by its weight. A tenant that comes back from a pause starts at the clock of those that
-    compete now: it saved nothing up. Streams of one tenant go in turn.
-    """
-
-    def __init__(self, slots: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.free = slots
-        self._clock = clock
-        self._changed = threading.Condition()
-        self._virtual: dict[str, float] = {}
-        self._now = 0.0  # virtual time: that of the tenant served last
-        self._waiting: list[tuple[str, object]] = []
-        self._holding: dict[object, tuple[str, float, float]] = {}
-
-    @property
-    def queue_length(self) -> int:
-        """Streams that wait for a slot."""
-        return len(self._waiting)
-
-    def acquire(
-        self,
-        tenant: str,
-        weight: float,
-        ticket: object,
-        timeout_s: float,
-        cancelled: Callable[[], bool],
-    ) -> bool:
-        """Wait for a slot, up to `timeout_s` and while not `cancelled`; return whether it is there.
-
-        `ticket` names the stream.
-        """
-        with self._changed:
-            self._waiting.append((tenant, ticket))
-            self._virtual[tenant] = max(self._virtual.get(tenant, 0.0), self._now)
-
-            end = time.monotonic() + timeout_s
-            try:
-                while not (self.free > 0 and self._next() is ticket):
-                    if cancelled() or time.monotonic() >= end:
-                        return False
-                    self._changed.wait(0.2)
-            finally:
-                self._waiting.remove((tenant, ticket))
-                self._changed.notify_all()
-
-            self.free -= 1
-            self._now = max(self._now, self._virtual[tenant])
-            self._holding[ticket] = (tenant, weight, self._clock())
-            return True
-
-    def release(self, ticket: object) -> float:
-        """Give the slot back; return the seconds since it was acquired."""
-        with self._changed:
-            tenant, weight, start = self._holding.pop(ticket)
-            seconds = self._clock() - start
-            self._virtual[tenant] = self._virtual.get(tenant, 0.0) + seconds / weight
-            self.free += 1
-            self._changed.notify_all()
-            return seconds
-
-    def _next(self) -> object:
-        """The ticket that is next; of equal clocks the one that came first."""
-        _, ticket = min(self._waiting, key=lambda waiting: self._virtual[waiting[0]])
-        return ticket
