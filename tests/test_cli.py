@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.machinery
 import logging
@@ -367,9 +366,7 @@ def test_the_shell_can_complete(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("_ARGCOMPLETE", "1")
     parse([], COMMANDS)
-    given = argparse.Namespace(given=[])
-    seen[0].parse_args(["train", "--kr=on"], given)
-    ((flag, value, _),) = given.given
+    ((flag, value, _),) = seen[0].parse_args(["train", "--kr=on"]).given
     assert (flag.name, value) == ("kr", "on")
     assert Note(option_strings=["--kr"], dest="kr", flag=flag).completer() == ("off", "on", "paper")
 

@@ -34,7 +34,8 @@ class Note(argparse.Action):
 
     def __call__(self, _: Any, namespace: Any, values: Any, typed: str | None = None) -> None:
         value = "--" if values == [] else values  # some versions of argparse drop it, even after =
-        namespace.given.append((self.flag, value, typed or self.dest.upper()))
+        one = (self.flag, value, typed or self.dest.upper())
+        namespace.given = [*getattr(namespace, "given", ()), one]
 
     def completer(self, **_: Any) -> tuple[str, ...]:
         """What argcomplete offers for the value."""
