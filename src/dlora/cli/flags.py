@@ -27,19 +27,26 @@ OLD_NAMES: Final[dict[str, dict[str, str]]] = {"serve": {"audit_log": "access_lo
 help. An entry whose new name is no setting (yet) does nothing."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Command:
-    """A word after `dlora`: what it reads, what it does, and its line in the help."""
+    """What a word after `dlora` does: a function with its settings and its line in the help."""
 
-    name: str
-    settings: type
     run: Callable[[Any], int]
-    """Takes the settings, returns the exit code."""
-    text: str
+    """Takes the settings that its annotation names, and returns the exit code."""
     word: str | None = None
     """The setting that is given without a flag, as `runs` of `dlora report RUN RUN`."""
     inner: Mapping[str, type] = field(default_factory=dict)
     """Setting -> the settings class that its values belong to, where it is a dictionary."""
+
+    @property
+    def settings(self) -> Any:
+        """The settings class."""
+        return typing.get_type_hints(self.run)["settings"]
+
+    @property
+    def text(self) -> str:
+        """The line in the help: the first of the function's docstring."""
+        return (self.run.__doc__ or "").partition("\n")[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +61,8 @@ class Flag:
     text: str
     group: str
     aliases: tuple[str, ...] = ()
+    inside: Mapping[str, Any] = field(default_factory=dict)
+    """Key -> type of what a dictionary holds, where a settings class says it."""
 
     @property
     def is_required(self) -> bool:
@@ -80,6 +89,7 @@ def flags_of(command: Command) -> dict[str, Flag]:
             text=texts.get(name, ""),
             group=group,
             aliases=tuple(alias for alias, meant in ALIASES.items() if meant == name),
+            inside=typing.get_type_hints(command.inner[name]) if name in command.inner else {},
         )
         for group, names in groups_of(settings).items()
         for name in names

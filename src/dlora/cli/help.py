@@ -1,108 +1,93 @@
-"""The help of `dlora` and of its commands: required flags first, then group by group."""
+"""A command's flags as argparse shows them: required ones first, then group by group."""
 
 from __future__ import annotations
 
+import argparse
 import shutil
-import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
-from dlora.cli.flags import Command, Flag, flags_of
+from dlora.cli.flags import Flag
+from dlora.cli.values import members
 
-__all__ = ["command_help", "overview"]
-
-_INDENT: Final = 26
-"""Column at which the text of a flag begins."""
-
-_COMMON: Final = (
-    ("--config FILE", "YAML file with any of these settings. Flags override it."),
-    ("--print_config", "Print the settings as such a file, and do nothing else."),
-    ("-h, --help", "Show this help."),
-)
+__all__ = ["Formatter", "Note", "add_flags"]
 
 
-def overview(commands: Mapping[str, Command]) -> str:
-    """What `dlora --help` shows."""
-    lines = ["usage: dlora COMMAND [flags]", ""]
-    lines += ["Fine-tune a model in the cloud with data that stays here.", "", "commands:"]
-    lines += [f"  {name:10} {command.text}" for name, command in commands.items()]
+class Formatter(argparse.HelpFormatter):
+    """Lines of at most 100 columns; a value as `metavar` says it, without brackets."""
 
-    lines += ["", "flags:"]
-    lines += ["  -h, --help     Show this help; `dlora help COMMAND` shows that of a command."]
-    lines += ["  -V, --version  Show the version."]
-    lines += ["", "Settings can also come from a YAML file: dlora COMMAND --config FILE."]
-    return "\n".join(lines)
+    def __init__(self, prog: str) -> None:
+        width = max(60, min(100, shutil.get_terminal_size().columns))
+        super().__init__(prog, max_help_position=26, width=width)
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        return default_metavar if action.metavar is None else str(action.metavar)
 
 
-def command_help(command: Command) -> str:
-    """What `dlora COMMAND --help` shows."""
-    flags = flags_of(command)
-    required = [flag for flag in flags.values() if flag.is_required]
-    usage = " ".join([f"dlora {command.name}", *(_head(flag, command) for flag in required)])
-    lines = textwrap.wrap(f"usage: {usage} [flags]", _width(), subsequent_indent=" " * 4)
-    lines += ["", command.text]
+class Note(argparse.Action):
+    """Notes a flag, its word or words, and how it was typed: files count before flags."""
 
-    if required:
-        lines += ["", "required:", *_entries(required, command)]
-    for group in dict.fromkeys(flag.group for flag in flags.values()):
-        others = [flag for flag in flags.values() if flag.group == group and not flag.is_required]
-        if others:
-            lines += ["", f"{group}:", *_entries(others, command)]
+    def __init__(self, *, flag: Flag, **options: Any) -> None:
+        super().__init__(default=argparse.SUPPRESS, **options)
+        self.flag = flag
 
-    lines += ["", "settings file and help:"]
-    for head, text in _COMMON:
-        lines += _entry(head, text)
-    return "\n".join(lines)
+    def __call__(self, _: Any, namespace: Any, values: Any, typed: str | None = None) -> None:
+        value = "--" if values == [] else values  # some versions of argparse drop it, even after =
+        one = (self.flag, value, typed or self.dest.upper())
+        namespace.given = [*getattr(namespace, "given", ()), one]
+
+    def completer(self, **_: Any) -> tuple[str, ...]:
+        """What argcomplete offers for the value."""
+        return ("true", "false") if self.flag.is_switch else _choices(self.flag)
 
 
-def _entries(flags: Iterable[Flag], command: Command) -> list[str]:
-    return [line for flag in flags for line in _entry(_head(flag, command), _text(flag))]
+def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag], word: str | None) -> None:
+    """Every flag under its headline; `word` is the one that is given without its name."""
+    groups: dict[str, Any] = {}
+    parser.usage = "%(prog)s"
+    for flag in sorted(flags, key=lambda flag: not flag.is_required):
+        title = "required" if flag.is_required else flag.group
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+
+        metavar, nargs = _value(flag), "?" if flag.is_switch else None
+        names = [f"--{name}" for name in (flag.name, *flag.aliases)]
+        if flag.name == word:
+            many = get_origin(flag.kind) is list
+            names, nargs = [flag.name], "*" if many else "?"
+            short = flag.name.removesuffix("s").upper()
+            metavar = f"{short} [{short} ...]" if many else metavar
+        if flag.is_required:
+            parser.usage += f" {metavar}" if flag.name == word else f" {names[0]} {metavar}"
+        groups[title].add_argument(
+            *names, action=Note, flag=flag, nargs=nargs, metavar=metavar, help=_text(flag)
+        )
+    groups[title].add_argument("-h", "--help", action="help", help="Show this help.")
+    parser.usage += " [flags]"
 
 
-def _entry(head: str, text: str) -> list[str]:
-    """A flag and its text, side by side where the flag is short."""
-    indent = " " * _INDENT
-    lines = textwrap.wrap(text, _width(), initial_indent=indent, subsequent_indent=indent)
-    start = f"  {head}"
-    if len(start) >= _INDENT - 1 or not lines:
-        return [start, *lines]
-    return [start.ljust(_INDENT) + lines[0].lstrip(), *lines[1:]]
+def _choices(flag: Flag) -> tuple[str, ...]:
+    return get_args(flag.kind) if get_origin(flag.kind) is Literal else ()
 
 
-def _head(flag: Flag, command: Command) -> str:
-    """A flag with its value, and its other names."""
-    value = "true|false" if flag.default is True else _value(flag.kind)
-    if flag.name == command.word:
-        name = flag.name.removesuffix("s").upper()
-        return f"{name} [{name} ...]" if get_origin(flag.kind) is list else value or name
-    names = ", ".join(f"--{name}" for name in (flag.name, *flag.aliases))
-    return f"{names} {value}".rstrip()
-
-
-def _value(kind: Any) -> str:
-    """What stands for the value of a flag; nothing for a switch, or for a path without a flag."""
-    main = next((one for one in get_args(kind) if one in (int, float, Path, str)), kind)
-    if get_origin(kind) is Literal:
-        return "|".join(get_args(kind))
-    if get_origin(kind) is dict:
-        return "'{NAME: VALUE}'"
-    if get_origin(kind) is list:
-        return "A,B"
-    return {bool: "", int: "N", float: "X", Path: "PATH"}.get(main, "TEXT")
+def _value(flag: Flag) -> str:
+    """What stands for the value of a flag; nothing for a switch."""
+    if flag.is_switch:
+        return "true|false" if flag.default is True else ""
+    if choices := _choices(flag):
+        return "|".join(choices)
+    kinds = members(flag.kind)
+    main = str if str in kinds else get_origin(kinds[0]) or kinds[0]
+    values = {int: "N", float: "X", Path: "PATH", dict: "'{NAME: VALUE}'", list: "A,B"}
+    return values.get(main, "TEXT")
 
 
 def _text(flag: Flag) -> str:
     """The help of a flag, with its default where it says something."""
-    default = flag.default
-    if flag.is_required or default in (None, "") or default == [] or default == {}:
-        return flag.text
-    if default is False or "default:" in flag.text.lower():
-        return flag.text
-
+    default, text = flag.default, flag.text.replace("%", "%%")
+    is_plain = flag.is_required or default is False or default in (None, "", [], {})
+    if is_plain or "default:" in text.lower():
+        return text
     shown = ",".join(default) if isinstance(default, list) else str(default)
-    return f"{flag.text} (default: {'true' if default is True else shown})"
-
-
-def _width() -> int:
-    return max(60, min(100, shutil.get_terminal_size().columns))
+    return f"{text} (default: {'true' if default is True else shown})"

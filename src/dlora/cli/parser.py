@@ -1,224 +1,239 @@
-"""From the words of a command line to checked settings.
+"""The command line, on argparse: from its words to checked settings.
 
 Flags may be written with - for _. A switch may stand without a value. Values come from YAML files
 first (`--config`), then from flags; a later one overrides an earlier one. What is wrong is one
 UsageError that names the flag as it was typed, or the file and its key, and the nearest known name.
-
-Not argparse and not a library on top of it: both read `--prompt ---` as a flag, and libraries that
-also read YAML turn `--prompt null` into nothing at all.
 """
 
 from __future__ import annotations
 
+import argparse
 import difflib
+import os
 import re
 import sys
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Final, NoReturn, get_origin
 
 from dlora.cli.flags import OLD_NAMES, Command, Flag, flags_of
-from dlora.cli.help import command_help, overview
-from dlora.cli.values import dump_yaml, from_word, from_yaml, load_yaml
+from dlora.cli.help import Formatter, Note, add_flags
+from dlora.cli.values import convert, dump_yaml, load_yaml
 from dlora.errors import UsageError
 from dlora.version import __version__
 
 __all__ = ["parse"]
 
+_COMMON: Final = tuple(
+    Flag(name=name, kind=kind, default=None, text=text, group="settings file and help")
+    for name, kind, text in (
+        ("config", Path, "YAML file with any of these settings. Flags override it."),
+        ("print_config", bool, "Print the settings as such a file, and do nothing else."),
+    )
+)
+"""Flags of every command that are no settings."""
+
 
 def parse(argv: list[str], commands: Mapping[str, Command]) -> str | tuple[Command, Any]:
     """A text to print, or the command with its settings. Raises UsageError."""
-    first, rest = (argv[0], argv[1:]) if argv else ("help", [])
-    if first in ("help", "-h", "--help"):
-        return command_help(_command(rest[0], commands)) if rest else overview(commands)
+    top = _Parser(
+        usage="%(prog)s COMMAND [flags]",
+        description="Fine-tune a model in the cloud with data that stays here.",
+        epilog="Settings can also come from a YAML file: dlora COMMAND --config FILE.",
+    )
+    names = top.add_subparsers(title="commands", metavar="COMMAND", prog="dlora")
+    parsers = {
+        name: names.add_parser(name, help=command.text, description=command.text)
+        for name, command in commands.items()
+    }
+    flags = top.add_argument_group("flags")
+    text = "Show this help; `dlora help COMMAND` shows that of a command."
+    flags.add_argument("-h", "--help", action="help", help=text)
+    flags.add_argument("-V", "--version", action="version", help="Show the version.")
+
+    # The shell asks for the end of a word through argcomplete, which answers and ends the process.
+    if "_ARGCOMPLETE" in os.environ and find_spec("argcomplete"):
+        for name, parser in parsers.items():
+            _Reader(name, commands[name], parser)
+        import_module("argcomplete").autocomplete(top)
+
+    first, *words = argv or ["help"]
+    if first == "help":
+        first, words = (words or ["--help"])[0], ["--help"]
+    if first in commands:
+        return _Reader(first, commands[first], parsers[first]).read(words)
+    if first in ("-h", "--help"):
+        return top.format_help().rstrip()
     if first in ("-V", "--version"):
         return f"dlora {__version__}"
-
-    command = _command(first, commands)
-    try:
-        reader = _Reader(command)
-        reader.read(rest)
-        if reader.wants_help:
-            return command_help(command)
-        if reader.prints_settings:
-            return dump_yaml(reader.known_values()).rstrip("\n")
-        return command, reader.settings()
-    except UsageError as error:
-        named = str(error).startswith(f"{command.name} ")
-        raise UsageError(str(error) if named else f"{command.name}: {error}") from error
+    kind = "flag" if first.startswith("-") else "command"
+    raise UsageError(f"unknown {kind} {_word(first)}{_hint(first, commands, 'see dlora --help')}")
 
 
-def _command(name: str, commands: Mapping[str, Command]) -> Command:
-    if name in commands:
-        return commands[name]
-    kind = "flag" if name.startswith("-") else "command"
-    hint = _hint(name, commands, "See dlora --help")
-    raise UsageError(f"unknown {kind} {_word(name)}{hint}")
+class _Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, with errors that are raised."""
 
+    def __init__(self, **options: Any) -> None:
+        fixed: Any = {"add_help": False, "allow_abbrev": False, "formatter_class": Formatter}
+        super().__init__(**{"prog": "dlora", **fixed, **options})
 
-@dataclass(frozen=True)
-class _Given:
-    """A value, and where it was given: a flag as it was typed, or a file and its key."""
-
-    value: Any
-    where: str
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
 
 
 class _Reader:
     """Reads the words after one command."""
 
-    def __init__(self, command: Command) -> None:
-        self.command = command
-        self.flags = flags_of(command)
-        self.wants_help = False
-        self.prints_settings = False
-        self._from_files: dict[str, _Given] = {}
-        self._from_flags: dict[str, _Given] = {}
-        self._words: list[str] = []
-        self._see = f"see dlora {command.name} --help"
+    def __init__(self, name: str, command: Command, parser: argparse.ArgumentParser) -> None:
+        self._name, self._command, self._parser = name, command, parser
+        self._see = f"see dlora {name} --help"
+        self._flags = flags_of(command)
+        flags = [*self._flags.values(), *_COMMON]
+        add_flags(parser, flags, command.word)
 
-        # Every name that may be typed, and the setting that it means.
+        # Setting -> its value, and where it was given: a flag as typed, or a file and its key.
+        self._given: dict[str, tuple[Any, str]] = {}
+
+        # Every name that may be typed -> the flag that it means; old names are in no hint.
+        named = [flag for flag in flags if flag.name != command.word]
+        self._names = {one: flag for flag in named for one in (flag.name, *flag.aliases)}
         self._old = {
-            old: new
-            for old, new in OLD_NAMES.get(command.name, {}).items()
-            if new in self.flags and old not in self.flags
+            old: self._flags[new]
+            for old, new in OLD_NAMES.get(name, {}).items()
+            if new in self._flags and old not in self._flags
         }
-        aliases = {alias: flag.name for flag in self.flags.values() for alias in flag.aliases}
-        self._names = {name: name for name in self.flags if name != command.word} | aliases
 
-    # -- words
-
-    def read(self, words: Iterable[str]) -> None:
-        """Read all words, up to a request for help. Raises UsageError."""
-        queue = deque(words)
-        while queue and not self.wants_help:
-            word = queue.popleft()
-            if word in ("-h", "--help"):
-                self.wants_help = True
-            elif word == "--":
-                self._words += queue
-                queue.clear()
-            elif word.startswith("-") and len(word) > 1:
-                self._read_flag(word, queue)
-            else:
-                self._words.append(word)
-        if not self.wants_help:
-            self._read_words()
-
-    def _read_flag(self, word: str, queue: deque[str]) -> None:
-        typed, equals, value = word.partition("=")
-        if _plain(typed) == "print_config" and not equals:
-            self.prints_settings = True
-            return
-        if _plain(typed) == "config":
-            self._read_file(value if equals else self._next(typed, queue))
-            return
-
-        # `--kr_options.budget 0.2` sets one value of a dictionary.
-        name, _, key = _plain(typed).partition(".")
-        flag = self._flag(name) if typed.startswith("--") else None
-        if flag is None or (key and get_origin(flag.kind) is not dict):
-            raise UsageError(f"unknown flag {_word(typed)}{self._nearest(typed)}")
-
-        if not equals and flag.is_switch:
-            value = queue.popleft() if queue and queue[0].lower() in ("true", "false") else "true"
-        elif not equals:
-            value = self._next(typed, queue)
-        if name in self._old:
-            self._warn(f"--{name}", f"--{flag.name}")
-        self._set(flag, key, value, typed)
-
-    def _set(self, flag: Flag, key: str, word: str, typed: str) -> None:
+    def read(self, words: Iterable[str]) -> str | tuple[Command, Any]:
+        """The command with its settings, or these as YAML. Raises UsageError."""
+        noted = argparse.Namespace(given=[])
         try:
-            if key:
-                before = self._from_flags.get(flag.name) or self._from_files.get(flag.name)
-                inside = from_word(word, get_args(flag.kind)[1])
-                value = {**(before.value if before else {}), key: inside}
-            else:
-                value = from_word(word, flag.kind)
-            self._from_flags[flag.name] = _Given(self._checked(flag, value), typed)
-        except ValueError as error:
-            raise UsageError(f"{typed}: {error}") from error
+            joined = self._joined(words)
+            if joined == ["--help"]:
+                return self._parser.format_help().rstrip()
+            _, surplus = self._parser.parse_known_args(joined, noted)
+            if surplus := [word for word in surplus if word != "--"]:
+                raise UsageError(f"unexpected word {surplus[0]!r}; {self._see}")
 
-    def _next(self, typed: str, queue: deque[str]) -> str:
-        """The value after a flag. Another flag of this command is not one: a value was forgotten.
+            # Files first, wherever they stand.
+            for flag, value, where in sorted(noted.given, key=lambda one: one[0].name != "config"):
+                if flag.name == "config":
+                    self._read_file(value)
+                else:
+                    self._take(flag, value, where)
 
-        So a text may begin with dashes: `--prompt ---`.
+            given = {name: value for name, (value, _) in self._given.items()}
+            if not given.pop("print_config", False):
+                return self._command, self._settings(given)
+            known = {
+                name: None if flag.is_required else flag.default
+                for name, flag in self._flags.items()
+            }
+            return dump_yaml(known | given).rstrip()
+        except UsageError as error:
+            named = str(error).startswith(f"{self._name} ")
+            raise UsageError(str(error) if named else f"{self._name}: {error}") from error
+
+    # -- before argparse
+
+    def _joined(self, words: Iterable[str]) -> list[str]:
+        """Flags with their values as one word each, then the words without a flag.
+
+        So a value may begin with dashes, and words may stand among flags. A name that is typed in
+        a way of its own (with - for _, old, or with a key) is added to argparse as it is.
         """
-        following = queue[0].partition("=")[0] if queue else None
-        if following is None or (following.startswith("--") and self._is_flag(following)):
+        joined: list[str] = []
+        others: list[str] = []
+        known, queue = {f"--{name}" for name in self._names}, deque(words)
+        while queue:
+            word = queue.popleft()
+            typed, equals, _ = word.partition("=")
+            if word in ("-h", "--help"):
+                return ["--help"]
+            if word == "--":
+                others += [word, *queue]
+                break
+            if not word.startswith("-") or word == "-":
+                others.append(word)
+                continue
+
+            flag = self._flag(typed)
+            if flag is None:
+                hint = _hint(_plain(typed), self._names, self._see, prefix="--")
+                raise UsageError(f"unknown flag {_word(typed)}{hint}")
+            if typed not in known:
+                self._parser.add_argument(typed, action=Note, flag=flag, help=argparse.SUPPRESS)
+                known.add(typed)
+            joined.append(word if equals else f"{typed}={self._value(flag, typed, queue)}")
+        return joined + others
+
+    def _value(self, flag: Flag, typed: str, queue: deque[str]) -> str:
+        """The value after a flag. Another flag of this command is not one: it was forgotten."""
+        if flag.is_switch:
+            return queue.popleft() if queue and queue[0].lower() in ("true", "false") else "true"
+        following = queue[0].partition("=")[0] if queue else "--help"
+        if following == "--help" or self._flag(following):
             raise UsageError(f"{typed}: its value is missing; {self._see}")
         return queue.popleft()
 
-    def _read_words(self) -> None:
-        """The words without a flag: the one setting that takes them, or too many."""
-        flag = self.flags[self.command.word] if self.command.word else None
-        takes_many = flag is not None and get_origin(flag.kind) is list
-        surplus = self._words if flag is None else [] if takes_many else self._words[1:]
-        if surplus:
-            raise UsageError(f"unexpected word {surplus[0]!r}; {self._see}")
-        if flag is None or not self._words:
-            return
+    def _flag(self, typed: str) -> Flag | None:
+        """The flag that is meant; `--kr_options.budget` is one value of a dictionary."""
+        name, _, key = _plain(typed).partition(".")
+        flag = self._names.get(name) or self._old.get(name)
+        if (
+            flag is None
+            or not typed.startswith("--")
+            or (key and get_origin(flag.kind) is not dict)
+        ):
+            return None
+        return flag
 
-        where = flag.name.upper()
+    # -- after argparse
+
+    def _read_file(self, file: str) -> None:
         try:
-            if takes_many:
-                values: Any = [from_word(word, get_args(flag.kind)[0]) for word in self._words]
-            else:
-                values = from_word(self._words[0], flag.kind)
-        except ValueError as error:
-            raise UsageError(f"{where}: {error}") from error
-        self._from_flags[flag.name] = _Given(values, where)
-
-    # -- files
-
-    def _read_file(self, name: str) -> None:
-        try:
-            content = load_yaml(Path(name).read_text())
+            content = load_yaml(Path(file).read_text())
         except OSError as error:
-            raise UsageError(f"--config: {name}: {error.strerror}") from error
+            raise UsageError(f"--config: {file}: {error.strerror}") from error
         except ValueError as error:
-            raise UsageError(f"--config: {name}: {error}") from error
+            raise UsageError(f"--config: {file}: {error}") from error
         if not isinstance(content, dict):
-            raise UsageError(f"--config: {name}: want lines of the form name: value")
+            raise UsageError(f"--config: {file}: want lines of the form name: value")
 
         for key, value in content.items():
-            given = str(key).replace("-", "_")
-            flag = self.flags.get(given) or self._flag(given)
-            if flag is None:
-                hint = self._nearest(str(key), prefix="")
-                raise UsageError(f"{name}: unknown key {_word(str(key))}{hint}")
-            if given in self._old:
-                self._warn(f"{name}: {given}", flag.name)
-            self._set_from_file(flag, value, f"{name}: {key}")
+            name, known = _plain(str(key)), self._flags | self._names
+            flag = known.get(name) or self._old.get(name)
+            if flag is None or flag in _COMMON:
+                hint = _hint(name, known, self._see)
+                raise UsageError(f"{file}: unknown key {_word(str(key))}{hint}")
+            if value is not None or not flag.is_required:  # as --print_config writes it
+                self._take(flag, value, f"{file}: {key}")
 
-    def _set_from_file(self, flag: Flag, value: Any, where: str) -> None:
-        if value is None and flag.is_required:  # as --print_config writes it
-            return
+    def _take(self, flag: Flag, value: Any, where: str) -> None:
+        """Keep a value as its flag wants it; `where` is the flag as it was typed, or file and key.
+
+        A flag with a key, as in `--kr_options.budget`, adds to what the dictionary has.
+        """
+        is_flag = where.startswith("--")
+        name, _, key = _plain(where).partition(".") if is_flag else (where.split()[-1], "", "")
         try:
-            converted = self._checked(flag, from_yaml(value, flag.kind))
+            if key:
+                value = {**self._given.get(flag.name, ({}, ""))[0], key: load_yaml(value)}
+            self._given[flag.name] = convert(value, flag.kind, flag.inside), where
         except ValueError as error:
             raise UsageError(f"{where}: {error}") from error
-        self._from_files[flag.name] = _Given(converted, where)
 
-    # -- the whole
+        if name in self._old:
+            new = f"{'--' * is_flag}{flag.name}; the old name works in this version"
+            print(f"dlora: {self._name}: {where} is now {new}", file=sys.stderr)
 
-    def known_values(self) -> dict[str, Any]:
-        """Every setting by name, as given or by default; None for what is missing."""
-        given = self._from_files | self._from_flags
-        return {
-            name: given[name].value if name in given else None if flag.is_required else flag.default
-            for name, flag in self.flags.items()
-        }
-
-    def settings(self) -> Any:
+    def _settings(self, given: Mapping[str, Any]) -> Any:
         """The checked settings. Raises UsageError for what is missing or cannot work together."""
-        given = self._from_files | self._from_flags
         missing = [
-            f"--{name}" if name != self.command.word else name.upper()
-            for name, flag in self.flags.items()
+            name.upper() if name == self._command.word else f"--{name}"
+            for name, flag in self._flags.items()
             if flag.is_required and name not in given
         ]
         if missing:
@@ -227,49 +242,14 @@ class _Reader:
             raise UsageError(f"{names} missing; {self._see}")
 
         try:
-            return self.command.settings(**{name: one.value for name, one in given.items()})
+            return self._command.settings(**given)
         except UsageError as error:
             # "batch_size: got 0, want ..." is about the flag, or the key, that was given.
             name, colon, reason = str(error).partition(": ")
-            if not colon or name not in self.flags:
+            if not colon or name not in self._flags:
                 raise
-            where = given[name].where if name in given else f"--{name}"
+            where = self._given.get(name, (None, f"--{name}"))[1]
             raise UsageError(f"{where}: {reason}") from error
-
-    def _checked(self, flag: Flag, value: Any) -> Any:
-        """A value; inside a dictionary of settings, each as its own settings class wants it."""
-        inner = self.command.inner.get(flag.name)
-        if inner is None:
-            return value
-        kinds = get_type_hints(inner)
-        checked = {}
-        for key, item in value.items():
-            try:
-                checked[key] = from_yaml(item, kinds.get(key, Any))
-            except ValueError as error:
-                raise ValueError(f"{key}: {error}") from error
-        return checked
-
-    # -- names
-
-    def _flag(self, name: str) -> Flag | None:
-        meant = self._names.get(name) or self._old.get(name)
-        return None if meant is None else self.flags[meant]
-
-    def _is_flag(self, typed: str) -> bool:
-        name = _plain(typed).partition(".")[0]
-        return name in ("config", "print_config", "help") or self._flag(name) is not None
-
-    def _nearest(self, typed: str, prefix: str = "--") -> str:
-        known = [*self._names, "config", "print_config"] if prefix else list(self.flags)
-        see = f"See dlora {self.command.name} --help"
-        return _hint(_plain(typed), known, see, prefix)
-
-    def _warn(self, old: str, new: str) -> None:
-        print(
-            f"dlora: {self.command.name}: {old} is now {new}; the old name works in this version",
-            file=sys.stderr,
-        )
 
 
 def _plain(typed: str) -> str:
@@ -281,9 +261,7 @@ def _plain(typed: str) -> str:
 def _hint(name: str, known: Iterable[str], see: str, prefix: str = "") -> str:
     """The end of a message about an unknown name: the nearest known one, and where to look."""
     near = difflib.get_close_matches(name, list(known), n=1)
-    if near:
-        return f"; did you mean {prefix}{near[0]}? {see}"
-    return f"; {see[0].lower()}{see[1:]}"
+    return f"; did you mean {prefix}{near[0]}? S{see[1:]}" if near else f"; {see}"
 
 
 def _word(word: str) -> str:

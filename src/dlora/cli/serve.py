@@ -29,7 +29,7 @@ _HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def serve(settings: ServeSettings) -> int:
-    """Serve a model until SIGINT or SIGTERM."""
+    """Cloud: load a model, freeze it, and serve edges until Ctrl-C."""
     check_before_loading(settings)
     # gRPC's own lines on stderr: strangers could write as many as they like. Read at its import.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -299,7 +299,7 @@ def _warn_if_open(settings: ServeSettings) -> None:
 
 
 def keys(settings: KeysSettings) -> int:
-    """Make, give and take back keys; print what to do with them."""
+    """Cloud: certificates, tenants and tokens for a server of one's own."""
     try:
         from dlora.server import keys
     except ImportError as error:
@@ -353,7 +353,7 @@ def keys(settings: KeysSettings) -> int:
 
 
 def status(settings: StatusSettings) -> int:
-    """Print who uses a server, once or every two seconds."""
+    """Cloud: who uses a server on this machine, and how much."""
     from dlora.server.metrics import read_status
 
     while True:

@@ -27,7 +27,10 @@ def _connected(server: str, settings: AccessSettings) -> Iterator[Any]:
 
 
 def train(settings: TrainSettings) -> int:
-    """Train, and print what came out; 130 if the run was interrupted."""
+    """Edge: train an adapter with private data against a server.
+
+    The code is 130 if the run was interrupted.
+    """
     from transformers.utils import logging as transformers_logging
 
     from dlora.training.run import train
@@ -75,7 +78,7 @@ def _losses(run: dict[str, Any]) -> str:
 
 
 def plan(settings: PlanSettings) -> int:
-    """Print what a training step will cost and, if asked, how far off that is."""
+    """Edge: bytes, round trips and seconds of a training step, before anything is run."""
     from dlora.training.planner import check, plan
 
     with _connected(settings.server, settings) as link:
@@ -120,7 +123,7 @@ def _print_check(settings: PlanSettings, planned: Any, cost: Any, seconds: float
 
 
 def report(settings: ReportSettings) -> int:
-    """Draw runs side by side, and print the files."""
+    """Figures of one or several runs: one HTML file, and PNGs."""
     from dlora.training.report import write_report
 
     for file in write_report(settings.runs, settings.output):
@@ -129,7 +132,7 @@ def report(settings: ReportSettings) -> int:
 
 
 def audit(settings: AuditSettings) -> int:
-    """Attack a recorded run, and print what came back and the files."""
+    """Edge: how much a curious cloud could recover from a recorded run."""
     from transformers.utils import logging as transformers_logging
 
     from dlora.privacy.audit import audit

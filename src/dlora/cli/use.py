@@ -66,7 +66,7 @@ def _shown(text: str) -> str:
 
 
 def generate(settings: GenerateSettings) -> int:
-    """Answer one prompt or a file of them; what it cost goes to standard error."""
+    """Edge: answer a prompt, standard input, or a file of prompts."""
     from transformers import set_seed
 
     from dlora.inference.answer import cost_line
@@ -141,7 +141,7 @@ def _generate_file(
 
 
 def chat(settings: ChatSettings) -> int:
-    """Talk until /quit or the end of standard input."""
+    """Edge: talk with the model and a private adapter."""
     from transformers import set_seed
 
     from dlora.inference.chat import Chat
@@ -192,7 +192,7 @@ def _say(talk: Any, model: Any, text: str) -> None:
 
 
 def evaluate(settings: EvalSettings) -> int:
-    """Measure on a data file; print the figures, and write them if asked."""
+    """Edge: loss and perplexity, exact match, or choice accuracy on a data file."""
     from dlora.inference.evaluate import evaluate
 
     with _loaded(settings, settings.adapter) as (model, tokenizer):
@@ -216,7 +216,7 @@ def evaluate(settings: EvalSettings) -> int:
 
 
 def api(settings: ApiSettings) -> int:
-    """Serve OpenAI's API until SIGINT or SIGTERM."""
+    """Edge: an OpenAI-compatible server on loopback, over a private adapter."""
     from dlora.inference.api import ApiServer, build_app
 
     with _loaded(settings, settings.adapter) as (model, tokenizer):
@@ -248,7 +248,7 @@ def api(settings: ApiSettings) -> int:
 
 
 def info(settings: InfoSettings) -> int:
-    """Print what a server serves, what an adapter holds, and whether the two fit."""
+    """What a server serves, and what an adapter folder holds."""
     from dlora.edge.describe import describe_adapter, describe_server
     from dlora.edge.grpc_link import Access, connect
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Final, Literal, Union, get_args, get_origin
 
 import yaml
 
-__all__ = ["dump_yaml", "from_word", "from_yaml", "load_yaml", "want"]
+__all__ = ["convert", "dump_yaml", "load_yaml", "members", "want"]
 
 
 class _Loader(yaml.SafeLoader):
@@ -35,6 +35,13 @@ _Loader.add_implicit_resolver(
 )
 
 
+class _Dumper(yaml.SafeDumper):
+    """YAML with paths as text."""
+
+
+_Dumper.add_multi_representer(Path, lambda dumper, path: dumper.represent_str(str(path)))
+
+
 def load_yaml(text: str) -> Any:
     """The content of a YAML document. Raises ValueError that says where it is broken."""
     try:
@@ -48,144 +55,97 @@ def load_yaml(text: str) -> Any:
 
 def dump_yaml(values: dict[str, Any]) -> str:
     """Settings as a YAML file that gives them back."""
-    plain = {name: str(one) if isinstance(one, Path) else one for name, one in values.items()}
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-# ----------------------------------------------------------------- the command line
+def convert(value: Any, kind: Any, inside: Mapping[str, Any] | None = None) -> Any:
+    """The value of a setting, from a word of the command line or from YAML.
 
-
-def from_word(word: str, kind: Any) -> Any:
-    """The value of a word of the command line. Raises ValueError: what was got and is wanted."""
-    kinds = _members(kind)
-
-    # Text stays as it was typed; a JSON list is a list where one is allowed.
-    if str in kinds:
-        texts = _json_list(word) if list[str] in kinds else None
-        return word if texts is None else texts
-    if NoneType in kinds and word == "null":
-        return None
-
-    main = kinds[0]
-    if get_origin(main) is dict:
-        return _to_dict(word, main)
-    try:
-        return _CONVERTERS[get_origin(main) or main](word, main)
-    except ValueError:
-        raise ValueError(f"got {_shown(word)}, want {want(kind)}") from None
-
-
-def _to_bool(word: str, _: Any) -> bool:
-    return ("false", "true").index(word.lower()) == 1
-
-
-def _to_float(word: str, _: Any) -> float:
-    number = float(word.replace(".inf", "inf"))
-    if math.isnan(number):
-        raise ValueError("not a number")
-    return number
-
-
-def _to_path(word: str, _: Any) -> Path:
-    if not word:
-        raise ValueError("empty")
-    return Path(word)
-
-
-def _to_choice(word: str, kind: Any) -> str:
-    if word not in get_args(kind):
-        raise ValueError("not among the choices")
-    return word
-
-
-def _to_list(word: str, kind: Any) -> list[Any]:
-    words = word.strip().removeprefix("[").removesuffix("]").split(",")
-    items = [one.strip().strip("'\"") for one in words]
-    return [from_word(one, get_args(kind)[0]) for one in items if one]
-
-
-def _to_dict(word: str, kind: Any) -> Any:
-    try:
-        loaded = load_yaml(word)
-    except ValueError:
-        loaded = None
-    if not isinstance(loaded, dict):
-        raise ValueError(f"got {_shown(word)}, want {want(kind)}")
-    return from_yaml(loaded, kind)  # what is wrong inside is named by its key
-
-
-_CONVERTERS: Final[dict[Any, Callable[[str, Any], Any]]] = {
-    bool: _to_bool,
-    int: lambda word, _: int(word),
-    float: _to_float,
-    Path: _to_path,
-    Literal: _to_choice,
-    list: _to_list,
-    Any: lambda word, _: load_yaml(word),
-}
-
-
-def _json_list(word: str) -> list[str] | None:
-    """The texts of a JSON list; None if the word is not one."""
-    if not word.startswith("["):
-        return None
-    try:
-        items = json.loads(word)
-    except ValueError:
-        return None
-    return items if all(isinstance(item, str) for item in items) else None
-
-
-# ----------------------------------------------------------------- YAML files
-
-
-def from_yaml(value: Any, kind: Any) -> Any:
-    """The value of a key of a YAML file. Raises ValueError: what was got and is wanted."""
-    kinds = _members(kind)
+    `inside` has the kinds of what a dictionary holds, by key. Raises ValueError: what was got and
+    what is wanted.
+    """
+    kinds = members(kind)
     if kind is Any or (value is None and NoneType in kinds):
         return value
 
-    for member in kinds:
-        fits, converted = _fitting(value, member)
-        if fits:
-            return converted
+    # Text stays as it was given; a JSON list is a list where one is allowed.
+    if isinstance(value, str) and str in kinds:
+        return _texts(value) if list[str] in kinds else value
+    if value == "null" and NoneType in kinds:
+        return None
 
-    # A number in quotes, a path, a choice, names with commas: the same as on the command line.
-    if isinstance(value, str) and str not in kinds:
-        return from_word(value, kind)
-    hint = " (put it in quotes)" if str in kinds and not isinstance(value, list | dict) else ""
-    raise ValueError(f"got {_shown(value)}, want {want(kind)}{hint}")
+    main = kinds[0]
+    try:
+        plain = _PLAIN[get_origin(main) or main](value, main)
+    except ValueError:
+        texts = str in kinds and not isinstance(value, list | dict)
+        hint = " (put it in quotes)" if texts else ""
+        raise ValueError(f"got {_shown(value)}, want {want(kind)}{hint}") from None
 
-
-def _fitting(value: Any, kind: Any) -> tuple[bool, Any]:
-    """Whether a value is of the kind, and what it then is."""
-    match value, get_origin(kind) or kind:
-        case bool(), _ if kind is bool:
-            return True, value
-        case bool(), _ if {"on", "off"} & set(get_args(kind)):  # YAML 1.1 reads on as true
-            word = "on" if value else "off"
-            return word in get_args(kind), word
-        case bool(), _:
-            return False, None
-        case int(), _ if kind is int:
-            return True, value
-        case int() | float(), _ if kind is float:
-            return not math.isnan(value), float(value)
-        case str(), _ if kind is str:
-            return True, value
-        case list(), origin if origin is list:
-            return True, [from_yaml(item, get_args(kind)[0]) for item in value]
-        case dict(), origin if origin is dict:
-            return True, {str(key): _item(key, value[key], get_args(kind)[1]) for key in value}
-    return False, None
+    if isinstance(plain, list):
+        return [convert(item, get_args(main)[0]) for item in plain]
+    if isinstance(plain, dict):
+        return {str(key): _item(key, item, main, inside or {}) for key, item in plain.items()}
+    return plain
 
 
-def _item(key: Any, value: Any, kind: Any) -> Any:
+def _item(key: Any, value: Any, kind: Any, inside: Mapping[str, Any]) -> Any:
     """A value inside a dictionary; what is wrong with it is named by its key."""
     try:
-        return from_yaml(value, kind)
+        return convert(value, inside.get(str(key), get_args(kind)[1]))
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
+
+
+# ----------------------------------------------------------------- one kind each
+
+
+def _to_float(value: Any, _: Any) -> float:
+    number = float(str(value).replace(".inf", "inf"))
+    return number if not math.isnan(number) else _refuse()
+
+
+def _to_choice(value: Any, kind: Any) -> str:
+    word = ("off", "on")[value] if isinstance(value, bool) else value  # YAML 1.1 reads on as true
+    return word if word in get_args(kind) else _refuse()
+
+
+def _to_list(value: Any, _: Any) -> list[Any]:
+    if isinstance(value, str):
+        items = value.strip().removeprefix("[").removesuffix("]").split(",")
+        return [one for one in (item.strip().strip("'\"") for item in items) if one]
+    return value if isinstance(value, list) else _refuse()
+
+
+def _to_dict(value: Any, _: Any) -> dict[Any, Any]:
+    loaded = load_yaml(value) if isinstance(value, str) else value
+    return loaded if isinstance(loaded, dict) else _refuse()
+
+
+def _refuse() -> Any:
+    raise ValueError
+
+
+# A number written out has one reading only: neither true nor 2.5 is a whole number.
+_PLAIN: Final[dict[Any, Callable[[Any, Any], Any]]] = {
+    bool: lambda value, _: ("false", "true").index(str(value).lower()) == 1,
+    int: lambda value, _: int(str(value)),
+    float: _to_float,
+    str: lambda value, _: _refuse(),
+    Path: lambda value, _: Path(value) if value and isinstance(value, str) else _refuse(),
+    Literal: _to_choice,
+    list: _to_list,
+    dict: _to_dict,
+}
+
+
+def _texts(word: str) -> list[str] | str:
+    """The texts of a JSON list; the word itself if it is not one."""
+    try:
+        items = json.loads(word) if word.startswith("[") else word
+    except ValueError:
+        return word
+    return items if all(isinstance(item, str) for item in items) else word
 
 
 # ----------------------------------------------------------------- words for kinds
@@ -193,7 +153,7 @@ def _item(key: Any, value: Any, kind: Any) -> Any:
 
 def want(kind: Any) -> str:
     """What a setting of this kind takes, in words for a person."""
-    kinds = _members(kind)
+    kinds = members(kind)
     if list[str] in kinds:
         return "text, or a list of texts" if str in kinds else "names, separated by commas"
     main = kinds[0]
@@ -207,7 +167,7 @@ def want(kind: Any) -> str:
     return words.get(main, "text")
 
 
-def _members(kind: Any) -> tuple[Any, ...]:
+def members(kind: Any) -> tuple[Any, ...]:
     """The types of a union, or the type alone."""
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
