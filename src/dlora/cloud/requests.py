@@ -303,7 +303,7 @@ class RequestCheck:
         return dataclasses.replace(
             before,
             length=length,
-            mask_BT=self._joined_mask(before.mask_BT, new_mask_BT, batch, length, past),
+            mask_BT=_joined_mask(before.mask_BT, new_mask_BT, batch, length, past, self.device),
             position_ids_BT=position_ids_BT,
             rows_N=None if rows_N is not None and len(rows_N) == tokens else rows_N,
             keep_K=keep_K.to(self.device),
@@ -325,23 +325,20 @@ class RequestCheck:
         ids = torch.tensor(position_ids, dtype=torch.int64)
         return ids.view(batch, length).to(self.device)
 
-    def _joined_mask(
-        self,
-        cached_BP: Tensor | None,
-        new_BT: Tensor | None,
-        batch: int,
-        length: int,
-        past: int,
-    ) -> Tensor | None:
-        """[B, past + T]: the masks of cached and of new tokens; None where neither has any."""
-        new_BT = None if new_BT is None else new_BT.to(self.device)
-        if not past or (new_BT is None and cached_BP is None):
-            return new_BT
-        ones = torch.ones(batch, past + length, dtype=torch.int64, device=self.device)
-        return torch.cat(
-            [
-                ones[:, :past] if cached_BP is None else cached_BP,
-                ones[:, past:] if new_BT is None else new_BT,
-            ],
-            dim=1,
-        )
+
+def _joined_mask(
+    cached_BP: Tensor | None,
+    new_BT: Tensor | None,
+    batch: int,
+    length: int,
+    past: int,
+    device: torch.device,
+) -> Tensor | None:
+    """[B, past + T]: the masks of cached and of new tokens; None where neither has any."""
+    new_BT = None if new_BT is None else new_BT.to(device)
+    if not past or (new_BT is None and cached_BP is None):
+        return new_BT
+    ones = torch.ones(batch, past + length, dtype=torch.int64, device=device)
+    cached = ones[:, :past] if cached_BP is None else cached_BP
+    new = ones[:, past:] if new_BT is None else new_BT
+    return torch.cat([cached, new], dim=1)

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from dlora.edge.lora import active_names
 from dlora.edge.sites import ActiveSite
-from dlora.errors import WireError
+from dlora.errors import UsageError, WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.activations import activation_name
 from dlora.protocol.wire import content_hash, encode, factor_dtype
 
-__all__ = ["HostedAdapter", "KeptVersions"]
+__all__ = ["HostedAdapter", "KeptVersions", "check_hosted"]
 
 _FIELDS: Final = ("a", "b", "a_bias", "b_bias")
 _MOST_MISSES: Final = 3
@@ -248,3 +248,21 @@ def _trainable(layer: LoraLayer) -> list[nn.Parameter]:
         for parameter in modules[name].parameters()
         if parameter.requires_grad
     ]
+
+
+def check_hosted(wire: str, idle: str, *, measures: bool) -> None:
+    """Raises UsageError for what needs the cloud to ask at sites, on the hosted wire.
+
+    `idle` is what becomes of idle modules; `measures`: sizes of deltas are asked for.
+    """
+    if wire != "hosted":
+        return
+    if idle == "edge":
+        raise UsageError(
+            "idle=edge: on the hosted wire the edge computes no module: use idle=drop or cloud"
+        )
+    if measures:
+        raise UsageError(
+            "policy=output measures deltas, which the hosted wire leaves to the cloud: use "
+            "another policy, or wire=factored or plain"
+        )

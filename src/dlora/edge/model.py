@@ -10,7 +10,7 @@ One forward call, `model(input_ids=..., labels=...)`:
 1. A hook sees the labels before anything runs. It makes a `ForwardCall`, which notes where hidden
    states are wanted, and hands on the labels of those positions alone (`labels.py`).
 2. The architecture's own forward embeds the ids and calls the decoder, whose forward is
-   `_remote_forward`. That refuses arguments which would change the result unnoticed, and calls
+   `remote_forward`. That refuses arguments which would change the result unnoticed, and calls
    `SplitModel.run_decoder`.
 3. `run_decoder` settles which tokens travel and which hidden states come back (`ForwardCall.rows`).
    Where layers run here, the decoder's own forward runs, with the cloud in the middle
@@ -33,14 +33,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Unpack
+from typing import Any, Unpack
 
 import torch
 from peft import LoraConfig, PeftModelForCausalLM
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from dlora.edge.active_set import ActiveSet, Idle
 from dlora.edge.adapter_config import checked_config
@@ -48,7 +47,7 @@ from dlora.edge.bottleneck import BottleneckConfig, make_bottleneck, save_bottle
 from dlora.edge.cloud_layers import CloudLayers
 from dlora.edge.edge_layers import CloudBetween, EdgeDecoder
 from dlora.edge.forward_call import ForwardCall
-from dlora.edge.hosted import KeptVersions
+from dlora.edge.hosted import KeptVersions, check_hosted
 from dlora.edge.kv_cache import CloudCache, cache_for
 from dlora.edge.labels import head_request, spread, with_zero_row
 from dlora.edge.link import Link
@@ -56,6 +55,7 @@ from dlora.edge.meter import Meter
 from dlora.edge.micro_batch import SplitForward
 from dlora.edge.options import OPTION_NAMES, OptionArguments, SplitOptions
 from dlora.edge.passes import PassInput, fill_padding, is_right_padded
+from dlora.edge.remote_forward import remote_forward
 from dlora.edge.responder import Wait
 from dlora.edge.sites import ActiveSite, match_sites, names_of
 from dlora.edge.skeleton import decoder_of
@@ -65,11 +65,6 @@ from dlora.protocol.layers import EdgeLayers, KnownCloud
 from dlora.protocol.wire import WIRE_DTYPES
 
 __all__ = ["SplitModel", "check_wire_dtype"]
-
-# Arguments of a decoder's forward that change nothing here, or are honoured before it is called.
-_HARMLESS_ARGUMENTS: Final = frozenset(
-    "return_dict num_items_in_batch logits_to_keep cache_position fused_lm_head tokenizer".split()
-)
 
 
 class SplitModel(PeftModelForCausalLM):
@@ -93,9 +88,8 @@ class SplitModel(PeftModelForCausalLM):
 
         self.active_set = ActiveSet(())
         self._kept_versions = KeptVersions()
-        self._edge_decoder = EdgeDecoder(
-            base, edge_layers, link.description, lambda: self._call.runner
-        )
+        description = link.description
+        self._edge_decoder = EdgeDecoder(base, edge_layers, description, lambda: self._call.runner)
         self._match_sites()
 
         self.meter = Meter()
@@ -107,13 +101,11 @@ class SplitModel(PeftModelForCausalLM):
         self.output_squares: dict[tuple[int, int], float] | None = None
         """If not None: sums of squared deltas by (site, module), over finished micro-batches."""
 
-        decoder_class = type(decoder_of(base))
-        self.accepts_position_ids = (
-            "position_ids" in inspect.signature(decoder_class.forward).parameters
-        )
+        arguments = inspect.signature(type(decoder_of(base)).forward).parameters
+        self.accepts_position_ids = "position_ids" in arguments
         self._signature = inspect.signature(self.forward)
         self._call = ForwardCall()
-        decoder_of(base).forward = types.MethodType(_remote_forward, self)
+        decoder_of(base).forward = types.MethodType(remote_forward, self)
         # generate() calls the base model and not this one; peft may call the base model's forward
         # and not the model. So hook both.
         self.register_forward_pre_hook(SplitModel._note_request, with_kwargs=True)
@@ -223,7 +215,8 @@ class SplitModel(PeftModelForCausalLM):
 
     def _through_cloud(self, new: PassInput, cache: CloudCache | None) -> Tensor:
         """Run the cloud's layers over new tokens; return the kept hidden states, float32 [K, D]."""
-        self._check_hosted(self.active_set.idle)
+        measures = self.output_squares is not None
+        check_hosted(self.options.wire, self.active_set.idle, measures=measures)
         sites, parameters, wants_input_grad = self.active_set.exchanged(), [], False
         if torch.is_grad_enabled():
             parameters = [parameter for site in sites for parameter in site.parameters]
@@ -257,7 +250,7 @@ class SplitModel(PeftModelForCausalLM):
         if not training:
             return micro_batch.forward()
         if micro_batch.begin.probe:
-            micro_batch.on_probe = self._note_probe
+            micro_batch.on_probe = partial(_note_probe, self.link.description, self.probe_norms)
         if self.output_squares is not None:
             micro_batch.output_squares = {}
             micro_batch.on_outputs = partial(_add_squares, self.output_squares)
@@ -270,24 +263,6 @@ class SplitModel(PeftModelForCausalLM):
         """Send the hosted wire's adapter whole the next time, as after an optimizer step."""
         self._kept_versions = KeptVersions()
 
-    def _check_hosted(self, idle: Idle) -> None:
-        """Raises UsageError for what needs the cloud to ask at sites, on the hosted wire."""
-        if self.options.wire != "hosted":
-            return
-        if idle == "edge":
-            raise UsageError(
-                "idle=edge: on the hosted wire the edge computes no module: use idle=drop or cloud"
-            )
-        if self.output_squares is not None:
-            raise UsageError(
-                "policy=output measures deltas, which the hosted wire leaves to the cloud: use "
-                "another policy, or wire=factored or plain"
-            )
-
-    def _note_probe(self, entries: Sequence[pb.ActiveSite], norms: Sequence[float]) -> None:
-        names = names_of(self.link.description, entries)
-        self.probe_norms.append(dict(zip(names, norms, strict=True)))
-
     def last_hidden(self, exit_ND: Tensor) -> Tensor:
         """What the decoder makes of rows that leave the cloud, [N, D], each by itself.
 
@@ -295,9 +270,7 @@ class SplitModel(PeftModelForCausalLM):
         UsageError where last layers run here: they look at more than one row.
         """
         if self.edge_layers.last:
-            raise UsageError(
-                "last_hidden: the last layers run here, and look at all tokens of a sequence"
-            )
+            raise UsageError("last_hidden: last layers run here, and look at all of a sequence")
         if not self.edge_layers:
             return exit_ND
         no_layer_here = EdgeLayers(count=self.edge_layers.count)
@@ -346,7 +319,7 @@ class SplitModel(PeftModelForCausalLM):
             raise UsageError(
                 "idle=cloud: the cloud applies products of two matrices, and no bottleneck adapters"
             )
-        self._check_hosted(idle)
+        check_hosted(self.options.wire, idle, measures=self.output_squares is not None)
         self.active_set.choose(modules, idle)
 
     @contextmanager
@@ -408,6 +381,15 @@ def check_wire_dtype(link: Link, wire_dtype: str) -> None:
         )
 
 
+def _note_probe(
+    description: pb.Description,
+    all_norms: list[dict[str, float]],
+    entries: Sequence[pb.ActiveSite],
+    norms: Sequence[float],
+) -> None:
+    all_norms.append(dict(zip(names_of(description, entries), norms, strict=True)))
+
+
 def _add_squares(
     sums: dict[tuple[int, int], float], squares: Mapping[tuple[int, int], float]
 ) -> None:
@@ -421,42 +403,3 @@ def _head_flops(head: Any, rows: int, training: bool) -> int:
         return 0
     vocab, width = head.weight.shape
     return 2 * rows * int(vocab) * int(width) * (2 if training else 1)
-
-
-def _remote_forward(
-    model: SplitModel,
-    input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    past_key_values: Any = None,
-    inputs_embeds: Tensor | None = None,
-    use_cache: bool | None = None,
-    **others: Any,
-) -> BaseModelOutputWithPastAndCrossAttentions:
-    """Stands in for the decoder's forward.
-
-    Raises UsageError, by name, for what would change the result unnoticed.
-    """
-    if past_key_values is None and use_cache:
-        past_key_values = CloudCache()
-    if past_key_values is not None and not isinstance(past_key_values, CloudCache):
-        raise UsageError(
-            f"past_key_values: got a {type(past_key_values).__name__}, want a dlora.CloudCache: "
-            "keys and values stay in the cloud"
-        )
-    for name, value in others.items():
-        if name not in _HARMLESS_ARGUMENTS and value is not None and value is not False:
-            raise UsageError(f"argument {name} is not supported by a split model")
-    if attention_mask is not None and (
-        not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2
-    ):
-        raise UsageError("attention_mask: want a [batch, length] tensor of 0 and 1")
-
-    if inputs_embeds is None:
-        if input_ids is None:
-            raise UsageError("got neither input_ids nor inputs_embeds")
-        inputs_embeds = model.get_input_embeddings()(input_ids.view(-1, input_ids.shape[-1]))
-    hidden = model.run_decoder(inputs_embeds, attention_mask, position_ids, past_key_values)
-    return BaseModelOutputWithPastAndCrossAttentions(
-        last_hidden_state=hidden, past_key_values=past_key_values
-    )
