@@ -187,7 +187,7 @@ def test_forgotten_modules_are_put_again(
 def test_too_small_a_store_is_said(tmp_path: Path) -> None:
     """Where the cloud cannot hold all idle modules at once the edge stops with the reason."""
     from conftest import make_base
-    from dlora.cloud.adapter_store import MODULE_BYTES
+    from dlora.cloud.frozen_store import MODULE_BYTES
 
     one = MODULE_BYTES + 4 * 4 * (64 + 64)
     cloud = CloudModel(make_base("llama"), model_id="x/y", limits=Limits(max_adapter_bytes=2 * one))

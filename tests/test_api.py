@@ -227,7 +227,7 @@ def test_streamed_failure_says_why(
     def nobody() -> Any:
         raise PeerLost('"nobody" there')
 
-    monkeypatch.setattr(split, "retry", dlora.RetryPolicy(give_up_after_s=0.0))
+    split.set_options(retry=dlora.RetryPolicy(give_up_after_s=0.0))
     monkeypatch.setattr(split.link, "open", nobody)
     app = build_app(split, tokenizer, name="mine")
     with (

@@ -32,7 +32,7 @@ from dlora.edge.grpc_link import Access, GrpcLink
 from dlora.errors import PeerError, UsageError
 from dlora.files import read_secret
 from dlora.proto import dlora_pb2 as pb
-from dlora.protocol.channel import channel_options
+from dlora.protocol.channel import PROTOCOL_VERSION, channel_options
 from dlora.protocol.wire import encode
 from dlora.server import keys
 from dlora.server.frames import Awaited, check_message, rules_of
@@ -148,7 +148,7 @@ def resident_mib() -> float:
 def begin(server: Server, **changes: Any) -> pb.Begin:
     """A training step of one row of two tokens at the first site."""
     fields: dict[str, Any] = {
-        "protocol_version": 1,
+        "protocol_version": PROTOCOL_VERSION,
         "fingerprint": server.description.fingerprint,
         "wire_dtype": pb.FP32,
         "training": True,
@@ -425,7 +425,7 @@ def test_frames_nobody_asked_for_stay_with_the_peer(secured: Server, alice: Peer
     """
     junk = _field(2, _field(2, _field(4, b"\x00" * 3 * MIB)))
     slot, slots = object(), secured._service.slots
-    assert slots.acquire("local", 1.0, slot, 1.0, lambda: False)
+    assert slots.acquire("alice", 1.0, slot, 1.0, lambda: False)
     before = resident_mib()
     call = alice.call("Step", first(secured), *[junk] * 4)
     wait_until(lambda: secured.tenancy.inflight_bytes > 0)
@@ -449,7 +449,7 @@ def test_memory_of_frames_counts(folder: Path, tokens: dict[str, str]) -> None:
     identities = Identities(folder / "identities.json")
     with Server(cloud, identities=identities, options=NO_DRAIN) as server:
         slot = object()
-        assert server._service.slots.acquire("local", 1.0, slot, 1.0, lambda: False)
+        assert server._service.slots.acquire("alice", 1.0, slot, 1.0, lambda: False)
         peer = Peer(server, tokens["alice"])
         rows = 10 * 256
         message = first(

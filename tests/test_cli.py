@@ -151,7 +151,7 @@ WRONG_FILES = [
     ("batch_size:", "batch_size: got nothing, want a whole number"),
     ("batch_size: true", "batch_size: got true, want a whole number"),
     ("kr: maybe", "kr: got 'maybe', want off, on or paper"),
-    ("wire: on", "wire: got true, want plain or factored"),
+    ("wire: on", "wire: got true, want plain, factored or hosted"),
     ("data: 5", "data: got 5, want text (put it in quotes)"),
     ("output: [a]", "output: got ['a'], want a path"),
     ("resume: 1", "resume: got 1, want true or false"),

@@ -72,11 +72,9 @@ class EdgeSettings(AccessSettings):
     """Address of `dlora serve`, as host:port. Several servers of the same model are separated by
     commas: where one is lost the next is taken."""
     wire: Wire = SplitOptions.wire
-    """How deltas travel. plain: as they are. factored: in training as two exact factors, several
-    times fewer bytes; the cloud then sees the factor B of every module, which it could solve for on
-    the plain wire too. hosted: not at all. The adapter's active modules go with each micro-batch or
-    answer, and the cloud computes with them: two round trips a micro-batch and one a token, and few
-    bytes. It then sees A and B: that needs upload_consent."""
+    """How deltas travel. factored: in training as two exact factors, several times fewer bytes; the
+    cloud then sees the factor B. hosted: not at all; the cloud gets the active modules and computes
+    them, in two round trips a micro-batch. It sees the adapter: that needs upload_consent."""
     wire_dtype: Literal["fp32", "fp16", "bf16", "int8", "int4"] = "fp16"
     """How tensors travel. fp32 is exact. fp16 and bf16 halve the traffic. int8 (a scale for each
     token) halves it again, and int4 (a scale for 32 values) almost once more; both add noise."""
