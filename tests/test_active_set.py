@@ -187,6 +187,7 @@ def test_forgotten_modules_are_put_again(
 def test_too_small_a_store_is_said(tmp_path: Path) -> None:
     """Where the cloud cannot hold all idle modules at once the edge stops with the reason."""
     from conftest import make_base
+
     from dlora.cloud.frozen_store import MODULE_BYTES
 
     one = MODULE_BYTES + 4 * 4 * (64 + 64)
