@@ -11,8 +11,8 @@ finished run goes to benchmarks/results/kr.jsonl; runs that are there are not re
 these commands may run at once, one for each core. Both halves run in one process, which changes no
 byte that is counted; the base is bf16, adapters and loss fp32, the wire fp16. Stages: `tune` picks
 each arm's learning rate and sweeps variants on rows held back from training; `final` runs the arms
-that are compared, on the eval rows, with three seeds, at the learning rate that tuned best; `task`
-looks for commonsense tasks on which FT learns, and compares there. The margin of a PASS was fixed
+that are compared, on the eval rows, with three seeds, at the learning rate that tuned best; `length`
+trains for two epochs with an evaluation every 125 steps; `task` looks for commonsense tasks on which FT learns, and compares there. The margin of a PASS was fixed
 before any final run.
 """
 
@@ -36,6 +36,7 @@ RESULT = HERE / "results" / "kr.jsonl"
 MARGIN = 0.02  # points of accuracy that an arm may lose against FT and still PASS
 SEEDS = (0, 1, 2)
 STEPS, BATCH_SIZE, TUNE_ROWS = 150, 16, 800
+LENGTH_STEPS, CURVE_STEPS, CURVE_ROWS = 1250, 125, 300  # two epochs of Banking77, and its curve
 TASK_BATCH_SIZE, TASK_ROWS = 8, 400  # commonsense rows are longer
 
 QKV = ["q_proj", "k_proj", "v_proj"]
@@ -171,6 +172,14 @@ TRIED = (  # variants that got no sweep: (arm, learning rates)
         ("sensitivity once", 6e-3),
     ),
 )
+# Two epochs: (arm, learning rates), first those that are best at 150 steps, then lower ones.
+LENGTH = (
+    *(("spread gate,up", 8e-3), ("FT", 8e-3), ("spread v", 2.4e-2), ("KR", 1.2e-2)),
+    *(("spread", 1.2e-2), ("FT gate,up", 8e-3), ("KR gate,up cover", 8e-3), ("last", 6e-3)),
+    *(("random", 1.2e-2), ("KR paper", 1.2e-2), ("KR gate,up", 1.6e-2)),
+    *(("FT", 4e-3), ("spread gate,up", 4e-3), ("spread v", 1.2e-2), ("KR", 6e-3)),
+    *(("FT", 2e-3), ("spread gate,up", 2e-3), ("spread", 6e-3), ("FT gate,up", 4e-3)),
+)
 TASKS = ("arc_easy", "openbookqa", "social_iqa", "boolq")
 
 
@@ -199,6 +208,14 @@ def specs(done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 "learning_rate": rate,
                 "seed": seed,
             }
+    for arm, rate in LENGTH:
+        yield {
+            "stage": "length",
+            "task": "banking77",
+            "arm": arm,
+            "learning_rate": rate,
+            "seed": 0,
+        }
     for task, rate in (*((task, MANY[0]) for task in TASKS), (TASKS[0], MANY[2])):
         yield {"stage": "task", "task": task, "arm": "FT", "learning_rate": rate, "seed": 0}
 
@@ -342,6 +359,7 @@ def one(spec: dict[str, Any], link: Any, tokenizer: Any, data: Path) -> dict[str
         held = read(data, spec["task"], "eval")
         if spec["task"] != "banking77":
             held = held[:TASK_ROWS]
+    steps = LENGTH_STEPS if spec["stage"] == "length" else STEPS
     size = BATCH_SIZE if spec["task"] == "banking77" else TASK_BATCH_SIZE
     torch.manual_seed(spec["seed"])
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
@@ -358,17 +376,21 @@ def one(spec: dict[str, Any], link: Any, tokenizer: Any, data: Path) -> dict[str
         if share := options.pop("share_of_ft", None):
             options["budget"] = budget(model, share)
         reviver = KillAndRevive(
-            model, from_options(preset, options | {"seed": spec["seed"]}), STEPS
+            model, from_options(preset, options | {"seed": spec["seed"]}), steps
         )
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=spec["learning_rate"],
         weight_decay=0.0,
     )
-    rate = get_linear_schedule_with_warmup(optimizer, round(0.05 * STEPS), STEPS)
+    rate = get_linear_schedule_with_warmup(optimizer, round(0.05 * steps), steps)
+    curve: list[dict[str, Any]] = []
     before, start, losses = model.meter.copy(), time.monotonic(), []
-    for step, batch in enumerate(batches(rows, tokenizer, STEPS, size, spec["seed"])):
+    for step, batch in enumerate(batches(rows, tokenizer, steps, size, spec["seed"])):
         losses.append(take_step(model, batch, step, optimizer, rate, reviver))
+        if spec["stage"] == "length" and (step + 1) % CURVE_STEPS == 0:
+            curve.append(point(model, tokenizer, held[:CURVE_ROWS], step + 1, before))
+            print(f"  {curve[-1]}", flush=True)
     seconds, cost = time.monotonic() - start, model.meter - before
     return (
         spec
@@ -376,7 +398,7 @@ def one(spec: dict[str, Any], link: Any, tokenizer: Any, data: Path) -> dict[str
         | {f"base_{name}": base[name] for name in ("accuracy", "eval_loss") if base}
         | {
             "train_loss": statistics.fmean(losses[-10:]),
-            "losses": [round(statistics.fmean(losses[i : i + 10]), 4) for i in range(0, STEPS, 10)],
+            "losses": [round(statistics.fmean(losses[i : i + 10]), 4) for i in range(0, steps, 10)],
             "bytes": cost.sent_bytes + cost.received_bytes,
             "adapter_flops": cost.adapter_flops,
             "cloud_flops": cost.cloud_forward_flops + cost.cloud_backward_flops,
@@ -385,14 +407,32 @@ def one(spec: dict[str, Any], link: Any, tokenizer: Any, data: Path) -> dict[str
             "seconds": round(seconds, 1),
             "configuration": {"targets": targets, "r": rank, "wire": wire, "options": options}
             | {
-                "steps": STEPS,
+                "steps": steps,
                 "batch_size": size,
                 "base_dtype": "bf16",
                 "attention": link.cloud.model.config._attn_implementation,
             },
             **provenance(),
         }
+        | ({"curve": curve} if curve else {})
     )
+
+
+def point(
+    model: Any, tokenizer: Any, rows: list[dict[str, Any]], step: int, before: Any
+) -> dict[str, Any]:
+    """One point of a run's curve; what its evaluation costs is not the run's."""
+    cost, meter = model.meter - before, model.meter
+    model.meter = type(meter)()
+    scores = measure(model, tokenizer, rows)
+    model.meter = meter
+    model.train()
+    return {
+        "step": step,
+        "bytes": cost.sent_bytes + cost.received_bytes,
+        "accuracy": round(scores["accuracy"], 4),
+        "eval_loss": round(scores["eval_loss"], 4),
+    }
 
 
 def take_step(
