@@ -11,9 +11,9 @@ finished run goes to benchmarks/results/kr.jsonl; runs that are there are not re
 these commands may run at once, one for each core. Both halves run in one process, which changes no
 byte that is counted; the base is bf16, adapters and loss fp32, the wire fp16. Stages: `tune` picks
 each arm's learning rate and sweeps variants on rows held back from training; `final` runs the arms
-that are compared, on the eval rows, with three seeds, at the learning rate that tuned best; `length`
-trains for two epochs with an evaluation every 125 steps; `task` looks for commonsense tasks on which FT learns, and compares there. The margin of a PASS was fixed
-before any final run.
+that are compared, on the eval rows, with three seeds, at the learning rate that tuned best;
+`length` trains for two epochs with an evaluation every 125 steps; `task` looks for commonsense
+tasks on which FT learns, and compares there. The margin of a PASS was fixed before any final run.
 """
 
 from __future__ import annotations
