@@ -53,6 +53,7 @@ def test_wire_document_states_the_protocol_version() -> None:
         ("plan", "benchmarks"),
         ("quantized", "benchmarks"),
         ("privacy", "privacy"),
+        ("attacks", "security"),
         ("kr", "kill-and-revive"),
     ],
 )
