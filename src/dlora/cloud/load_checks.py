@@ -12,6 +12,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -25,7 +26,7 @@ from dlora.cloud.pass_request import PassRequest
 from dlora.cloud.zero_edge import probe_request, run_with_zeros, sample_ids
 from dlora.errors import ModelError
 from dlora.proto import dlora_pb2 as pb
-from dlora.protocol.layers import EdgeLayers, KnownCloud, first_output
+from dlora.protocol.layers import CloudBetween, EdgeLayers, first_output
 from dlora.protocol.sites import Site
 from dlora.protocol.wire import encode
 
@@ -129,7 +130,8 @@ def check_layers(
 
         edge = run_with_zeros(model, _between(request, edge_layers, entry_BTD), layers.width)
         got = edge.decoded_hidden().to(exit_BTD)
-        with layers.run_by(KnownCloud(edge_layers, exit_BTD)):
+        known = CloudBetween(edge_layers, partial(_known, exit_BTD))
+        with layers.run_by(known):
             got_whole_BTD = _decode_all(model, ids_BT)
 
         for half, values, want in (
@@ -246,6 +248,11 @@ def measure_cache(model: PreTrainedModel, ids_BT: Tensor) -> int:
         layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized
     )
     return cached_bytes // ids_BT.numel()
+
+
+def _known(exit_BTD: Tensor, hidden_BTD: Tensor) -> Tensor:
+    """What leaves the cloud's layers, whatever enters them."""
+    return exit_BTD
 
 
 def _decode_all(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:

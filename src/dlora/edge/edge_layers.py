@@ -29,26 +29,7 @@ from dlora.formulas import attention_flops, backward_flops, forward_flops
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.layers import EdgeLayers, LayerRunner, find_layers, layer_of, wrap_layers
 
-__all__ = ["CloudBetween", "EdgeDecoder"]
-
-
-class CloudBetween:
-    """A `LayerRunner`: edge layers run, and the cloud runs all others in one call."""
-
-    def __init__(self, edge_layers: EdgeLayers, cloud: Callable[[Tensor], Tensor]) -> None:
-        self.edge_layers, self.cloud = edge_layers, cloud
-
-    def run_layer(
-        self,
-        index: int,
-        hidden_BTD: Tensor,
-        run: Callable[[Tensor], Any],
-        skip: Callable[[Tensor], Any],
-    ) -> Any:
-        """Run an edge layer; at the first of the others go through the cloud."""
-        if not self.edge_layers.in_cloud(index):
-            return run(hidden_BTD)
-        return skip(self.cloud(hidden_BTD) if index == self.edge_layers.first else hidden_BTD)
+__all__ = ["EdgeDecoder"]
 
 
 class EdgeDecoder:

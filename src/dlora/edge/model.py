@@ -45,7 +45,7 @@ from dlora.edge.active_set import ActiveSet, Idle
 from dlora.edge.adapter_config import checked_config
 from dlora.edge.bottleneck import BottleneckConfig, make_bottleneck, save_bottleneck
 from dlora.edge.cloud_layers import CloudLayers
-from dlora.edge.edge_layers import CloudBetween, EdgeDecoder
+from dlora.edge.edge_layers import EdgeDecoder
 from dlora.edge.forward_call import ForwardCall
 from dlora.edge.hosted import KeptVersions, check_hosted
 from dlora.edge.kv_cache import CloudCache, cache_for
@@ -61,7 +61,7 @@ from dlora.edge.sites import ActiveSite, match_sites, names_of
 from dlora.edge.skeleton import decoder_of
 from dlora.errors import UsageError
 from dlora.proto import dlora_pb2 as pb
-from dlora.protocol.layers import EdgeLayers, KnownCloud
+from dlora.protocol.layers import CloudBetween, EdgeLayers
 from dlora.protocol.wire import WIRE_DTYPES
 
 __all__ = ["SplitModel", "check_wire_dtype"]
@@ -273,8 +273,8 @@ class SplitModel(PeftModelForCausalLM):
             raise UsageError("last_hidden: last layers run here, and look at all of a sequence")
         if not self.edge_layers:
             return exit_ND
-        no_layer_here = EdgeLayers(count=self.edge_layers.count)
-        self._call = ForwardCall(layers=KnownCloud(no_layer_here, exit_ND[:, None].float()))
+        known, no_layer_here = exit_ND[:, None].float(), EdgeLayers(count=self.edge_layers.count)
+        self._call = ForwardCall(layers=CloudBetween(no_layer_here, lambda _: known))
         try:
             return self._edge_decoder.finish(len(exit_ND))
         finally:

@@ -20,8 +20,8 @@ from transformers import Cache
 from dlora.errors import ModelError
 
 __all__ = [
+    "CloudBetween",
     "EdgeLayers",
-    "KnownCloud",
     "LayerRunner",
     "find_layers",
     "first_output",
@@ -142,11 +142,11 @@ def _check_output(fits: bool, index: int, in_tuple: bool) -> None:
         )
 
 
-class KnownCloud:
-    """A `LayerRunner`: edge layers run, and what comes out of the cloud's is known, [B, T, D]."""
+class CloudBetween:
+    """A `LayerRunner`: edge layers run; `cloud` stands for all others, [B, T, D] -> [B, T, D]."""
 
-    def __init__(self, edge_layers: EdgeLayers, exit_BTD: Tensor) -> None:
-        self.edge_layers, self.exit_BTD = edge_layers, exit_BTD
+    def __init__(self, edge_layers: EdgeLayers, cloud: Callable[[Tensor], Tensor]) -> None:
+        self.edge_layers, self.cloud = edge_layers, cloud
 
     def run_layer(
         self,
@@ -155,10 +155,10 @@ class KnownCloud:
         run: Callable[[Tensor], Any],
         skip: Callable[[Tensor], Any],
     ) -> Any:
-        """Run an edge layer; at the cloud's first hand on what is known, at others what comes."""
+        """Run an edge layer; at the first of the others go through the cloud."""
         if not self.edge_layers.in_cloud(index):
             return run(hidden_BTD)
-        return skip(self.exit_BTD if index == self.edge_layers.first else hidden_BTD)
+        return skip(self.cloud(hidden_BTD) if index == self.edge_layers.first else hidden_BTD)
 
 
 def without_dropout(values: dict[str, Any]) -> dict[str, Any]:
