@@ -4,7 +4,8 @@
     python benchmarks/soak.py table
 
 Three edges at a time, threads of this process, beside a `dlora serve` process with a tiny Llama.
-Each connects, trains some steps or answers a prompt, and leaves; then the next comes. After a third
+Each connects, trains some steps or answers a prompt, and leaves; then, after a pause, the next
+comes. After a third
 of the time the server is told to stop, and another is started on its port. Every edge with the same
 seed has to end with the same bits. Memory, threads and descriptors of both processes are read all
 the time. Growth is that of their median from the second quarter of a process's time to its last.
@@ -40,6 +41,7 @@ from dlora.edge.link import RetryPolicy
 
 RESULT = Path(__file__).parent / "results" / "soak.json"
 EDGES, SEEDS, STEPS = 3, 4, 5
+PAUSE_S = 3.0  # at most, before the next edge comes
 SAMPLE_S = 2.0
 COUNTED = ("adapters", "answers", "failed", "retries")
 MEASURES = ("memory_mib", "threads", "descriptors")
@@ -99,6 +101,7 @@ class Edges:
     def _slot(self, number: int) -> None:
         lots = random.Random(number)
         while not self.ending.is_set():
+            self.ending.wait(lots.uniform(0, PAUSE_S))
             answers, seed = lots.random() < 0.25, lots.randrange(SEEDS)
             try:
                 digest, retries = self._edge(seed, answers)

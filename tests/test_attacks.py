@@ -4,6 +4,7 @@ requests.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -39,6 +40,7 @@ from dlora.server.frames import Awaited, check_message, rules_of
 from dlora.server.identities import Identities, TenantLimits
 from dlora.server.metrics import serve_metrics
 from dlora.server.server import Server, ServerOptions
+from dlora.server.sparse_log import SparseLog
 from dlora.server.tenants import Busy, Tenancy
 
 TIMEOUT_S = 1.0  # of the server for its edges
@@ -198,7 +200,7 @@ def test_a_stranger_costs_no_memory_and_is_heard_by_nobody(
     assert {text for _, text in seen} == {"no valid token or client certificate"}
     assert resident_mib() - before < 40  # what this peer itself holds of its bombs
     assert secured.tenancy.failed_logins >= len(seen)
-    assert caplog.text.count("calls of nobody known") == 1
+    assert caplog.text.count("call of nobody known") == 1
 
 
 def test_health_answers_without_reading(secured: Server, stranger: Peer) -> None:
@@ -216,6 +218,23 @@ def test_compressed_messages_are_refused(secured: Server, alice: Peer) -> None:
     call = alice.call("PutAdapter", b"\x00" * 64 * MIB, compression=grpc.Compression.Gzip)
     assert status(call)[0] in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INTERNAL)
     assert resident_mib() - before < 100  # the 64 MiB themselves are this peer's
+
+
+def test_a_flood_of_calls_is_no_flood_of_lines(caplog: pytest.LogCaptureFixture) -> None:
+    """Of each kind of refusal a few lines a minute are logged, and then how many were not."""
+    now = 0.0
+    lines = SparseLog(logging.getLogger("dlora.test"), logging.WARNING, 2, clock=lambda: now)
+    for number in range(500):
+        lines.note("Step", f"Step {number}")
+    lines.note("Describe", "Describe 0")
+    now = 61.0
+    lines.note("Step", "Step 500")
+    assert caplog.messages == [
+        "Step 0",
+        "Step 1",
+        "Describe 0",
+        "Step 500 (and 498 more that are not shown)",
+    ]
 
 
 # ----------------------------------------------------------------- tenants: what is in a message

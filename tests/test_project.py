@@ -43,6 +43,31 @@ def test_wire_document_states_the_protocol_version() -> None:
     assert f"version {PROTOCOL_VERSION}" in text
 
 
+def test_the_threat_model_names_tests_that_exist() -> None:
+    """Every test that docs/security.md leans on is there, by its whole name or its beginning."""
+    text = (ROOT / "docs/security.md").read_text()
+    named = set(re.findall(r"`(test_[a-z0-9_]+(?:\.py|\.\.\.)?)`", text))
+    files = list((ROOT / "tests").glob("test_*.py"))
+    tests = {one for file in files for one in re.findall(r"def (test_\w+)", file.read_text())}
+    there = tests | {file.name for file in files}
+    assert len(named) > 40
+    for name in named:
+        start = name.removesuffix("...")
+        assert name in there or (start != name and any(one.startswith(start) for one in tests)), (
+            name
+        )
+
+
+def test_every_promise_of_the_threat_model_names_its_evidence() -> None:
+    """No row of the table of who can do what, and no point below it, stands on a word alone."""
+    text = (ROOT / "docs/security.md").read_text()
+    head, _, rest = text.partition("## How it is done")
+    points = re.split(r"\n(?=[-#|])", rest.partition("## One tenant")[0])
+    rows = [line for line in head.splitlines() if line.startswith("| ") and "---" not in line]
+    for promise in [*rows[1:], *(point for point in points if point.startswith("- "))]:
+        assert re.search(r"`test_|`benchmarks/|not tested", promise), promise
+
+
 @pytest.mark.parametrize(
     ("name", "document"),
     [

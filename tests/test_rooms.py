@@ -196,6 +196,18 @@ def test_only_the_command_line_prints_or_sets_up_logging() -> None:
             )
 
 
+def test_nothing_unpickles() -> None:
+    """No line of the source can turn bytes into objects of any kind, or text into code."""
+    for file in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+                assert not names & {"pickle", "marshal", "shelve", "dill", "joblib"}, file
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in {"torch.load", "np.load", "eval", "exec", "compile"}, file
+
+
 @pytest.mark.parametrize(
     "action",
     [

@@ -14,13 +14,15 @@ from typing import Any
 import grpc
 import pytest
 import torch
-from conftest import NO_DRAIN, adapter, batches, lora, make_split
+from conftest import NO_DRAIN, adapter, batches, lora, make_base, make_split
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from safetensors.torch import load_file
 
 import dlora
 from dlora.cli.main import main
 from dlora.cloud.model import CloudModel
 from dlora.edge.grpc_link import Access
+from dlora.embedded import InProcessLink
 from dlora.errors import AdapterMissing, PeerError, PeerLost, UsageError
 from dlora.proto import dlora_pb2 as pb
 from dlora.proto import dlora_pb2_grpc as rpc
@@ -649,3 +651,51 @@ def test_credential_of_another_tenant_is_not_valid(folder: Path) -> None:
     assert identities.is_valid(Credential("alice", name)) and not identities.is_valid(
         Credential("bob", name)
     )
+
+
+# ----------------------------------------------------------------- what stays on each side
+
+
+def test_token_ids_and_labels_stay_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all tokens have the same embedding, a first frame is the same for every text and every
+    label: but for embeddings, lengths and supervised positions nothing of them travels.
+    """
+    cloud, begins = CloudModel(make_base("llama"), model_id="llama"), []
+    check = cloud.check
+
+    def noted(begin: pb.Begin, *args: Any) -> Any:
+        begins.append(begin.SerializeToString(deterministic=True))
+        return check(begin, *args)
+
+    monkeypatch.setattr(cloud, "check", noted)
+    link = InProcessLink(cloud)
+    model = make_split(link, lora())
+    (batch,) = batches()
+    other_text = {**batch, "input_ids": 304 - batch["input_ids"]}
+    other_labels = {**batch, "labels": (304 - batch["labels"]).where(batch["labels"] > 0, -100)}
+    model(**batch)
+    model(**other_text)
+    assert begins[0] != begins[1], "the embeddings differ, and so does the frame"
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(0.5)
+    for one in (batch, other_text, other_labels):
+        model(**one)
+    assert len(set(begins[2:])) == 1
+    link.close()
+
+
+def test_edges_get_no_weight_of_the_decoder(
+    cloud_models: Callable[[str], CloudModel], tmp_path: Path
+) -> None:
+    """Of all weights an edge may fetch the embedding, the head and what stands between: no weight
+    of a layer is among its files.
+    """
+    with Server(cloud_models("llama"), options=NO_DRAIN) as server:
+        link = dlora.connect(server.address, cache=tmp_path)
+        tensors = load_file(link.edge_files() / "edge.safetensors")
+        link.close()
+    layers = cloud_models("llama").model.get_decoder().layers
+    theirs = {(tuple(weight.shape), weight.sum().item()) for weight in layers.parameters()}
+    for name, tensor in tensors.items():
+        assert ".layers." not in name
+        assert (tuple(tensor.shape), tensor.sum().item()) not in theirs, name

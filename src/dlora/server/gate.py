@@ -8,7 +8,6 @@ Strangers get health alone, and that is answered without reading what they ask.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
@@ -18,6 +17,7 @@ from grpc_health.v1 import health_pb2
 from dlora.protocol.channel import TOKEN_KEY, TOKEN_PREFIX, channel_options
 from dlora.server.calls import Call
 from dlora.server.identities import LOCAL, Credential, Identities
+from dlora.server.sparse_log import SparseLog
 
 __all__ = ["SERVICE_NAME", "Gate", "server_options"]
 
@@ -25,8 +25,6 @@ log = logging.getLogger(__name__)
 
 SERVICE_NAME: Final = "dlora.v1.DLoRA"
 _HEALTH: Final = "/grpc.health.v1.Health/Check"
-# A flood of wrong tokens must not become a flood of lines.
-_LOG_EVERY_S: Final = 60.0
 _MS: Final = 1000
 
 
@@ -64,7 +62,7 @@ class Gate(grpc.GenericRpcHandler):
         self._handlers = {f"/{SERVICE_NAME}/{name}": run for name, run in handlers.items()}
         self._identities, self._timeout_s = identities, timeout_s
         self._is_ready, self._on_stranger = is_ready, on_stranger
-        self._unlogged, self._logged_at = 0, -_LOG_EVERY_S
+        self._strangers = SparseLog(log, logging.WARNING)
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         """Any call, known or not, as a stream of bytes in both directions."""
@@ -103,19 +101,13 @@ class Gate(grpc.GenericRpcHandler):
         certificates = context.auth_context().get("x509_pem_cert") or [None]
         credential = self._identities.authenticate(token, certificates[0])
         if credential is None:
-            self._note_stranger(context.peer())
+            self._on_stranger()
+            self._strangers.note(
+                "stranger", f"refused a call of nobody known: {context.peer()[:80]}"
+            )
             # The same words whatever was wrong with it.
             await context.abort(
                 grpc.StatusCode.UNAUTHENTICATED, "no valid token or client certificate"
             )
             raise AssertionError("unreachable: abort raises")
         return credential
-
-    def _note_stranger(self, peer: str) -> None:
-        """Count a failed login, and log it: one line a minute at most, with how many there were."""
-        self._on_stranger()
-        self._unlogged += 1
-        now = time.monotonic()
-        if now - self._logged_at >= _LOG_EVERY_S:
-            log.warning("refused %d calls of nobody known, last from %s", self._unlogged, peer[:80])
-            self._unlogged, self._logged_at = 0, now

@@ -31,6 +31,7 @@ from dlora.server.place import Place
 from dlora.server.refusals import Refusal, ShuttingDown, refusal_of, status_of
 from dlora.server.settings import ServerOptions
 from dlora.server.slots import FairSlots
+from dlora.server.sparse_log import SparseLog
 from dlora.server.stream import StreamPipe
 from dlora.server.tenants import Busy, Tenancy, Tenant
 
@@ -103,6 +104,7 @@ class Service:
         self.calls: set[Call] = set()
         self.pipes: set[StreamPipe] = set()
         self._beside: Counter[str] = Counter()
+        self._refusals = SparseLog(log, logging.INFO, lines=10)
         self.draining = self.stopping = False
         self.access_log = access_log
 
@@ -303,7 +305,8 @@ class Service:
     async def _refuse(self, call: Call, refusal: Refusal) -> None:
         """End the call with a status, when the peer has room for one."""
         await self._wait_unread(call)
-        log.info("%s ended: %s: %s", call.name, refusal.code.name, refusal.text)
+        kind = f"{call.name} ended: {refusal.code.name}"
+        self._refusals.note(kind, f"{kind}: {refusal.text}")
         await call.abort(refusal.code, refusal.text, refusal.trailing)
 
     async def _wait_unread(self, call: Call) -> None:
