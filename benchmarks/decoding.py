@@ -12,17 +12,16 @@ of it in each direction. The answers with and without drafts are compared token 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from relay import link_to
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "decoding.json"
@@ -36,7 +35,14 @@ CONFIG = {
     "loopback_tokens": 64,
     "rounds": 3,
     "distance_tokens": 16,
-    "sites": [0, 1, 4, 8, 30],
+    "sites": [
+        ["plain", 0],
+        ["plain", 1],
+        ["plain", 4],
+        ["plain", 8],
+        ["plain", 30],
+        ["hosted", 30],
+    ],
     "rtt_ms": [0, 20, 80],
     "draft_tokens": 8,
     "draft_sites": 4,
@@ -86,7 +92,7 @@ def measured(model: Any, num_tokens: int, **options: Any) -> dict[str, Any]:
     return result
 
 
-def make(link: Any, num_sites: int | None = None) -> Any:
+def make(link: Any, num_sites: int | None = None, wire: str = "plain") -> Any:
     """A split model with adapters at all sites, or at so many, evenly spread."""
     import torch
     from peft import LoraConfig
@@ -106,7 +112,13 @@ def make(link: Any, num_sites: int | None = None) -> Any:
         r=CONFIG["r"], target_modules=CONFIG["target_modules"], layers_to_transform=layers
     )
     torch.manual_seed(CONFIG["seed"])
-    return dlora.get_peft_model(link, config, wire_dtype=CONFIG["wire_dtype"]).eval()
+    return dlora.get_peft_model(
+        link,
+        config,
+        wire=wire,
+        wire_dtype=CONFIG["wire_dtype"],
+        upload_consent=wire == "hosted",
+    ).eval()
 
 
 def arm_loopback(kind: str, address: str) -> dict[str, Any]:
@@ -130,25 +142,31 @@ def arm_loopback(kind: str, address: str) -> dict[str, Any]:
 
 
 def arm_distance(address: str) -> list[dict[str, Any]]:
-    """Every number of sites at every round trip time."""
+    """Every wire and number of sites at every round trip time."""
     import dlora
 
     found = []
     for rtt_ms in CONFIG["rtt_ms"]:
-        with relay(address, rtt_ms) as through:
+        with link_to(address, rtt_ms) as through:
             link = dlora.connect(through)
-            for num_sites in CONFIG["sites"]:
-                model = make(link, num_sites)
+            for wire, num_sites in CONFIG["sites"]:
+                model = make(link, num_sites, wire)
                 measured(model, 2)
                 found.append(
                     {
                         "rtt_ms": rtt_ms,
+                        "wire": wire,
                         "sites": num_sites,
                         **measured(model, CONFIG["distance_tokens"]),
                     }
                 )
                 print(
-                    rtt_ms, num_sites, f"{found[-1]['seconds']:.1f} s", file=sys.stderr, flush=True
+                    rtt_ms,
+                    wire,
+                    num_sites,
+                    f"{found[-1]['seconds']:.1f} s",
+                    file=sys.stderr,
+                    flush=True,
                 )
             link.close()
     return found
@@ -161,7 +179,7 @@ def arm_drafts(address: str) -> list[dict[str, Any]]:
     import dlora
 
     found = []
-    with relay(address, CONFIG["draft_rtt_ms"]) as through:
+    with link_to(address, CONFIG["draft_rtt_ms"]) as through:
         link = dlora.connect(through)
         tokenizer = dlora.load_tokenizer(link)
         model = make(link, CONFIG["draft_sites"])
@@ -199,57 +217,6 @@ def arm_drafts(address: str) -> list[dict[str, Any]]:
                 print(task, drafts, f"{seconds:.1f} s", file=sys.stderr, flush=True)
         link.close()
     return found
-
-
-# ----------------------------------------------------------------- distance
-
-
-@contextmanager
-def relay(address: str, rtt_ms: float) -> Iterator[str]:
-    """A process between edge and cloud that adds a round trip time; none for 0."""
-    if not rtt_ms:
-        yield address
-        return
-    command = [sys.executable, __file__, "relay", "--address", address, "--rtt", str(rtt_ms)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield process.stdout.readline().strip()
-        finally:
-            process.terminate()
-
-
-async def run_relay(address: str, rtt_ms: float) -> None:
-    """Pass bytes on, each after half a round trip."""
-    host, _, port = address.rpartition(":")
-
-    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        under_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
-
-        async def deliver() -> None:
-            while True:
-                due, data = await under_way.get()
-                await asyncio.sleep(max(0.0, due - time.monotonic()))
-                if not data:
-                    writer.close()
-                    return
-                writer.write(data)
-                await writer.drain()
-
-        delivery = asyncio.create_task(deliver())
-        while data := await reader.read(1 << 16):
-            under_way.put_nowait((time.monotonic() + rtt_ms / 2000, data))
-        under_way.put_nowait((time.monotonic() + rtt_ms / 2000, b""))
-        await delivery
-
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        other_reader, other_writer = await asyncio.open_connection(host, int(port))
-        await asyncio.gather(
-            pass_on(reader, other_writer), pass_on(other_reader, writer), return_exceptions=True
-        )
-
-    server = await asyncio.start_server(connected, "127.0.0.1", 0)
-    print(f"127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
-    await server.serve_forever()
 
 
 # ----------------------------------------------------------------- all of it
@@ -316,17 +283,21 @@ def table(record: dict[str, Any]) -> str:
         f"**{statistics.median(ratios):.2f}** "
         f"({', '.join(f'{ratio:.2f}' for ratio in ratios)}) | {'yes' if same else 'no'} |",
         "",
-        "| active sites | round trips a token | KiB a token | "
+        "| wire | active sites | round trips a token | KiB a token | "
         + " | ".join(f"{rtt} ms, tokens/s" for rtt in config["rtt_ms"])
-        + " |",
-        "|---" * (3 + len(config["rtt_ms"])) + "|",
+        + " | same tokens as plain |",
+        "|---" * (5 + len(config["rtt_ms"])) + "|",
     ]
-    for sites in config["sites"]:
-        row = [one for one in record["distance"] if one["sites"] == sites]
+    for wire, sites in config["sites"]:
+        row = [one for one in record["distance"] if [one["wire"], one["sites"]] == [wire, sites]]
         speed = [f"{one['tokens'] / one['seconds']:.2f}" for one in row]
         trips = row[0]["round_trips"] / row[0]["tokens"]
         size = row[0]["bytes"] / row[0]["tokens"] / 1024
-        lines.append(f"| {sites} | {trips:.0f} | {size:.0f} | {' | '.join(speed)} |")
+        plain = {tuple(one["ids"]) for one in record["distance"] if one["wire"] == "plain"}
+        alike = "yes" if {tuple(one["ids"]) for one in row} <= plain else "no"
+        lines.append(
+            f"| {wire} | {sites} | {trips:.0f} | {size:.0f} | {' | '.join(speed)} | {alike} |"
+        )
     lines += [
         "",
         f"| answer ({config['draft_sites']} sites, {config['draft_rtt_ms']} ms) | drafts | tokens "
@@ -351,19 +322,16 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("run", "table", "arm", "relay"))
+    parser.add_argument("what", choices=("run", "table", "arm"))
     parser.add_argument(
         "--kind", choices=("local", "split", "distance", "drafts"), help=argparse.SUPPRESS
     )
     parser.add_argument("--address", help=argparse.SUPPRESS)
-    parser.add_argument("--rtt", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.what == "run":
         run()
     elif arguments.what == "table":
         print(table(json.loads(RESULT.read_text())))
-    elif arguments.what == "relay":
-        asyncio.run(run_relay(arguments.address, arguments.rtt))
     elif arguments.kind == "distance":
         print(json.dumps(arm_distance(arguments.address)))
     elif arguments.kind == "drafts":

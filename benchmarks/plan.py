@@ -4,7 +4,7 @@ link.
     python benchmarks/plan.py run      # some minutes
     python benchmarks/plan.py table    # the table of docs/benchmarks.md
 
-SmolLM2-135M-Instruct behind a server process on this machine; the relay of decoding.py adds the
+SmolLM2-135M-Instruct behind a server process on this machine; `relay.py` adds the
 round trip time. Every case is predicted first, then run three times; the fastest step is compared,
 as the prediction is made of fastest times.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from decoding import relay
+from relay import link_to
 
 RESULT = Path(__file__).parent / "results" / "plan.json"
 QKV, MLP = "q_proj,k_proj,v_proj", "gate_proj,up_proj"
@@ -46,7 +46,7 @@ def run() -> dict[str, Any]:
     found = []
     with serving("smollm2") as address:
         for targets, wire, sites, rows, length, labels, rtt_ms in CASES:
-            with relay(address, rtt_ms) as through:
+            with link_to(address, rtt_ms) as through:
                 link = dlora.connect(through)
                 settings = PlanSettings(
                     server=through,

@@ -1,0 +1,359 @@
+"""Training over links: each way to train beside its own speed on loopback, and beside local peft.
+
+    python benchmarks/links.py run           # what is not there yet; about half an hour in all
+    python benchmarks/links.py run home      # links whose names have this
+    python benchmarks/links.py table         # the tables of docs/benchmarks.md
+    python benchmarks/links.py plot FOLDER   # the figure
+
+SmolLM2-135M behind a server process on this machine; `relay.py` is the link, and is measured first.
+Every arm takes an optimizer step on loopback and then one over the link, again and again, all arms
+in turns; a ratio is of two steps that followed each other. The first step of each is not counted.
+Predicted seconds are those of `dlora plan` for this link, made on loopback before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import sys
+import threading
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from relay import link_to
+
+RESULT = Path(__file__).parent / "results" / "links.jsonl"
+ROUNDS, LONG_S = 3, 40.0
+"""Counted steps of each arm; one alone where a step takes that long."""
+SHAPE, WAITING_SHAPE = (8, 64, 8), (16, 48, 8)
+"""Rows, tokens a row, labels a row: of named links, and of those that only wait."""
+# name -> (round trip time in ms, Mbit/s up, Mbit/s down; 0: no limit)
+LINKS: dict[str, tuple[float, float, float]] = {
+    "LAN": (1, 1000, 1000),
+    "fibre": (10, 100, 100),
+    "home": (40, 20, 100),
+    "mobile": (80, 5, 20),
+    "40 ms": (40, 0, 0),
+    "80 ms": (80, 0, 0),
+}
+QKV = ["q_proj", "k_proj", "v_proj"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train q, k, v of SmolLM2 with rank 8."""
+
+    wire: str
+    in_flight: int | str = 1
+    sites: int | None = None
+    """Active sites, evenly spread; None: all."""
+    micro_batches: int = 1
+    """Of an optimizer step."""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+ARMS: dict[str, Arm] = {
+    "FT plain": Arm("plain"),
+    "FT plain, in flight": Arm("plain", in_flight="auto"),
+    "FT factored": Arm("factored"),
+    "FT factored, in flight": Arm("factored", in_flight="auto"),
+    "FT hosted": Arm("hosted"),
+    "FT hosted, 4 micro-batches": Arm("hosted", micro_batches=4),
+    "Kill and Revive's eighth, in flight": Arm("plain", in_flight="auto", sites=4),
+}
+
+
+class Trained:
+    """An arm on a connection: takes optimizer steps, and knows what the last one cost."""
+
+    def __init__(self, arm: Arm, address: str, shape: tuple[int, int, int]) -> None:
+        import torch
+        from peft import LoraConfig
+
+        import dlora
+
+        self.arm, self.shape, self.link = arm, shape, dlora.connect(address)
+        torch.manual_seed(0)
+        self.model = dlora.get_peft_model(
+            self.link,
+            LoraConfig(r=8, target_modules=QKV),
+            wire=arm.wire,
+            upload_consent=arm.wire == "hosted",
+            head_positions="supervised",
+            in_flight=arm.in_flight,
+            **arm.options,
+        )
+        if arm.sites is not None:
+            sites = self.model.sites
+            chosen = [sites[int((i + 0.5) * len(sites) / arm.sites)] for i in range(arm.sites)]
+            self.model.set_active([name for site in chosen for name in site.names])
+        self.cost = self.model.meter.copy()
+        self.optimizer = _optimizer(self.model)
+
+    def step(self) -> float:
+        """Seconds of an optimizer step."""
+        before = self.model.meter.copy()
+        seconds = _step(self.model, self.optimizer, self.shape, self.arm.micro_batches)
+        self.cost = self.model.meter - before
+        return seconds
+
+    def close(self) -> None:
+        """End the connection."""
+        self.link.close()
+
+
+def _optimizer(model: Any) -> Any:
+    import torch
+
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+
+def _step(model: Any, optimizer: Any, shape: tuple[int, int, int], micro_batches: int) -> float:
+    import torch
+
+    rows, length, labelled = shape
+    ids = torch.randint(100, 40_000, (rows, length))
+    labels = ids.clone()
+    labels[:, :-labelled] = -100
+    start = time.perf_counter()
+    for _ in range(micro_batches):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return time.perf_counter() - start
+
+
+def _local() -> tuple[Any, Any]:
+    """The same adapter on the whole model in this process."""
+    from peft import LoraConfig, get_peft_model
+
+    from dlora.cloud.load import load_model
+
+    config = LoraConfig(r=8, target_modules=QKV, task_type="CAUSAL_LM")
+    model = get_peft_model(load_model("smollm2").model, config).train()
+    return model, _optimizer(model)
+
+
+# ----------------------------------------------------------------- the link itself
+
+
+def measured_link(numbers: tuple[float, float, float], size: int = 1_000_000) -> dict[str, float]:
+    """Round trip time and bandwidths of the relay with these settings, by sending bytes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=_echo, args=(server, size), daemon=True).start()
+        with link_to(f"127.0.0.1:{server.getsockname()[1]}", *numbers) as address:
+            host, _, port = address.rpartition(":")
+            with socket.create_connection((host, int(port))) as line:
+                trips_s = [_exchange(line, b"p")[1] for _ in range(10)]
+                first_s, whole_s = _exchange(line, b"x" * size)
+    mbit = 8 * size / 1e6
+    return {
+        "rtt_ms": 1000 * min(trips_s),
+        "up_mbit": mbit / (first_s - min(trips_s)),
+        "down_mbit": mbit / (whole_s - first_s),
+    }
+
+
+def _echo(server: socket.socket, size: int) -> None:
+    """One connection: a byte comes back at once, more when all of it has come."""
+    line, _ = server.accept()
+    while data := line.recv(1 << 16):
+        if data != b"p":
+            left = size - len(data)
+            while left:
+                left -= len(line.recv(1 << 16))
+            data = b"x" * size
+        line.sendall(data)
+
+
+def _exchange(line: socket.socket, data: bytes) -> tuple[float, float]:
+    """Seconds until the first bytes of the answer, and until its last."""
+    start, first_s, left = time.perf_counter(), 0.0, len(data)
+    line.sendall(data)
+    while left:
+        left -= len(line.recv(1 << 16))
+        first_s = first_s or time.perf_counter() - start
+    return first_s, time.perf_counter() - start
+
+
+# ----------------------------------------------------------------- all of it
+
+
+def lines() -> list[dict[str, Any]]:
+    """What was measured so far."""
+    if not RESULT.is_file():
+        return []
+    return [json.loads(line) for line in RESULT.read_text().splitlines()]
+
+
+def run(words: list[str]) -> None:
+    """Every link and arm that is not there yet; a line of the result file for each."""
+    from provenance import provenance
+
+    from dlora.cli.demo import serving
+
+    about = provenance("grpcio")
+    done = {(one["link"], one["arm"]) for one in lines()}
+    with ExitStack() as stack:
+        address = stack.enter_context(serving("smollm2"))
+        for name, numbers in LINKS.items():
+            arms = {arm: ARMS[arm] for arm in ARMS if (name, arm) not in done}
+            if not arms or not all(word in name for word in words):
+                continue
+            for one in _measure(address, name, numbers, arms):
+                with RESULT.open("a") as file:
+                    file.write(json.dumps(one | about) + "\n")
+                print(name, one["arm"], one["seconds"], file=sys.stderr, flush=True)
+
+
+def _measure(
+    address: str, name: str, numbers: tuple[float, float, float], arms: dict[str, Arm]
+) -> list[dict[str, Any]]:
+    """All arms of a link, in turns."""
+    shape = SHAPE if numbers[1] else WAITING_SHAPE
+    measured = measured_link(numbers) if numbers[1] else {}
+    found = {
+        arm: {
+            "link": name,
+            "arm": arm,
+            "settings": numbers,
+            "relay": measured,
+            "shape": shape,
+            "seconds": [],
+            "loopback_seconds": [],
+            "local_seconds": [],
+            "predicted_s": _predicted(address, one, numbers, shape),
+        }
+        for arm, one in arms.items()
+    }
+    local, optimizer = _local()
+    with link_to(address, *numbers) as through:
+        pairs = {
+            arm: (Trained(one, address, shape), Trained(one, through, shape))
+            for arm, one in arms.items()
+        }
+        for number in range(ROUNDS + 1):
+            for arm, (near, far) in pairs.items():
+                record = found[arm]
+                if number > 1 and record["seconds"][0] > LONG_S:
+                    continue
+                local_s = _step(local, optimizer, shape, 1) * arms[arm].micro_batches
+                near_s, far_s = near.step(), far.step()
+                if number:
+                    record["seconds"].append(far_s)
+                    record["loopback_seconds"].append(near_s)
+                    record["local_seconds"].append(local_s)
+                    record |= {
+                        "sent_bytes": far.cost.sent_bytes,
+                        "received_bytes": far.cost.received_bytes,
+                        "in_flight": getattr(far.model, "in_flight", 1),
+                        "tokens": shape[0] * shape[1] * arms[arm].micro_batches,
+                    }
+        for pair in pairs.values():
+            for one in pair:
+                one.close()
+    return list(found.values())
+
+
+def _predicted(
+    address: str, arm: Arm, numbers: tuple[float, float, float], shape: tuple[int, int, int]
+) -> float | None:
+    """Seconds of a step by `dlora plan`; it knows steps of one micro-batch."""
+    import dlora
+    from dlora.training.planner import plan
+    from dlora.training.settings import PlanSettings
+
+    if arm.micro_batches > 1:
+        return None
+    rtt_ms, up_mbit, down_mbit = numbers
+    link = dlora.connect(address)
+    settings = PlanSettings(
+        server=address,
+        target_modules=QKV,
+        wire=arm.wire,
+        upload_consent=arm.wire == "hosted",
+        in_flight=arm.in_flight,
+        sites=arm.sites,
+        batch_size=shape[0],
+        length=shape[1],
+        supervised=shape[2],
+        rtt_ms=rtt_ms,
+        up_mbit=up_mbit or None,
+        down_mbit=down_mbit or None,
+    )
+    _, planned = plan(settings, link)
+    link.close()
+    return planned.seconds
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Markdown: named links, then those that only wait."""
+    rows = []
+    for waits in (False, True):
+        rows += [
+            "| link | arm | in flight | MB up, down a step | tokens/s | of loopback | of local peft "
+            "| seconds a step: predicted, run |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        rows += [_row(one) for one in found if (not one["settings"][1]) == waits]
+        rows.append("")
+    return "\n".join(rows[:-1])
+
+
+def _row(one: dict[str, Any]) -> str:
+    def share(other: str) -> float:
+        pairs = zip(one[other], one["seconds"], strict=True)
+        return statistics.median(near / far for near, far in pairs)
+
+    seconds = statistics.median(one["seconds"])
+    predicted = "" if one["predicted_s"] is None else f"{one['predicted_s']:.1f}, "
+    return (
+        f"| {one['link']} | {one['arm']} | {one['in_flight']} | {one['sent_bytes'] / 1e6:.1f}, "
+        f"{one['received_bytes'] / 1e6:.1f} | {one['tokens'] / seconds:.0f} | "
+        f"{share('loopback_seconds'):.2f} | {share('local_seconds'):.2f} | "
+        f"{predicted}{seconds:.1f} |"
+    )
+
+
+def plot(found: list[dict[str, Any]], folder: Path) -> None:
+    """Tokens per second of every arm on every named link."""
+    from matplotlib import pyplot
+
+    names = [name for name, numbers in LINKS.items() if numbers[1]]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for arm in ARMS:
+        by = {one["link"]: one for one in found if one["arm"] == arm}
+        speeds = [
+            by[name]["tokens"] / statistics.median(by[name]["seconds"]) if name in by else None
+            for name in names
+        ]
+        axes.plot(names, speeds, marker="o", label=arm)
+    axes.set(yscale="log", ylabel="tokens per second", title="SmolLM2-135M, q, k, v, 8 x 64 tokens")
+    axes.legend(fontsize="small")
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / "links.png", dpi=150)
+
+
+if __name__ == "__main__":
+    from dlora.cli.demo import SHARED_CORES
+
+    if "OMP_PROC_BIND" not in os.environ:  # read when torch is loaded
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | SHARED_CORES)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("run", "table", "plot"))
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.what == "run":
+        run(arguments.words)
+    if arguments.what == "plot":
+        plot(lines(), Path(arguments.words[0]))
+    else:
+        print(table(lines()))
