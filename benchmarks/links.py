@@ -297,8 +297,8 @@ def table(found: list[dict[str, Any]]) -> str:
     rows = []
     for waits in (False, True):
         rows += [
-            "| link | arm | in flight | MB up, down a step | tokens/s | of loopback | of local peft "
-            "| seconds a step: predicted, run |",
+            "| link | arm | in flight | MB up, down a step | tokens/s | of loopback | of local "
+            "peft | seconds a step: predicted, run |",
             "|---|---|---|---|---|---|---|---|",
         ]
         rows += [_row(one) for one in found if (not one["settings"][1]) == waits]
