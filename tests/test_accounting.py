@@ -25,7 +25,7 @@ from dlora.cloud.zero_edge import ZeroEdge, probe_request, sample_ids
 from dlora.edge.meter import Meter
 from dlora.embedded import InProcessLink
 from dlora.formulas import step_traffic
-from dlora.protocol.wire import WIRE_DTYPES
+from dlora.protocol.codecs import MIXES
 from dlora.server.server import Server
 
 
@@ -72,7 +72,7 @@ def relayed(cloud: CloudModel, cache: Path) -> Iterator[tuple[Any, Relay]]:
 
 
 @pytest.mark.parametrize("wire", ["plain", "factored", "hosted"])
-@pytest.mark.parametrize("wire_dtype", WIRE_DTYPES)
+@pytest.mark.parametrize("wire_dtype", MIXES)
 def test_traffic_is_what_crosses_the_socket_and_what_the_formula_says(
     cloud_models: Callable[[str], CloudModel], tmp_path: Path, wire_dtype: str, wire: str
 ) -> None:
