@@ -168,6 +168,7 @@ class Scene:
             wire=wire,
             wire_dtype=dtype,
             upload_consent=wire == "hosted",
+            input_grad="drop" if name == "int4" else "exact",
             retry=RetryPolicy(give_up_after_s=0.0),
             edge_layers=(1, 0) if name == "held" else (0, 0),
         )

@@ -62,6 +62,7 @@ SPREAD = {"policy": "spread", "warmup": 0}
 # name -> (target modules, rank, wire, Kill-and-Revive options or None for FT, learning rates)
 ARMS: dict[str, tuple[list[str], int, str, dict[str, Any] | None, tuple[float, ...]]] = {
     "FT": (QKV, 8, "plain", None, MANY),
+    "FT hosted": (QKV, 8, "hosted", None, MANY),
     "FT rank 1": (QKV, 1, "plain", None, (2e-3, 4e-3, 8e-3, 1.6e-2)),
     # an eighth of FT's bytes on q, k, v, plain wire
     "KR": (QKV, 12, "plain", KR, FEW),
@@ -363,7 +364,8 @@ def one(spec: dict[str, Any], link: Any, tokenizer: Any, data: Path) -> dict[str
     size = BATCH_SIZE if spec["task"] == "banking77" else TASK_BATCH_SIZE
     torch.manual_seed(spec["seed"])
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
-    model = dlora.get_peft_model(link, config, wire=wire)
+    split = {"upload_consent": wire == "hosted", **spec.get("options", {})}
+    model = dlora.get_peft_model(link, config, wire=wire, **split)
     model.set_options(head_positions="supervised")
     base = (
         measure(model, tokenizer, held) if spec["stage"] == "task" and spec["arm"] == "FT" else {}

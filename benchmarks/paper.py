@@ -354,9 +354,8 @@ def one(
         adapter = LoraConfig(
             r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM"
         )
-    model = dlora.get_peft_model(
-        link, adapter, wire=arm.get("wire", "plain"), wire_dtype=settings["wire_dtype"]
-    )
+    split = {"wire_dtype": settings["wire_dtype"]} | arm.get("options", {})
+    model = dlora.get_peft_model(link, adapter, wire=arm.get("wire", "plain"), **split)
     model.set_options(head_positions="supervised")
     held = {
         task: read(data, task, "eval", settings)[: settings["eval_rows"]]

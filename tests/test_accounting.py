@@ -25,7 +25,7 @@ from dlora.cloud.zero_edge import ZeroEdge, probe_request, sample_ids
 from dlora.edge.meter import Meter
 from dlora.embedded import InProcessLink
 from dlora.formulas import step_traffic
-from dlora.protocol.wire import WIRE_DTYPES
+from dlora.protocol.codecs import MIXES
 from dlora.server.server import Server
 
 
@@ -71,16 +71,30 @@ def relayed(cloud: CloudModel, cache: Path) -> Iterator[tuple[Any, Relay]]:
         relay.listener.close()
 
 
-@pytest.mark.parametrize("wire", ["plain", "factored", "hosted"])
-@pytest.mark.parametrize("wire_dtype", WIRE_DTYPES)
+@pytest.mark.parametrize(
+    ("wire", "wire_dtype", "input_grad"),
+    [
+        *((wire, name, "exact") for wire in ("plain", "factored", "hosted") for name in MIXES),
+        *((wire, name, "drop") for wire in ("plain", "factored") for name in ("fp16", "int4")),
+    ],
+)
 def test_traffic_is_what_crosses_the_socket_and_what_the_formula_says(
-    cloud_models: Callable[[str], CloudModel], tmp_path: Path, wire_dtype: str, wire: str
+    cloud_models: Callable[[str], CloudModel],
+    tmp_path: Path,
+    wire: str,
+    wire_dtype: str,
+    input_grad: Any,
 ) -> None:
     """Counted bytes are those on the socket and those of the formula, to 1 %, in each direction."""
     batch = batches(rows=16, length=48)[0]
     with relayed(cloud_models("llama"), tmp_path) as (link, relay):
         split = make_split(
-            link, lora(r=16), wire_dtype=wire_dtype, wire=wire, upload_consent=wire == "hosted"
+            link,
+            lora(r=16),
+            wire_dtype=wire_dtype,
+            wire=wire,
+            upload_consent=wire == "hosted",
+            input_grad=input_grad,
         )
         before = (relay.up, relay.down)
         for _ in range(3):
@@ -101,6 +115,7 @@ def test_traffic_is_what_crosses_the_socket_and_what_the_formula_says(
         wire_dtype,
         factored=wire == "factored",
         hosted=wire == "hosted",
+        drop_input_grads=input_grad == "drop",
     )
     # Beside so few bytes of a tiny model its frames count, and hosted the mask and positions too.
     near = 0.04 if wire == "hosted" else 0.02 if wire_dtype == "int4" else 0.01

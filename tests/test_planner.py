@@ -67,6 +67,31 @@ def test_bytes_and_round_trips_are_those_of_a_step(
     link.close()
 
 
+@pytest.mark.parametrize(
+    ("wire", "wire_dtype", "input_grad"),
+    [("plain", "fp16", "drop"), ("factored", "int4", "drop"), ("plain", "int8", "exact")],
+)
+@pytest.mark.parametrize("sites", [None, 1])
+def test_codecs_and_dropped_gradients_are_planned(
+    server: Server, tmp_path: Path, wire: Any, wire_dtype: Any, input_grad: Any, sites: int | None
+) -> None:
+    """Bytes of mixed codecs and of a one-way backward are within 1 %, round trips are equal."""
+    link = dlora.connect(server.address, cache=tmp_path)
+    settings = PlanSettings(
+        server=server.address,
+        target_modules="all-linear",
+        wire=wire,
+        wire_dtype=wire_dtype,
+        input_grad=input_grad,
+        sites=sites,
+        batch_size=8,
+        length=40,
+        supervised=6,
+    )
+    predicted_and_run(settings, link)
+    link.close()
+
+
 @pytest.mark.parametrize("wire", ["plain", "hosted"])
 @pytest.mark.parametrize(
     ("first", "last", "layers"),

@@ -98,6 +98,13 @@ CACHED: dict[str, Any] = {"training": False, "cache_length": 8}
         (CACHED | {"factored": True}, WireError, "on the plain or hosted wire"),
         (CACHED | {"cache_length": 11}, UsageError, "KV cache of 11 tokens is over .* of 10"),
         ({"wire_dtype": 77}, WireError, "wire dtype number 77"),
+        ({"wire_dtype": 0}, WireError, "wire dtype number 0"),
+        *(
+            ({"codecs": pb.Codecs(**{kind: 77})}, WireError, "wire dtype number 77")
+            for kind in pb.Codecs.DESCRIPTOR.fields_by_name
+        ),
+        ({"drop_input_grads": True, "training": False}, WireError, "drop_input_grads: wants"),
+        ({"drop_input_grads": True, "hosted": True}, WireError, "drop_input_grads: .* factored"),
         ({"edge_first": 2}, UsageError, "hold the first 1 and the last 1 layers, got 2 and 0"),
         ({"edge_last": 2}, UsageError, "got 0 and 2"),
         ({"sites": [active(1, 0), active(0, 0)]}, WireError, "got 0 after 1, want ascending"),

@@ -13,6 +13,7 @@ from dlora.protocol.wire import WIRE_DTYPES, decode, encode, pack_mask, payload_
 
 # Largest relative error of one value: half a unit in the last place.
 EPSILON = {"fp32": 0.0, "fp16": 2**-11, "bf16": 2**-8, "int8": 0.501 / 127, "int4": 0.51 / 7}
+EPSILON["rotated_int4"] = 1 / 7  # the largest value after the transform may be a larger one
 
 
 def test_every_wire_dtype_has_a_codec() -> None:
@@ -74,12 +75,12 @@ def test_bytes_that_do_not_fit_are_refused(change: dict, message: str) -> None:
         decode(pb.Tensor(**fields), [2, 3], "thing")
 
 
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["int8", "int4", "rotated_int4"])
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -1.0])
 def test_scales_that_are_none_are_refused(name: str, scale: float) -> None:
     """A scale that is negative or not finite never becomes a tensor."""
     message = encode(torch.ones(2, 32), WIRE_DTYPES[name])
-    dtype = {"int8": torch.float32, "int4": torch.bfloat16}[name]
+    dtype = torch.float32 if name == "int8" else torch.bfloat16
     wrong = torch.tensor([scale], dtype=dtype).view(torch.uint8).numpy().tobytes()
     message.data = wrong + message.data[len(wrong) :]
     with pytest.raises(WireError, match="thing: got a scale that is negative or not finite"):

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from dlora.protocol.codecs import Codecs, mix
 from dlora.protocol.sites import Site
-from dlora.protocol.wire import WIRE_DTYPES, factor_dtype, payload_bytes
+from dlora.protocol.wire import payload_bytes
 
 __all__ = [
     "adapter_flops",
@@ -104,11 +105,12 @@ def step_traffic(
     embedding_width: int,
     hidden_width: int,
     sites: Iterable[tuple[int, Sequence[tuple[int, int]]]],
-    wire_dtype: str,
+    wire_dtype: str | Codecs,
     *,
     factored: bool = False,
     hosted: bool = False,
     input_grad: bool = False,
+    drop_input_grads: bool = False,
 ) -> tuple[int, int]:
     """(sent, received) payload bytes of one training micro-batch, as the edge sees them.
 
@@ -116,32 +118,38 @@ def step_traffic(
     modules: output width and rank. The first site sends no input gradient unless it is wanted. On
     the plain wire a module sends deltas of width o and gets their gradients; factored it sends Z of
     width r and B once, and gets the gradients of both. Hosted, A and B of every module go up and
-    their gradients come back, and sites send nothing. Framing adds under 1 % from some hundred
-    tokens on.
+    their gradients come back, and sites send nothing. With `drop_input_grads` no site sends one.
+    Each kind of tensor has its own codec. Framing adds under 1 % from some hundred tokens on.
 
     Where the edge runs layers, `embedding_width` and `hidden_width` are those between layers,
     `kept` is all rows if it runs the last, and `input_grad` means that adapters in the first want
     the gradient of what was sent.
     """
 
-    def size(rows: int, width: int) -> int:
-        return payload_bytes(WIRE_DTYPES[wire_dtype], rows, width)
+    codecs, size = mix(wire_dtype), payload_bytes
 
     # Embeddings and last hidden states, and their gradients.
-    sent = size(rows, embedding_width) + size(kept, hidden_width)
-    received = size(kept, hidden_width) + (size(rows, embedding_width) if input_grad else 0)
+    entry, exit = size(codecs.ends, rows, embedding_width), size(codecs.ends, kept, hidden_width)
+    sent, received = entry + exit, exit + (entry if input_grad else 0)
 
-    if hosted:  # with 16 bits where rows travel in fewer; as much both ways
-        dtype = factor_dtype(WIRE_DTYPES[wire_dtype])
+    if hosted:  # as much both ways
         adapter = sum(
-            payload_bytes(dtype, r, d) + payload_bytes(dtype, o, r)
+            size(codecs.factors, r, d) + size(codecs.factors, o, r)
             for d, modules in sites
             for o, r in modules
         )
         return sent + adapter, received + adapter
 
     for index, (d, modules) in enumerate(sites):
-        answers = sum(size(rows, r) + size(o, r) if factored else size(rows, o) for o, r in modules)
-        sent += answers + (size(rows, d) if index or input_grad else 0)
-        received += answers + size(rows, d)
+        if factored:  # as much both ways, too
+            up = down = sum(
+                size(codecs.factors, rows, r) + size(codecs.factors, o, r) for o, r in modules
+            )
+        else:
+            up = sum(size(codecs.deltas, rows, o) for o, _ in modules)
+            down = sum(size(codecs.delta_grads, rows, o) for o, _ in modules)
+
+        asked = (index or input_grad) and not drop_input_grads
+        sent += up + (size(codecs.dx, rows, d) if asked else 0)
+        received += down + size(codecs.x, rows, d)
     return sent, received

@@ -89,7 +89,7 @@ class Exchange:
 
     def send_hidden(self, hidden: Tensor, flops: int) -> None:
         """Send the kept rows of the last hidden states."""
-        message = pb.Hidden(hidden=encode(hidden, self.request.dtype), forward_flops=flops)
+        message = pb.Hidden(hidden=encode(hidden, self.request.codecs.ends), forward_flops=flops)
         self.send(pb.CloudFrame(hidden=message))
 
     def receive_hidden_grad(self, hidden: Tensor) -> Tensor:
@@ -100,13 +100,13 @@ class Exchange:
 
     def entry_grad(self, grad_BTD: Tensor) -> pb.Tensor:
         """The gradient of what came with the request, for `Done`."""
-        return encode(self._gather(grad_BTD), self.request.dtype)
+        return encode(self._gather(grad_BTD), self.request.codecs.ends)
 
     # ----------------------------------------------------------------- at a site
 
     def send_input(self, site: int, x: Tensor, wants_grad: bool) -> None:
         """Send what a site reads, [B, T, D] or [B * T, D]."""
-        x_ND = encode(self._gather(x), self.request.dtype)
+        x_ND = encode(self._gather(x), self.request.codecs.x)
         self.send(pb.CloudFrame(input=pb.SiteInput(site=site, x=x_ND, wants_input_grad=wants_grad)))
 
     def receive_deltas(self, site: int) -> tuple[Tensor, ...]:
@@ -138,9 +138,10 @@ class Exchange:
 
     def send_delta_grads(self, site: int, grads: tuple[Tensor, ...]) -> None:
         """Send the gradients of what `receive_deltas` gave."""
-        count = len(self.modules[site])
-        messages = [encode(self._gather(grad), self.request.dtype) for grad in grads[:count]]
-        factors = [encode(grad, self.request.dtype) for grad in grads[count:]]
+        count, codecs = len(self.modules[site]), self.request.codecs
+        dtype = codecs.factors if self.request.factored else codecs.delta_grads
+        messages = [encode(self._gather(grad), dtype) for grad in grads[:count]]
+        factors = [encode(grad, dtype) for grad in grads[count:]]
         frame = pb.DeltaGrads(site=site, grads=messages, factor_grads=factors)
         self.send(pb.CloudFrame(delta_grads=frame))
 

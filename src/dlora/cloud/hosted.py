@@ -17,7 +17,7 @@ from dlora.cloud.frozen_store import FrozenStore
 from dlora.cloud.hosted_request import HostedModule, HostedRequest, HostedTensors
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.activations import activation_of
-from dlora.protocol.wire import content_hash, decode, encode, factor_dtype
+from dlora.protocol.wire import content_hash, decode, encode
 
 __all__ = ["HostedAdapter"]
 
@@ -109,7 +109,6 @@ class HostedAdapter:
 
     def grads(self, dtype: pb.DType) -> list[pb.ModuleGrad]:
         """After backward: the gradients of every module, for `Done`."""
-        dtype = factor_dtype(dtype)
         messages = []
         for module in self.modules:
             # A module that nothing of the loss depends on has no gradient.

@@ -239,12 +239,15 @@ class CloudModel:
             for site, modules in request.probe
             for module in modules
         ]
+        module_grads = []
+        if hosted and request.has_backward:
+            module_grads = hosted.grads(request.codecs.factors)
         done = pb.Done(
             forward_flops=forward,
             backward_flops=backward,
             probe=probe,
             input_grad=running.entry_grad,
-            module_grads=hosted.grads(request.dtype) if hosted and request.has_backward else [],
+            module_grads=module_grads,
         )
         running.exchange.send(pb.CloudFrame(done=done))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dlora.cloud.hosted_request import HostedRequest
 from dlora.proto import dlora_pb2 as pb
+from dlora.protocol.codecs import Codecs
 from dlora.protocol.layers import EdgeLayers
 from dlora.protocol.sites import Site
 
@@ -21,7 +22,7 @@ __all__ = ["PassRequest"]
 class PassRequest:
     """A `Begin` or `Extend` whose every field was checked; indices are on the cloud's device."""
 
-    dtype: pb.DType
+    codecs: Codecs
     """Of the tensors that the cloud sends."""
 
     training: bool
@@ -79,6 +80,9 @@ class PassRequest:
 
     wants_input_grad: bool = False
     """The gradient of `embeddings` goes back to the edge."""
+
+    drop_input_grads: bool = False
+    """No site asks for its input gradient: what the adapters add to it is left out."""
 
     @property
     def num_rows(self) -> int:

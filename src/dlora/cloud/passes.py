@@ -255,12 +255,13 @@ class _Ask(torch.autograd.Function):
         ctx: Any, x: Tensor, anchor: Tensor, exchange: Exchange, site: int
     ) -> tuple[Tensor, ...]:
         ctx.exchange, ctx.site, ctx.x = exchange, site, torch.empty_like(x, device="meta")
-        exchange.send_input(site, x, ctx.needs_input_grad[0])
+        ctx.wants_grad = ctx.needs_input_grad[0] and not exchange.request.drop_input_grads
+        exchange.send_input(site, x, ctx.wants_grad)
         return exchange.receive_deltas(site)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
         exchange, site = ctx.exchange, ctx.site
         exchange.send_delta_grads(site, grads)
-        grad = exchange.receive_input_grad(site, ctx.x) if ctx.needs_input_grad[0] else None
+        grad = exchange.receive_input_grad(site, ctx.x) if ctx.wants_grad else None
         return grad, None, None, None

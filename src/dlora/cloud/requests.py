@@ -23,6 +23,7 @@ from dlora.cloud.pass_request import PassRequest
 from dlora.errors import AdapterMissing, UsageError, WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.channel import PROTOCOL_VERSION
+from dlora.protocol.codecs import codecs_of
 from dlora.protocol.layers import EdgeLayers
 from dlora.protocol.sites import Site
 from dlora.protocol.wire import WIRE_DTYPES, unpack_mask
@@ -66,8 +67,9 @@ class RequestCheck:
         """
         self._check_peer(message)
         self._check_cache(message)
-        if message.wire_dtype not in WIRE_DTYPES.values():
-            raise WireError(f"wire dtype number {message.wire_dtype} is not known")
+        codecs = codecs_of(message)
+        if unknown := codecs.dtypes - set(WIRE_DTYPES.values()):
+            raise WireError(f"wire dtype number {min(unknown)} is not known")
 
         edge_layers = self._check_edge_layers(message)
         active = self._check_modules(message.sites, edge_layers)
@@ -75,9 +77,11 @@ class RequestCheck:
             raise WireError("probe: wants a training step with an active site")
         if message.wants_input_grad and not message.training:
             raise WireError("wants_input_grad: wants a training step")
+        if message.drop_input_grads and not (message.training and not message.hosted):
+            raise WireError("drop_input_grads: wants a training step, plain or factored")
 
         without_tokens = PassRequest(
-            dtype=message.wire_dtype,
+            codecs=codecs,
             training=message.training,
             batch=message.batch,
             embeddings=message.embeddings,
@@ -97,6 +101,7 @@ class RequestCheck:
             rollback=message.rollback,
             edge_layers=edge_layers,
             wants_input_grad=message.wants_input_grad,
+            drop_input_grads=message.drop_input_grads,
         )
         return self._with_tokens(without_tokens, message)
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from dlora.cloud.pass_request import PassRequest
 from dlora.cloud.passes import Pass
 from dlora.proto import dlora_pb2 as pb
+from dlora.protocol.codecs import MIXES
 from dlora.protocol.sites import Site
 from dlora.protocol.wire import decode, encode
 
@@ -88,7 +89,7 @@ def probe_request(
         rows = mask_BT.reshape(-1).nonzero()[:, 0]
 
     return PassRequest(
-        dtype=pb.FP32,
+        codecs=MIXES["fp32"],
         training=training,
         batch=ids_BT.shape[0],
         length=ids_BT.shape[1],

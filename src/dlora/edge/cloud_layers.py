@@ -23,9 +23,8 @@ from dlora.edge.options import SplitOptions
 from dlora.edge.passes import PassInput
 from dlora.edge.responder import Responder, begin
 from dlora.edge.sites import ActiveSite, entries_of
-from dlora.proto import dlora_pb2 as pb
+from dlora.protocol.codecs import Codecs, mix
 from dlora.protocol.layers import EdgeLayers
-from dlora.protocol.wire import WIRE_DTYPES
 
 __all__ = ["CloudLayers"]
 
@@ -44,15 +43,15 @@ class CloudLayers:
     """Which adapter a cloud has kept, on the hosted wire."""
 
     @property
-    def wire_dtype(self) -> pb.DType:
+    def codecs(self) -> Codecs:
         """How tensors travel."""
-        return WIRE_DTYPES[self.options.wire_dtype]
+        return mix(self.options.wire_dtype)
 
     def _hosted(self) -> HostedAdapter | None:
         """The adapter as it travels, on the hosted wire."""
         if self.options.wire != "hosted":
             return None
-        return HostedAdapter(self.sites, self.wire_dtype, self.versions)
+        return HostedAdapter(self.sites, self.codecs.factors, self.versions)
 
     def extend(self, new: PassInput, cache: CloudCache, here: Iterable[LoraLayer]) -> Tensor:
         """Run tokens behind those of a KV cache; return kept hidden states, float32 [K, D].
@@ -63,7 +62,7 @@ class CloudLayers:
             self.link,
             self.meter,
             self.sites,
-            self.wire_dtype,
+            self.codecs,
             new.entry_ND.device,
             frozen=self.frozen,
             edge_layers=self.edge_layers,
@@ -87,14 +86,15 @@ class CloudLayers:
             self.sites,
             self.frozen,
             self.edge_layers,
-            self.wire_dtype,
+            self.codecs,
             training=training,
             batch=new.batch,
             factored=self.options.wire == "factored",
             probe=entries_of(self.link.description, probe_modules) if training else [],
             wants_input_grad=wants_input_grad,
+            drop_input_grads=training and self.options.input_grad == "drop",
             **(hosted.fields(training=training) if hosted else {}),
-            **new.fields(self.wire_dtype),
+            **new.fields(self.codecs.ends),
         )
 
         micro_batch = MicroBatch(

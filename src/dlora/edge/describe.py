@@ -17,6 +17,7 @@ from dlora.edge.sites import allowed_names
 from dlora.edge.wall import wall
 from dlora.errors import UsageError
 from dlora.proto import dlora_pb2 as pb
+from dlora.protocol.codecs import MIXES
 from dlora.protocol.text import clean_text
 
 __all__ = ["describe_adapter", "describe_server"]
@@ -46,6 +47,8 @@ def describe_server(address: str, description: pb.Description) -> Iterator[tuple
         yield "KV cache", f"{cache / 2**10:.1f} KiB a token"
     else:
         yield "KV cache", "none: generation computes every token anew"
+    offered = set(description.wire_dtypes)
+    yield "wire dtypes", ", ".join(name for name, mix in MIXES.items() if mix.dtypes <= offered)
     yield "messages", f"up to {limits.max_message_bytes / 2**20:.0f} MiB"
     yield from _describe_files(description)
 

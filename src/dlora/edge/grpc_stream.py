@@ -45,6 +45,8 @@ class GrpcStream:
         self.inbox: queue.SimpleQueue[bytes | DLoRAError] = queue.SimpleQueue()
         self.flooded: PeerError | None = None
         """The cloud sent more than it was asked for: this comes before all that is unread."""
+        self._is_one_way = False
+        self._taken, self._closed = threading.Event(), False
 
         # Bytes, and parsed where they are read: gRPC would parse whatever comes, on its own thread.
         step: Any = server.channel.stream_stream(
@@ -61,7 +63,7 @@ class GrpcStream:
         """Take frames as they come, also while nobody waits for one."""
         try:
             for frame in self.call:
-                if self.inbox.qsize() >= _MAX_UNREAD:
+                if not self._has_room():
                     self._flood()
                     return
                 self.inbox.put(frame)
@@ -70,6 +72,15 @@ class GrpcStream:
             self.inbox.put(call_error(error, self.address))
         except Exception as error:  # whatever it is: one who waits has to hear of it
             self.inbox.put(PeerError(f"{self.address}: {type(error).__name__} in what it sent"))
+
+    def _has_room(self) -> bool:
+        """Whether one more frame may come. A backward that goes one way is ahead of its edge: it
+        waits here, and the network holds the cloud back.
+        """
+        while self._is_one_way and self.inbox.qsize() >= _MAX_UNREAD and not self._closed:
+            self._taken.wait()
+            self._taken.clear()
+        return self.inbox.qsize() < _MAX_UNREAD or self._closed
 
     def _flood(self) -> None:
         """End a stream whose cloud sends without being asked."""
@@ -84,6 +95,8 @@ class GrpcStream:
 
     def send(self, frame: pb.EdgeFrame) -> None:
         """Queue a frame for the cloud."""
+        if frame.WhichOneof("kind") == "begin":
+            self._is_one_way = frame.begin.drop_input_grads
         self.outbox.put(frame)
 
     def receive(self) -> pb.CloudFrame:
@@ -97,6 +110,7 @@ class GrpcStream:
             self.server.connect()
             self.lost(self.server)
             raise PeerLost(f"{self.address} sent nothing for {self.timeout_s:.0f} s") from None
+        self._taken.set()
         if isinstance(frame, PeerLost) and not isinstance(frame, AdapterMissing):
             self.lost(self.server)
         if isinstance(frame, DLoRAError):
@@ -105,5 +119,7 @@ class GrpcStream:
 
     def close(self) -> None:
         """End the stream, finished or not."""
+        self._closed = True
+        self._taken.set()
         self.outbox.put(None)
         self.call.cancel()

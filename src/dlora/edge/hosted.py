@@ -24,7 +24,7 @@ from dlora.edge.sites import ActiveSite
 from dlora.errors import UsageError, WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.activations import activation_name
-from dlora.protocol.wire import content_hash, encode, factor_dtype
+from dlora.protocol.wire import content_hash, encode
 
 __all__ = ["HostedAdapter", "KeptVersions", "check_hosted"]
 
@@ -73,10 +73,9 @@ class HostedAdapter:
     """The active modules of `sites`, as they are now, for one micro-batch or stream."""
 
     def __init__(
-        self, sites: Sequence[ActiveSite], wire_dtype: pb.DType, versions: KeptVersions
+        self, sites: Sequence[ActiveSite], dtype: pb.DType, versions: KeptVersions
     ) -> None:
-        self.sites, self.versions = sites, versions
-        self.dtype = factor_dtype(wire_dtype)
+        self.sites, self.versions, self.dtype = sites, versions, dtype
         self._by_hash = False
 
     @cached_property

@@ -204,7 +204,7 @@ class CloudCache(Cache):
         )
         key: tuple[object, ...] = (
             *sites,
-            responder.wire_dtype,
+            responder.codecs,
             *(frozen.hash for frozen in responder.frozen),
             responder.edge_layers,
             *((id(layer), *layer.active_adapters) for layer in here),
@@ -282,7 +282,7 @@ class CloudCache(Cache):
         hidden, positions = [], []
         for start in range(0, whole.length, step):
             part = whole.columns(slice(start, start + step))
-            fields = part.fields(responder.wire_dtype)
+            fields = part.fields(responder.codecs.ends)
             if begins and not start:
                 frame = pb.EdgeFrame(begin=self._begin(responder, part, fields))
             else:
@@ -308,7 +308,7 @@ class CloudCache(Cache):
             list(responder.sites.values()),
             responder.frozen,
             responder.edge_layers,
-            responder.wire_dtype,
+            responder.codecs,
             batch=part.batch,
             cache_length=self._reserved,
             rollback=self._recording,

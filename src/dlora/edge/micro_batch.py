@@ -27,6 +27,7 @@ from dlora.edge.responder import Responder, SiteForward
 from dlora.edge.sites import ActiveSite
 from dlora.errors import AdapterMissing, PeerError, PeerLost, WireError
 from dlora.proto import dlora_pb2 as pb
+from dlora.protocol.codecs import codecs_of
 from dlora.protocol.layers import EdgeLayers
 from dlora.protocol.wire import encode, largest
 
@@ -58,7 +59,7 @@ class MicroBatch(Responder):
             link,
             meter,
             sites,
-            begin.wire_dtype,
+            codecs_of(begin),
             device,
             factored=begin.factored,
             frozen=frozen,
@@ -146,7 +147,8 @@ class MicroBatch(Responder):
         grads: dict[nn.Parameter, Tensor] = {}
         check_finite(grad, "the gradient of the loss")
         try:
-            self.send(pb.EdgeFrame(hidden_grad=pb.HiddenGrad(grad=encode(grad, self.wire_dtype))))
+            message = pb.HiddenGrad(grad=encode(grad, self.codecs.ends))
+            self.send(pb.EdgeFrame(hidden_grad=message))
             # A hosted adapter's gradients are in the last frame, all together.
             for _ in range(0 if self.hosted else len(self.sites)):
                 frame = self.receive()
@@ -184,8 +186,6 @@ class MicroBatch(Responder):
             grads.update(self.hosted.gradients(frame.done.module_grads, self.decode))
             for grad in grads.values():
                 check_finite(grad, "a gradient of the adapter")
-        if self.begin.wants_input_grad or (self.hosted is not None and grads is not None):
-            self.meter.round_trips += 1  # this frame's gradients are waited for
         if self.begin.wants_input_grad:
             shape = tuple(self.begin.embeddings.shape)
             self.input_grad = self.decode(
@@ -218,7 +218,7 @@ class MicroBatch(Responder):
             check_finite(grad, f"a gradient at site {site.index}")
 
         if forward.wants_input_grad:
-            x_grad = encode(computed.pop(0), self.wire_dtype)
+            x_grad = encode(computed.pop(0), self.codecs.dx)
             self.send(pb.EdgeFrame(input_grad=pb.InputGrad(site=site.index, grad=x_grad)))
         grads.update(zip(parameters, computed, strict=True))
 

@@ -61,8 +61,8 @@ from dlora.edge.sites import ActiveSite, match_sites, names_of
 from dlora.edge.skeleton import decoder_of
 from dlora.errors import UsageError
 from dlora.proto import dlora_pb2 as pb
+from dlora.protocol.codecs import MIXES, Codecs, mix, name_of
 from dlora.protocol.layers import CloudBetween, EdgeLayers
-from dlora.protocol.wire import WIRE_DTYPES
 
 __all__ = ["SplitModel", "check_wire_dtype"]
 
@@ -369,15 +369,13 @@ class SplitModel(PeftModelForCausalLM):
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
-def check_wire_dtype(link: Link, wire_dtype: str) -> None:
+def check_wire_dtype(link: Link, wire_dtype: str | Codecs) -> None:
     """Raises UsageError for a wire dtype that the server does not know."""
-    if wire_dtype not in WIRE_DTYPES:
-        raise UsageError(f"wire dtype: got {wire_dtype!r}, want one of {', '.join(WIRE_DTYPES)}")
-    offered = link.description.wire_dtypes
-    if WIRE_DTYPES[wire_dtype] not in offered:
-        known = [name for name, number in WIRE_DTYPES.items() if number in offered]
+    offered, codecs = set(link.description.wire_dtypes), mix(wire_dtype)
+    if not codecs.dtypes <= offered:
+        known = [name for name, named in MIXES.items() if named.dtypes <= offered]
         raise UsageError(
-            f"wire dtype: {link.address} does not know {wire_dtype!r}, only {', '.join(known)}"
+            f"wire dtype: {link.address} does not know {name_of(codecs)!r}, only {', '.join(known)}"
         )
 
 

@@ -8,11 +8,21 @@ from typing import Any, Final, Literal, TypedDict, Unpack, get_args
 from dlora.edge.link import RetryPolicy
 from dlora.edge.noise import Noise
 from dlora.errors import UsageError
+from dlora.protocol.codecs import Codecs, mix
 
-__all__ = ["OPTION_NAMES", "OptionArguments", "SplitOptions", "check_consent", "check_edge_layers"]
+__all__ = [
+    "OPTION_NAMES",
+    "InputGrad",
+    "OptionArguments",
+    "SplitOptions",
+    "check_consent",
+    "check_edge_layers",
+    "check_input_grad",
+]
 
 Wire = Literal["plain", "factored", "hosted"]
 HeadPositions = Literal["auto", "supervised", "all"]
+InputGrad = Literal["exact", "drop"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +38,15 @@ class SplitOptions:
     """
     upload_consent: bool = False
     """Agree that the cloud sees the adapter itself, on the hosted wire."""
-    wire_dtype: str = "fp16"
-    """fp32 (exact), fp16, bf16, int8 or int4."""
+    wire_dtype: str | Codecs = "fp16"
+    """fp32 (exact), fp16, bf16, int8 or int4. The last two are mixes of codecs; a `Codecs` is
+    another.
+    """
+    input_grad: InputGrad = "exact"
+    """What the adapters add to the gradient of their inputs: "exact", or left out ("drop"). That is
+    an approximation: sites below learn without it. It halves a site's traffic, and backward no
+    longer waits at every site. Not on the hosted wire, where the cloud computes it for nothing.
+    """
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     """How long a lost cloud is waited for."""
     noise: Noise = field(default_factory=Noise)
@@ -54,6 +71,8 @@ class SplitOptions:
         if self.wire not in get_args(Wire):
             raise UsageError(f"wire: got {self.wire!r}, want plain, factored or hosted")
         check_consent(self.wire, self.upload_consent)
+        mix(self.wire_dtype)  # checks the name
+        check_input_grad(self.wire, self.input_grad)
         if self.head_positions not in get_args(HeadPositions):
             raise UsageError(
                 f"head_positions: got {self.head_positions!r}, want auto, supervised or all"
@@ -71,7 +90,8 @@ class OptionArguments(TypedDict, total=False):
 
     wire: Wire
     upload_consent: bool
-    wire_dtype: str
+    wire_dtype: str | Codecs
+    input_grad: InputGrad
     retry: RetryPolicy | None
     noise: Noise
     hide_lengths: bool
@@ -89,6 +109,17 @@ def check_consent(wire: str, upload_consent: bool) -> None:
             "wire=hosted sends the active modules' A and B to the cloud, which computes with them "
             "and sees the adapter itself and its gradients: agree with upload_consent "
             "(--upload_consent true), or use wire=factored or plain"
+        )
+
+
+def check_input_grad(wire: str, input_grad: str) -> None:
+    """Raises UsageError for what is none, or has no use on this wire."""
+    if input_grad not in get_args(InputGrad):
+        raise UsageError(f"input_grad: got {input_grad!r}, want exact or drop")
+    if input_grad == "drop" and wire == "hosted":
+        raise UsageError(
+            "input_grad=drop: on the hosted wire the cloud computes these gradients, and "
+            "nothing of them travels: use input_grad=exact"
         )
 
 

@@ -59,7 +59,7 @@ class PassInput:
         rows_BT = torch.ones_like(self.attended_BT) if self.dense else self.attended_BT
         return self.entry_BTD[rows_BT.to(self.entry_BTD.device)]
 
-    def fields(self, wire_dtype: pb.DType) -> dict[str, Any]:
+    def fields(self, dtype: pb.DType) -> dict[str, Any]:
         """The fields that `Begin` and `Extend` share."""
         positions = self.position_ids_BT
         return {
@@ -68,7 +68,7 @@ class PassInput:
             "position_ids": [] if positions is None else positions.reshape(-1).tolist(),
             "dense": self.dense,
             "keep": self.keep_BT.reshape(-1).nonzero()[:, 0].tolist(),
-            "embeddings": encode(self.entry_ND, wire_dtype),
+            "embeddings": encode(self.entry_ND, dtype),
         }
 
     def columns(self, columns: slice) -> PassInput:

@@ -27,6 +27,7 @@ from dlora.edge.sites import ActiveSite
 from dlora.errors import AdapterMissing, PeerError, PeerLost, WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.channel import PROTOCOL_VERSION
+from dlora.protocol.codecs import Codecs, begin_fields
 from dlora.protocol.layers import EdgeLayers
 from dlora.protocol.wire import decode, encode, largest
 
@@ -63,14 +64,14 @@ def begin(
     sites: Sequence[ActiveSite],
     frozen: Sequence[FrozenModule],
     edge_layers: EdgeLayers,
-    wire_dtype: pb.DType,
+    codecs: Codecs,
     **fields: Any,
 ) -> pb.Begin:
     """The first frame of a stream: what is the same in training and generation, and `fields`."""
     return pb.Begin(
         protocol_version=PROTOCOL_VERSION,
         fingerprint=link.description.fingerprint,
-        wire_dtype=wire_dtype,
+        **begin_fields(codecs),
         sites=[pb.ActiveSite(site=site.index, modules=site.modules) for site in sites],
         idle=[
             pb.IdleModule(site=module.site, module=module.module, hash=module.hash)
@@ -90,7 +91,7 @@ class Responder:
         link: Link,
         meter: Meter,
         sites: Sequence[ActiveSite],
-        wire_dtype: pb.DType,
+        codecs: Codecs,
         device: torch.device,
         *,
         factored: bool = False,
@@ -98,7 +99,7 @@ class Responder:
         edge_layers: EdgeLayers | None = None,
         hosted: HostedAdapter | None = None,
     ) -> None:
-        self.link, self.meter, self.wire_dtype, self.device = link, meter, wire_dtype, device
+        self.link, self.meter, self.codecs, self.device = link, meter, codecs, device
         self.hosted = hosted
         self.sites = {site.index: site for site in sites}
         self.factored, self.frozen = factored, frozen
@@ -113,6 +114,8 @@ class Responder:
         self.forwards: dict[int, SiteForward] = {}
         """By site: what was answered in the forward pass that runs or ran last."""
         self.times_put = 0
+        self._awaits = False
+        """Whether the cloud's next frame answers one that was sent."""
 
     def close(self) -> None:
         """Drop the stream, if any: the cloud frees what it holds for it."""
@@ -202,7 +205,8 @@ class Responder:
 
         if self.output_squares is not None:
             self._note_squares(self.output_squares, site, answers)
-        messages = [encode(answer, self.wire_dtype) for answer in answers]
+        dtype = self.codecs.factors if self.factored else self.codecs.deltas
+        messages = [encode(answer, dtype) for answer in answers]
         count = len(site.layers)
         deltas = pb.SiteDeltas(site=site.index, deltas=messages[:count], factors=messages[count:])
         self.send(pb.EdgeFrame(deltas=deltas))
@@ -252,6 +256,7 @@ class Responder:
             )
         self.meter.sent_bytes += size
         self._open_stream().send(frame)
+        self._awaits = True
 
     def receive(self) -> pb.CloudFrame:
         """Wait for a frame; count it, the time and the round trip."""
@@ -269,8 +274,8 @@ class Responder:
             self.meter.cloud_s += wait.cloud_s
 
         self.meter.received_bytes += frame.ByteSize()
-        if frame.WhichOneof("kind") != "done":  # comes with what went before: no trip of its own
-            self.meter.round_trips += 1
+        self.meter.round_trips += self._awaits  # others come with what went before
+        self._awaits = False
         return frame
 
     def _open_stream(self) -> Stream:

@@ -76,8 +76,9 @@ class EdgeSettings(AccessSettings):
     cloud then sees the factor B. hosted: not at all; the cloud gets the active modules and computes
     them, in two round trips a micro-batch. It sees the adapter: that needs upload_consent."""
     wire_dtype: Literal["fp32", "fp16", "bf16", "int8", "int4"] = "fp16"
-    """How tensors travel. fp32 is exact. fp16 and bf16 halve the traffic. int8 (a scale for each
-    token) halves it again, and int4 (a scale for 32 values) almost once more; both add noise."""
+    """How tensors travel. fp32 is exact. fp16 and bf16 halve the traffic. int8 and int4 round what
+    is large, int4 more; factors and adapters keep 16 bits. docs/wire-protocol.md has the bytes and
+    the errors."""
     give_up_after_s: float = RetryPolicy.give_up_after_s
     """How long to wait for a lost server, in seconds."""
     device: str = "cpu"

@@ -34,6 +34,9 @@ class Costs:
     """Elements a token that always travel: embeddings up, last hidden states down, their gradient
     up."""
     kind: Literal["bytes", "modules"] = "bytes"
+    input_grad: float = 1.0
+    """What the gradient of a site's input takes, over what the input takes: less where its codec is
+    coarser, 0 where it is dropped."""
 
     def share(self, modules: Collection[str]) -> float:
         """Cost of training these modules over that of training all."""
@@ -42,13 +45,18 @@ class Costs:
             return len(set(modules)) / max(1, len(everything))
         return self.elements(set(modules)) / max(1, self.elements(set(everything)))
 
-    def elements(self, modules: set[str]) -> int:
-        """Elements a token that travel, both ways together, when these modules are trained."""
-        total, lowest = self.ends, True
+    def elements(self, modules: set[str]) -> float:
+        """Elements a token that travel, both ways together, when these modules are trained.
+
+        One is what a value of a site's input takes; what travels in another codec counts so much
+        more or less.
+        """
+        total, lowest = float(self.ends), True
         for width, site in self.sites:
             if trained := [name for name in site if name in modules]:
                 # x down, its gradient up (not at the lowest site); deltas up, their gradients down
-                total += width * (1 if lowest else 2) + 2 * sum(site[name] for name in trained)
+                total += width * (1 if lowest else 1 + self.input_grad)
+                total += 2 * sum(site[name] for name in trained)
                 lowest = False
         return total
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -11,9 +11,14 @@ from torch import Tensor, nn
 from dlora.edge.lora import product_of
 from dlora.edge.model import SplitModel
 from dlora.kill_revive.costs import Costs, Unit
+from dlora.proto import dlora_pb2 as pb
+from dlora.protocol.codecs import mix
 from dlora.protocol.layers import layer_of
+from dlora.protocol.wire import payload_bytes
 
 __all__ = ["costs_of", "parameters_of", "units_of", "weights_of"]
+
+_WIDTH: Final = 1024  # a whole number of groups in every codec
 
 
 def units_of(model: SplitModel, kind: str) -> list[Unit]:
@@ -36,28 +41,41 @@ def costs_of(
 
     `supervised` is the share of tokens whose last hidden states travel.
     """
-    sites = []
+    codecs, sites = mix(model.options.wire_dtype), []
+    factor = _share(codecs.factors, codecs.x)
+    answer = (_share(codecs.deltas, codecs.x) + _share(codecs.delta_grads, codecs.x)) / 2
     for site in model.sites:
         added, width = {}, site.in_features
         for name, layer in zip(site.names, site.layers, strict=True):
             rank = sum(layer.r[adapter] for adapter in layer.active_adapters if adapter in layer.r)
             out = layer.out_features
             if model.options.wire == "plain":
-                added[name] = out
+                added[name] = round(out * answer)
             elif model.options.wire == "factored":
-                added[name] = max(1, round(rank * (1 + out / tokens)))
+                added[name] = max(1, round(rank * (1 + out / tokens) * factor))
             else:  # A and B, once a micro-batch
-                added[name] = max(1, round(rank * (width + out) / tokens))
+                added[name] = max(1, round(rank * (width + out) / tokens * factor))
         sites.append((0 if model.options.wire == "hosted" else width, added))
 
     # What travels in any case: where the edge holds layers it is hidden states, both ways.
     description = model.link.description
     if model.edge_layers:
         between = description.layers.width
-        ends = round(2 * between + 2 * (1.0 if model.edge_layers.last else supervised) * between)
+        ends = 2 * between + 2 * (1.0 if model.edge_layers.last else supervised) * between
     else:
-        ends = round(description.embedding_width + 2 * supervised * description.hidden_width)
-    return Costs(tuple(sites), ends, kind)
+        ends = description.embedding_width + 2 * supervised * description.hidden_width
+    dropped = model.options.input_grad == "drop"
+    return Costs(
+        tuple(sites),
+        round(ends * _share(codecs.ends, codecs.x)),
+        kind,
+        0.0 if dropped else _share(codecs.dx, codecs.x),
+    )
+
+
+def _share(dtype: pb.DType, other: pb.DType) -> float:
+    """Bytes of a value in one codec over those in another, in rows of some width."""
+    return payload_bytes(dtype, 1, _WIDTH) / payload_bytes(other, 1, _WIDTH)
 
 
 def parameters_of(layer: LoraLayer, *, only_b: bool = False) -> list[nn.Parameter]:

@@ -25,10 +25,10 @@ from dlora.edge.noise import Noise
 from dlora.privacy.cloud_view import CloudView
 from dlora.privacy.recording import RecordingLink, Truth
 from dlora.proto import dlora_pb2 as pb
+from dlora.protocol.codecs import codecs_of
 from dlora.protocol.layers import EdgeLayers, layer_of
-from dlora.protocol.wire import WIRE_DTYPES
 
-__all__ = ["any_module", "attackers_model", "public_texts", "run_texts", "wire_dtype", "wire_of"]
+__all__ = ["any_module", "attackers_model", "public_texts", "run_texts", "wire_of"]
 
 _PUBLIC_ROWS: Final = 512
 _PUBLIC_LENGTH: Final = 128
@@ -79,7 +79,7 @@ def attackers_model(
     return get_peft_model(
         link,
         config_class(r=1, target_modules=names),
-        wire_dtype=wire_dtype(begin),
+        wire_dtype=codecs_of(begin),
         retry=RetryPolicy(give_up_after_s=give_up_after_s),
         edge_layers=(begin.edge_first, begin.edge_last),
         head_positions="supervised",
@@ -90,11 +90,6 @@ def attackers_model(
 def wire_of(begin: pb.Begin) -> str:
     """The name of the wire of a recorded run."""
     return "hosted" if begin.hosted else "factored" if begin.factored else "plain"
-
-
-def wire_dtype(begin: pb.Begin) -> str:
-    """Name of the dtype that a recorded micro-batch travelled in."""
-    return next(name for name, dtype in WIRE_DTYPES.items() if dtype == begin.wire_dtype)
 
 
 def run_texts(model: SplitModel, texts: list[list[int]]) -> Iterator[tuple[CloudView, Truth]]:

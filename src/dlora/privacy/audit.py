@@ -25,14 +25,7 @@ from dlora.edge.model import SplitModel
 from dlora.edge.noise import Noise
 from dlora.errors import UsageError
 from dlora.privacy.adapters import attack_adapters, sent_adapter
-from dlora.privacy.attacker import (
-    any_module,
-    attackers_model,
-    public_texts,
-    run_texts,
-    wire_dtype,
-    wire_of,
-)
+from dlora.privacy.attacker import any_module, attackers_model, public_texts, run_texts, wire_of
 from dlora.privacy.cloud_view import CloudView
 from dlora.privacy.findings import Attackers, Finding
 from dlora.privacy.labels import attack_labels
@@ -43,6 +36,7 @@ from dlora.privacy.recording import Recording, Truth
 from dlora.privacy.samples import Samples, collect, split_rows
 from dlora.privacy.settings import AuditSettings
 from dlora.privacy.tokens import attack_tokens
+from dlora.protocol.codecs import codecs_of, name_of
 from dlora.runs import Run, load_run
 
 __all__ = ["audit", "read_recording"]
@@ -170,7 +164,8 @@ def _about_run(run: Run, recording: Recording, link: Link) -> dict[str, Any]:
             "edge_first": begin.edge_first,
             "edge_last": begin.edge_last,
             "wire": wire_of(begin),
-            "wire_dtype": wire_dtype(begin),
+            "wire_dtype": name_of(codecs_of(begin)),
+            "input_grad": "drop" if begin.drop_input_grads else "exact",
             **{name: options.get(name) for name in asked},
         },
         # None: not known, as of a run that was interrupted.

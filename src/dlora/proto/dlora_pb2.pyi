@@ -15,6 +15,7 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     BF16: _ClassVar[DType]
     INT8: _ClassVar[DType]
     INT4: _ClassVar[DType]
+    ROTATED_INT4: _ClassVar[DType]
 
 class Activation(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -29,6 +30,7 @@ FP16: DType
 BF16: DType
 INT8: DType
 INT4: DType
+ROTATED_INT4: DType
 NO_ACTIVATION: Activation
 RELU: Activation
 GELU: Activation
@@ -239,8 +241,24 @@ class HostedModule(_message.Message):
     dropouts: _containers.RepeatedCompositeFieldContainer[HostedDropout]
     def __init__(self, site: _Optional[int] = ..., module: _Optional[int] = ..., a: _Optional[_Union[Tensor, _Mapping]] = ..., b: _Optional[_Union[Tensor, _Mapping]] = ..., a_bias: _Optional[_Union[Tensor, _Mapping]] = ..., b_bias: _Optional[_Union[Tensor, _Mapping]] = ..., hash: _Optional[bytes] = ..., keep: _Optional[bool] = ..., activation: _Optional[_Union[Activation, str]] = ..., dropouts: _Optional[_Iterable[_Union[HostedDropout, _Mapping]]] = ...) -> None: ...
 
+class Codecs(_message.Message):
+    __slots__ = ("x", "dx", "deltas", "delta_grads", "ends", "factors")
+    X_FIELD_NUMBER: _ClassVar[int]
+    DX_FIELD_NUMBER: _ClassVar[int]
+    DELTAS_FIELD_NUMBER: _ClassVar[int]
+    DELTA_GRADS_FIELD_NUMBER: _ClassVar[int]
+    ENDS_FIELD_NUMBER: _ClassVar[int]
+    FACTORS_FIELD_NUMBER: _ClassVar[int]
+    x: DType
+    dx: DType
+    deltas: DType
+    delta_grads: DType
+    ends: DType
+    factors: DType
+    def __init__(self, x: _Optional[_Union[DType, str]] = ..., dx: _Optional[_Union[DType, str]] = ..., deltas: _Optional[_Union[DType, str]] = ..., delta_grads: _Optional[_Union[DType, str]] = ..., ends: _Optional[_Union[DType, str]] = ..., factors: _Optional[_Union[DType, str]] = ...) -> None: ...
+
 class Begin(_message.Message):
-    __slots__ = ("protocol_version", "fingerprint", "wire_dtype", "training", "batch", "length", "attention_mask", "position_ids", "dense", "keep", "sites", "embeddings", "cache_length", "rollback", "factored", "idle", "probe", "edge_first", "edge_last", "wants_input_grad", "hosted", "modules", "dropout_seed")
+    __slots__ = ("protocol_version", "fingerprint", "wire_dtype", "training", "batch", "length", "attention_mask", "position_ids", "dense", "keep", "sites", "embeddings", "cache_length", "rollback", "factored", "idle", "probe", "edge_first", "edge_last", "wants_input_grad", "hosted", "modules", "dropout_seed", "codecs", "drop_input_grads")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -264,6 +282,8 @@ class Begin(_message.Message):
     HOSTED_FIELD_NUMBER: _ClassVar[int]
     MODULES_FIELD_NUMBER: _ClassVar[int]
     DROPOUT_SEED_FIELD_NUMBER: _ClassVar[int]
+    CODECS_FIELD_NUMBER: _ClassVar[int]
+    DROP_INPUT_GRADS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     fingerprint: str
     wire_dtype: DType
@@ -287,7 +307,9 @@ class Begin(_message.Message):
     hosted: bool
     modules: _containers.RepeatedCompositeFieldContainer[HostedModule]
     dropout_seed: int
-    def __init__(self, protocol_version: _Optional[int] = ..., fingerprint: _Optional[str] = ..., wire_dtype: _Optional[_Union[DType, str]] = ..., training: _Optional[bool] = ..., batch: _Optional[int] = ..., length: _Optional[int] = ..., attention_mask: _Optional[bytes] = ..., position_ids: _Optional[_Iterable[int]] = ..., dense: _Optional[bool] = ..., keep: _Optional[_Iterable[int]] = ..., sites: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., embeddings: _Optional[_Union[Tensor, _Mapping]] = ..., cache_length: _Optional[int] = ..., rollback: _Optional[bool] = ..., factored: _Optional[bool] = ..., idle: _Optional[_Iterable[_Union[IdleModule, _Mapping]]] = ..., probe: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., edge_first: _Optional[int] = ..., edge_last: _Optional[int] = ..., wants_input_grad: _Optional[bool] = ..., hosted: _Optional[bool] = ..., modules: _Optional[_Iterable[_Union[HostedModule, _Mapping]]] = ..., dropout_seed: _Optional[int] = ...) -> None: ...
+    codecs: Codecs
+    drop_input_grads: bool
+    def __init__(self, protocol_version: _Optional[int] = ..., fingerprint: _Optional[str] = ..., wire_dtype: _Optional[_Union[DType, str]] = ..., training: _Optional[bool] = ..., batch: _Optional[int] = ..., length: _Optional[int] = ..., attention_mask: _Optional[bytes] = ..., position_ids: _Optional[_Iterable[int]] = ..., dense: _Optional[bool] = ..., keep: _Optional[_Iterable[int]] = ..., sites: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., embeddings: _Optional[_Union[Tensor, _Mapping]] = ..., cache_length: _Optional[int] = ..., rollback: _Optional[bool] = ..., factored: _Optional[bool] = ..., idle: _Optional[_Iterable[_Union[IdleModule, _Mapping]]] = ..., probe: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., edge_first: _Optional[int] = ..., edge_last: _Optional[int] = ..., wants_input_grad: _Optional[bool] = ..., hosted: _Optional[bool] = ..., modules: _Optional[_Iterable[_Union[HostedModule, _Mapping]]] = ..., dropout_seed: _Optional[int] = ..., codecs: _Optional[_Union[Codecs, _Mapping]] = ..., drop_input_grads: _Optional[bool] = ...) -> None: ...
 
 class Extend(_message.Message):
     __slots__ = ("drop", "order", "length", "attention_mask", "position_ids", "dense", "keep", "embeddings")

@@ -23,6 +23,7 @@ WIRE_DTYPES: Final[dict[str, pb.DType]] = {
     "bf16": pb.BF16,
     "int8": pb.INT8,
     "int4": pb.INT4,
+    "rotated_int4": pb.ROTATED_INT4,
 }
 _TORCH_DTYPES: Final[dict[int, torch.dtype]] = {
     pb.FP32: torch.float32,
@@ -34,7 +35,25 @@ _TORCH_DTYPES: Final[dict[int, torch.dtype]] = {
 _GROUPED: Final[dict[int, tuple[int, int, torch.dtype]]] = {
     pb.INT8: (0, 127, torch.float32),
     pb.INT4: (32, 7, torch.bfloat16),
+    pb.ROTATED_INT4: (64, 7, torch.bfloat16),
 }
+
+
+def _rotation() -> Tensor:
+    """[64, 64], orthogonal: fixed random signs, then a Hadamard transform.
+
+    It spreads a group's largest values over all of the group, so that few bits are enough.
+    Source: arxiv.org/abs/2404.00456 (QuaRot), arxiv.org/abs/2506.01352 (TAH-Quant).
+    """
+    hadamard = torch.ones(1, 1)
+    for _ in range(6):
+        hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), hadamard)
+    bits = int.from_bytes(hashlib.sha256(b"rotated int4").digest()[:8], "little")
+    signs = torch.tensor([1.0 - 2.0 * (bits >> place & 1) for place in range(64)])
+    return signs[:, None] * hadamard / 8
+
+
+_ROTATION: Final = _rotation()
 # fp16 holds 2^-24 .. 2^16. Tensors are scaled so that their largest value lies just under 2^15:
 # gradients of a mean loss would otherwise vanish, and rare activations overflow.
 _FP16_TOP: Final = 15
@@ -46,6 +65,7 @@ def encode(tensor: Tensor, dtype: pb.DType) -> pb.Tensor:
     Exact for FP32; FP16 keeps 11 significant bits (a power of two is factored out per
     tensor, so neither overflow nor small gradients are lost), BF16 keeps 8. INT8 rounds to
     127 steps of a row's largest value, INT4 to 7 steps of the largest of 32 neighbours.
+    ROTATED_INT4 does so after an orthogonal transform of 64 neighbours.
     """
     tensor = tensor.detach()
     if dtype in _GROUPED:
@@ -59,11 +79,6 @@ def encode(tensor: Tensor, dtype: pb.DType) -> pb.Tensor:
     return pb.Tensor(
         dtype=dtype, shape=list(tensor.shape), exponent=exponent, data=values.numpy().tobytes()
     )
-
-
-def factor_dtype(dtype: pb.DType) -> pb.DType:
-    """How an adapter's own matrices travel: they are small, and keep at least 16 bits."""
-    return pb.FP16 if dtype in _GROUPED else dtype
 
 
 def content_hash(module: pb.FrozenModule | pb.HostedModule) -> bytes:
@@ -146,6 +161,8 @@ def _encode_grouped(tensor: Tensor, dtype: pb.DType) -> bytes:
     rows = tensor.to("cpu", torch.float32).reshape(-1, width)
     if group:
         rows = torch.nn.functional.pad(rows, (0, -width % group)).view(-1, group)
+    if dtype == pb.ROTATED_INT4:
+        rows = _exact_product(rows, _ROTATION)
     scales = (rows.abs().amax(dim=1) / top).to(scale_dtype)
     steps = rows / torch.where(scales > 0, scales, torch.ones_like(scales)).float()[:, None]
     values = steps.round_().nan_to_num_().clamp_(-top, top).to(torch.int8)
@@ -169,8 +186,16 @@ def _decode_grouped(data: bytes, dtype: pb.DType, width: int, what: str) -> Tens
         return values.view(torch.int8).view(count, width).float() * scales[:, None]
     halves = values.view(count, -1)
     steps = torch.stack([halves & 15, halves >> 4], dim=2).view(count, group).float() - 8
+    if dtype == pb.ROTATED_INT4:
+        steps = _exact_product(steps, _ROTATION.T)
     groups = -(-width // group)
     return (steps * scales[:, None]).view(-1, groups * group)[:, :width].contiguous()
+
+
+def _exact_product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Of float32 matrices, also where the caller computes under autocast."""
+    with torch.autocast("cpu", enabled=False):
+        return rows @ matrix
 
 
 def pack_mask(mask_BT: Tensor | None) -> bytes:

@@ -24,8 +24,8 @@ _VALUE_BYTES: Final = 5
 """A uint32 takes at most so many bytes."""
 _TENSOR_BYTES: Final = 128
 """Everything of a tensor but its data."""
-_ROW_BYTES: Final = 18
-"""What the widest codec adds to a row."""
+_ROW_BYTES: Final = 34
+"""What the widest codec adds to a row: rotated int4, which fills a row up to 64 values."""
 _FIXED_BYTES: Final = 4096
 """Everything of a frame that does not grow with tokens, sites or modules."""
 _SITE_BYTES: Final = 20
@@ -79,6 +79,7 @@ def rules_of(description: pb.Description) -> _Rules:
         16: Most(modules),
         17: sites,
         22: Most(modules, inside=dict.fromkeys((3, 4, 5, 6), _TENSOR) | {10: Most(_MOST_DROPOUTS)}),
+        24: Most(1, inside={1: _ONCE}),
     }
     extend = {2: Most(tokens, tokens), 5: Most(tokens, tokens), 7: Most(tokens, tokens), 8: _TENSOR}
 

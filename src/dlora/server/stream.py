@@ -14,8 +14,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import queue
+import threading
 import time
 from collections.abc import Callable
+from typing import Final
 
 from google.protobuf.message import DecodeError
 
@@ -26,6 +28,9 @@ from dlora.server.frames import Awaited, Rules, check_message
 from dlora.server.place import Place
 
 __all__ = ["StreamPipe"]
+
+_MAX_UNSENT: Final = 4
+"""Frames that wait for the network: no edge makes a server hold more of its gradients."""
 
 
 class StreamPipe:
@@ -44,6 +49,7 @@ class StreamPipe:
         self._loop = asyncio.get_running_loop()
         self._outbox: asyncio.Queue[pb.CloudFrame | None] = asyncio.Queue()
         self._inbox: queue.SimpleQueue[bytes | DLoRAError | None] = queue.SimpleQueue()
+        self._unsent = threading.BoundedSemaphore(_MAX_UNSENT)
         self._wanted = asyncio.Event()
         self.has_left = False  # the edge closed its half in good order
         call.on_close(self._wake)
@@ -79,6 +85,12 @@ class StreamPipe:
 
         Raises PeerLost if the call is cut meanwhile, whatever the worker is at.
         """
+        frame = await self._next()
+        if frame is not None:
+            self._take_back()
+        return frame
+
+    async def _next(self) -> pb.CloudFrame | None:
         with contextlib.suppress(asyncio.QueueEmpty):
             return self._outbox.get_nowait()
         waiting = asyncio.ensure_future(self._outbox.get())
@@ -95,7 +107,13 @@ class StreamPipe:
     def _wake(self) -> None:
         """Wake the worker and the reader, wherever they wait."""
         self._inbox.put(None)
+        self._take_back()
         self._wanted.set()
+
+    def _take_back(self) -> None:
+        """Make room for one more frame that waits to be sent."""
+        with contextlib.suppress(ValueError):  # there is all of it
+            self._unsent.release()
 
     # ----------------------------------------------------------------- on the worker
 
@@ -113,7 +131,12 @@ class StreamPipe:
             self.place.take_slot()
 
     def send(self, frame: pb.CloudFrame) -> None:
-        """Queue a frame for the edge. Raises PeerLost if the stream is closed."""
+        """Queue a frame for the edge. Raises PeerLost if the stream is closed.
+
+        A backward that goes one way is ahead of its edge: then this waits, without a compute slot.
+        """
+        if not self.call.closed and not self._unsent.acquire(blocking=False):
+            self._wait_unsent()
         if self.call.closed:
             raise PeerLost(self.call.closed)
         if frame.WhichOneof("kind") == "hidden":
@@ -121,6 +144,13 @@ class StreamPipe:
             self._is_in_pass = False
         self._awaited.sent(frame)
         self._to_loop(frame)
+
+    def _wait_unsent(self) -> None:
+        """Wait until the edge has read some of what is queued. Raises PeerLost if it does not."""
+        self.place.release_slot()
+        if not self._unsent.acquire(timeout=self.call.timeout_s):
+            raise PeerLost(f"the edge read nothing for {self.call.timeout_s:.0f} s")
+        self.place.take_slot()
 
     def breathe(self) -> float:
         """Let a tenant compute that is behind; return the seconds that it took. Raises PeerLost."""

@@ -27,8 +27,9 @@ from dlora.edge.sites import ActiveSite
 from dlora.errors import UsageError
 from dlora.formulas import step_traffic
 from dlora.proto import dlora_pb2 as pb
+from dlora.protocol.codecs import mix
 from dlora.protocol.layers import layer_of
-from dlora.protocol.wire import WIRE_DTYPES, decode, encode, payload_bytes
+from dlora.protocol.wire import decode, encode, payload_bytes
 from dlora.training.settings import PlanSettings
 
 __all__ = ["Prediction", "check", "plan"]
@@ -72,6 +73,7 @@ def plan(settings: PlanSettings, link: Link) -> tuple[SplitModel, Prediction]:
         config,
         wire=settings.wire,
         wire_dtype=settings.wire_dtype,
+        input_grad=settings.input_grad,
         upload_consent=settings.upload_consent,
         device=settings.device,
         edge_layers=settings.edge_layers,
@@ -154,19 +156,24 @@ def _traffic(
         factored=factored,
         hosted=hosted,
         input_grad=input_grad,
+        drop_input_grads=settings.input_grad == "drop",
     )
     if not (sites or input_grad):  # then the cloud has no backward
-        sent -= payload_bytes(WIRE_DTYPES[settings.wire_dtype], kept, _widths(model)[1])
+        sent -= payload_bytes(mix(settings.wire_dtype).ends, kept, _widths(model)[1])
 
-    # Framing. Forward: deltas up, x down. Backward: dx up, delta gradients down. At the ends:
-    # Begin, hidden states and their gradient, Done.
+    # Framing. Forward: deltas up, x down. Backward: dx up, if at all, and delta gradients down. At
+    # the ends: Begin, hidden states and their gradient, Done.
     answers = sum(len(layers) for _, layers in sites) * (2 if factored else 1)
     tensors, frames = answers + len(sites) + 1, 2 * len(sites) + 1
     round_trips = 2 * len(sites) + 1 + input_grad
+    unsent = 0  # frames of one tensor
+    if settings.input_grad == "drop":  # backward goes one way
+        round_trips = len(sites) + 1 + bool(sites or input_grad)
+        unsent = max(0, len(sites) - 1)
     if hosted:  # A and B of every module, in Begin and in Done
         tensors, frames = answers * 2 + 1, 1 + answers
         round_trips = 2 if sites or input_grad else 1
-    sent += tensors * _TENSOR_BYTES + frames * _FRAME_BYTES
+    sent += (tensors - unsent) * _TENSOR_BYTES + (frames - unsent) * _FRAME_BYTES
     received += tensors * _TENSOR_BYTES + frames * _FRAME_BYTES
     received += (2 if hosted else 2 * len(sites) + 2) * _COMPUTE_BYTES
 
@@ -234,7 +241,7 @@ def _conversion(settings: PlanSettings, rows: int, width: int) -> float:
     x, best, size = torch.randn(rows, width), math.inf, 1
     for _ in range(3):
         start = time.perf_counter()
-        data = encode(x, WIRE_DTYPES[settings.wire_dtype]).SerializeToString()
+        data = encode(x, mix(settings.wire_dtype).x).SerializeToString()
         decode(pb.Tensor.FromString(data), x.shape, "a probe")
         best, size = min(best, time.perf_counter() - start), len(data)
     return best / size

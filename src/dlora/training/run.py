@@ -83,6 +83,7 @@ def _build_model(settings: TrainSettings, link: Link) -> SplitModel:
     options: dict[str, Any] = {
         "wire": settings.wire,
         "wire_dtype": settings.wire_dtype,
+        "input_grad": settings.input_grad,
         "upload_consent": settings.upload_consent,
         "retry": RetryPolicy(give_up_after_s=settings.give_up_after_s),
         "device": settings.device,

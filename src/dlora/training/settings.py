@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
 from dlora.edge.noise import Noise
+from dlora.edge.options import InputGrad, SplitOptions, check_input_grad
 from dlora.edge.settings import AccessSettings, EdgeSettings, target_names
 from dlora.errors import UsageError
 from dlora.kill_revive.config import KillReviveConfig, from_options
@@ -27,7 +28,7 @@ class TrainSettings(EdgeSettings):
     """Settings of `dlora train`."""
 
     GROUPS: ClassVar[dict[str, str]] = {
-        "connection": EdgeSettings.GROUPS["connection"],
+        "connection": f"{EdgeSettings.GROUPS['connection']} input_grad",
         "data": "data max_length overlong batch_size",
         "adapter": "adapter kind r lora_alpha lora_dropout target_modules use_rslora rank_pattern "
         "alpha_pattern activation scale",
@@ -123,6 +124,10 @@ class TrainSettings(EdgeSettings):
     """Optimizer steps between log entries."""
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Where logs go: tensorboard, wandb, mlflow and others, separated by commas; or none."""
+    input_grad: InputGrad = SplitOptions.input_grad
+    """What the adapters add to the gradient of their inputs. exact: it travels, as in local
+    training. drop: it is left out, an approximation that halves a site's traffic, and backward does
+    not wait at the sites. Not for the hosted wire."""
     seed: int = 0
     """Seed of adapter initialisation, data order and dropout."""
     resume: bool = False
@@ -137,6 +142,7 @@ class TrainSettings(EdgeSettings):
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work, all checks here and nowhere else."""
         super().__post_init__()
+        check_input_grad(self.wire, self.input_grad)
         self._check_adapter()
         self._check_amounts()
         self._check_evaluation()
@@ -266,7 +272,7 @@ class PlanSettings(EdgeSettings):
     """Settings of `dlora plan`."""
 
     GROUPS: ClassVar[dict[str, str]] = {
-        "connection": EdgeSettings.GROUPS["connection"],
+        "connection": f"{EdgeSettings.GROUPS['connection']} input_grad",
         "what is planned": "target_modules r sites batch_size length supervised steps check",
         "link": "rtt_ms up_mbit down_mbit",
         "privacy": EdgeSettings.GROUPS["privacy"],
@@ -293,6 +299,8 @@ class PlanSettings(EdgeSettings):
     measured."""
     down_mbit: float | None = None
     """Bandwidth from the server in Mbit/s. Default: as measured."""
+    input_grad: InputGrad = SplitOptions.input_grad
+    """drop: what the adapters add to the gradient of their inputs is left out, as for training."""
     steps: int = 1000
     """Steps of the run that is planned."""
     check: bool = False
@@ -301,6 +309,7 @@ class PlanSettings(EdgeSettings):
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
         super().__post_init__()
+        check_input_grad(self.wire, self.input_grad)
         for name in ("r", "batch_size", "length", "steps"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: got {getattr(self, name)}, want at least 1")

@@ -1,0 +1,417 @@
+"""What coarse codecs cost: errors of a step's gradients, and accuracy of whole runs.
+
+    python benchmarks/codecs.py run --data FOLDER                       # gradients of one batch
+    python benchmarks/codecs.py run --data FOLDER --whole --minutes 60  # runs; again to continue
+    python benchmarks/codecs.py table                                   # what there is so far
+
+FOLDER is that of `kr.py`. Gradients: SmolLM2-135M-Instruct in fp32, one batch of 16 rows of
+Banking77, LoRA of rank 8; an adapter as it begins, and one that was trained for 150 steps over the
+fp16 wire. Each codec is tried alone, where the rest is fp32, and in the mixes that have a name. The
+error is the norm of the difference to the gradients of the fp32 wire over theirs; the cosine is
+that of the worst module, A and B together. Whole runs are those of `kr.py` (Banking77, 150 steps of
+16 rows) and of `paper.py` (ARC-Easy in the form of text, 40 steps of 8 rows), in turns, with three
+seeds. One JSON line each goes to benchmarks/results/codecs.jsonl; what is there is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import kr
+from filelock import FileLock, Timeout
+
+HERE = Path(__file__).parent
+RESULT = HERE / "results" / "codecs.jsonl"
+LOCKS = RESULT.parent / ".locks"
+STEPS, BATCH_SIZE, SEEDS = 150, 16, (0, 1, 2)
+RATE = 8e-3  # the best of kr.py's for all of these arms
+
+# ----------------------------------------------------------------- gradients
+
+# name -> (target modules, wire)
+WIRES: dict[str, tuple[list[str], str]] = {
+    "gate,up factored": (kr.MLP, "factored"),
+    "q,k,v plain": (kr.QKV, "plain"),
+    "q,k,v hosted": (kr.QKV, "hosted"),
+}
+
+
+def choices(wire: str) -> dict[str, dict[str, Any]]:
+    """Name -> options of a split model: one codec alone, and the mixes; the first is exact."""
+    from dlora.protocol.codecs import MIXES
+    from dlora.protocol.wire import WIRE_DTYPES
+
+    exact, coarse = MIXES["fp32"], ("int8", "int4", "rotated_int4")
+    kinds = {"plain": ["x", "dx", "deltas", "delta_grads", "ends"], "hosted": ["ends", "factors"]}
+    found: dict[str, dict[str, Any]] = {"fp32": {"wire_dtype": exact}}
+    for kind in kinds.get(wire, ["x", "dx", "ends", "factors"]):
+        for codec in coarse:
+            changed: Any = {kind: WIRE_DTYPES[codec]}
+            found[f"{kind} {codec}"] = {"wire_dtype": replace(exact, **changed)}
+    for name in ("fp16", "bf16", "int8", "int4"):
+        found[name] = {"wire_dtype": name}
+    for codec in coarse[:2]:  # as these names were before: everything alike
+        everything: Any = dict.fromkeys(vars(exact), WIRE_DTYPES[codec])
+        found[f"everything {codec}"] = {"wire_dtype": replace(exact, **everything)}
+    if wire != "hosted":
+        found["dx dropped"] = {"wire_dtype": exact, "input_grad": "drop"}
+        for name in ("fp16", "int8", "int4"):
+            found[f"{name}, dx dropped"] = {"wire_dtype": name, "input_grad": "drop"}
+    return found
+
+
+def gradients(data: Path, folder: Path) -> None:
+    """Every choice on every wire, with a fresh and a trained adapter."""
+    import torch
+    from provenance import provenance
+
+    import dlora
+    from dlora.cloud.load import load_model
+
+    torch.set_num_threads(1)
+    loaded = load_model("smollm2", dtype="fp32")
+    link = dlora.in_process(loaded.model, loaded.tokenizer, model_id=loaded.model_id)
+    rows = kr.read(data, "banking77", "train")
+    batch = kr.batches(rows, loaded.tokenizer, 1, BATCH_SIZE, 0)[0]
+
+    for state in ("fresh", "trained"):
+        for name, (targets, wire) in WIRES.items():
+            done = {(run["wire"], run["state"], run["choice"]) for run in of_stage("gradients")}
+            left = {
+                choice: options
+                for choice, options in choices(wire).items()
+                if (name, state, choice) not in done
+            }
+            if not left:
+                continue
+            if state == "trained":
+                train(folder, targets, rows, data)
+            model = adapter(link, targets, wire, folder if state == "trained" else None)
+            want, _ = step(model, batch, choices(wire)["fp32"])
+            for choice, options in left.items():
+                got, sizes = step(model, batch, options)
+                line = {"stage": "gradients", "wire": name, "state": state, "choice": choice}
+                write(line | errors(want, got) | sizes | provenance())
+
+
+def adapter(link: Any, targets: list[str], wire: str, folder: Path | None) -> Any:
+    """A split model with a fresh adapter, or with the one that `train` has left in a folder."""
+    import torch
+    from peft import LoraConfig
+
+    import dlora
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
+    options: Any = {"wire": wire, "upload_consent": wire == "hosted"}
+    if folder is None:
+        model = dlora.get_peft_model(link, config, **options)
+    else:
+        model = dlora.load_adapter(link, folder / "-".join(targets), **options)
+    model.set_options(head_positions="supervised")
+    return model.train()
+
+
+def train(folder: Path, targets: list[str], rows: list[dict[str, Any]], data: Path) -> None:
+    """Train an adapter as `kr.py` does, over the fp16 wire, unless it is there already.
+
+    Hosted, which gives the same gradients and is the fastest.
+    """
+    import torch
+    from transformers import get_linear_schedule_with_warmup
+
+    import dlora
+    from dlora.cloud.load import load_model
+
+    place = folder / "-".join(targets)
+    if (place / "adapter_config.json").is_file():
+        return
+    loaded = load_model("smollm2", dtype="bf16")
+    loaded.model.set_attn_implementation("eager")
+    link = dlora.in_process(loaded.model, loaded.tokenizer, model_id=loaded.model_id)
+    model = adapter(link, targets, "hosted", None)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
+    rate = get_linear_schedule_with_warmup(optimizer, round(0.05 * STEPS), STEPS)
+    for number, batch in enumerate(kr.batches(rows, loaded.tokenizer, STEPS, BATCH_SIZE, 0)):
+        loss = kr.take_step(model, batch, number, optimizer, rate, None)
+        if number % 10 == 0:
+            print(f"  step {number} of {STEPS}, loss {loss:.3f}", flush=True)
+    model.save_pretrained(str(place))
+
+
+def step(model: Any, batch: dict[str, Any], options: dict[str, Any]) -> tuple[Any, dict[str, int]]:
+    """({module: gradients of A and B}, what it took) of a step without an update."""
+    import torch
+
+    model.set_options(**{"input_grad": "exact", **options})
+    model.forget_kept()
+    before = model.meter.copy()
+    model(**{name: value for name, value in batch.items() if name != "rows"}).loss.backward()
+    cost = model.meter - before
+    grads: dict[str, list[Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            grads.setdefault(name.split(".lora_")[0], []).append(parameter.grad.flatten().clone())
+    model.zero_grad()
+    sizes = {
+        "sent_bytes": cost.sent_bytes,
+        "received_bytes": cost.received_bytes,
+        "round_trips": cost.round_trips,
+        "tokens": cost.tokens,
+    }
+    return {name: torch.cat(parts) for name, parts in grads.items()}, sizes
+
+
+def errors(want: dict[str, Any], got: dict[str, Any]) -> dict[str, float]:
+    """Relative error of all gradients together, and the worst module's cosine."""
+    import torch
+
+    whole, off = (
+        torch.cat([chosen(want[name], got[name]).flatten() for name in want]).norm().item()
+        for chosen in (lambda a, b: a, lambda a, b: a - b)
+    )
+    cosines = [
+        torch.nn.functional.cosine_similarity(want[name], got[name], dim=0).item() for name in want
+    ]
+    return {"relative_error": off / whole, "worst_cosine": min(cosines)}
+
+
+# ----------------------------------------------------------------- whole runs
+
+# name -> (arm of kr.py, options of the split model)
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gate,up factored fp16": ("FT gate,up", {"wire_dtype": "fp16"}),
+    "gate,up factored int4, dx dropped": (
+        "FT gate,up",
+        {"wire_dtype": "int4", "input_grad": "drop"},
+    ),
+    "gate,up factored int4": ("FT gate,up", {"wire_dtype": "int4"}),
+    "gate,up factored fp16, dx dropped": (
+        "FT gate,up",
+        {"wire_dtype": "fp16", "input_grad": "drop"},
+    ),
+    "gate,up factored int8": ("FT gate,up", {"wire_dtype": "int8"}),
+    "q,k,v hosted fp16": ("FT hosted", {"wire_dtype": "fp16"}),
+    "q,k,v hosted int8": ("FT hosted", {"wire_dtype": "int8"}),
+    "q,k,v hosted int4": ("FT hosted", {"wire_dtype": "int4"}),
+    "q,k,v plain fp16": ("FT", {"wire_dtype": "fp16"}),
+}
+TASKS = ("banking77", "arc_easy")
+ARC = {  # as in paper/smollm2-text.yaml, with all of the eval rows
+    "steps": 40,
+    "epochs": None,
+    "batch_size": 8,
+    "eval_rows": None,
+    "dtype": "bf16",
+    "attention": "eager",
+    "wire_dtype": "fp16",
+    "form": "text",
+    "quantize": "none",
+    "model": {"id": "smollm2", "targets": kr.QKV},
+}
+ARC_RATE = 4e-3
+
+
+def whole(data: Path, folder: Path, minutes: float) -> None:
+    """Go on with the whole runs until the time is up."""
+    import torch
+
+    torch.set_num_threads(1)
+    end = time.monotonic() + 60 * minutes
+    LOCKS.mkdir(parents=True, exist_ok=True)
+    clouds: dict[str, Any] = {}
+    while time.monotonic() < end:
+        claimed = claim()
+        if claimed is None:
+            print("nothing is left that can begin now")
+            return
+        (task, name, seed), lock = claimed
+        print(task, name, seed, flush=True)
+        run = banking if task == "banking77" else arc_easy
+        found = run(name, seed, data, folder, clouds)
+        write({"stage": "whole", "task": task, "run": name} | found)
+        lock.release()
+        print(f"  accuracy {found['accuracy']:.4f}, {found['seconds']:.0f} s", flush=True)
+
+
+def claim() -> tuple[tuple[str, str, int], FileLock] | None:
+    """The next run that nobody has done or is at, and the lock that says so."""
+    for seed in SEEDS:
+        for task in TASKS:
+            for name in ARMS:
+                wanted = (task, name, seed)
+                lock = FileLock(LOCKS / f"codecs-{task}-{name}-{seed}".replace(" ", "_"))
+                if wanted in finished():
+                    continue
+                try:
+                    lock.acquire(blocking=False)
+                except Timeout:
+                    continue
+                if wanted not in finished():
+                    return wanted, lock
+                lock.release()
+    return None
+
+
+def finished() -> set[tuple[str, str, int]]:
+    """Whole runs that are there."""
+    return {(run["task"], run["run"], run["seed"]) for run in of_stage("whole")}
+
+
+def banking(
+    name: str, seed: int, data: Path, folder: Path, clouds: dict[str, Any]
+) -> dict[str, Any]:
+    """One run on Banking77, by `kr.py`."""
+    import dlora
+    from dlora.cloud.load import load_model
+
+    if "banking77" not in clouds:
+        loaded = load_model("smollm2", dtype="bf16")
+        loaded.model.set_attn_implementation("eager")
+        link = dlora.in_process(loaded.model, loaded.tokenizer, model_id=loaded.model_id)
+        clouds["banking77"] = link, loaded.tokenizer
+    link, tokenizer = clouds["banking77"]
+    arm, options = ARMS[name]
+    spec = {"stage": "final", "task": "banking77", "arm": arm, "learning_rate": RATE, "seed": seed}
+    return kr.one(spec | {"options": options}, link, tokenizer, data) | {"options": options}
+
+
+def arc_easy(
+    name: str, seed: int, data: Path, folder: Path, clouds: dict[str, Any]
+) -> dict[str, Any]:
+    """One run on ARC-Easy, by `paper.py`, which leaves off and goes on at checkpoints."""
+    import paper
+
+    arm, options = ARMS[name]
+    targets, rank, wire, *_ = kr.ARMS[arm]
+    split = {**options, "upload_consent": wire == "hosted"}
+    chosen = {"kind": "lora", "r": rank, "learning_rate": ARC_RATE, "targets": targets}
+    settings = ARC | {"arm": {**chosen, "wire": wire, "options": split}}
+    spec = {"model": "smollm2", "task": "arc_easy", "arm": arm, "seed": seed, "settings": settings}
+    config = paper.Config(
+        models={}, tasks=["arc_easy"], arms={}, runs=[], steps=ARC["steps"], form="text"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    found = paper.one(spec, config, data, folder, lambda: False)
+    if found is None:
+        raise AssertionError("nobody stops this run")
+    return found | {"options": options}
+
+
+# ----------------------------------------------------------------- results
+
+
+def load_results() -> list[dict[str, Any]]:
+    """All lines."""
+    return [json.loads(line) for line in RESULT.read_text().splitlines()] if RESULT.exists() else []
+
+
+def of_stage(stage: str) -> Iterator[dict[str, Any]]:
+    """The lines of one stage."""
+    return (run for run in load_results() if run["stage"] == stage)
+
+
+def write(line: dict[str, Any]) -> None:
+    """Add a line to the results."""
+    LOCKS.mkdir(parents=True, exist_ok=True)
+    with FileLock(LOCKS / "codecs"), RESULT.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    shown = ("wire", "state", "choice", "relative_error", "worst_cosine", "sent_bytes")
+    print({name: line[name] for name in shown if name in line}, flush=True)
+
+
+def gradients_table(runs: list[dict[str, Any]]) -> str:
+    """Markdown: one table a wire, a row a choice; bytes beside those of fp16."""
+    parts = []
+    for wire in WIRES:
+        mine = {(run["state"], run["choice"]): run for run in runs if run["wire"] == wire}
+        names = dict.fromkeys(choice for _, choice in mine)
+        full = mine.get(("fresh", "fp16"))
+        if full is None:
+            continue
+        head = "error, fresh | worst cosine | error, trained | worst cosine"
+        lines = [f"| {wire} | bytes, % of fp16 | {head} |", "|---|---|---|---|---|---|"]
+        for choice in names:
+            cells = [
+                figure(mine.get((state, choice)), shown)
+                for state in ("fresh", "trained")
+                for shown in ("relative_error", "worst_cosine")
+            ]
+            some = mine.get(("fresh", choice)) or mine["trained", choice]
+            share = 100 * traffic(some) / traffic(full)
+            named = not choice.startswith(("x ", "dx ", "deltas", "delta_grads", "ends", "factors"))
+            shown = f"**{choice}**" if named else choice
+            lines.append(f"| {shown} | {share:.1f} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def figure(run: dict[str, Any] | None, name: str) -> str:
+    """One cell."""
+    if run is None:
+        return ""
+    return f"{run[name]:.4f}" if name == "relative_error" else f"{run[name]:.3f}"
+
+
+def traffic(run: dict[str, Any]) -> int:
+    """Bytes of both directions."""
+    if "sent_bytes" in run:
+        return int(run["sent_bytes"] + run["received_bytes"])
+    both = run["bytes"]  # `kr.py` has one number, `paper.py` has two
+    return int(sum(both.values()) if isinstance(both, dict) else both)
+
+
+def whole_table(runs: list[dict[str, Any]]) -> str:
+    """Markdown: accuracy by seed, and bytes beside plain fp16 on the same modules' exact run."""
+    parts = []
+    for task in TASKS:
+        lines = [f"| {task} | accuracy (seeds) | eval loss | MB |", "|---|---|---|---|"]
+        for name in ARMS:
+            mine = {run["seed"]: run for run in runs if (run["task"], run["run"]) == (task, name)}
+            if not mine:
+                continue
+            mean: Callable[[str], float] = lambda key, mine=mine: statistics.fmean(  # noqa: E731
+                run.get(key) or 0.0 for run in mine.values()
+            )
+            seeds = ", ".join(f"{mine[seed]['accuracy']:.3f}" for seed in sorted(mine))
+            size = statistics.fmean(traffic(run) for run in mine.values()) / 1e6
+            lines.append(
+                f"| {name} | **{mean('accuracy'):.3f}** ({seeds}) | {mean('eval_loss'):.3f} | "
+                f"{size:.1f} |"
+            )
+        if len(lines) > 2:
+            parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("--data", type=Path, help="folder of the task data")
+    parser.add_argument("--whole", action="store_true", help="whole runs in place of gradients")
+    parser.add_argument("--folder", type=Path, default=Path("runs/codecs"), help="trained adapters")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after so long")
+    arguments = parser.parse_args()
+    if arguments.what == "run" and arguments.data is None:
+        parser.error("run wants --data FOLDER")
+    if arguments.what == "table":
+        results = load_results()
+        print(gradients_table([run for run in results if run["stage"] == "gradients"]))
+        print()
+        print(whole_table([run for run in results if run["stage"] == "whole"]))
+    elif arguments.whole:
+        whole(arguments.data, arguments.folder, arguments.minutes)
+    else:
+        gradients(arguments.data, arguments.folder)
