@@ -134,6 +134,8 @@ class Pipe:
     def breathe(self) -> float:
         return 0.0
 
+    def expect(self, frames: int) -> None: ...
+
     def send(self, frame: pb.CloudFrame) -> None:
         copy = pb.CloudFrame.FromString(frame.SerializeToString())
         copy.compute_s = 0.0

@@ -34,9 +34,10 @@ from dlora.errors import PeerError, UsageError
 from dlora.files import read_secret
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.channel import PROTOCOL_VERSION, channel_options
+from dlora.protocol.message_parts import check_message
 from dlora.protocol.wire import encode
 from dlora.server import keys
-from dlora.server.frames import Awaited, check_message, rules_of
+from dlora.server.frames import Awaited, rules_of
 from dlora.server.identities import Identities, TenantLimits
 from dlora.server.metrics import serve_metrics
 from dlora.server.server import Server, ServerOptions

@@ -204,8 +204,9 @@ def test_both_halves_use_the_codec_of_each_kind(link: InProcessLink, wire: Any) 
             for tensor in [value] if isinstance(value, pb.Tensor) else value:
                 assert tensor.dtype == wanted[kind], (type(frame), field)
                 seen.add(kind)
-        for field in ("modules", "module_grads"):
-            for module in getattr(frame, field, ()):
+        hosted = [frame] if isinstance(frame, pb.HostedTensors) else []
+        for tensors in [*hosted, *(frame.module_grads if isinstance(frame, pb.Done) else [])]:
+            for module in tensors.modules:
                 assert {module.a.dtype, module.b.dtype} == {wanted["factors"]}
                 seen.add("factors")
     everything = {"plain": {"deltas", "delta_grads", "x", "dx"}, "factored": {"factors", "x", "dx"}}

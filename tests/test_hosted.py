@@ -164,28 +164,26 @@ def test_masks_have_dropouts_distribution(cloud_models: Callable[[str], CloudMod
     site = next(site for site in cloud_models("llama").sites if len(site.modules) == 3)
     identity = torch.eye(site.in_features)
     parts = [pb.HostedDropout(rank=32, p=0.25), pb.HostedDropout(rank=32, p=0.5)]
-    begin = pb.Begin(hosted=True, dropout_seed=7)
+    begin = pb.Begin(hosted=True, dropout_seed=7, module_frames=1)
+    tensors = pb.HostedTensors()
     for index, module in enumerate(site.modules):
         b = torch.eye(module.out_features, site.in_features)
-        begin.modules.add(
-            site=site.index,
-            module=index,
-            a=encode(identity, pb.FP32),
-            b=encode(b, pb.FP32),
-            dropouts=parts,
-        )
+        begin.modules.add(site=site.index, module=index, rank=site.in_features, dropouts=parts)
+        tensors.modules.add(a=encode(identity, pb.FP32), b=encode(b, pb.FP32))
     store = cloud_models("llama").frozen_store
     request = check_hosted(begin, [(site, (0, 1, 2))], store, "local", None)
     assert request is not None
     x = torch.ones(4, 500, site.in_features)
-    deltas = HostedAdapter(request, store, training=False).deltas(site.index, x, past=0)
+    adapter = HostedAdapter(request, store, training=False)
+    adapter.take(tensors)
+    deltas = adapter.deltas(site.index, x, past=0)
     q = deltas[0]
     for values, p in ((q[..., :32], 0.25), (q[..., 32:], 0.5)):
         assert values.unique().tolist() == pytest.approx([0, 1 / (1 - p)])
         assert (values == 0).float().mean().item() == pytest.approx(p, abs=0.01)
     k = deltas[1]
     assert not torch.equal(q[..., : k.shape[-1]] == 0, k == 0)
-    later = HostedAdapter(request, store, training=False).deltas(site.index, x, past=3)
+    later = adapter.deltas(site.index, x, past=3)
     assert not torch.equal(later[0], q)
 
 
@@ -266,25 +264,38 @@ def test_two_edges_at_once_get_what_each_gets_alone(links: Links) -> None:
 
 
 class Watched:
-    """A link that keeps the first frame of every stream."""
+    """A link that keeps the first frame of every stream, and what goes of its adapter."""
 
     def __init__(self, link: Any) -> None:
         self.link, self.description, self.address = link, link.description, link.address
         self.begins: list[pb.Begin] = []
+        self.modules: list[pb.HostedTensors] = []
+        self.grads: list[pb.HostedTensors] = []
+        self.done: list[pb.Done] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.link, name)
 
     def open(self) -> Any:
         stream = self.link.open()
-        send = stream.send
+        send, receive = stream.send, stream.receive
 
         def note(frame: pb.EdgeFrame) -> None:
             if frame.WhichOneof("kind") == "begin":
                 self.begins.append(pb.Begin.FromString(frame.begin.SerializeToString()))
+            if frame.WhichOneof("kind") == "modules":
+                self.modules.append(frame.modules)
             send(frame)
 
-        stream.send = note
+        def note_answer() -> pb.CloudFrame:
+            frame = receive()
+            if frame.WhichOneof("kind") == "module_grads":
+                self.grads.append(frame.module_grads)
+            if frame.WhichOneof("kind") == "done":
+                self.done.append(frame.done)
+            return frame
+
+        stream.send, stream.receive = note, note_answer
         return stream
 
     def how_modules_went(self) -> list[str]:
@@ -427,7 +438,7 @@ def test_coarse_wires_leave_the_adapter_16_bits(own: Watched, wire_dtype: str) -
     split(**batches()[0]).loss.backward()
     (begin,) = own.begins
     assert begin.embeddings.dtype not in (pb.FP32, pb.FP16)
-    assert {one.a.dtype for one in begin.modules} == {pb.FP16}
+    assert {one.a.dtype for frame in own.modules for one in frame.modules} == {pb.FP16}
 
 
 # ----------------------------------------------------------------- what a server refuses
@@ -444,35 +455,13 @@ REFUSED: dict[str, tuple[Callable[[pb.Begin], Any], str]] = {
     "one twice": (double, r"got \(0, 0\), want \(0, 1\)"),
     "not hosted": (lambda begin: setattr(begin, "hosted", False), "that is not hosted"),
     "factored too": (lambda begin: setattr(begin, "factored", True), "factored or hosted"),
-    "other width": (
-        lambda begin: begin.modules[0].a.CopyFrom(encode(torch.ones(4, 63), pb.FP32)),
-        r"got A \[4, 63\]",
-    ),
-    "other rank of B": (
-        lambda begin: begin.modules[0].b.CopyFrom(encode(torch.ones(64, 3), pb.FP32)),
-        r"and B \[64, 3\]",
-    ),
-    "no A": (lambda begin: begin.modules[0].ClearField("a"), r"got A \[\]"),
-    "rank 0": (
-        lambda begin: begin.modules[0].a.CopyFrom(encode(torch.ones(0, 64), pb.FP32)),
-        r"with r from 1 to 64",
-    ),
+    "rank 0": (lambda begin: setattr(begin.modules[0], "rank", 0), "got rank 0, want 1 to 64"),
     "huge rank": (
-        lambda begin: (
-            begin.modules[0].a.shape.__setitem__(0, 2**31),
-            begin.modules[0].b.shape.__setitem__(1, 2**31),
-        ),
-        r"got A \[2147483648, 64\]",
+        lambda begin: setattr(begin.modules[0], "rank", 2**31),
+        "got rank 2147483648, want 1 to 64",
     ),
-    "too few bytes": (
-        lambda begin: setattr(begin.modules[0].a, "data", b"\0" * 8),
-        "A of the adapter: got 8 bytes",
-    ),
-    "hash and tensors": (lambda begin: setattr(begin.modules[0], "hash", b"x"), "a hash and"),
-    "bias of another width": (
-        lambda begin: begin.modules[0].b_bias.CopyFrom(encode(torch.ones(5), pb.FP32)),
-        r"b_bias has shape \[5\]",
-    ),
+    "no frames": (lambda begin: setattr(begin, "module_frames", 0), "got 0 frames for 9 modules"),
+    "too many frames": (lambda begin: setattr(begin, "module_frames", 10), "got 10 frames for 9"),
     "unknown activation": (
         lambda begin: setattr(begin.modules[0], "activation", 9),
         "activation number 9",
@@ -505,13 +494,86 @@ def test_what_does_not_fit_is_refused_and_the_server_lives(links: Links, name: s
         want = split(**batches()[0]).loss
     (begin,) = watched.begins
     change(begin)
-    stream = link.open()
-    stream.send(pb.EdgeFrame(begin=begin))
     with pytest.raises(DLoRAError, match=reason):
-        stream.receive()
-    stream.close()
+        ask(link, begin)
     with torch.no_grad():
         assert torch.equal(split(**batches()[0]).loss, want)
+
+
+def ask(link: Any, *frames: Any) -> None:
+    """Send a `Begin`, and frames behind it; raise what the server says, if it is an error."""
+    stream = link.open()
+    try:
+        for frame in frames:
+            stream.send(pb.EdgeFrame(begin=frame) if isinstance(frame, pb.Begin) else frame)
+        stream.receive()
+    finally:
+        stream.close()
+
+
+def part(first: int, *modules: pb.ModuleTensors) -> pb.EdgeFrame:
+    """A frame of modules."""
+    return pb.EdgeFrame(modules=pb.HostedTensors(first=first, modules=modules))
+
+
+UNFIT: dict[str, tuple[Callable[[list[pb.ModuleTensors]], list[pb.EdgeFrame]], str]] = {
+    "other width": (
+        lambda all: [part(0, pb.ModuleTensors(a=encode(torch.ones(4, 63), pb.FP32), b=all[0].b))],
+        r"a of .*q_proj.*\[4, 63\]",
+    ),
+    "other rank": (
+        lambda all: [part(0, pb.ModuleTensors(a=all[0].a, b=encode(torch.ones(64, 3), pb.FP32)))],
+        r"b of .*q_proj.*\[64, 3\]",
+    ),
+    "no A": (lambda all: [part(0, pb.ModuleTensors(b=all[0].b))], "a is missing"),
+    "a bias": (
+        lambda all: [part(0, pb.ModuleTensors(a=all[0].a, b=all[0].b, b_bias=all[0].a))],
+        "b_bias is missing, or was not announced",
+    ),
+    "too few bytes": (
+        lambda all: [
+            part(0, pb.ModuleTensors(a=pb.Tensor(dtype=1, shape=[4, 64], data=b"x"), b=all[0].b))
+        ],
+        "a of .*: got 1 bytes",
+    ),
+    "from the middle": (lambda all: [part(3, *all[3:])], "got modules 3 to 9, want those from 0"),
+    "none": (lambda all: [part(0)], "got modules 0 to 0"),
+    "too many": (lambda all: [part(0, *all, all[0])], "got modules 0 to 10, .* of 9"),
+    "the end missing": (
+        lambda all: [part(0, *all[:8]), *[pb.EdgeFrame(deltas=pb.SiteDeltas())]],
+        "got frame 'deltas', want 'modules'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_tensors_that_were_not_announced_end_the_stream(links: Links, name: str) -> None:
+    """Tensors that come behind a request in other shapes, places or numbers than it says end the
+    stream with the reason.
+    """
+    change, reason = UNFIT[name]
+    link = links("llama")
+    watched = Watched(link)
+    split = hosted(watched, lora())
+    with torch.no_grad():
+        split(**batches()[0])
+    (begin,), frames = watched.begins, watched.modules
+    begin.module_frames = 2
+    with pytest.raises(DLoRAError, match=reason):
+        ask(link, begin, *change([one for frame in frames for one in frame.modules]))
+
+
+def test_the_cloud_begins_before_all_is_there(links: Links) -> None:
+    """A micro-batch whose last tensors do not come gets as far as their site, and gradients of the
+    upper modules are on their way before backward has ended.
+    """
+    link = links("llama")
+    watched = Watched(link)
+    split = hosted(watched, lora())
+    split(**batches()[0]).loss.backward()
+    assert len(watched.modules) == watched.begins[0].module_frames == 5
+    assert [grads.first for grads in watched.grads] == [8, 6, 4, 2]
+    assert [grads.first for grads in watched.done[0].module_grads] == [0]
 
 
 def test_values_without_sense_harm_their_own_stream_alone(links: Links) -> None:
@@ -540,6 +602,8 @@ def test_memory_is_known_before_it_is_taken(
     site_of = {site.index: site for site in cloud.sites}
     module_bytes, seen = 0, set()
     work = HostedAdapter(request.hosted, cloud.frozen_store, training=True)
+    for frame in watched.modules:
+        work.take(frame)
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal module_bytes

@@ -472,24 +472,26 @@ def test_hosted_modules_are_their_owners_alone(
         dlora.connect(secured.address, access=access(folder, t), cache=tmp_path) for t in tokens
     )
     site = alice.description.sites[0]
-    module = pb.HostedModule(
+    tensors = pb.ModuleTensors(
         a=encode(torch.randn(2, site.in_features), pb.FP32),
         b=encode(torch.randn(site.modules[0].out_features, 2), pb.FP32),
-        keep=True,
     )
+    module = pb.HostedModule(rank=2, keep=True)
 
     def ask(link: Any, module: pb.HostedModule) -> str | None:
         message = begin(link)
-        message.hosted = True
+        message.hosted, message.module_frames = True, 0 if module.hash else 1
         message.modules.append(module)
         stream = link.open()
         stream.send(pb.EdgeFrame(begin=message))
+        if not module.hash:
+            stream.send(pb.EdgeFrame(modules=pb.HostedTensors(modules=[tensors])))
         try:
             return stream.receive().WhichOneof("kind")
         finally:
             stream.close()
 
-    reference = pb.HostedModule(hash=content_hash(module))
+    reference = pb.HostedModule(rank=2, hash=content_hash(tensors))
     with pytest.raises(AdapterMissing):
         ask(alice, reference)
     assert ask(alice, module) == ask(alice, reference) == "hidden"

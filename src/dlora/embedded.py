@@ -111,6 +111,9 @@ class _CloudEnd:
         """One process, one user: nobody waits."""
         return 0.0
 
+    def expect(self, frames: int) -> None:
+        """All frames come at once."""
+
     def send(self, frame: pb.CloudFrame) -> None:
         self.stream.to_edge.put(frame)
 

@@ -38,6 +38,9 @@ class Pipe(Protocol):
         more is computed for it.
         """
 
+    def expect(self, frames: int) -> None:
+        """So many frames come without being asked for: take them as they come, for `receive`."""
+
     def send(self, frame: pb.CloudFrame) -> None:
         """Queue a frame for the edge."""
 
@@ -72,6 +75,7 @@ class Exchange:
         """Send a frame that says how long it took to compute."""
         frame.compute_s = time.perf_counter() - self._resumed
         self.pipe.send(frame)
+        self.start_clock()  # gradients are sent while more are computed
 
     def _receive(self, kind: str) -> Any:
         frame = self.pipe.receive()
@@ -101,6 +105,15 @@ class Exchange:
     def entry_grad(self, grad_BTD: Tensor) -> pb.Tensor:
         """The gradient of what came with the request, for `Done`."""
         return encode(self._gather(grad_BTD), self.request.codecs.ends)
+
+    def receive_modules(self) -> pb.HostedTensors:
+        """More tensors of a hosted adapter. Computing stops meanwhile, if they are not there."""
+        started = time.perf_counter()
+        frame = self.pipe.receive()
+        self._resumed += time.perf_counter() - started
+        if frame.WhichOneof("kind") != "modules":
+            raise WireError(f"got frame {frame.WhichOneof('kind')!r}, want 'modules'")
+        return frame.modules
 
     # ----------------------------------------------------------------- at a site
 

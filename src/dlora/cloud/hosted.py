@@ -1,6 +1,8 @@
 """The adapter that the cloud computes itself for one stream, where the edge wants it so.
 
-Its tensors came with the request and go with the stream. Their gradients travel in `Done`.
+Its tensors come behind the request, in a few frames, while the cloud computes already: a site waits
+for its own alone. They go with the stream. In backward their gradients are sent as they are there,
+also in a few frames, so that the way of most of them is hidden behind computing.
 
 Shapes: B batch, T tokens, D width of what a module reads, R rank, O width of what it adds to.
 """
@@ -8,53 +10,139 @@ Shapes: B batch, T tokens, D width of what a module reads, R rank, O width of wh
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
+from dlora.cloud.exchange import Exchange
 from dlora.cloud.frozen_store import FrozenStore
 from dlora.cloud.hosted_request import HostedModule, HostedRequest, HostedTensors
+from dlora.errors import WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.activations import activation_of
 from dlora.protocol.wire import content_hash, decode, encode
 
 __all__ = ["HostedAdapter"]
 
+_GRAD_FRAMES: Final = 8
+"""In which gradients go, the last of them with `Done`."""
 
-@dataclass(frozen=True)
+
 class _Module:
     """One module at work; in training its tensors ask for gradients."""
 
-    checked: HostedModule
-    tensors: HostedTensors
+    def __init__(self, number: int, checked: HostedModule) -> None:
+        self.number, self.checked = number, checked
+        self.tensors: HostedTensors | None = None
+        """None: they are still under way."""
+        self.missing_grads = 0
+
+    def set(self, tensors: HostedTensors, *, training: bool) -> None:
+        """Take what has come, or what was kept: that is shared by streams, and each has gradients
+        of its own.
+        """
+        a, b, a_bias, b_bias = (
+            None if tensor is None else tensor.detach().requires_grad_(training)
+            for tensor in tensors
+        )
+        if a is None or b is None:
+            raise AssertionError("a checked module has both matrices")
+        self.tensors = (a, b, a_bias, b_bias)
+        self.missing_grads = len(self.leaves)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The tensors that there are."""
+        return [tensor for tensor in self.tensors or () if tensor is not None]
 
 
 class HostedAdapter:
-    """The active modules of one stream, on `device`. Raises WireError for data that do not fit."""
+    """The active modules of one stream, on the store's device."""
 
     def __init__(self, request: HostedRequest, store: FrozenStore, training: bool) -> None:
-        self.seed = request.seed
-        self.modules: list[_Module] = []
+        self.request, self.store, self.training = request, store, training
+        self.modules = [_Module(number, one) for number, one in enumerate(request.modules)]
         self._sites: dict[int, list[_Module]] = {}
-        for checked in request.modules:
-            tensors = checked.kept
-            if tensors is None:
-                tensors = _decoded(checked, store.device)
-                if checked.message.keep:
-                    key = content_hash(checked.message)
-                    store.put_hosted(key, tensors, request.owner, request.owner_bytes)
+        for module in self.modules:
+            self._sites.setdefault(module.checked.site, []).append(module)
+            if module.checked.kept is not None:
+                module.set(module.checked.kept, training=training)
 
-            # Kept tensors are shared by streams: each has gradients of its own.
-            a_RD, b_OR, a_bias, b_bias = (
-                None if tensor is None else tensor.detach().requires_grad_(training)
-                for tensor in tensors
+        # Where tensors are still to come, in how many frames; and which gradients go together.
+        self._arrived, self._frames = 0, request.frames
+        size = -(-len(self.modules) // _GRAD_FRAMES) or 1
+        self._groups = [self.modules[i : i + size] for i in range(0, len(self.modules), size)]
+        self._sent: set[int] = set()
+
+    # ----------------------------------------------------------------- tensors come, gradients go
+
+    def wait(self, exchange: Exchange, site: int | None = None) -> None:
+        """Take frames until the tensors of a site are there; of all sites if none is named.
+
+        Raises WireError for tensors that do not fit.
+        """
+        wanted = self.modules if site is None else self._sites[site]
+        while self._frames and any(module.tensors is None for module in wanted):
+            self.take(exchange.receive_modules())
+        if any(module.tensors is None for module in wanted):
+            raise WireError("got the last frame of modules, and some of them were not there")
+
+    def take(self, message: pb.HostedTensors) -> None:
+        """Tensors of modules that follow each other. Raises WireError for what does not fit."""
+        self._frames -= 1
+        end = message.first + len(message.modules)
+        if message.first != self._arrived or not message.first < end <= len(self.modules):
+            raise WireError(
+                f"got modules {message.first} to {end}, want those from {self._arrived} on, of "
+                f"{len(self.modules)}"
             )
-            if a_RD is None or b_OR is None:
-                raise AssertionError("a checked module has both matrices")
-            module = _Module(checked, (a_RD, b_OR, a_bias, b_bias))
-            self.modules.append(module)
-            self._sites.setdefault(checked.site, []).append(module)
+        for tensors, module in zip(message.modules, self.modules[self._arrived : end], strict=True):
+            decoded = _decoded(tensors, module.checked, self.store.device)
+            if module.checked.message.keep:
+                owner, owner_bytes = self.request.owner, self.request.owner_bytes
+                self.store.put_hosted(content_hash(tensors), decoded, owner, owner_bytes)
+            module.set(decoded, training=self.training)
+        self._arrived = end
+
+    def send_grads(self, exchange: Exchange) -> None:
+        """From now on, in backward, send the gradients of each group when the last is there."""
+        for group in self._groups[1:]:  # backward comes to the first group last
+            for module in group:
+                for leaf in module.leaves:
+                    leaf.register_post_accumulate_grad_hook(self._hook(exchange, group, module))
+
+    def _hook(self, exchange: Exchange, group: list[_Module], module: _Module) -> object:
+        def arrived(_: Tensor) -> None:
+            module.missing_grads -= 1
+            if not any(one.missing_grads for one in group):
+                exchange.send(pb.CloudFrame(module_grads=self._grads(group, exchange)))
+
+        return arrived
+
+    def rest(self, exchange: Exchange) -> Iterator[pb.HostedTensors]:
+        """After backward: the gradients that were not sent, for `Done`."""
+        for group in self._groups:
+            if group[0].number not in self._sent:
+                yield self._grads(group, exchange)
+
+    def _grads(self, group: list[_Module], exchange: Exchange) -> pb.HostedTensors:
+        """The gradients of modules that follow each other; they are forgotten here."""
+        dtype, names = exchange.request.codecs.factors, ("a", "b", "a_bias", "b_bias")
+        self._sent.add(group[0].number)
+        messages = []
+        for module in group:
+            fields = {}
+            for name, tensor in zip(names, module.tensors or (), strict=True):
+                if tensor is not None:
+                    # A module that nothing of the loss depends on has no gradient.
+                    grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+                    fields[name], tensor.grad = encode(grad, dtype), None
+            messages.append(pb.ModuleTensors(**fields))
+        return pb.HostedTensors(first=group[0].number, modules=messages)
+
+    # ----------------------------------------------------------------- computing
 
     def macs(self, site: int, *, input_grad: bool) -> tuple[int, int]:
         """(forward, backward) multiply-adds of a row at a site.
@@ -76,10 +164,12 @@ class HostedAdapter:
         return tuple(self._delta(module, x, past) for module in self._sites[site])
 
     def _delta(self, module: _Module, x: Tensor, past: int) -> Tensor:
+        if module.tensors is None:
+            raise AssertionError("a site waits for its tensors")
         a_RD, b_OR, a_bias, b_bias = module.tensors
         message = module.checked.message
         if any(part.p for part in message.dropouts):
-            z_BTR = self._dropped(module, x, past)
+            z_BTR = self._dropped(module.checked, a_RD, x, past)
             z_BTR = z_BTR if a_bias is None else z_BTR + a_bias
         else:
             z_BTR = nn.functional.linear(x, a_RD, a_bias)
@@ -88,11 +178,10 @@ class HostedAdapter:
             z_BTR if activation is None else activation(z_BTR), b_OR, b_bias
         )
 
-    def _dropped(self, module: _Module, x: Tensor, past: int) -> Tensor:
+    def _dropped(self, checked: HostedModule, a_RD: Tensor, x: Tensor, past: int) -> Tensor:
         """A dropout(x), [B, T, R]: masks depend on the edge's seed and on the place alone."""
-        checked, a_RD = module.checked, module.tensors[0]
         generator = torch.Generator(x.device)
-        place = f"{self.seed} {checked.site} {checked.module} {past}"
+        place = f"{self.request.seed} {checked.site} {checked.module} {past}"
         digest = hashlib.sha256(place.encode()).digest()
         generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -107,38 +196,21 @@ class HostedAdapter:
             start += part.rank
         return torch.cat(parts, dim=-1)
 
-    def grads(self, dtype: pb.DType) -> list[pb.ModuleGrad]:
-        """After backward: the gradients of every module, for `Done`."""
-        messages = []
-        for module in self.modules:
-            # A module that nothing of the loss depends on has no gradient.
-            names = ("a", "b", "a_bias", "b_bias")
-            messages.append(
-                pb.ModuleGrad(
-                    **{
-                        name: encode(
-                            torch.zeros_like(tensor) if tensor.grad is None else tensor.grad, dtype
-                        )
-                        for name, tensor in zip(names, module.tensors, strict=True)
-                        if tensor is not None
-                    }
-                )
-            )
-        return messages
 
+def _decoded(
+    message: pb.ModuleTensors, checked: HostedModule, device: torch.device
+) -> HostedTensors:
+    """The tensors of a module that came; `decode` checks their bytes first."""
 
-def _decoded(checked: HostedModule, device: torch.device) -> HostedTensors:
-    """The tensors of a module that came whole; `decode` checks their bytes first."""
-    message, rank, width = checked.message, checked.rank, checked.out_features
+    def tensor(name: str, shape: tuple[int, ...]) -> Tensor:
+        return decode(getattr(message, name), shape, f"{name} of {checked.name}").to(device)
 
-    def bias(name: str, length: int) -> Tensor | None:
-        if not message.HasField(name):
-            return None
-        return decode(getattr(message, name), (length,), f"{name} of the adapter").to(device)
-
+    for name, shape in zip(("a", "b", "a_bias", "b_bias"), checked.shapes, strict=True):
+        if message.HasField(name) != (shape is not None):
+            raise WireError(f"{checked.name}: {name} is missing, or was not announced")
     return (
-        decode(message.a, (rank, checked.in_features), "A of the adapter").to(device),
-        decode(message.b, (width, rank), "B of the adapter").to(device),
-        bias("a_bias", rank),
-        bias("b_bias", width),
+        tensor("a", (checked.rank, checked.in_features)),
+        tensor("b", (checked.out_features, checked.rank)),
+        tensor("a_bias", (checked.rank,)) if checked.message.a_bias else None,
+        tensor("b_bias", (checked.out_features,)) if checked.message.b_bias else None,
     )

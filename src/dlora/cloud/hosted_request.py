@@ -1,6 +1,7 @@
 """Checking the adapter that travels with a request, for the cloud to compute (`Begin.hosted`).
 
-Every size is checked here, before anything is allocated. `hosted.py` computes.
+Every size is known and checked here, before anything is allocated. `hosted.py` takes the tensors,
+which come later, and computes.
 
 Shapes: D width of what a module reads, R rank, O width of what it adds to.
 """
@@ -34,6 +35,7 @@ class HostedModule:
 
     site: int
     module: int
+    name: str
     in_features: int
     rank: int
     out_features: int
@@ -41,6 +43,16 @@ class HostedModule:
     message: pb.HostedModule
     kept: HostedTensors | None
     """Its tensors, if they are here already."""
+
+    @property
+    def shapes(self) -> list[tuple[int, ...] | None]:
+        """Of A, B and the biases; None for one that there is not."""
+        return [
+            (self.rank, self.in_features),
+            (self.out_features, self.rank),
+            (self.rank,) if self.message.a_bias else None,
+            (self.out_features,) if self.message.b_bias else None,
+        ]
 
     @property
     def numel(self) -> int:
@@ -53,6 +65,8 @@ class HostedRequest:
     """The adapter of one request."""
 
     modules: tuple[HostedModule, ...]
+    frames: int
+    """In which the tensors of all modules come; 0: they are here."""
     seed: int
     """Of the masks of dropout."""
     owner: str
@@ -100,7 +114,7 @@ def check_hosted(
     AdapterMissing for a hash that this owner has kept nothing under.
     """
     if not message.hosted:
-        if message.modules:
+        if message.modules or message.module_frames:
             raise WireError(f"modules: got {len(message.modules)} in a request that is not hosted")
         return None
     if message.factored:
@@ -117,49 +131,52 @@ def check_hosted(
                 "active ones, in order"
             )
         modules.append(_checked(entry, site, index, store, owner))
+
+    # Every module has a hash, or comes in one of the frames that are announced.
+    coming = sum(1 for module in modules if module.kept is None)
+    if coming not in (0, len(modules)) or not min(coming, 1) <= message.module_frames <= coming:
+        raise WireError(
+            f"modules: got {message.module_frames} frames for {coming} modules without a hash, "
+            f"of {len(modules)}"
+        )
     return HostedRequest(
-        modules=tuple(modules), seed=message.dropout_seed, owner=owner, owner_bytes=owner_bytes
+        modules=tuple(modules),
+        frames=message.module_frames,
+        seed=message.dropout_seed,
+        owner=owner,
+        owner_bytes=owner_bytes,
     )
 
 
 def _checked(
     entry: pb.HostedModule, site: Site, index: int, store: FrozenStore, owner: str
 ) -> HostedModule:
-    """One module, whose tensors fit the linear that it sits on."""
+    """One module that fits the linear that it sits on."""
     name, width = site.modules[index].name, site.modules[index].out_features
-    kept = None
+    kept, rank = None, entry.rank
     if entry.hash:
-        if any(entry.HasField(field) for field in ("a", "b", "a_bias", "b_bias")):
-            raise WireError(f"{name}: got a hash and tensors, want one of them")
         kept = store.get_hosted(entry.hash, owner)
         if kept is None:
             raise AdapterMissing(f"the adapter of {name} is not here: send it whole")
-        shapes = [list(kept[0].shape), list(kept[1].shape)]
-    else:
-        shapes = [list(entry.a.shape), list(entry.b.shape)]
 
-    # The wire's A says what the rank is; no module gains by one over both widths.
-    rank = shapes[0][0] if shapes[0] else 0
+    # No module gains by a rank over both widths.
     most = max(site.in_features, width)
-    if not 1 <= rank <= most or shapes != [[rank, site.in_features], [width, rank]]:
-        raise WireError(
-            f"{name}: got A {shapes[0][:8]} and B {shapes[1][:8]}, want [r, {site.in_features}] "
-            f"and [{width}, r] with r from 1 to {most}"
-        )
-    for field, length in (("a_bias", rank), ("b_bias", width)):
-        if entry.HasField(field) and list(getattr(entry, field).shape) != [length]:
-            raise WireError(f"{name}: {field} has shape {list(getattr(entry, field).shape)[:8]}")
-
-    _check_arithmetic(entry, rank, name)
-    return HostedModule(
+    if not 1 <= rank <= most:
+        raise WireError(f"{name}: got rank {rank}, want 1 to {most}")
+    checked = HostedModule(
         site=site.index,
         module=index,
+        name=name,
         in_features=site.in_features,
         rank=rank,
         out_features=width,
         message=entry,
         kept=kept,
     )
+    if kept is not None and checked.shapes != [None if t is None else tuple(t.shape) for t in kept]:
+        raise WireError(f"{name}: what was kept under this hash has other shapes")
+    _check_arithmetic(entry, rank, name)
+    return checked
 
 
 def _check_arithmetic(entry: pb.HostedModule, rank: int, name: str) -> None:

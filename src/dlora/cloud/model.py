@@ -223,6 +223,7 @@ class CloudModel:
         pipe.admit(request.cost_bytes)
         hosted = None
         if request.hosted is not None:
+            pipe.expect(request.hosted.frames)
             hosted = HostedAdapter(request.hosted, self.frozen_store, request.has_backward)
         if request.cache_length:
             self._run_cached(request, pipe, hosted)
@@ -239,9 +240,9 @@ class CloudModel:
             for site, modules in request.probe
             for module in modules
         ]
-        module_grads = []
+        module_grads: list[pb.HostedTensors] = []
         if hosted and request.has_backward:
-            module_grads = hosted.grads(request.codecs.factors)
+            module_grads.extend(hosted.rest(running.exchange))
         done = pb.Done(
             forward_flops=forward,
             backward_flops=backward,

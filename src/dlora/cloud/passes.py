@@ -99,10 +99,14 @@ class Pass:
 
         with torch.set_grad_enabled(request.has_backward):
             hidden_KD = self._forward(entry_BTD)
+        if self.hosted is not None:
+            self.hosted.wait(self.exchange)
         self.exchange.send_hidden(hidden_KD, self.flops)
         if not request.has_backward:
             return
 
+        if self.hosted is not None:
+            self.hosted.send_grads(self.exchange)
         hidden_KD.backward(self.exchange.receive_hidden_grad(hidden_KD))
         if request.wants_input_grad:
             grad_BTD = torch.zeros_like(entry_BTD) if entry_BTD.grad is None else entry_BTD.grad
@@ -214,6 +218,7 @@ class Pass:
 
     def _compute(self, hosted: HostedAdapter, site: int, x: Tensor) -> tuple[Tensor, ...]:
         """The deltas of a hosted adapter at a site."""
+        hosted.wait(self.exchange, site)
         rows = x.numel() // x.shape[-1]
         forward, backward = hosted.macs(site, input_grad=x.requires_grad)
         self.forward_macs += rows * forward

@@ -96,7 +96,9 @@ class GrpcStream:
     def send(self, frame: pb.EdgeFrame) -> None:
         """Queue a frame for the cloud."""
         if frame.WhichOneof("kind") == "begin":
-            self._is_one_way = frame.begin.drop_input_grads
+            self._is_one_way = frame.begin.drop_input_grads or (
+                frame.begin.hosted and frame.begin.training
+            )
         self.outbox.put(frame)
 
     def receive(self) -> pb.CloudFrame:

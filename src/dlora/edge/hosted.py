@@ -11,7 +11,7 @@ adds to.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Final
 
@@ -29,6 +29,8 @@ from dlora.protocol.wire import content_hash, encode
 __all__ = ["HostedAdapter", "KeptVersions", "check_hosted"]
 
 _FIELDS: Final = ("a", "b", "a_bias", "b_bias")
+_FRAMES: Final = 8
+"""In which the tensors travel: the fewer, the longer the cloud waits for the first."""
 _MOST_MISSES: Final = 3
 """A cloud that so often in a row has not what it was to keep has no room for it."""
 
@@ -70,7 +72,11 @@ class KeptVersions:
 
 
 class HostedAdapter:
-    """The active modules of `sites`, as they are now, for one micro-batch or stream."""
+    """The active modules of `sites`, as they are now, for one micro-batch or stream.
+
+    `Begin` announces them; their tensors follow in frames of about the same size, of which the
+    cloud needs only the first to begin.
+    """
 
     def __init__(
         self, sites: Sequence[ActiveSite], dtype: pb.DType, versions: KeptVersions
@@ -79,30 +85,24 @@ class HostedAdapter:
         self._by_hash = False
 
     @cached_property
-    def messages(self) -> list[pb.HostedModule]:
-        """Every module, whole, in the cloud's order."""
-        return [
-            self._message(site.index, module, layer)
-            for site in self.sites
-            for module, layer in zip(site.modules, site.layers, strict=True)
-        ]
+    def places(self) -> list[tuple[ActiveSite, int]]:
+        """Every module in the cloud's order: its site, and its number there."""
+        return [(site, number) for site in self.sites for number in range(len(site.layers))]
 
-    def _message(self, site: int, module: int, layer: LoraLayer) -> pb.HostedModule:
-        with torch.no_grad():
-            tensors = _tensors(layer)
-        a, b, a_bias, b_bias = (
-            None if tensor is None else encode(tensor, self.dtype) for tensor in tensors
-        )
-        return pb.HostedModule(
-            site=site,
-            module=module,
-            a=a,
-            b=b,
-            a_bias=a_bias,
-            b_bias=b_bias,
-            activation=activation_name(_activation(layer)),
-            dropouts=_dropouts(layer),
-        )
+    @cached_property
+    def messages(self) -> list[pb.ModuleTensors]:
+        """The tensors of every module."""
+        messages = []
+        for site, number in self.places:
+            with torch.no_grad():
+                tensors = _tensors(site.layers[number])
+            parts = {
+                field: encode(tensor, self.dtype)
+                for field, tensor in zip(_FIELDS, tensors, strict=True)
+                if tensor is not None
+            }
+            messages.append(pb.ModuleTensors(**parts))
+        return messages
 
     @cached_property
     def hashes(self) -> list[bytes]:
@@ -113,8 +113,8 @@ class HostedAdapter:
     def version(self) -> bytes:
         """Equal for the same modules with the same values."""
         digest = hashlib.sha256()
-        for message, key in zip(self.messages, self.hashes, strict=True):
-            digest.update(f"{message.site} {message.module} ".encode() + key)
+        for (site, number), key in zip(self.places, self.hashes, strict=True):
+            digest.update(f"{site.index} {site.modules[number]} ".encode() + key)
         return digest.digest()
 
     def fields(self, *, training: bool) -> dict[str, Any]:
@@ -123,76 +123,95 @@ class HostedAdapter:
         A training micro-batch may be sent by hash; so may what is measured in between.
         """
         self._by_hash, keep = self.versions.choose(self.version, training=training)
-        if self._by_hash:
-            modules = [
-                self._reference(*pair) for pair in zip(self.messages, self.hashes, strict=True)
-            ]
-        else:
-            modules = [_kept(message, keep) for message in self.messages]
-
-        dropped = any(part.p for message in self.messages for part in message.dropouts)
+        modules = self._announced(keep)
+        dropped = any(part.p for entry in modules for part in entry.dropouts)
         seed = int(torch.randint(2**62, ())) if dropped else 0
-        return {"hosted": True, "modules": modules, "dropout_seed": seed}
+        frames = 0 if self._by_hash else len(self._slices())
+        return {
+            "hosted": True,
+            "modules": modules,
+            "module_frames": frames,
+            "dropout_seed": seed,
+        }
 
-    def _reference(self, message: pb.HostedModule, key: bytes) -> pb.HostedModule:
-        return pb.HostedModule(
-            site=message.site,
-            module=message.module,
-            hash=key,
-            activation=message.activation,
-            dropouts=message.dropouts,
-        )
+    def frames(self) -> Iterator[pb.EdgeFrame]:
+        """What follows `Begin`: all tensors, unless the cloud has them."""
+        for part in [] if self._by_hash else self._slices():
+            tensors = pb.HostedTensors(first=part.start, modules=self.messages[part])
+            yield pb.EdgeFrame(modules=tensors)
+
+    def _announced(self, keep: bool) -> list[pb.HostedModule]:
+        """Every module without its tensors."""
+        return [
+            pb.HostedModule(
+                site=site.index,
+                module=site.modules[number],
+                rank=message.a.shape[0],
+                a_bias=message.HasField("a_bias"),
+                b_bias=message.HasField("b_bias"),
+                hash=key if self._by_hash else b"",
+                keep=keep,
+                activation=activation_name(_activation(site.layers[number])),
+                dropouts=_dropouts(site.layers[number]),
+            )
+            for (site, number), message, key in zip(
+                self.places, self.messages, self.hashes, strict=True
+            )
+        ]
+
+    def _slices(self) -> list[slice]:
+        """The modules that travel together."""
+        count = len(self.messages)
+        size = max(1, -(-count // _FRAMES))
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
     def send_whole(self, begin: pb.Begin) -> bool:
-        """Put the modules themselves into `begin` in place of their hashes; false if they are."""
+        """Announce tensors in `begin` in place of their hashes; false if they are."""
         if not self._by_hash:
             return False
         self._by_hash = False
         self.versions.missed()
         del begin.modules[:]
-        begin.modules.extend(_kept(message, self.versions.kept) for message in self.messages)
+        begin.modules.extend(self._announced(self.versions.kept))
+        begin.module_frames = len(self._slices())
         return True
 
     def gradients(
-        self, messages: Sequence[pb.ModuleGrad], decode: Decode
+        self, messages: Iterable[pb.HostedTensors], decode: Decode
     ) -> dict[nn.Parameter, Tensor]:
-        """The gradients of all trainable parameters, from those that the cloud has sent.
+        """The gradients of all trainable parameters, from all frames that the cloud has sent.
 
         Raises WireError for others than were asked for, and what `decode` raises.
         """
         if self._by_hash:
             self.versions.found()
-        if len(messages) != len(self.messages):
-            raise WireError(f"the cloud sent {len(messages)} gradients, want {len(self.messages)}")
+        by_number: dict[int, pb.ModuleTensors] = {}
+        for frame in messages:
+            for number, message in enumerate(frame.modules, frame.first):
+                if number in by_number:
+                    raise WireError(f"the cloud sent the gradients of module {number} twice")
+                by_number[number] = message
+        if by_number.keys() != set(range(len(self.places))):
+            raise WireError(f"the cloud sent {len(by_number)} gradients, want {len(self.places)}")
 
         grads: dict[nn.Parameter, Tensor] = {}
-        places = [(site, number) for site in self.sites for number in range(len(site.layers))]
-        for message, (site, number) in zip(messages, places, strict=True):
+        for number, (site, index) in enumerate(self.places):
+            message = by_number[number]
             # What travelled is linear in the parameters: autograd takes the gradients apart.
             with torch.enable_grad():
-                tensors = _tensors(site.layers[number])
-            name = site.names[number]
+                tensors = _tensors(site.layers[index])
+            name = site.names[index]
             pairs = [
                 (tensor, decode(getattr(message, field), tuple(tensor.shape), f"{field} of {name}"))
                 for field, tensor in zip(_FIELDS, tensors, strict=True)
                 if tensor is not None and tensor.requires_grad
             ]
-            parameters = _trainable(site.layers[number])
+            parameters = _trainable(site.layers[index])
             if parameters:
                 outputs, received = zip(*pairs, strict=True)
                 computed = torch.autograd.grad(outputs, parameters, received)
                 grads.update(zip(parameters, computed, strict=True))
         return grads
-
-
-def _kept(message: pb.HostedModule, keep: bool) -> pb.HostedModule:
-    """The module with the word whether the cloud is to keep it."""
-    if not keep:
-        return message
-    copy = pb.HostedModule()
-    copy.CopyFrom(message)
-    copy.keep = True
-    return copy
 
 
 def _tensors(layer: LoraLayer) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

@@ -149,7 +149,6 @@ class MicroBatch(Responder):
         try:
             message = pb.HiddenGrad(grad=encode(grad, self.codecs.ends))
             self.send(pb.EdgeFrame(hidden_grad=message))
-            # A hosted adapter's gradients are in the last frame, all together.
             for _ in range(0 if self.hosted else len(self.sites)):
                 frame = self.receive()
                 kind = frame.WhichOneof("kind")
@@ -165,9 +164,17 @@ class MicroBatch(Responder):
     def _finish(self, grads: dict[nn.Parameter, Tensor] | None = None) -> None:
         """Take the last frame, with what the cloud has counted and measured.
 
-        After backward a hosted adapter's gradients are in it, and go into `grads`.
+        After backward a hosted adapter's gradients go into `grads`: some come before it, the rest
+        in it.
         """
+        module_grads: list[pb.HostedTensors] = []
         frame = self.receive()
+        while grads is not None and self.hosted and frame.WhichOneof("kind") == "module_grads":
+            # No more frames than modules, so that it ends.
+            if not frame.module_grads.modules or len(module_grads) == len(self.hosted.places):
+                raise WireError("the cloud sent more gradients than there are modules")
+            module_grads.append(frame.module_grads)
+            frame = self.receive()
         if frame.WhichOneof("kind") != "done":
             raise WireError(f"the cloud sent frame {frame.WhichOneof('kind')!r}, want 'done'")
         self.meter.cloud_forward_flops += frame.done.forward_flops
@@ -183,7 +190,9 @@ class MicroBatch(Responder):
             self.on_probe(self.begin.probe, norms)
 
         if self.hosted is not None and grads is not None:
-            grads.update(self.hosted.gradients(frame.done.module_grads, self.decode))
+            grads.update(
+                self.hosted.gradients([*module_grads, *frame.done.module_grads], self.decode)
+            )
             for grad in grads.values():
                 check_finite(grad, "a gradient of the adapter")
         if self.begin.wants_input_grad:

@@ -175,6 +175,9 @@ class Responder:
         if self.output_squares is not None:
             self.output_squares.clear()
         self.send(frame)
+        if self.hosted is not None and frame.WhichOneof("kind") == "begin":
+            for tensors in self.hosted.frames():
+                self.send(tensors)
         while (kind := (reply := self.receive()).WhichOneof("kind")) == "input":
             self._answer(reply.input, num_rows, training)
         if kind != "hidden":

@@ -218,11 +218,10 @@ class HostedDropout(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., p: _Optional[float] = ...) -> None: ...
 
 class HostedModule(_message.Message):
-    __slots__ = ("site", "module", "a", "b", "a_bias", "b_bias", "hash", "keep", "activation", "dropouts")
+    __slots__ = ("site", "module", "rank", "a_bias", "b_bias", "hash", "keep", "activation", "dropouts")
     SITE_FIELD_NUMBER: _ClassVar[int]
     MODULE_FIELD_NUMBER: _ClassVar[int]
-    A_FIELD_NUMBER: _ClassVar[int]
-    B_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
     A_BIAS_FIELD_NUMBER: _ClassVar[int]
     B_BIAS_FIELD_NUMBER: _ClassVar[int]
     HASH_FIELD_NUMBER: _ClassVar[int]
@@ -231,15 +230,34 @@ class HostedModule(_message.Message):
     DROPOUTS_FIELD_NUMBER: _ClassVar[int]
     site: int
     module: int
-    a: Tensor
-    b: Tensor
-    a_bias: Tensor
-    b_bias: Tensor
+    rank: int
+    a_bias: bool
+    b_bias: bool
     hash: bytes
     keep: bool
     activation: Activation
     dropouts: _containers.RepeatedCompositeFieldContainer[HostedDropout]
-    def __init__(self, site: _Optional[int] = ..., module: _Optional[int] = ..., a: _Optional[_Union[Tensor, _Mapping]] = ..., b: _Optional[_Union[Tensor, _Mapping]] = ..., a_bias: _Optional[_Union[Tensor, _Mapping]] = ..., b_bias: _Optional[_Union[Tensor, _Mapping]] = ..., hash: _Optional[bytes] = ..., keep: _Optional[bool] = ..., activation: _Optional[_Union[Activation, str]] = ..., dropouts: _Optional[_Iterable[_Union[HostedDropout, _Mapping]]] = ...) -> None: ...
+    def __init__(self, site: _Optional[int] = ..., module: _Optional[int] = ..., rank: _Optional[int] = ..., a_bias: _Optional[bool] = ..., b_bias: _Optional[bool] = ..., hash: _Optional[bytes] = ..., keep: _Optional[bool] = ..., activation: _Optional[_Union[Activation, str]] = ..., dropouts: _Optional[_Iterable[_Union[HostedDropout, _Mapping]]] = ...) -> None: ...
+
+class ModuleTensors(_message.Message):
+    __slots__ = ("a", "b", "a_bias", "b_bias")
+    A_FIELD_NUMBER: _ClassVar[int]
+    B_FIELD_NUMBER: _ClassVar[int]
+    A_BIAS_FIELD_NUMBER: _ClassVar[int]
+    B_BIAS_FIELD_NUMBER: _ClassVar[int]
+    a: Tensor
+    b: Tensor
+    a_bias: Tensor
+    b_bias: Tensor
+    def __init__(self, a: _Optional[_Union[Tensor, _Mapping]] = ..., b: _Optional[_Union[Tensor, _Mapping]] = ..., a_bias: _Optional[_Union[Tensor, _Mapping]] = ..., b_bias: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
+class HostedTensors(_message.Message):
+    __slots__ = ("first", "modules")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    MODULES_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    modules: _containers.RepeatedCompositeFieldContainer[ModuleTensors]
+    def __init__(self, first: _Optional[int] = ..., modules: _Optional[_Iterable[_Union[ModuleTensors, _Mapping]]] = ...) -> None: ...
 
 class Codecs(_message.Message):
     __slots__ = ("x", "dx", "deltas", "delta_grads", "ends", "factors")
@@ -258,7 +276,7 @@ class Codecs(_message.Message):
     def __init__(self, x: _Optional[_Union[DType, str]] = ..., dx: _Optional[_Union[DType, str]] = ..., deltas: _Optional[_Union[DType, str]] = ..., delta_grads: _Optional[_Union[DType, str]] = ..., ends: _Optional[_Union[DType, str]] = ..., factors: _Optional[_Union[DType, str]] = ...) -> None: ...
 
 class Begin(_message.Message):
-    __slots__ = ("protocol_version", "fingerprint", "wire_dtype", "training", "batch", "length", "attention_mask", "position_ids", "dense", "keep", "sites", "embeddings", "cache_length", "rollback", "factored", "idle", "probe", "edge_first", "edge_last", "wants_input_grad", "hosted", "modules", "dropout_seed", "codecs", "drop_input_grads")
+    __slots__ = ("protocol_version", "fingerprint", "wire_dtype", "training", "batch", "length", "attention_mask", "position_ids", "dense", "keep", "sites", "embeddings", "cache_length", "rollback", "factored", "idle", "probe", "edge_first", "edge_last", "wants_input_grad", "hosted", "modules", "dropout_seed", "codecs", "drop_input_grads", "module_frames")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -284,6 +302,7 @@ class Begin(_message.Message):
     DROPOUT_SEED_FIELD_NUMBER: _ClassVar[int]
     CODECS_FIELD_NUMBER: _ClassVar[int]
     DROP_INPUT_GRADS_FIELD_NUMBER: _ClassVar[int]
+    MODULE_FRAMES_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     fingerprint: str
     wire_dtype: DType
@@ -309,7 +328,8 @@ class Begin(_message.Message):
     dropout_seed: int
     codecs: Codecs
     drop_input_grads: bool
-    def __init__(self, protocol_version: _Optional[int] = ..., fingerprint: _Optional[str] = ..., wire_dtype: _Optional[_Union[DType, str]] = ..., training: _Optional[bool] = ..., batch: _Optional[int] = ..., length: _Optional[int] = ..., attention_mask: _Optional[bytes] = ..., position_ids: _Optional[_Iterable[int]] = ..., dense: _Optional[bool] = ..., keep: _Optional[_Iterable[int]] = ..., sites: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., embeddings: _Optional[_Union[Tensor, _Mapping]] = ..., cache_length: _Optional[int] = ..., rollback: _Optional[bool] = ..., factored: _Optional[bool] = ..., idle: _Optional[_Iterable[_Union[IdleModule, _Mapping]]] = ..., probe: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., edge_first: _Optional[int] = ..., edge_last: _Optional[int] = ..., wants_input_grad: _Optional[bool] = ..., hosted: _Optional[bool] = ..., modules: _Optional[_Iterable[_Union[HostedModule, _Mapping]]] = ..., dropout_seed: _Optional[int] = ..., codecs: _Optional[_Union[Codecs, _Mapping]] = ..., drop_input_grads: _Optional[bool] = ...) -> None: ...
+    module_frames: int
+    def __init__(self, protocol_version: _Optional[int] = ..., fingerprint: _Optional[str] = ..., wire_dtype: _Optional[_Union[DType, str]] = ..., training: _Optional[bool] = ..., batch: _Optional[int] = ..., length: _Optional[int] = ..., attention_mask: _Optional[bytes] = ..., position_ids: _Optional[_Iterable[int]] = ..., dense: _Optional[bool] = ..., keep: _Optional[_Iterable[int]] = ..., sites: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., embeddings: _Optional[_Union[Tensor, _Mapping]] = ..., cache_length: _Optional[int] = ..., rollback: _Optional[bool] = ..., factored: _Optional[bool] = ..., idle: _Optional[_Iterable[_Union[IdleModule, _Mapping]]] = ..., probe: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., edge_first: _Optional[int] = ..., edge_last: _Optional[int] = ..., wants_input_grad: _Optional[bool] = ..., hosted: _Optional[bool] = ..., modules: _Optional[_Iterable[_Union[HostedModule, _Mapping]]] = ..., dropout_seed: _Optional[int] = ..., codecs: _Optional[_Union[Codecs, _Mapping]] = ..., drop_input_grads: _Optional[bool] = ..., module_frames: _Optional[int] = ...) -> None: ...
 
 class Extend(_message.Message):
     __slots__ = ("drop", "order", "length", "attention_mask", "position_ids", "dense", "keep", "embeddings")
@@ -356,18 +376,20 @@ class HiddenGrad(_message.Message):
     def __init__(self, grad: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class EdgeFrame(_message.Message):
-    __slots__ = ("begin", "deltas", "hidden_grad", "input_grad", "extend")
+    __slots__ = ("begin", "deltas", "hidden_grad", "input_grad", "extend", "modules")
     BEGIN_FIELD_NUMBER: _ClassVar[int]
     DELTAS_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_GRAD_FIELD_NUMBER: _ClassVar[int]
     INPUT_GRAD_FIELD_NUMBER: _ClassVar[int]
     EXTEND_FIELD_NUMBER: _ClassVar[int]
+    MODULES_FIELD_NUMBER: _ClassVar[int]
     begin: Begin
     deltas: SiteDeltas
     hidden_grad: HiddenGrad
     input_grad: InputGrad
     extend: Extend
-    def __init__(self, begin: _Optional[_Union[Begin, _Mapping]] = ..., deltas: _Optional[_Union[SiteDeltas, _Mapping]] = ..., hidden_grad: _Optional[_Union[HiddenGrad, _Mapping]] = ..., input_grad: _Optional[_Union[InputGrad, _Mapping]] = ..., extend: _Optional[_Union[Extend, _Mapping]] = ...) -> None: ...
+    modules: HostedTensors
+    def __init__(self, begin: _Optional[_Union[Begin, _Mapping]] = ..., deltas: _Optional[_Union[SiteDeltas, _Mapping]] = ..., hidden_grad: _Optional[_Union[HiddenGrad, _Mapping]] = ..., input_grad: _Optional[_Union[InputGrad, _Mapping]] = ..., extend: _Optional[_Union[Extend, _Mapping]] = ..., modules: _Optional[_Union[HostedTensors, _Mapping]] = ...) -> None: ...
 
 class SiteInput(_message.Message):
     __slots__ = ("site", "x", "wants_input_grad")
@@ -397,18 +419,6 @@ class DeltaGrads(_message.Message):
     factor_grads: _containers.RepeatedCompositeFieldContainer[Tensor]
     def __init__(self, site: _Optional[int] = ..., grads: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., factor_grads: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
 
-class ModuleGrad(_message.Message):
-    __slots__ = ("a", "b", "a_bias", "b_bias")
-    A_FIELD_NUMBER: _ClassVar[int]
-    B_FIELD_NUMBER: _ClassVar[int]
-    A_BIAS_FIELD_NUMBER: _ClassVar[int]
-    B_BIAS_FIELD_NUMBER: _ClassVar[int]
-    a: Tensor
-    b: Tensor
-    a_bias: Tensor
-    b_bias: Tensor
-    def __init__(self, a: _Optional[_Union[Tensor, _Mapping]] = ..., b: _Optional[_Union[Tensor, _Mapping]] = ..., a_bias: _Optional[_Union[Tensor, _Mapping]] = ..., b_bias: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
-
 class Done(_message.Message):
     __slots__ = ("forward_flops", "backward_flops", "probe", "input_grad", "module_grads")
     FORWARD_FLOPS_FIELD_NUMBER: _ClassVar[int]
@@ -420,19 +430,21 @@ class Done(_message.Message):
     backward_flops: int
     probe: _containers.RepeatedScalarFieldContainer[float]
     input_grad: Tensor
-    module_grads: _containers.RepeatedCompositeFieldContainer[ModuleGrad]
-    def __init__(self, forward_flops: _Optional[int] = ..., backward_flops: _Optional[int] = ..., probe: _Optional[_Iterable[float]] = ..., input_grad: _Optional[_Union[Tensor, _Mapping]] = ..., module_grads: _Optional[_Iterable[_Union[ModuleGrad, _Mapping]]] = ...) -> None: ...
+    module_grads: _containers.RepeatedCompositeFieldContainer[HostedTensors]
+    def __init__(self, forward_flops: _Optional[int] = ..., backward_flops: _Optional[int] = ..., probe: _Optional[_Iterable[float]] = ..., input_grad: _Optional[_Union[Tensor, _Mapping]] = ..., module_grads: _Optional[_Iterable[_Union[HostedTensors, _Mapping]]] = ...) -> None: ...
 
 class CloudFrame(_message.Message):
-    __slots__ = ("input", "hidden", "delta_grads", "done", "compute_s")
+    __slots__ = ("input", "hidden", "delta_grads", "done", "module_grads", "compute_s")
     INPUT_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     DELTA_GRADS_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
+    MODULE_GRADS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
     input: SiteInput
     hidden: Hidden
     delta_grads: DeltaGrads
     done: Done
+    module_grads: HostedTensors
     compute_s: float
-    def __init__(self, input: _Optional[_Union[SiteInput, _Mapping]] = ..., hidden: _Optional[_Union[Hidden, _Mapping]] = ..., delta_grads: _Optional[_Union[DeltaGrads, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., compute_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, input: _Optional[_Union[SiteInput, _Mapping]] = ..., hidden: _Optional[_Union[Hidden, _Mapping]] = ..., delta_grads: _Optional[_Union[DeltaGrads, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., module_grads: _Optional[_Union[HostedTensors, _Mapping]] = ..., compute_s: _Optional[float] = ...) -> None: ...

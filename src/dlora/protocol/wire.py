@@ -81,11 +81,11 @@ def encode(tensor: Tensor, dtype: pb.DType) -> pb.Tensor:
     )
 
 
-def content_hash(module: pb.FrozenModule | pb.HostedModule) -> bytes:
+def content_hash(module: pb.FrozenModule | pb.ModuleTensors) -> bytes:
     """SHA-256 of a module's tensors: equal on both halves for equal content."""
     digest = hashlib.sha256()
     tensors = [module.a, module.b]
-    if isinstance(module, pb.HostedModule):  # an absent bias is an empty tensor
+    if isinstance(module, pb.ModuleTensors):  # an absent bias is an empty tensor
         tensors += [module.a_bias, module.b_bias]
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {list(tensor.shape)} {tensor.exponent} ".encode())

@@ -1,27 +1,19 @@
-"""How large a peer's message may be, and how much it may hold: known before it is parsed.
+"""What an edge's message may hold, and how large it may be: known before it is parsed.
 
-Two bytes on the wire can become fifty in memory, so a message is looked over first: which fields it
-has, at every depth, and how many of each. And the server asks for every frame, so it knows the
-largest one that can come.   Source: protobuf.dev/programming-guides/encoding.
+The server asks for every frame, so it knows the largest one that can come.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from dlora.errors import WireError
 from dlora.proto import dlora_pb2 as pb
+from dlora.protocol.message_parts import MODULE, ONCE, TENSOR, VALUE_BYTES, Most, Rules
 
-__all__ = ["Awaited", "Most", "Rules", "check_message", "rules_of"]
+__all__ = ["Awaited", "rules_of"]
 
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types; groups (3, 4) are never ours
-_SKIPPED: Final = {_FIXED64: 8, _FIXED32: 4}
-_MOST_UNKNOWN: Final = 16
-"""Fields of a later version that one message may hold."""
-_VALUE_BYTES: Final = 5
-"""A uint32 takes at most so many bytes."""
 _TENSOR_BYTES: Final = 128
 """Everything of a tensor but its data."""
 _ROW_BYTES: Final = 34
@@ -34,23 +26,8 @@ _IDLE_BYTES: Final = 64
 """An entry of `Begin.idle`."""
 _MOST_DROPOUTS: Final = 64
 """Adapters whose sum one hosted module may be."""
-
-
-@dataclass(frozen=True)
-class Most:
-    """How often a field may stand in its message, and what may be inside."""
-
-    count: int
-    values: int = 1
-    """Numbers in it, where it is a list of them."""
-    inside: Rules = field(default_factory=dict)
-
-
-Rules = Mapping[int, Most]
-"""Field number -> how much of it; fields that are not listed may stand there once."""
-
-_ONCE: Final = Most(1)
-_TENSOR: Final = Most(1, inside={2: Most(8, 8)})
+_HOSTED_BYTES: Final = 64 + 16 * _MOST_DROPOUTS
+"""An entry of `Begin.modules`."""
 
 
 @dataclass(frozen=True)
@@ -68,84 +45,33 @@ def rules_of(description: pb.Description) -> _Rules:
     widest = max((len(site.modules) for site in description.sites), default=1)
     # Every module has an output, which is a site as well.
     sites = Most(len(description.sites) + modules, inside={2: Most(widest, widest)})
-    tensors = Most(widest, inside=_TENSOR.inside)
+    tensors = Most(widest, inside=TENSOR.inside)
 
     # The fields of each frame that may be there more than once, or that hold such.
     begin = {
         8: Most(tokens, tokens),
         10: Most(tokens, tokens),
         11: sites,
-        12: _TENSOR,
+        12: TENSOR,
         16: Most(modules),
         17: sites,
-        22: Most(modules, inside=dict.fromkeys((3, 4, 5, 6), _TENSOR) | {10: Most(_MOST_DROPOUTS)}),
-        24: Most(1, inside={1: _ONCE}),
+        22: Most(modules, inside={9: Most(_MOST_DROPOUTS)}),
+        24: Most(1, inside={1: ONCE}),
     }
-    extend = {2: Most(tokens, tokens), 5: Most(tokens, tokens), 7: Most(tokens, tokens), 8: _TENSOR}
+    extend = {2: Most(tokens, tokens), 5: Most(tokens, tokens), 7: Most(tokens, tokens), 8: TENSOR}
 
     # By the kind of the frame.
     return _Rules(
         frame={
             1: Most(1, inside=begin),
             2: Most(1, inside={2: tensors, 3: tensors}),
-            3: Most(1, inside={1: _TENSOR}),
-            4: Most(1, inside={2: _TENSOR}),
+            3: Most(1, inside={1: TENSOR}),
+            4: Most(1, inside={2: TENSOR}),
             5: Most(1, inside=extend),
+            6: Most(1, inside={2: Most(modules, inside=MODULE)}),
         },
-        put={2: Most(modules, inside={1: _TENSOR, 2: _TENSOR})},
+        put={2: Most(modules, inside={1: TENSOR, 2: TENSOR})},
     )
-
-
-def check_message(data: bytes, rules: Rules, what: str) -> None:
-    """Raises WireError for a message that is none, or that holds more than its rules say."""
-    _check(memoryview(data), 0, len(data), rules, what)
-
-
-def _check(data: memoryview, at: int, end: int, rules: Rules, what: str) -> None:
-    counts: dict[int, int] = {}
-    unknown = 0
-    while at < end:
-        tag, at = _varint(data, at, end, what)
-        number, kind = tag >> 3, tag & 7
-        start = at
-        if kind == _VARINT:
-            _, at = _varint(data, at, end, what)
-        elif kind == _BYTES:
-            size, start = _varint(data, at, end, what)
-            at = start + size
-        elif kind in _SKIPPED:
-            at += _SKIPPED[kind]
-        else:
-            raise WireError(f"{what}: got wire type {kind}, want protobuf without groups")
-        if at > end:
-            raise WireError(f"{what}: a field ends {at - end} bytes behind its message")
-
-        # Above the highest field of today stands what a later version may add.
-        most = rules.get(number, _ONCE)
-        counts[number] = counts.get(number, 0) + 1
-        unknown += number > 64
-        if counts[number] > most.count or unknown > _MOST_UNKNOWN:
-            raise WireError(f"{what}: got more than {most.count} of field {number}")
-        if kind == _BYTES and most.inside:
-            _check(data, start, at, most.inside, what)
-        elif kind == _BYTES and most.values > 1 and at - start > most.values * _VALUE_BYTES:
-            raise WireError(
-                f"{what}: got {at - start} bytes of numbers in field {number}, want at most "
-                f"{most.values} numbers"
-            )
-
-
-def _varint(data: memoryview, at: int, end: int, what: str) -> tuple[int, int]:
-    """(value, where the next byte is)."""
-    value = shift = 0
-    while at < end and shift < 70:
-        byte = data[at]
-        at += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, at
-        shift += 7
-    raise WireError(f"{what}: got a number without end")
 
 
 class Awaited:
@@ -167,30 +93,30 @@ class Awaited:
         self._hidden_width = max(description.hidden_width, self._entry_width)
         self._most_tokens = description.limits.max_tokens
 
-        # A first frame may bring the modules that the cloud is to compute, of any rank.
-        self.most = self.entry_bytes(self._most_tokens) + self._hosted_bytes(description)
+        # A first frame may announce the modules that the cloud is to compute.
+        self._most_message = description.limits.max_message_bytes
+        self.most = self.entry_bytes(self._most_tokens) + self._num_modules * _HOSTED_BYTES
         self.room = 0
-        """The largest frame of a pass behind its first, in bytes."""
+        """The largest frame of a pass behind its first, or those that come at once; in bytes."""
         self._active: list[int] = []
         self._tokens = self._batch = 0
         self._is_training = self._is_factored = self._has_cache = False
 
     def entry_bytes(self, tokens: int) -> int:
         """A `Begin` or `Extend` of so many tokens: rows, and mask, position, kept and order."""
-        listed = sum(_SITE_BYTES + _VALUE_BYTES * len(outs) for _, outs in self._sites)
-        entry = tokens * (4 * self._entry_width + _ROW_BYTES + 1 + 3 * _VALUE_BYTES)
+        listed = sum(_SITE_BYTES + VALUE_BYTES * len(outs) for _, outs in self._sites)
+        entry = tokens * (4 * self._entry_width + _ROW_BYTES + 1 + 3 * VALUE_BYTES)
         return entry + 2 * listed + _IDLE_BYTES * self._num_modules + _FIXED_BYTES
 
-    @staticmethod
-    def _hosted_bytes(description: pb.Description) -> int:
-        """All modules at the highest rank that a cloud takes, in float32."""
-        pairs = [
-            (site.in_features, m.out_features) for site in description.sites for m in site.modules
-        ]
-        values = sum((max(pair) + 1) * sum(pair) + max(pair) for pair in pairs)
-        return int(
-            min(4 * values + 8 * _TENSOR_BYTES * len(pairs), description.limits.max_message_bytes)
-        )
+    def _hosted_bytes(self, begin: pb.Begin) -> int:
+        """The tensors of all announced modules in float32, at most at the highest rank."""
+        total = 0
+        for entry in begin.modules:
+            inputs, outs = self._sites[entry.site] if entry.site < len(self._sites) else (0, [])
+            out = outs[entry.module] if entry.module < len(outs) else 0
+            rank = min(entry.rank, max(inputs, out))
+            total += 4 * (rank + 1) * (inputs + out) + 4 * _TENSOR_BYTES
+        return total
 
     def check(self, size: int) -> None:
         """Raises WireError for a frame of a size that cannot be the one that is awaited."""
@@ -209,8 +135,7 @@ class Awaited:
             self._is_training, self._is_factored = begin.training, begin.factored
             self._has_cache = begin.cache_length > 0
             self._active = [entry.site for entry in begin.sites if entry.site < len(self._sites)]
-            # Modules explain themselves: their shapes are checked before anything is allocated.
-            size -= sum(module.ByteSize() for module in begin.modules)
+            size -= sum(module.ByteSize() for module in begin.modules)  # there are few
             if begin.hosted:
                 self._active = []  # no site is asked for
         elif kind == "extend":
@@ -228,6 +153,10 @@ class Awaited:
             answers += [self._rows(self._sites[site][0]) for site in self._active]
             answers.append(self._rows(self._hidden_width))
         self.room = max(answers, default=0)
+        if kind == "begin" and begin.module_frames:  # what comes at once
+            hosted_bytes = self._hosted_bytes(begin)
+            self.most = min(hosted_bytes, self._most_message)
+            self.room = max(self.room, hosted_bytes)
         return True
 
     def sent(self, frame: pb.CloudFrame) -> None:

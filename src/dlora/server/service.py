@@ -23,9 +23,10 @@ from dlora.errors import PeerLost, UsageError, WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.channel import PROTOCOL_VERSION
 from dlora.protocol.files import describe_files
+from dlora.protocol.message_parts import check_message
 from dlora.server.access_log import AccessLog
 from dlora.server.calls import Call
-from dlora.server.frames import Awaited, check_message, rules_of
+from dlora.server.frames import Awaited, rules_of
 from dlora.server.identities import Identities
 from dlora.server.place import Place
 from dlora.server.refusals import Refusal, ShuttingDown, refusal_of, status_of

@@ -23,8 +23,9 @@ from google.protobuf.message import DecodeError
 
 from dlora.errors import DLoRAError, PeerLost, WireError
 from dlora.proto import dlora_pb2 as pb
+from dlora.protocol.message_parts import Rules, check_message
 from dlora.server.calls import Call
-from dlora.server.frames import Awaited, Rules, check_message
+from dlora.server.frames import Awaited
 from dlora.server.place import Place
 
 __all__ = ["StreamPipe"]
@@ -51,6 +52,8 @@ class StreamPipe:
         self._inbox: queue.SimpleQueue[bytes | DLoRAError | None] = queue.SimpleQueue()
         self._unsent = threading.BoundedSemaphore(_MAX_UNSENT)
         self._wanted = asyncio.Event()
+        self._expected = 0  # frames that the loop reads without being asked
+        self._due = 0  # of them, those that the worker has not taken
         self.has_left = False  # the edge closed its half in good order
         call.on_close(self._wake)
 
@@ -63,8 +66,11 @@ class StreamPipe:
         """
         try:
             while self.call.closed is None:
-                await self._wanted.wait()
-                self._wanted.clear()
+                if self._expected:
+                    self._expected -= 1
+                else:
+                    await self._wanted.wait()
+                    self._wanted.clear()
                 if (message := await self.call.read()) is None:
                     break
                 self._awaited.check(len(message))
@@ -130,6 +136,16 @@ class StreamPipe:
         if not self.place.has_slot:
             self.place.take_slot()
 
+    def expect(self, frames: int) -> None:
+        """Read so many frames as they come, and no others, until the worker has taken them."""
+        if frames:
+            self._due = frames
+            self._on_loop(self._expect, frames)
+
+    def _expect(self, frames: int) -> None:
+        self._expected = frames - 1  # and one for which the reader is woken
+        self._wanted.set()
+
     def send(self, frame: pb.CloudFrame) -> None:
         """Queue a frame for the edge. Raises PeerLost if the stream is closed.
 
@@ -162,22 +178,31 @@ class StreamPipe:
         Raises PeerLost when the stream is closed or no frame comes in time, Busy if there is no
         room for it, WireError for one that cannot be what was asked for.
         """
-        start = time.monotonic()
-        self.place.release_slot()
-        self._on_loop(self._wanted.set)
         try:
-            message = self._inbox.get(timeout=self.call.timeout_s)
+            message = self._inbox.get_nowait()  # one that was expected, or the end
         except queue.Empty:
-            raise PeerLost(f"the edge sent nothing for {self.call.timeout_s:.0f} s") from None
-        finally:
-            self.place.tenancy.count_compute(self.place.tenant, wait_s=time.monotonic() - start)
-
+            message = self._wait_frame()
+        self._due = max(0, self._due - 1)
         if message is None:
             raise PeerLost(self.call.closed or "the edge closed the stream")
         if isinstance(message, DLoRAError):
             raise message
-        self.place.take_slot()
+        if not self.place.has_slot:
+            self.place.take_slot()
         return self._parse(message)
+
+    def _wait_frame(self) -> bytes | DLoRAError | None:
+        """What comes next, without a compute slot meanwhile. Raises PeerLost if nothing does."""
+        start = time.monotonic()
+        self.place.release_slot()
+        if not self._due:
+            self._on_loop(self._wanted.set)
+        try:
+            return self._inbox.get(timeout=self.call.timeout_s)
+        except queue.Empty:
+            raise PeerLost(f"the edge sent nothing for {self.call.timeout_s:.0f} s") from None
+        finally:
+            self.place.tenancy.count_compute(self.place.tenant, wait_s=time.monotonic() - start)
 
     def finish(self) -> None:
         """The worker is done: end the loop's side after the frames that are queued already."""
