@@ -460,6 +460,21 @@ def test_frames_nobody_asked_for_stay_with_the_peer(secured: Server, alice: Peer
     assert alices.received_bytes < MIB
 
 
+def test_no_message_is_read_that_nobody_has_a_reason_to_send(
+    secured: Server, alice: Peer, bob: GrpcLink
+) -> None:
+    """What is larger than any honest message of this model is refused from its length: its bytes
+    stay with the peer. Edges learn the limit, and send what is under it.
+    """
+    limit = bob.description.limits.max_message_bytes
+    before = resident_mib()
+    message = bytes(limit + 1)
+    for name in ("Step", "PutAdapter"):
+        code, text = status(alice.call(name, message))
+        assert code == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text, text
+    assert limit < 32 * MIB and resident_mib() - before < 40
+
+
 def test_memory_of_frames_counts(folder: Path, tokens: dict[str, str]) -> None:
     """First frames that wait for a compute slot hold memory of their tenant and of the server: over
     either they are refused with a hint, before they are parsed.

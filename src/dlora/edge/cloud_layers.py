@@ -51,7 +51,8 @@ class CloudLayers:
         """The adapter as it travels, on the hosted wire."""
         if self.options.wire != "hosted":
             return None
-        return HostedAdapter(self.sites, self.codecs.factors, self.versions)
+        most_bytes = self.link.description.limits.max_message_bytes // 2
+        return HostedAdapter(self.sites, self.codecs.factors, self.versions, most_bytes)
 
     def extend(self, new: PassInput, cache: CloudCache, here: Iterable[LoraLayer]) -> Tensor:
         """Run tokens behind those of a KV cache; return kept hidden states, float32 [K, D].

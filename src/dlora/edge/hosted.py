@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Final
 
 import torch
@@ -79,9 +80,15 @@ class HostedAdapter:
     """
 
     def __init__(
-        self, sites: Sequence[ActiveSite], dtype: pb.DType, versions: KeptVersions
+        self,
+        sites: Sequence[ActiveSite],
+        dtype: pb.DType,
+        versions: KeptVersions,
+        most_bytes: int,
     ) -> None:
+        """`most_bytes`: of a frame, unless a module alone is larger."""
         self.sites, self.versions, self.dtype = sites, versions, dtype
+        self.most_bytes = most_bytes
         self._by_hash = False
 
     @cached_property
@@ -161,9 +168,14 @@ class HostedAdapter:
 
     def _slices(self) -> list[slice]:
         """The modules that travel together."""
-        count = len(self.messages)
-        size = max(1, -(-count // _FRAMES))
-        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+        sizes = [message.ByteSize() for message in self.messages]
+        total, starts, sent, part, taken = sum(sizes), [0], 0, 0, 0
+        for number, size in enumerate(sizes):
+            if number and (sent * _FRAMES // total > part or taken + size > self.most_bytes):
+                starts.append(number)
+                part, taken = sent * _FRAMES // total, 0
+            sent, taken = sent + size, taken + size
+        return [slice(*pair) for pair in pairwise([*starts, len(sizes)])] if sizes else []
 
     def send_whole(self, begin: pb.Begin) -> bool:
         """Announce tensors in `begin` in place of their hashes; false if they are."""

@@ -26,14 +26,13 @@ from dlora.edge.meter import Meter
 from dlora.edge.sites import ActiveSite
 from dlora.errors import AdapterMissing, PeerError, PeerLost, WireError
 from dlora.proto import dlora_pb2 as pb
-from dlora.protocol.channel import PROTOCOL_VERSION
+from dlora.protocol.channel import PROTOCOL_VERSION, PUT_BYTES
 from dlora.protocol.codecs import Codecs, begin_fields
 from dlora.protocol.layers import EdgeLayers
 from dlora.protocol.wire import decode, encode, largest
 
 __all__ = ["Responder", "SiteForward", "Wait", "begin"]
 
-_PUT_BYTES: Final = 32 * 2**20  # frozen modules travel in messages of about this size
 _MOST_PUTS: Final = 3
 
 
@@ -149,10 +148,11 @@ class Responder:
                 "too small?"
             )
 
+        most_bytes = min(PUT_BYTES, self.link.description.limits.max_message_bytes // 2)
         group: list[pb.FrozenModule] = []
         for module in self.frozen:
             group.append(module.message)
-            if sum(message.ByteSize() for message in group) > _PUT_BYTES:
+            if sum(message.ByteSize() for message in group) > most_bytes:
                 self._put(group)
                 group = []
         self._put(group)

@@ -23,18 +23,25 @@ MAX_MESSAGE_BYTES: Final = 256 * 2**20
 RETRY_AFTER_KEY: Final = "retry-after-ms"
 """Trailing metadata beside RESOURCE_EXHAUSTED: the server is busy, and when to ask again."""
 
+PUT_BYTES: Final = 32 * 2**20
+"""Frozen modules travel in messages of about this size."""
 TOKEN_KEY: Final = "authorization"  # noqa: S105  # the name of a header, no secret
 TOKEN_PREFIX: Final = "Bearer "  # noqa: S105  # the same
 """Metadata of every call, where a token says who calls."""
 
 
-def channel_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str, int]]:
-    """gRPC options for servers and channels of this protocol."""
+def channel_options(
+    max_message_bytes: int = MAX_MESSAGE_BYTES, max_receive_bytes: int | None = None
+) -> list[tuple[str, int]]:
+    """gRPC options for servers and channels of this protocol.
+
+    `max_receive_bytes`: of a message that comes, if other than of one that goes.
+    """
     return [
         # gRPC's own limit acts before a message is allocated; its default of 4 MiB is under one
         # frame.
         ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_receive_bytes or max_message_bytes),
         # A peer behind a dead link is noticed after at most 30 s, and NAT entries stay alive.
         ("grpc.keepalive_time_ms", 20_000),
         ("grpc.keepalive_timeout_ms", 10_000),

@@ -10,9 +10,10 @@ from typing import Final
 
 from dlora.errors import WireError
 from dlora.proto import dlora_pb2 as pb
+from dlora.protocol.channel import PUT_BYTES
 from dlora.protocol.message_parts import MODULE, ONCE, TENSOR, VALUE_BYTES, Most, Rules
 
-__all__ = ["Awaited", "rules_of"]
+__all__ = ["Awaited", "largest_message", "rules_of"]
 
 _TENSOR_BYTES: Final = 128
 """Everything of a tensor but its data."""
@@ -72,6 +73,23 @@ def rules_of(description: pb.Description) -> _Rules:
         },
         put={2: Most(modules, inside={1: TENSOR, 2: TENSOR})},
     )
+
+
+def largest_message(description: pb.Description) -> int:
+    """The largest message that an edge has a reason to send, in bytes, twice over: edges cut
+    prompts so that a message is half of what is taken.
+    """
+    awaited = Awaited(description)
+    modules = [
+        4
+        * (max(site.in_features, module.out_features) + 1)
+        * (site.in_features + module.out_features)
+        + 4 * _TENSOR_BYTES
+        for site in description.sites
+        for module in site.modules
+    ]
+    put = min(sum(modules), PUT_BYTES + max(modules, default=0))
+    return 2 * max(awaited.most, awaited.largest_answer(), put)
 
 
 class Awaited:
@@ -158,6 +176,14 @@ class Awaited:
             self.most = min(hosted_bytes, self._most_message)
             self.room = max(self.room, hosted_bytes)
         return True
+
+    def largest_answer(self) -> int:
+        """Of all sites, for as many tokens as a pass may have, on any wire. For a fresh one."""
+        self._tokens, self._is_factored = self._most_tokens, True
+        answers = [self._deltas(site) for site in range(len(self._sites))]
+        self._is_factored = False
+        answers += [self._deltas(site) for site in range(len(self._sites))]
+        return max([*answers, self._rows(self._hidden_width)])
 
     def sent(self, frame: pb.CloudFrame) -> None:
         """A frame of the cloud, which the edge will answer."""

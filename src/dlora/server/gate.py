@@ -28,10 +28,15 @@ _HEALTH: Final = "/grpc.health.v1.Health/Check"
 _MS: Final = 1000
 
 
-def server_options(max_message_bytes: int, max_streams: int) -> list[tuple[str, int]]:
-    """gRPC options of a server that strangers can reach, for so many streams in all."""
+def server_options(
+    max_message_bytes: int, max_receive_bytes: int, max_streams: int
+) -> list[tuple[str, int]]:
+    """gRPC options of a server that strangers can reach, for so many streams in all.
+
+    What is larger than `max_receive_bytes` is refused from its length, before it is read.
+    """
     return [
-        *channel_options(max_message_bytes),
+        *channel_options(max_message_bytes, max_receive_bytes),
         # Without this, a second server could silently share the port.
         ("grpc.so_reuseport", 0),
         # Over the largest quota of streams: those beyond it are to get its words, and not to wait.

@@ -27,7 +27,7 @@ from dlora.server.gate import Gate, server_options
 from dlora.server.identities import Identities
 from dlora.server.replica import Replica, ReplicaSettings
 from dlora.server.scaling import Scaling, scale
-from dlora.server.service import answer_describe
+from dlora.server.service import SMALL_BYTES, answer_describe
 from dlora.server.tls import add_port
 
 __all__ = ["Front"]
@@ -251,7 +251,9 @@ class Front:
             is_ready=lambda: any(replica.address for replica in self.replicas),
         )
         most_streams = self.settings.options.max_streams
-        self._server = grpc.aio.server(options=server_options(MAX_MESSAGE_BYTES, most_streams))
+        self._server = grpc.aio.server(
+            options=server_options(MAX_MESSAGE_BYTES, SMALL_BYTES, most_streams)
+        )
         self._server.add_generic_rpc_handlers((gate,))
         port = add_port(self._server, f"{self.host}:{self.port}", self.settings.tls)
         await self._server.start()

@@ -134,8 +134,12 @@ class Server:
             is_ready=lambda: self.is_ready,
             on_stranger=service.tenancy.count_failed_login,
         )
-        most_bytes = service.cloud.limits.max_message_bytes
-        server = grpc.aio.server(options=server_options(most_bytes, self.options.max_streams))
+        options = server_options(
+            service.cloud.limits.max_message_bytes,
+            service.description.limits.max_message_bytes,
+            self.options.max_streams,
+        )
+        server = grpc.aio.server(options=options)
         server.add_generic_rpc_handlers((gate,))
 
         port = add_port(server, f"{self.host}:{self.port}", self.tls)

@@ -26,7 +26,7 @@ from dlora.protocol.files import describe_files
 from dlora.protocol.message_parts import check_message
 from dlora.server.access_log import AccessLog
 from dlora.server.calls import Call
-from dlora.server.frames import Awaited, rules_of
+from dlora.server.frames import Awaited, largest_message, rules_of
 from dlora.server.identities import Identities
 from dlora.server.place import Place
 from dlora.server.refusals import Refusal, ShuttingDown, refusal_of, status_of
@@ -36,12 +36,12 @@ from dlora.server.sparse_log import SparseLog
 from dlora.server.stream import StreamPipe
 from dlora.server.tenants import Busy, Tenancy, Tenant
 
-__all__ = ["Service", "answer_describe"]
+__all__ = ["SMALL_BYTES", "Service", "answer_describe"]
 
 log = logging.getLogger(__name__)
 
 _CHUNK_BYTES: Final = 1 << 20
-_SMALL_BYTES: Final = 1 << 16
+SMALL_BYTES: Final = 1 << 16
 """Requests without tensors are never larger."""
 _MOST_BESIDE: Final = 8
 """Calls of one tenant, at the same time, that take no place among its streams (yet)."""
@@ -61,7 +61,7 @@ async def read_request(call: Call, most_bytes: int) -> bytes:
 
 async def answer_describe(call: Call, describe: Callable[[], bytes]) -> None:
     """Answer `Describe`. Raises UsageError for an edge that speaks another version."""
-    request = pb.DescribeRequest.FromString(await read_request(call, _SMALL_BYTES))
+    request = pb.DescribeRequest.FromString(await read_request(call, SMALL_BYTES))
     theirs = request.protocol_version
     if theirs != PROTOCOL_VERSION:
         raise UsageError(
@@ -91,6 +91,9 @@ class Service:
         self.description.software_version = version("dlora")
         self.description.edge_files.extend(describe_files(self.folder))
         self.description.layers.files.extend(describe_files(self.layers_folder))
+        # Edges learn here what the server takes.
+        limits = self.description.limits
+        limits.max_message_bytes = min(limits.max_message_bytes, largest_message(self.description))
         self._described = self.description.SerializeToString()
         self._rules = rules_of(self.description)
 
@@ -149,7 +152,7 @@ class Service:
         with self._beside_places(call):
             await self._wait_room(call)
         async with self._place(call) as place:
-            message = await read_request(call, _SMALL_BYTES)
+            message = await read_request(call, SMALL_BYTES)
             place.count(received=len(message))
             files = self._files(pb.FetchEdgeFilesRequest.FromString(message))
 
