@@ -39,29 +39,35 @@ RATE = 8e-3  # the best of kr.py's for all of these arms
 # name -> (target modules, wire)
 WIRES: dict[str, tuple[list[str], str]] = {
     "gate,up factored": (kr.MLP, "factored"),
-    "q,k,v plain": (kr.QKV, "plain"),
     "q,k,v hosted": (kr.QKV, "hosted"),
+    "q,k,v plain": (kr.QKV, "plain"),
 }
 
 
-def choices(wire: str) -> dict[str, dict[str, Any]]:
-    """Name -> options of a split model: one codec alone, and the mixes; the first is exact."""
+def choices(wire: str, state: str = "trained") -> dict[str, dict[str, Any]]:
+    """Name -> options of a split model: one codec alone, and the mixes; the first is exact.
+
+    Where B is still zero an adapter has no gradient of x.
+    """
     from dlora.protocol.codecs import MIXES
     from dlora.protocol.wire import WIRE_DTYPES
 
-    exact, coarse = MIXES["fp32"], ("int8", "int4", "rotated_int4")
+    exact, fresh = MIXES["fp32"], state == "fresh"
+    coarse: tuple[str, ...] = ("int8", "int4", "rotated_int4")
     kinds = {"plain": ["x", "dx", "deltas", "delta_grads", "ends"], "hosted": ["ends", "factors"]}
     found: dict[str, dict[str, Any]] = {"fp32": {"wire_dtype": exact}}
+    for name in ("fp16", "int8", "int4"):
+        found[name] = {"wire_dtype": name}
     for kind in kinds.get(wire, ["x", "dx", "ends", "factors"]):
-        for codec in coarse:
+        for codec in coarse if kind == "x" else coarse[::2]:
+            if fresh and kind == "dx":
+                continue
             changed: Any = {kind: WIRE_DTYPES[codec]}
             found[f"{kind} {codec}"] = {"wire_dtype": replace(exact, **changed)}
-    for name in ("fp16", "bf16", "int8", "int4"):
-        found[name] = {"wire_dtype": name}
     for codec in coarse[:2]:  # as these names were before: everything alike
         everything: Any = dict.fromkeys(vars(exact), WIRE_DTYPES[codec])
         found[f"everything {codec}"] = {"wire_dtype": replace(exact, **everything)}
-    if wire != "hosted":
+    if wire != "hosted" and not fresh:
         found["dx dropped"] = {"wire_dtype": exact, "input_grad": "drop"}
         for name in ("fp16", "int8", "int4"):
             found[f"{name}, dx dropped"] = {"wire_dtype": name, "input_grad": "drop"}
@@ -87,7 +93,7 @@ def gradients(data: Path, folder: Path) -> None:
             done = {(run["wire"], run["state"], run["choice"]) for run in of_stage("gradients")}
             left = {
                 choice: options
-                for choice, options in choices(wire).items()
+                for choice, options in choices(wire, state).items()
                 if (name, state, choice) not in done
             }
             if not left:

@@ -143,11 +143,18 @@ def test_a_begin_says_every_codec(codecs: Codecs) -> None:
 
 
 def test_what_is_small_keeps_16_bits() -> None:
-    """In the coarse mixes factors and adapters are not rounded, and everything large is."""
+    """In the coarse mixes factors and adapters are not rounded, and everything large is: hosted,
+    that is the ends.
+    """
     for name in ("int8", "int4"):
         dtypes = asdict(MIXES[name])
         assert dtypes.pop("factors") == pb.FP16
-        assert pb.FP16 not in dtypes.values() and pb.FP32 not in dtypes.values()
+        coarse = {kind: dtype for kind, dtype in dtypes.items() if kind != "ends"}
+        assert not {pb.FP16, pb.FP32} & set(coarse.values())
+        assert SplitOptions(wire_dtype=name).codecs == MIXES[name]
+        hosted = SplitOptions(wire_dtype=name, wire="hosted", upload_consent=True).codecs
+        assert asdict(hosted) == asdict(MIXES[name]) | {"ends": MIXES[name].x}
+        assert name_of(hosted) == name_of(MIXES[name]) == name
 
 
 class Recorded:

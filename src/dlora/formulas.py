@@ -126,7 +126,8 @@ def step_traffic(
     the gradient of what was sent.
     """
 
-    codecs, size = mix(wire_dtype), payload_bytes
+    codecs = mix(wire_dtype, "hosted" if hosted else "plain")
+    size = payload_bytes
 
     # Embeddings and last hidden states, and their gradients.
     entry, exit = size(codecs.ends, rows, embedding_width), size(codecs.ends, kept, hidden_width)

@@ -23,7 +23,6 @@ from dlora.edge.options import SplitOptions
 from dlora.edge.passes import PassInput
 from dlora.edge.responder import Responder, begin
 from dlora.edge.sites import ActiveSite, entries_of
-from dlora.protocol.codecs import Codecs, mix
 from dlora.protocol.layers import EdgeLayers
 
 __all__ = ["CloudLayers"]
@@ -42,17 +41,12 @@ class CloudLayers:
     versions: KeptVersions
     """Which adapter a cloud has kept, on the hosted wire."""
 
-    @property
-    def codecs(self) -> Codecs:
-        """How tensors travel."""
-        return mix(self.options.wire_dtype)
-
     def _hosted(self) -> HostedAdapter | None:
         """The adapter as it travels, on the hosted wire."""
         if self.options.wire != "hosted":
             return None
         most_bytes = self.link.description.limits.max_message_bytes // 2
-        return HostedAdapter(self.sites, self.codecs.factors, self.versions, most_bytes)
+        return HostedAdapter(self.sites, self.options.codecs.factors, self.versions, most_bytes)
 
     def extend(self, new: PassInput, cache: CloudCache, here: Iterable[LoraLayer]) -> Tensor:
         """Run tokens behind those of a KV cache; return kept hidden states, float32 [K, D].
@@ -63,7 +57,7 @@ class CloudLayers:
             self.link,
             self.meter,
             self.sites,
-            self.codecs,
+            self.options.codecs,
             new.entry_ND.device,
             frozen=self.frozen,
             edge_layers=self.edge_layers,
@@ -87,7 +81,7 @@ class CloudLayers:
             self.sites,
             self.frozen,
             self.edge_layers,
-            self.codecs,
+            self.options.codecs,
             training=training,
             batch=new.batch,
             factored=self.options.wire == "factored",
@@ -95,7 +89,7 @@ class CloudLayers:
             wants_input_grad=wants_input_grad,
             drop_input_grads=training and self.options.input_grad == "drop",
             **(hosted.fields(training=training) if hosted else {}),
-            **new.fields(self.codecs.ends),
+            **new.fields(self.options.codecs.ends),
         )
 
         micro_batch = MicroBatch(

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dlora.edge.adapter_config import checked_config, read_adapter_config
 from dlora.edge.link import Link
-from dlora.edge.model import SplitModel, check_wire_dtype
+from dlora.edge.model import SplitModel, check_codecs
 from dlora.edge.options import OptionArguments, SplitOptions
 from dlora.edge.sites import allowed_names
 from dlora.edge.skeleton import build_skeleton, drop_stand_ins, edge_layers_of
@@ -43,7 +43,7 @@ def get_peft_model(
     supported, by name.
     """
     split_options = SplitOptions().changed(**options)
-    check_wire_dtype(link, split_options.wire_dtype)
+    check_codecs(link, split_options.codecs)
     config = checked_config(config)
     edge_layers = edge_layers_of(link, split_options.edge_layers)
 

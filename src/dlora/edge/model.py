@@ -61,10 +61,10 @@ from dlora.edge.sites import ActiveSite, match_sites, names_of
 from dlora.edge.skeleton import decoder_of
 from dlora.errors import UsageError
 from dlora.proto import dlora_pb2 as pb
-from dlora.protocol.codecs import MIXES, Codecs, mix, name_of
+from dlora.protocol.codecs import MIXES, Codecs, name_of
 from dlora.protocol.layers import CloudBetween, EdgeLayers
 
-__all__ = ["SplitModel", "check_wire_dtype"]
+__all__ = ["SplitModel", "check_codecs"]
 
 
 class SplitModel(PeftModelForCausalLM):
@@ -123,7 +123,7 @@ class SplitModel(PeftModelForCausalLM):
         if "edge_layers" in changes:
             raise UsageError("edge_layers are loaded when the model is built: build another one")
         options = self.options.changed(**changes)
-        check_wire_dtype(self.link, options.wire_dtype)
+        check_codecs(self.link, options.codecs)
         self.options = options
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -369,9 +369,9 @@ class SplitModel(PeftModelForCausalLM):
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
-def check_wire_dtype(link: Link, wire_dtype: str | Codecs) -> None:
-    """Raises UsageError for a wire dtype that the server does not know."""
-    offered, codecs = set(link.description.wire_dtypes), mix(wire_dtype)
+def check_codecs(link: Link, codecs: Codecs) -> None:
+    """Raises UsageError for codecs that the server does not know."""
+    offered = set(link.description.wire_dtypes)
     if not codecs.dtypes <= offered:
         known = [name for name, named in MIXES.items() if named.dtypes <= offered]
         raise UsageError(

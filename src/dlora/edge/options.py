@@ -71,13 +71,18 @@ class SplitOptions:
         if self.wire not in get_args(Wire):
             raise UsageError(f"wire: got {self.wire!r}, want plain, factored or hosted")
         check_consent(self.wire, self.upload_consent)
-        mix(self.wire_dtype)  # checks the name
+        _ = self.codecs  # checks the name
         check_input_grad(self.wire, self.input_grad)
         if self.head_positions not in get_args(HeadPositions):
             raise UsageError(
                 f"head_positions: got {self.head_positions!r}, want auto, supervised or all"
             )
         check_edge_layers(*self.edge_layers)
+
+    @property
+    def codecs(self) -> Codecs:
+        """The codec of every kind of tensor."""
+        return mix(self.wire_dtype, self.wire)
 
     def changed(self, **changes: Unpack[OptionArguments]) -> SplitOptions:
         """These options with some replaced; None leaves one as it is."""

@@ -12,7 +12,6 @@ from dlora.edge.lora import product_of
 from dlora.edge.model import SplitModel
 from dlora.kill_revive.costs import Costs, Unit
 from dlora.proto import dlora_pb2 as pb
-from dlora.protocol.codecs import mix
 from dlora.protocol.layers import layer_of
 from dlora.protocol.wire import payload_bytes
 
@@ -41,7 +40,7 @@ def costs_of(
 
     `supervised` is the share of tokens whose last hidden states travel.
     """
-    codecs, sites = mix(model.options.wire_dtype), []
+    codecs, sites = model.options.codecs, []
     factor = _share(codecs.factors, codecs.x)
     answer = (_share(codecs.deltas, codecs.x) + _share(codecs.delta_grads, codecs.x)) / 2
     for site in model.sites:

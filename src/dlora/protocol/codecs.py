@@ -7,7 +7,7 @@ table. No torch here, so that settings can take their names from it.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Final
 
 from dlora.errors import UsageError
@@ -52,7 +52,7 @@ MIXES: Final[dict[str, Codecs]] = {
         dx=pb.ROTATED_INT4,
         deltas=pb.INT8,
         delta_grads=pb.INT8,
-        ends=pb.INT8,
+        ends=pb.FP16,
         factors=pb.FP16,
     ),
     "int4": Codecs(
@@ -60,26 +60,32 @@ MIXES: Final[dict[str, Codecs]] = {
         dx=pb.ROTATED_INT4,
         deltas=pb.ROTATED_INT4,
         delta_grads=pb.ROTATED_INT4,
-        ends=pb.ROTATED_INT4,
+        ends=pb.INT8,
         factors=pb.FP16,
     ),
 }
-"""What `wire_dtype` may be, by name."""
+"""What `wire_dtype` may be, by name, where sites exchange."""
+
+_HOSTED_ENDS: Final[dict[str, pb.DType]] = {"int8": pb.INT8, "int4": pb.ROTATED_INT4}
+"""On the hosted wire no site does: beside the adapter the ends are all there is."""
 
 
-def mix(wire_dtype: str | Codecs) -> Codecs:
-    """The codecs that a name stands for. Raises UsageError for a name that is none."""
+def mix(wire_dtype: str | Codecs, wire: str) -> Codecs:
+    """The codecs that a name stands for on a wire. Raises UsageError for a name that is none."""
     if isinstance(wire_dtype, Codecs):
         return wire_dtype
     if wire_dtype not in MIXES:
         raise UsageError(f"wire dtype: got {wire_dtype!r}, want one of {', '.join(MIXES)}")
-    return MIXES[wire_dtype]
+    codecs = MIXES[wire_dtype]
+    if wire == "hosted" and wire_dtype in _HOSTED_ENDS:
+        return replace(codecs, ends=_HOSTED_ENDS[wire_dtype])
+    return codecs
 
 
 def name_of(codecs: Codecs) -> str:
     """The name of a mix, or its codecs kind by kind."""
-    for name, named in MIXES.items():
-        if named == codecs:
+    for name in MIXES:
+        if codecs in (mix(name, "plain"), mix(name, "hosted")):
             return name
     return ", ".join(
         f"{kind} {pb.DType.Name(dtype).lower()}" for kind, dtype in asdict(codecs).items()

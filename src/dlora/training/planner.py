@@ -27,7 +27,7 @@ from dlora.edge.sites import ActiveSite
 from dlora.errors import UsageError
 from dlora.formulas import step_traffic
 from dlora.proto import dlora_pb2 as pb
-from dlora.protocol.codecs import mix
+from dlora.protocol.codecs import Codecs
 from dlora.protocol.layers import layer_of
 from dlora.protocol.wire import decode, encode, payload_bytes
 from dlora.training.settings import PlanSettings
@@ -121,7 +121,7 @@ def _predict(settings: PlanSettings, model: SplitModel) -> Prediction:
         round_trips=round_trips,
         cloud_s=measured.cloud_s,
         edge_s=edge_s,
-        wire_s=(sent + received) * _conversion(settings, rows, _widths(model)[0]),
+        wire_s=(sent + received) * _conversion(model.options.codecs, rows, _widths(model)[0]),
         link_s=link_s,
     )
 
@@ -159,7 +159,7 @@ def _traffic(
         drop_input_grads=settings.input_grad == "drop",
     )
     if not (sites or input_grad):  # then the cloud has no backward
-        sent -= payload_bytes(mix(settings.wire_dtype).ends, kept, _widths(model)[1])
+        sent -= payload_bytes(model.options.codecs.ends, kept, _widths(model)[1])
 
     # Framing. Forward: deltas up, x down. Backward: dx up, if at all, and delta gradients down. At
     # the ends: Begin, hidden states and their gradient, Done.
@@ -236,12 +236,12 @@ def _measured_rtt(link: Link) -> float:
     return min(times)
 
 
-def _conversion(settings: PlanSettings, rows: int, width: int) -> float:
+def _conversion(codecs: Codecs, rows: int, width: int) -> float:
     """Seconds a byte from a tensor to a message's bytes and back to a tensor."""
     x, best, size = torch.randn(rows, width), math.inf, 1
     for _ in range(3):
         start = time.perf_counter()
-        data = encode(x, mix(settings.wire_dtype).x).SerializeToString()
+        data = encode(x, codecs.x).SerializeToString()
         decode(pb.Tensor.FromString(data), x.shape, "a probe")
         best, size = min(best, time.perf_counter() - start), len(data)
     return best / size
