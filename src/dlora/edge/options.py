@@ -9,10 +9,19 @@ from dlora.edge.link import RetryPolicy
 from dlora.edge.noise import Noise
 from dlora.errors import UsageError
 
-__all__ = ["OPTION_NAMES", "OptionArguments", "SplitOptions", "check_consent", "check_edge_layers"]
+__all__ = [
+    "OPTION_NAMES",
+    "InFlight",
+    "OptionArguments",
+    "SplitOptions",
+    "check_consent",
+    "check_edge_layers",
+    "check_in_flight",
+]
 
 Wire = Literal["plain", "factored", "hosted"]
 HeadPositions = Literal["auto", "supervised", "all"]
+InFlight = int | Literal["auto"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +37,11 @@ class SplitOptions:
     """
     upload_consent: bool = False
     """Agree that the cloud sees the adapter itself, on the hosted wire."""
+    in_flight: InFlight = 1
+    """Parts of a micro-batch that travel at the same time, so that their waits overlap; each takes
+    one of the streams that the server allows. "auto": 1, 2 or 4, picked at the first training
+    micro-batch from the round trip time and two passes over its tokens.
+    """
     wire_dtype: str = "fp16"
     """fp32 (exact), fp16, bf16, int8 or int4."""
     retry: RetryPolicy = field(default_factory=RetryPolicy)
@@ -54,6 +68,7 @@ class SplitOptions:
         if self.wire not in get_args(Wire):
             raise UsageError(f"wire: got {self.wire!r}, want plain, factored or hosted")
         check_consent(self.wire, self.upload_consent)
+        check_in_flight(self.in_flight, self.wire)
         if self.head_positions not in get_args(HeadPositions):
             raise UsageError(
                 f"head_positions: got {self.head_positions!r}, want auto, supervised or all"
@@ -71,6 +86,7 @@ class OptionArguments(TypedDict, total=False):
 
     wire: Wire
     upload_consent: bool
+    in_flight: InFlight
     wire_dtype: str
     retry: RetryPolicy | None
     noise: Noise
@@ -89,6 +105,19 @@ def check_consent(wire: str, upload_consent: bool) -> None:
             "wire=hosted sends the active modules' A and B to the cloud, which computes with them "
             "and sees the adapter itself and its gradients: agree with upload_consent "
             "(--upload_consent true), or use wire=factored or plain"
+        )
+
+
+def check_in_flight(in_flight: int | str, wire: str) -> None:
+    """Raises UsageError for a number of parts that cannot be, or that the wire has no use for."""
+    if in_flight == "auto":
+        return
+    if isinstance(in_flight, str) or in_flight < 1:
+        raise UsageError(f"in_flight: got {in_flight!r}, want 1 or more, or auto")
+    if wire == "hosted" and in_flight > 1:
+        raise UsageError(
+            f"in_flight: got {in_flight} with wire=hosted, where a micro-batch waits twice and the "
+            "adapter would travel with every part: use in_flight=1, or wire=factored or plain"
         )
 
 
