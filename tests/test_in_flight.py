@@ -22,13 +22,16 @@ from helpers import assert_same_grads, same
 from transformers import PreTrainedTokenizerFast
 
 import dlora
+from dlora.cli.values import convert
 from dlora.cloud.limits import Limits
 from dlora.cloud.model import CloudModel
-from dlora.edge.choose_parts import best_parts
+from dlora.edge.choose_parts import CHOICES, best_parts, choose_parts, on_one_machine
 from dlora.edge.in_flight import split
 from dlora.edge.link import RetryPolicy
 from dlora.edge.lora import delta
+from dlora.edge.meter import Meter
 from dlora.edge.noise import Noise
+from dlora.edge.options import InFlight
 from dlora.edge.passes import PassInput
 from dlora.embedded import InProcessLink
 from dlora.errors import PeerError, PeerLost, UsageError
@@ -470,27 +473,52 @@ def test_prediction_follows_waits_and_work() -> None:
     assert best_parts(3, 5.0, (4.8,))[0] == 2
 
 
-def test_auto_follows_the_link(
-    cloud_models: Callable[[str], CloudModel], relays: ModuleType, tmp_path: Path
-) -> None:
-    """Near the server a micro-batch goes as one, far from it in parts; what is measured for that
-    draws no random number, and hosted there is nothing to pick.
+class Far:
+    """A link whose round trips take long."""
+
+    address = "cloud.example:50051"
+
+    def ping(self) -> None:
+        time.sleep(0.02)
+
+
+def test_auto_follows_the_link() -> None:
+    """Far from the server, where waits are as long as work, there are several parts; with little to
+    wait for, or on one machine, there is one.
+    """
+
+    def chosen(link: Any, round_trips: int, cloud_s: float) -> int:
+        cost = Meter(wait_s=cloud_s, cloud_s=cloud_s, round_trips=round_trips // 2 + 1)
+        return choose_parts(link, 16, round_trips, lambda: (cost, 1.5 * cloud_s))[0]
+
+    assert chosen(Far(), 61, 0.4) > 1
+    assert chosen(Far(), 3, 10.0) in (2, 4)  # the halves themselves can overlap
+    near = Far()
+    near.ping = lambda: None  # type: ignore[method-assign]
+    near.address = "127.0.0.1:50051"
+    assert chosen(near, 61, 0.4) == 1
+    assert not on_one_machine(Far(), 0.0001) and not on_one_machine(near, 0.02)  # a tunnel
+
+
+def test_auto_draws_nothing_and_picks_once(links: Links) -> None:
+    """What is measured first leaves random numbers as they were: results are those of the number
+    that was picked. Hosted there is nothing to pick.
     """
     config = lora(lora_dropout=0.3)
-    with Server(cloud_models("llama"), options=NO_DRAIN) as server:
-        relay = relays.Relay(("127.0.0.1", server.port), delay_s=0.02)
-        near = dlora.connect(server.address, cache=tmp_path)
-        far = dlora.connect(relay.address, cache=tmp_path)
-        model = make_split(far, config, in_flight="auto")
-        got, number = grads_of(model), model.part_count.number
-        assert number > 1 and "round trip" in model.part_count.why
-        assert all(map(torch.equal, got, grads_of(make_split(near, config, in_flight=number))))
-        hosted = make_split(near, config, wire="hosted", upload_consent=True, in_flight="auto")
-        grads_of(hosted)
-        assert hosted.part_count.number == 1
-        for link in (near, far):
-            link.close()
-        relay.close()
+    model = make_split(links("llama"), config, in_flight="auto")
+    with torch.no_grad():
+        model(**batches()[0])
+    assert model.part_count.number == 0
+    got, number = grads_of(model), model.part_count.number
+    assert number in CHOICES and "round trip" in model.part_count.why
+    assert all(
+        map(torch.equal, got, grads_of(make_split(links("llama"), config, in_flight=number)))
+    )
+    hosted = make_split(
+        links("llama"), config, wire="hosted", upload_consent=True, in_flight="auto"
+    )
+    grads_of(hosted)
+    assert hosted.part_count.number == 1
 
 
 # ----------------------------------------------------------------- commands
@@ -542,6 +570,15 @@ def test_a_resumed_run_takes_the_number_of_the_run(
     assert again["in_flight"]["parts"] == 2
     assert same(tmp_path, stopped)
     link.close()
+
+
+def test_the_flag_takes_a_number_or_auto() -> None:
+    """A word of the command line, or a value of YAML, is a number or the one word; the error says
+    both.
+    """
+    assert [convert(value, InFlight) for value in ("auto", "4", 4)] == ["auto", 4, 4]
+    with pytest.raises(ValueError, match="got 'some', want a whole number or auto"):
+        convert("some", InFlight)
 
 
 @pytest.mark.parametrize("wire", ["plain", "factored"])

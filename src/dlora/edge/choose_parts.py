@@ -14,11 +14,13 @@ from dlora.edge.meter import Meter
 from dlora.formulas import seconds_in_flight
 from dlora.protocol.address import is_loopback
 
-__all__ = ["CHOICES", "best_parts", "choose_parts", "measured_rtt", "stations"]
+__all__ = ["CHOICES", "best_parts", "choose_parts", "measured_rtt", "on_one_machine", "stations"]
 
 CHOICES: Final = (1, 2, 4)
-_LEAST_GAIN: Final = 0.1
+_LEAST_GAIN: Final = 0.05
 """Of the seconds with fewer parts: a stream more is not taken for less."""
+_SAME_MACHINE_S: Final = 0.002
+"""Round trips to this machine take less; what takes longer goes through a tunnel."""
 _PASSES: Final = 2
 _CALLS: Final = 5
 
@@ -38,7 +40,8 @@ def choose_parts(
     of_bytes_s = max(0.0, cost.wait_s - cost.cloud_s - cost.round_trips * rtt_s)
     cloud_s, edge_s = 3 * cost.cloud_s, 3 * (seconds - cost.wait_s)
 
-    work = stations(link, cloud_s, edge_s, 2 * of_bytes_s)
+    together = on_one_machine(link, rtt_s)
+    work = stations(cloud_s, edge_s, 2 * of_bytes_s, together=together)
     number, expected = best_parts(rows, round_trips * rtt_s, work)
     guesses = ", ".join(f"{parts}: {seconds:.2f} s" for parts, seconds in expected.items())
     return number, (
@@ -65,16 +68,18 @@ def best_parts(
 
 
 def stations(
-    link: Link | None, cloud_s: float, edge_s: float, transfer_s: float
+    cloud_s: float, edge_s: float, transfer_s: float, *, together: bool
 ) -> tuple[float, ...]:
-    """Who has to work for a micro-batch, and for how long: two halves on one machine are one.
-
-    None is a link to somewhere else.
-    """
-    # An address without a port is in this process.
-    if link is not None and (is_loopback(link.address) or ":" not in link.address):
+    """Who works for a micro-batch, and how long; halves `together` on a machine are one."""
+    if together:
         return cloud_s + edge_s, transfer_s
     return cloud_s, edge_s, transfer_s
+
+
+def on_one_machine(link: Link, rtt_s: float) -> bool:
+    """Whether the cloud computes on this machine, as address and round trip time have it."""
+    here = is_loopback(link.address) or ":" not in link.address  # without a port: in this process
+    return here and rtt_s < _SAME_MACHINE_S
 
 
 def measured_rtt(link: Link) -> float:

@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
-from dlora.edge.choose_parts import best_parts, measured_rtt, stations
+from dlora.edge.choose_parts import best_parts, measured_rtt, on_one_machine, stations
 from dlora.edge.labels import IGNORE
 from dlora.edge.link import Link
 from dlora.edge.load import get_peft_model
@@ -118,8 +118,8 @@ def _predict(settings: PlanSettings, model: SplitModel) -> Prediction:
     wire_s = (sent + received) * _conversion(settings, rows, _widths(model)[0])
 
     # Over another link than the one there is, the halves are on two machines.
-    link = model.link if settings.rtt_ms is None else None
-    work = stations(link, measured.cloud_s, edge_s + wire_s, transfer_s)
+    together = settings.rtt_ms is None and on_one_machine(model.link, rtt_s)
+    work = stations(measured.cloud_s, edge_s + wire_s, transfer_s, together=together)
     parts = _parts(settings, round_trips_s, work)
     if parts > 1:
         sent, received, round_trips = _traffic_in_parts(settings, model, sites, parts)
