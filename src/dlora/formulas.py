@@ -7,7 +7,7 @@ Bytes are those of tensors on the wire, without the framing around them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
 from dlora.protocol.codecs import Codecs, mix
 from dlora.protocol.sites import Site
@@ -19,8 +19,12 @@ __all__ = [
     "backward_flops",
     "forward_flops",
     "pass_bytes",
+    "seconds_in_flight",
     "step_traffic",
 ]
+
+_PART_OVERHEAD: Final = 0.04
+"""Share of all work that each part in flight beyond the first adds."""
 
 
 # ----------------------------------------------------------------- the frozen model, in the cloud
@@ -154,3 +158,20 @@ def step_traffic(
         sent += up + (size(codecs.dx, rows, d) if asked else 0)
         received += down + size(codecs.x, rows, d)
     return sent, received
+
+
+def seconds_in_flight(parts: int, round_trips_s: float, work: Sequence[float]) -> float:
+    """Seconds of a micro-batch that goes in so many parts at once.
+
+    `round_trips_s` is what all its round trips take, and `work` what each that works for it takes
+    for all of it: the cloud, the edge, the line. One part after the other takes the sum. With more
+    each makes its round trips beside the others and does its share of the work, but finds another
+    part there for the share of the time in which that one is (Schweitzer's approximation of a
+    closed queueing network, one step). Each part more costs a little of all work, as its matrices
+    are smaller.
+    """
+    alone_s = round_trips_s + sum(work)
+    if parts == 1 or alone_s == 0:
+        return alone_s
+    shares_s = sum(one / parts * (1 + (parts - 1) * one / alone_s) for one in work)
+    return round_trips_s + shares_s + _PART_OVERHEAD * (parts - 1) * sum(work)

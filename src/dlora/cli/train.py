@@ -85,7 +85,7 @@ def plan(settings: PlanSettings) -> int:
         model, planned = plan(settings, link)
         print(
             f"model        {link.description.model_id}, {planned.active_sites} active sites, "
-            f"{settings.wire} wire"
+            f"{settings.wire} wire, {planned.in_flight} in flight"
         )
         _print_plan(settings, planned)
         if settings.check:

@@ -74,6 +74,10 @@ def convert(value: Any, kind: Any, inside: Mapping[str, Any] | None = None) -> A
     if value == "null" and NoneType in kinds:
         return None
 
+    # A word that stands for a value, beside the values themselves.
+    if value in (word for one in kinds[1:] for word in _words(one)):
+        return value
+
     main = kinds[0]
     try:
         plain = _PLAIN[get_origin(main) or main](value, main)
@@ -164,7 +168,13 @@ def want(kind: Any) -> str:
     if get_origin(main) is dict:
         return "names and values, such as '{name: value}'"
     words = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path"}
-    return words.get(main, "text")
+    others = [word for one in kinds[1:] for word in _words(one)]
+    return " or ".join([words.get(main, "text"), *others])
+
+
+def _words(kind: Any) -> tuple[Any, ...]:
+    """The words of a choice; none for another kind."""
+    return get_args(kind) if get_origin(kind) is Literal else ()
 
 
 def members(kind: Any) -> tuple[Any, ...]:

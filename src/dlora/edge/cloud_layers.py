@@ -7,16 +7,22 @@ Shapes: K kept positions, D width.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from dlora.edge.choose_parts import choose_parts
+from dlora.edge.conditions import Conditions
 from dlora.edge.hosted import HostedAdapter, KeptVersions
+from dlora.edge.in_flight import InFlight, Part, PartCount
 from dlora.edge.kv_cache import CloudCache
 from dlora.edge.link import Link
-from dlora.edge.lora import FrozenModule
+from dlora.edge.lora import FrozenModule, drops_out
 from dlora.edge.meter import Meter
 from dlora.edge.micro_batch import MicroBatch
 from dlora.edge.options import SplitOptions
@@ -40,6 +46,8 @@ class CloudLayers:
     frozen: Sequence[FrozenModule]
     versions: KeptVersions
     """Which adapter a cloud has kept, on the hosted wire."""
+    part_count: PartCount
+    """How many parts of a micro-batch go at once."""
 
     def _hosted(self) -> HostedAdapter | None:
         """The adapter as it travels, on the hosted wire."""
@@ -72,9 +80,62 @@ class CloudLayers:
         *,
         training: bool,
         wants_input_grad: bool,
-        probe_modules: Iterable[str],
-    ) -> MicroBatch:
-        """A micro-batch that runs these tokens alone, with its first frame; nothing is sent yet."""
+        probe_modules: Sequence[str],
+    ) -> MicroBatch | InFlight:
+        """A micro-batch that runs these tokens alone, as one or in parts; nothing is sent yet.
+
+        What is probed goes as one: norms of sums are not sums of norms.
+        """
+        probes = probe_modules if training else ()
+        if training and not self.part_count.number:
+            self.part_count.pick(*self._choose_parts(new, wants_input_grad))
+        if self.part_count.number <= 1 or new.batch == 1 or probes:
+            micro_batch = MicroBatch(
+                **self._begun(new, self.meter, training, wants_input_grad, probes)
+            )
+            micro_batch.noise = self.options.noise
+            return micro_batch
+
+        # Masks of dropout: those of a part, whenever it runs.
+        drops = any(drops_out(layer) for site in self.sites for layer in site.layers)
+        seed = int(torch.randint(2**62, ())) if drops else 0
+
+        def make(part: PassInput, number: int) -> Part:
+            generator = torch.Generator(part.entry_BTD.device).manual_seed(seed + number)
+            return Part(
+                **self._begun(part, Meter(), training, wants_input_grad), generator=generator
+            )
+
+        options = self.options
+        return InFlight(new, make, self.part_count, options.retry, self.meter, options.noise)
+
+    def _choose_parts(self, new: PassInput, wants_input_grad: bool) -> tuple[int, str]:
+        """(number of parts, why) for micro-batches such as this one."""
+        if self.options.wire == "hosted":
+            return 1, "auto: the hosted wire waits twice a micro-batch"
+
+        def run() -> tuple[Meter, float]:
+            now, meter, start = Conditions(new.entry_ND.device), Meter(), time.perf_counter()
+            with torch.no_grad():
+                arguments = self._begun(new, meter, training=False, wants_input_grad=False)
+                MicroBatch(**arguments).forward()
+            seconds = time.perf_counter() - start
+            now.restore_rng()
+            self.meter.add(meter)
+            return meter, seconds
+
+        round_trips = 2 * len(self.sites) + 1 + wants_input_grad
+        return choose_parts(self.link, new.batch, round_trips, run)
+
+    def _begun(
+        self,
+        new: PassInput,
+        meter: Meter,
+        training: bool,
+        wants_input_grad: bool,
+        probe_modules: Iterable[str] = (),
+    ) -> dict[str, Any]:
+        """Arguments of a `MicroBatch` that runs these tokens, with its first frame."""
         hosted = self._hosted()
         first = begin(
             self.link,
@@ -85,23 +146,21 @@ class CloudLayers:
             training=training,
             batch=new.batch,
             factored=self.options.wire == "factored",
-            probe=entries_of(self.link.description, probe_modules) if training else [],
+            probe=entries_of(self.link.description, probe_modules),
             wants_input_grad=wants_input_grad,
             drop_input_grads=training and self.options.input_grad == "drop",
             **(hosted.fields(training=training) if hosted else {}),
             **new.fields(self.options.codecs.ends),
         )
 
-        micro_batch = MicroBatch(
-            self.link,
-            self.options.retry,
-            self.meter,
-            first,
-            self.sites,
-            new.entry_ND.device,
-            self.frozen,
-            self.edge_layers,
-            hosted,
-        )
-        micro_batch.noise = self.options.noise
-        return micro_batch
+        return {
+            "link": self.link,
+            "retry": self.options.retry,
+            "meter": meter,
+            "begin": first,
+            "sites": self.sites,
+            "device": new.entry_ND.device,
+            "frozen": self.frozen,
+            "edge_layers": self.edge_layers,
+            "hosted": hosted,
+        }

@@ -15,11 +15,17 @@ __all__ = ["Conditions"]
 
 
 class Conditions:
-    """Random states and autocast of a device, as they are now."""
+    """Random states and autocast of a device, as they are now.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._cpu_rng, self._device_rng = torch.get_rng_state(), _device_rng_state(device)
+    Where all numbers come from one `generator`, its state stands for those of the process.
+    """
+
+    def __init__(self, device: torch.device, generator: torch.Generator | None = None) -> None:
+        self.device, self._generator = device, generator
+        if generator is not None:
+            self._own_rng = generator.get_state()
+        else:
+            self._cpu_rng, self._device_rng = torch.get_rng_state(), _device_rng_state(device)
         self._autocast = {
             kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in {"cpu", device.type}
@@ -27,6 +33,9 @@ class Conditions:
 
     def restore_rng(self) -> None:
         """Let what follows draw the same random numbers."""
+        if self._generator is not None:
+            self._generator.set_state(self._own_rng)
+            return
         torch.set_rng_state(self._cpu_rng)
         if self._device_rng is not None:
             _set_device_rng_state(self._device_rng, self.device)

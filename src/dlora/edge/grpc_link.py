@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,6 +145,8 @@ class GrpcLink:
         self._servers = self._asked
         """Those in use: the same, or the replicas that one of them names."""
         self._current = self._losses = 0
+        self._lock = threading.RLock()
+        """Streams that are in flight together may be lost together."""
         try:
             self.description = self._find(timeout_s)
         except BaseException:
@@ -188,18 +191,22 @@ class GrpcLink:
         return self._servers[self._current].address
 
     def open(self) -> GrpcStream:
-        if self._servers is not self._asked and self._losses >= len(self._servers):
-            self._losses = 0  # all replicas were tried: are there others?
-            with contextlib.suppress(PeerLost):
-                self._find(self._timeout_s)
-        return GrpcStream(self._servers[self._current], self.frame_timeout_s, self._lost)
+        with self._lock:
+            if self._servers is not self._asked and self._losses >= len(self._servers):
+                self._losses = 0  # all replicas were tried: are there others?
+                with contextlib.suppress(PeerLost):
+                    self._find(self._timeout_s)
+            return GrpcStream(self._servers[self._current], self.frame_timeout_s, self._lost)
 
     def _lost(self, server: StreamServer) -> None:
         """Take the next server, if that one is still in use."""
-        self._losses += 1
-        if self._servers[self._current] is server and len(self._servers) > 1:
-            self._current = (self._current + 1) % len(self._servers)
-            log.info("going on with %s", self.address)
+        with self._lock:
+            if self._servers[self._current] is not server:
+                return  # another stream has noticed
+            self._losses += 1
+            if len(self._servers) > 1:
+                self._current = (self._current + 1) % len(self._servers)
+                log.info("going on with %s", self.address)
 
     def put_adapter(self, modules: Sequence[pb.FrozenModule]) -> None:
         """Let the cloud hold frozen modules."""
@@ -272,11 +279,17 @@ class _Server:
     """One server: its address, channel, and what every call to it carries."""
 
     def __init__(self, address: str, access: Access) -> None:
-        self.address, self._access = address, access
-        self.connect()
+        self.address, self._access, self.lock = address, access, threading.Lock()
+        self._connect()
 
-    def connect(self) -> None:
-        """Make a channel: at first, and to leave a half-open connection, which gRPC would keep."""
+    def leave(self, channel: grpc.Channel) -> None:
+        """Make a new channel in place of this one, which is half-open: gRPC would keep it."""
+        with self.lock:
+            if self.channel is channel:
+                channel.close()
+                self._connect()
+
+    def _connect(self) -> None:
         self.channel, self.metadata = self._access.channel(self.address)
         self.stub = rpc.DLoRAStub(self.channel)
 

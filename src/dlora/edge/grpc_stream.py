@@ -28,9 +28,11 @@ class StreamServer(Protocol):
     address: str
     channel: grpc.Channel
     metadata: tuple[tuple[str, str], ...]
+    lock: threading.Lock
+    """Whoever uses the channel, or takes another, has it: streams may be in flight together."""
 
-    def connect(self) -> None:
-        """Make a new channel."""
+    def leave(self, channel: grpc.Channel) -> None:
+        """Make a new channel in place of this one, unless another stream has."""
 
 
 class GrpcStream:
@@ -49,10 +51,12 @@ class GrpcStream:
         self._taken, self._closed = threading.Event(), False
 
         # Bytes, and parsed where they are read: gRPC would parse whatever comes, on its own thread.
-        step: Any = server.channel.stream_stream(
-            _STEP, request_serializer=pb.EdgeFrame.SerializeToString
-        )
-        self.call = step(self._requests(), metadata=server.metadata)
+        with server.lock:
+            self.channel = server.channel
+            step: Any = self.channel.stream_stream(
+                _STEP, request_serializer=pb.EdgeFrame.SerializeToString
+            )
+            self.call = step(self._requests(), metadata=server.metadata)
         threading.Thread(target=self._read, name="dlora-reader", daemon=True).start()
 
     def _requests(self) -> Iterator[pb.EdgeFrame]:
@@ -108,8 +112,7 @@ class GrpcStream:
         try:
             frame = self.inbox.get(timeout=self.timeout_s)
         except queue.Empty:
-            self.server.channel.close()
-            self.server.connect()
+            self.server.leave(self.channel)
             self.lost(self.server)
             raise PeerLost(f"{self.address} sent nothing for {self.timeout_s:.0f} s") from None
         self._taken.set()

@@ -1,7 +1,8 @@
 """Building a split model: a fresh adapter, a folder's, or none, on a model that is elsewhere.
 
-All three take the fields of `SplitOptions` as keyword arguments: `wire`, `wire_dtype`, `retry`,
-`noise`, `hide_lengths`, `head_positions` and `edge_layers`. None, or nothing, is the default.
+All three take the fields of `SplitOptions` as keyword arguments: `wire`, `in_flight`, `wire_dtype`,
+`retry`, `noise`, `hide_lengths`, `head_positions` and `edge_layers`. None, or nothing, is the
+default.
 """
 
 from __future__ import annotations

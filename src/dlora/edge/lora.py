@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 
 from dlora.errors import WireError
 from dlora.formulas import adapter_flops
@@ -22,6 +22,7 @@ __all__ = [
     "FrozenModule",
     "active_names",
     "delta",
+    "drops_out",
     "factors",
     "freeze",
     "layer_flops",
@@ -44,11 +45,19 @@ def active_names(layer: LoraLayer) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
-def delta(layer: LoraLayer, x_ND: Tensor) -> Tensor:
-    """What the layer adds to its base output, [N, O]: sum of scaling * B(A(dropout(x)))."""
+def drops_out(layer: LoraLayer) -> bool:
+    """Whether an adapter in use draws masks now."""
+    return any(_drops(layer.lora_dropout[name]) for name in active_names(layer))
+
+
+def delta(layer: LoraLayer, x_ND: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """What the layer adds to its base output, [N, O]: sum of scaling * B(A(dropout(x))).
+
+    Masks come from the `generator`; None: from that of the process, as in peft.
+    """
     total: Tensor | None = None
     for name in active_names(layer):
-        z_NR = _at_rank(layer, name, x_ND)
+        z_NR = _at_rank(layer, name, x_ND, generator)
         part_NO = layer.lora_B[name](z_NR) * layer.scaling[name]
         total = part_NO if total is None else total + part_NO
     if total is None:
@@ -56,12 +65,14 @@ def delta(layer: LoraLayer, x_ND: Tensor) -> Tensor:
     return total
 
 
-def factors(layer: LoraLayer, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+def factors(
+    layer: LoraLayer, x_ND: Tensor, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
     """The same as Z [N, R] and scaled B [O, R]: the delta is Z B^T, and R the sum of all ranks."""
     zs, bs = [], []
     for name in active_names(layer):
         lora_B = layer.lora_B[name]
-        zs.append(_at_rank(layer, name, x_ND))
+        zs.append(_at_rank(layer, name, x_ND, generator))
         bs.append(lora_B.weight * layer.scaling[name])
         if lora_B.bias is not None:  # one column more, of ones
             zs.append(zs[-1].new_ones(len(x_ND), 1))
@@ -71,11 +82,23 @@ def factors(layer: LoraLayer, x_ND: Tensor) -> tuple[Tensor, Tensor]:
     return (zs[0], bs[0]) if len(zs) == 1 else (torch.cat(zs, dim=1), torch.cat(bs, dim=1))
 
 
-def _at_rank(layer: LoraLayer, name: str, x_ND: Tensor) -> Tensor:
+def _at_rank(
+    layer: LoraLayer, name: str, x_ND: Tensor, generator: torch.Generator | None
+) -> Tensor:
     """A(dropout(x)) of one adapter: [N, R]."""
-    lora_A = layer.lora_A[name]
-    z_NR: Tensor = lora_A(layer.lora_dropout[name](x_ND.to(lora_A.weight.dtype)))
+    lora_A, dropout = layer.lora_A[name], layer.lora_dropout[name]
+    x_ND = x_ND.to(lora_A.weight.dtype)
+    if generator is None or not _drops(dropout):
+        x_ND = dropout(x_ND)
+    else:
+        kept_ND = torch.empty_like(x_ND).bernoulli_(1 - dropout.p, generator=generator)
+        x_ND = x_ND * kept_ND.div_(1 - dropout.p)
+    z_NR: Tensor = lora_A(x_ND)
     return z_NR
+
+
+def _drops(dropout: nn.Module) -> bool:
+    return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
 
 
 def product_of(layer: LoraLayer) -> tuple[Tensor, Tensor]:

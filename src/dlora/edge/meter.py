@@ -22,12 +22,16 @@ class Meter:
     """Serialised messages, edge to cloud; repeated micro-batches count again."""
     received_bytes: int = 0
     round_trips: int = 0
-    """Times that the edge had to wait for an answer to something it had sent."""
+    """Times that the edge had to wait for an answer to something it had sent. Parts in flight
+    count each their own.
+    """
     wait_s: float = 0.0
-    """Seconds in which the edge waited for the cloud."""
+    """Seconds in which the edge waited for the cloud. With parts in flight: in which all that
+    were not done waited.
+    """
     cloud_s: float = 0.0
     """Of these, seconds in which the cloud says that it computed; the rest are network and
-    queues.
+    queues. With parts in flight the sum of theirs, and at most `wait_s`.
     """
     micro_batches: int = 0
     passes: int = 0
@@ -58,6 +62,11 @@ class Meter:
     def from_saved(cls, values: dict[str, Any]) -> Meter:
         """The meter that `asdict` was taken of; names of earlier versions are known."""
         return cls(**{_EARLIER.get(name, name): value for name, value in values.items()})
+
+    def add(self, cost: Meter) -> None:
+        """Count what another meter has counted."""
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(cost, field.name))
 
     def copy(self) -> Meter:
         """A snapshot."""

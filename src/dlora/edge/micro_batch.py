@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +24,15 @@ from dlora.edge.link import Link, RetryPolicy
 from dlora.edge.lora import FrozenModule
 from dlora.edge.meter import Meter
 from dlora.edge.noise import Noise
-from dlora.edge.responder import Responder, SiteForward
-from dlora.edge.sites import ActiveSite
+from dlora.edge.responder import Responder, SiteForward, Wait
+from dlora.edge.sites import ActiveSite, names_of
 from dlora.errors import AdapterMissing, PeerError, PeerLost, WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.codecs import codecs_of
 from dlora.protocol.layers import EdgeLayers
 from dlora.protocol.wire import encode, largest
 
-__all__ = ["MicroBatch", "SplitForward", "check_finite"]
+__all__ = ["MicroBatch", "Node", "add_squares", "as_node", "check_finite"]
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class MicroBatch(Responder):
         frozen: Sequence[FrozenModule] = (),
         edge_layers: EdgeLayers | None = None,
         hosted: HostedAdapter | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(
             link,
@@ -67,7 +69,8 @@ class MicroBatch(Responder):
             hosted=hosted,
         )
         self.retry, self.begin = retry, begin
-        self.conditions, self.repeats = Conditions(device), False
+        self.generator = generator
+        self.conditions, self.repeats = Conditions(device, generator), False
         self.input_grad: Tensor | None = None
         """After backward, where `begin` asks for it: gradient of what went in, [N, D]."""
         self.on_probe: Callable[[Sequence[pb.ActiveSite], Sequence[float]], None] | None = None
@@ -76,6 +79,24 @@ class MicroBatch(Responder):
         """Called with `output_squares`, after backward."""
         self.noise = Noise()
         """What is added to the gradient of the kept hidden states."""
+
+    def measure(
+        self,
+        waits: list[Wait],
+        probe_norms: list[dict[str, float]],
+        output_squares: dict[tuple[int, int], float] | None,
+    ) -> None:
+        """Note waits as they come. Once it is done, add to the others what `Begin` asks for.
+
+        `probe_norms` gets norms of g^T x by full name, `output_squares`, if not None, sums of
+        squared deltas by (site, module).
+        """
+        self.waits = waits
+        if self.begin.probe:
+            self.on_probe = partial(_note_probe, self.link.description, probe_norms)
+        if output_squares is not None:
+            self.output_squares = {}
+            self.on_outputs = partial(add_squares, output_squares)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -101,7 +122,7 @@ class MicroBatch(Responder):
                 try:
                     if self.stream is None:
                         # Noted once: an attempt that fails leaves the state of its forward behind.
-                        now = now or Conditions(self.device)
+                        now = now or Conditions(self.device, self.generator)
                         with self.conditions.autocast():
                             self._forward()
                     return self._backward(grad)
@@ -132,6 +153,7 @@ class MicroBatch(Responder):
         self.repeats = True
         self.stream = self.link.open()
         try:
+            self.opened()
             rows, kept = int(self.begin.embeddings.shape[0]), len(self.begin.keep)
             frame = pb.EdgeFrame(begin=self.begin)
             hidden, _ = self.ask(frame, rows, kept, training=self.begin.training)
@@ -142,6 +164,9 @@ class MicroBatch(Responder):
             self.close()
             raise
         return hidden
+
+    def opened(self) -> None:
+        """Called when there is a stream, before anything is sent."""
 
     def _backward(self, grad: Tensor) -> dict[nn.Parameter, Tensor]:
         grads: dict[nn.Parameter, Tensor] = {}
@@ -236,6 +261,18 @@ class MicroBatch(Responder):
         log.warning("lost the cloud, the micro-batch runs again: %s", error)
 
 
+class Node(Protocol):
+    """What `SplitForward` needs of a micro-batch, whole or in parts."""
+
+    input_grad: Tensor | None
+
+    def forward(self) -> Tensor:
+        """Return the kept last hidden states."""
+
+    def backward(self, grad: Tensor) -> dict[nn.Parameter, Tensor]:
+        """Take their gradient; return those of all trainable parameters."""
+
+
 class SplitForward(torch.autograd.Function):
     """The whole remote decoder as one node.
 
@@ -244,7 +281,7 @@ class SplitForward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, micro_batch: MicroBatch, entry_ND: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, micro_batch: Node, entry_ND: Tensor, *parameters: Tensor) -> Tensor:
         ctx.dtype = entry_ND.dtype
         ctx.micro_batch = micro_batch
         ctx.parameters = parameters
@@ -259,6 +296,29 @@ class SplitForward(torch.autograd.Function):
             None if entry is None else entry.to(ctx.dtype),
             *(grads.get(parameter) for parameter in ctx.parameters),
         )
+
+
+def as_node(micro_batch: Node, entry_ND: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Run a micro-batch forward as one node of autograd; float32 [K, hidden_width]."""
+    run: Callable[..., Tensor] = SplitForward.apply
+    return run(micro_batch, entry_ND, *parameters)
+
+
+def _note_probe(
+    description: pb.Description,
+    all_norms: list[dict[str, float]],
+    entries: Sequence[pb.ActiveSite],
+    norms: Sequence[float],
+) -> None:
+    all_norms.append(dict(zip(names_of(description, entries), norms, strict=True)))
+
+
+def add_squares(
+    sums: dict[tuple[int, int], float], squares: Mapping[tuple[int, int], float]
+) -> None:
+    """Add sums of squared deltas by (site, module)."""
+    for key, square in squares.items():
+        sums[key] = sums.get(key, 0.0) + square
 
 
 def _gradients(

@@ -29,9 +29,8 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -48,19 +47,19 @@ from dlora.edge.cloud_layers import CloudLayers
 from dlora.edge.edge_layers import EdgeDecoder
 from dlora.edge.forward_call import ForwardCall
 from dlora.edge.hosted import KeptVersions, check_hosted
+from dlora.edge.in_flight import PartCount
 from dlora.edge.kv_cache import CloudCache, cache_for
 from dlora.edge.labels import head_request, spread, with_zero_row
 from dlora.edge.link import Link
 from dlora.edge.meter import Meter
-from dlora.edge.micro_batch import SplitForward
+from dlora.edge.micro_batch import as_node
 from dlora.edge.options import OPTION_NAMES, OptionArguments, SplitOptions
 from dlora.edge.passes import PassInput, fill_padding, is_right_padded
 from dlora.edge.remote_forward import remote_forward
 from dlora.edge.responder import Wait
-from dlora.edge.sites import ActiveSite, match_sites, names_of
+from dlora.edge.sites import ActiveSite, match_sites
 from dlora.edge.skeleton import decoder_of
 from dlora.errors import UsageError
-from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.codecs import MIXES, Codecs, name_of
 from dlora.protocol.layers import CloudBetween, EdgeLayers
 
@@ -83,6 +82,8 @@ class SplitModel(PeftModelForCausalLM):
         self.link = link
         self.options = options
         """What was chosen when the model was built; `set_options` changes it."""
+        self.part_count = PartCount.asked(options.in_flight)
+        """How many parts of a micro-batch are in flight now."""
         self.edge_layers = edge_layers
         """Decoder layers that run here; their adapters need no exchange and are always trained."""
 
@@ -125,6 +126,8 @@ class SplitModel(PeftModelForCausalLM):
         options = self.options.changed(**changes)
         check_codecs(self.link, options.codecs)
         self.options = options
+        if "in_flight" in changes:
+            self.part_count = PartCount.asked(options.in_flight)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # A module takes any attribute, so `model.noise = ...` would be taken, and add no noise.
@@ -233,6 +236,7 @@ class SplitModel(PeftModelForCausalLM):
             sites=sites,
             frozen=self.active_set.applied_by_cloud(),
             versions=self._kept_versions,
+            part_count=self.part_count,
         )
         if cache is not None:
             if training:
@@ -249,15 +253,10 @@ class SplitModel(PeftModelForCausalLM):
         )
         if not training:
             return micro_batch.forward()
-        if micro_batch.begin.probe:
-            micro_batch.on_probe = partial(_note_probe, self.link.description, self.probe_norms)
-        if self.output_squares is not None:
-            micro_batch.output_squares = {}
-            micro_batch.on_outputs = partial(_add_squares, self.output_squares)
-        micro_batch.waits = self.waits = []
+        self.waits = []
+        micro_batch.measure(self.waits, self.probe_norms, self.output_squares)
         entry_ND = new.entry_ND if wants_input_grad else new.entry_ND.detach()
-        run: Callable[..., Tensor] = SplitForward.apply
-        return run(micro_batch, entry_ND, *parameters)
+        return as_node(micro_batch, entry_ND, parameters)
 
     def forget_kept(self) -> None:
         """Send the hosted wire's adapter whole the next time, as after an optimizer step."""
@@ -377,22 +376,6 @@ def check_codecs(link: Link, codecs: Codecs) -> None:
         raise UsageError(
             f"wire dtype: {link.address} does not know {name_of(codecs)!r}, only {', '.join(known)}"
         )
-
-
-def _note_probe(
-    description: pb.Description,
-    all_norms: list[dict[str, float]],
-    entries: Sequence[pb.ActiveSite],
-    norms: Sequence[float],
-) -> None:
-    all_norms.append(dict(zip(names_of(description, entries), norms, strict=True)))
-
-
-def _add_squares(
-    sums: dict[tuple[int, int], float], squares: Mapping[tuple[int, int], float]
-) -> None:
-    for key, square in squares.items():
-        sums[key] = sums.get(key, 0.0) + square
 
 
 def _head_flops(head: Any, rows: int, training: bool) -> int:

@@ -12,17 +12,20 @@ from dlora.protocol.codecs import Codecs, mix
 
 __all__ = [
     "OPTION_NAMES",
+    "InFlight",
     "InputGrad",
     "OptionArguments",
     "SplitOptions",
     "check_consent",
     "check_edge_layers",
+    "check_in_flight",
     "check_input_grad",
 ]
 
 Wire = Literal["plain", "factored", "hosted"]
 HeadPositions = Literal["auto", "supervised", "all"]
 InputGrad = Literal["exact", "drop"]
+InFlight = int | Literal["auto"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,11 @@ class SplitOptions:
     """
     upload_consent: bool = False
     """Agree that the cloud sees the adapter itself, on the hosted wire."""
+    in_flight: InFlight = 1
+    """Parts of a micro-batch that travel at the same time, so that their waits overlap; each takes
+    one of the streams that the server allows. "auto": 1, 2 or 4, picked at the first training
+    micro-batch from the round trip time and two passes over its tokens.
+    """
     wire_dtype: str | Codecs = "fp16"
     """fp32 (exact), fp16, bf16, int8 or int4. The last two are mixes of codecs; a `Codecs` is
     another.
@@ -73,6 +81,7 @@ class SplitOptions:
         check_consent(self.wire, self.upload_consent)
         _ = self.codecs  # checks the name
         check_input_grad(self.wire, self.input_grad)
+        check_in_flight(self.in_flight, self.wire)
         if self.head_positions not in get_args(HeadPositions):
             raise UsageError(
                 f"head_positions: got {self.head_positions!r}, want auto, supervised or all"
@@ -95,6 +104,7 @@ class OptionArguments(TypedDict, total=False):
 
     wire: Wire
     upload_consent: bool
+    in_flight: InFlight
     wire_dtype: str | Codecs
     input_grad: InputGrad
     retry: RetryPolicy | None
@@ -125,6 +135,19 @@ def check_input_grad(wire: str, input_grad: str) -> None:
         raise UsageError(
             "input_grad=drop: on the hosted wire the cloud computes these gradients, and "
             "nothing of them travels: use input_grad=exact"
+        )
+
+
+def check_in_flight(in_flight: int | str, wire: str) -> None:
+    """Raises UsageError for a number of parts that cannot be, or that the wire has no use for."""
+    if in_flight == "auto":
+        return
+    if isinstance(in_flight, str) or in_flight < 1:
+        raise UsageError(f"in_flight: got {in_flight!r}, want 1 or more, or auto")
+    if wire == "hosted" and in_flight > 1:
+        raise UsageError(
+            f"in_flight: got {in_flight} with wire=hosted, where a micro-batch waits twice and the "
+            "adapter would travel with every part: use in_flight=1, or wire=factored or plain"
         )
 
 

@@ -32,6 +32,8 @@ class PassInput:
     position_ids_BT: Tensor | None
     keep_BT: Tensor
     """Bool mask of the positions whose last hidden states come back."""
+    all_rows: bool = False
+    """Padding travels too: in a part of something that is dense."""
 
     @property
     def batch(self) -> int:
@@ -51,7 +53,7 @@ class PassInput:
     @cached_property
     def dense(self) -> bool:
         """Whether all rows travel: a kept position that is padding needs the model's view of it."""
-        return bool((self.keep_BT & ~self.attended_BT).any())
+        return self.all_rows or bool((self.keep_BT & ~self.attended_BT).any())
 
     @cached_property
     def entry_ND(self) -> Tensor:

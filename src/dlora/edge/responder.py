@@ -109,6 +109,8 @@ class Responder:
         self.waits: list[Wait] | None = None
         """If not None: every wait is noted here."""
 
+        self.generator: torch.Generator | None = None
+        """Draws the masks of dropout; None: that of the process does."""
         self.stream: Stream | None = None
         self.forwards: dict[int, SiteForward] = {}
         """By site: what was answered in the forward pass that runs or ran last."""
@@ -198,10 +200,10 @@ class Responder:
         with torch.set_grad_enabled(training):
             x_ND.requires_grad_(wants)
             if self.factored:
-                pairs = [factors(layer, x_ND) for layer in site.layers]
+                pairs = [factors(layer, x_ND, self.generator) for layer in site.layers]
                 answers = [z_NR for z_NR, _ in pairs] + [b_OR for _, b_OR in pairs]
             else:
-                answers = [delta(layer, x_ND) for layer in site.layers]
+                answers = [delta(layer, x_ND, self.generator) for layer in site.layers]
         self.forwards[site.index] = (
             SiteForward(x_ND, answers, wants) if training else SiteForward(x_ND[:0], [], wants)
         )

@@ -97,7 +97,7 @@ def time_line(waits: Sequence[Wait]) -> list[list[Any]]:
     """The newest training micro-batch as [who, from, to] in seconds; who is edge, cloud or link.
 
     What the cloud did not compute of a wait is the link's (or a queue's), half of it before and
-    half after.
+    half after. With parts in flight it is the first part's, beside which others are computed.
     """
     if not waits:  # the run ended in the first wait of a micro-batch
         return []

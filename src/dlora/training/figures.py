@@ -193,7 +193,8 @@ def _short(unit: str) -> str:
 
 _STEP: Final = (
     "The newest training micro-batch of the run: who computed when. The halves take turns; grey is "
-    "the network, and waiting for a place in the cloud's queue."
+    "the network, and waiting for a place in the cloud's queue. With parts of a micro-batch in "
+    "flight: the first of them, while others were under way."
 )
 _COLOURS: Final = {"cloud": "#1f78b4", "link": "#c8c8c8", "edge": "#d95f02"}
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
+from dlora.edge.choose_parts import best_parts, measured_rtt, on_one_machine, stations
 from dlora.edge.labels import IGNORE
 from dlora.edge.link import Link
 from dlora.edge.load import get_peft_model
@@ -25,7 +26,7 @@ from dlora.edge.meter import Meter
 from dlora.edge.model import SplitModel
 from dlora.edge.sites import ActiveSite
 from dlora.errors import UsageError
-from dlora.formulas import step_traffic
+from dlora.formulas import seconds_in_flight, step_traffic
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.codecs import Codecs
 from dlora.protocol.layers import layer_of
@@ -55,11 +56,10 @@ class Prediction:
     """Tensors to messages and back on the edge; the cloud's part of it is in `cloud_s`."""
     link_s: float
     """Round trips and transfer, in which both halves wait: measured, or as given where slower."""
-
-    @property
-    def seconds(self) -> float:
-        """All of it: the halves take turns."""
-        return self.cloud_s + self.edge_s + self.wire_s + self.link_s
+    in_flight: int
+    """Parts of the micro-batch that go at once: as asked for, or the best."""
+    seconds: float
+    """All of it. Of one part the halves take turns; of several one waits while another works."""
 
 
 def plan(settings: PlanSettings, link: Link) -> tuple[SplitModel, Prediction]:
@@ -87,7 +87,9 @@ def plan(settings: PlanSettings, link: Link) -> tuple[SplitModel, Prediction]:
             for i in range(settings.sites)
         ]
         model.set_active([name for site in chosen for name in site.names])
-    return model, _predict(settings, model)
+    prediction = _predict(settings, model)
+    model.set_options(in_flight=prediction.in_flight)
+    return model, prediction
 
 
 def _predict(settings: PlanSettings, model: SplitModel) -> Prediction:
@@ -100,13 +102,14 @@ def _predict(settings: PlanSettings, model: SplitModel) -> Prediction:
 
     # What is left of waiting when round trips are taken off is the time of bytes.
     measured = _calibrate(settings, model, sites[0][0] if sites else None)
-    rtt_s, per_byte_s = _measured_rtt(model.link), 0.0
+    rtt_s, per_byte_s = measured_rtt(model.link), 0.0
     if measured.bytes:
         of_bytes_s = measured.transfer_s - measured.round_trips * rtt_s
         per_byte_s = max(0.0, of_bytes_s / measured.bytes)
-    link_s = round_trips * (rtt_s if settings.rtt_ms is None else settings.rtt_ms / 1000)
+    round_trips_s = round_trips * (rtt_s if settings.rtt_ms is None else settings.rtt_ms / 1000)
+    transfer_s = 0.0
     for size, mbit in ((sent, settings.up_mbit), (received, settings.down_mbit)):
-        link_s += size * max(per_byte_s, 8 / (mbit * 1e6) if mbit else 0.0)
+        transfer_s += size * max(per_byte_s, 8 / (mbit * 1e6) if mbit else 0.0)
 
     # One site stands for all; hosted ones are the cloud's. The input gradients of edge layers cost
     # about what their forward does.
@@ -114,6 +117,14 @@ def _predict(settings: PlanSettings, model: SplitModel) -> Prediction:
     timed = [] if hosted else sites[:1]
     sites_s = sum(_edge_site(settings, site, rows) for site, _ in timed) * len(sites)
     edge_s = sites_s + _edge_head(model, supervised) + 2 * measured.edge_layers_s
+    wire_s = (sent + received) * _conversion(model.options.codecs, rows, _widths(model)[0])
+
+    # Over another link than the one there is, the halves are on two machines.
+    together = settings.rtt_ms is None and on_one_machine(model.link, rtt_s)
+    work = stations(measured.cloud_s, edge_s + wire_s, transfer_s, together=together)
+    parts = _parts(settings, round_trips_s, work)
+    if parts > 1:
+        sent, received, round_trips = _traffic_in_parts(settings, model, sites, parts)
     return Prediction(
         active_sites=len(sites),
         sent_bytes=sent,
@@ -121,9 +132,20 @@ def _predict(settings: PlanSettings, model: SplitModel) -> Prediction:
         round_trips=round_trips,
         cloud_s=measured.cloud_s,
         edge_s=edge_s,
-        wire_s=(sent + received) * _conversion(model.options.codecs, rows, _widths(model)[0]),
-        link_s=link_s,
+        wire_s=wire_s,
+        link_s=round_trips_s + transfer_s,
+        in_flight=parts,
+        seconds=seconds_in_flight(parts, round_trips_s, work),
     )
+
+
+def _parts(settings: PlanSettings, round_trips_s: float, work: tuple[float, ...]) -> int:
+    """Parts in flight: as asked for, or the best; hosted there is one, and no more than rows."""
+    if settings.wire == "hosted":
+        return 1
+    if settings.in_flight == "auto":
+        return best_parts(settings.batch_size, round_trips_s, work)[0]
+    return min(settings.in_flight, settings.batch_size)
 
 
 def _widths(model: SplitModel) -> tuple[int, int]:
@@ -182,6 +204,22 @@ def _traffic(
     return sent, received, round_trips
 
 
+def _traffic_in_parts(
+    settings: PlanSettings,
+    model: SplitModel,
+    sites: Sequence[tuple[ActiveSite, list[LoraLayer]]],
+    parts: int,
+) -> tuple[int, int, int]:
+    """The same where the rows go in parts: each has its own frames, and its own factors B."""
+    each, more = divmod(settings.batch_size, parts)
+    costs = [
+        _traffic(replace(settings, batch_size=each + (number < more)), model, sites)
+        for number in range(parts)
+    ]
+    sent, received, round_trips = (sum(amounts) for amounts in zip(*costs, strict=True))
+    return sent, received, round_trips
+
+
 def check(settings: PlanSettings, model: SplitModel) -> tuple[Meter, float]:
     """Run a step over random tokens: (what it cost, seconds). Gradients are thrown away."""
     batch = _random_batch(settings, model, settings.supervised)
@@ -224,16 +262,6 @@ def _active(model: SplitModel, site: ActiveSite) -> list[LoraLayer]:
     """The site's layers that are exchanged."""
     names = set(model.active_modules)
     return [layer for name, layer in zip(site.names, site.layers, strict=True) if name in names]
-
-
-def _measured_rtt(link: Link) -> float:
-    """Seconds of a round trip: the shortest of some calls that do next to nothing."""
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        link.ping()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def _conversion(codecs: Codecs, rows: int, width: int) -> float:

@@ -25,6 +25,7 @@ from dlora.privacy.recording import Recorder
 from dlora.runs import RunFolder, step_of
 from dlora.training.callbacks import time_line
 from dlora.training.output import check_output, first_values, no_folders_if_refused
+from dlora.training.parts import follow_parts
 from dlora.training.settings import TrainSettings
 from dlora.training.trainer import SplitTrainer, build_trainer
 
@@ -55,6 +56,7 @@ def train(settings: TrainSettings, link: Link) -> dict[str, Any]:
         log.info("resuming from %s", checkpoint or "the start: there is no checkpoint yet")
     run, started = first_values(settings, link), time.monotonic()
     folder.path.mkdir(parents=True, exist_ok=True)
+    follow_parts(run, folder, model, resume=settings.resume)
     folder.write(run)
     if recorder is not None:
         _start_recording(recorder, trainer, checkpoint)
@@ -84,6 +86,7 @@ def _build_model(settings: TrainSettings, link: Link) -> SplitModel:
         "wire": settings.wire,
         "wire_dtype": settings.wire_dtype,
         "input_grad": settings.input_grad,
+        "in_flight": 1 if settings.record else settings.in_flight,
         "upload_consent": settings.upload_consent,
         "retry": RetryPolicy(give_up_after_s=settings.give_up_after_s),
         "device": settings.device,

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
 from dlora.edge.noise import Noise
-from dlora.edge.options import InputGrad, SplitOptions, check_input_grad
+from dlora.edge.options import (
+    InFlight,
+    InputGrad,
+    SplitOptions,
+    check_in_flight,
+    check_input_grad,
+)
 from dlora.edge.settings import AccessSettings, EdgeSettings, target_names
 from dlora.errors import UsageError
 from dlora.kill_revive.config import KillReviveConfig, from_options
@@ -28,7 +34,7 @@ class TrainSettings(EdgeSettings):
     """Settings of `dlora train`."""
 
     GROUPS: ClassVar[dict[str, str]] = {
-        "connection": f"{EdgeSettings.GROUPS['connection']} input_grad",
+        "connection": f"{EdgeSettings.GROUPS['connection']} input_grad in_flight",
         "data": "data max_length overlong batch_size",
         "adapter": "adapter kind r lora_alpha lora_dropout target_modules use_rslora rank_pattern "
         "alpha_pattern activation scale",
@@ -46,6 +52,10 @@ class TrainSettings(EdgeSettings):
     org/name:split). Rows have `prompt` and `completion`, or `messages`, or `text`."""
     output: Path
     """Folder for the adapter, run.json and checkpoints."""
+    in_flight: InFlight = SplitOptions.in_flight
+    """Parts of a micro-batch that travel at the same time, so that their waits for a distant server
+    overlap. Each takes one of the streams that the server allows. auto: 1, 2 or 4, as the link and
+    two passes over the first micro-batch say."""
     eval_data: str | None = None
     """Held-out data in the same forms, measured every `eval_steps`."""
     adapter: Path | None = None
@@ -143,6 +153,7 @@ class TrainSettings(EdgeSettings):
         """Raises UsageError for values that cannot work, all checks here and nowhere else."""
         super().__post_init__()
         check_input_grad(self.wire, self.input_grad)
+        check_in_flight(self.in_flight, self.wire)
         self._check_adapter()
         self._check_amounts()
         self._check_evaluation()
@@ -179,6 +190,11 @@ class TrainSettings(EdgeSettings):
         self._check_least("logging_steps", 1)
         if self.record < 0:
             raise UsageError(f"record: got {self.record}, want 0 or more")
+        if self.record and self.in_flight not in (1, "auto"):
+            raise UsageError(
+                f"record keeps whole micro-batches: got in_flight {self.in_flight}, want 1, or "
+                "auto, which is then 1"
+            )
         if self.pad_to < 0:
             raise UsageError(f"pad_to: got {self.pad_to}, want 0 or more")
 
@@ -272,7 +288,7 @@ class PlanSettings(EdgeSettings):
     """Settings of `dlora plan`."""
 
     GROUPS: ClassVar[dict[str, str]] = {
-        "connection": f"{EdgeSettings.GROUPS['connection']} input_grad",
+        "connection": f"{EdgeSettings.GROUPS['connection']} input_grad in_flight",
         "what is planned": "target_modules r sites batch_size length supervised steps check",
         "link": "rtt_ms up_mbit down_mbit",
         "privacy": EdgeSettings.GROUPS["privacy"],
@@ -301,6 +317,8 @@ class PlanSettings(EdgeSettings):
     """Bandwidth from the server in Mbit/s. Default: as measured."""
     input_grad: InputGrad = SplitOptions.input_grad
     """drop: what the adapters add to the gradient of their inputs is left out, as for training."""
+    in_flight: InFlight = SplitOptions.in_flight
+    """Parts of a micro-batch that travel at the same time. auto: the best of 1, 2 and 4."""
     steps: int = 1000
     """Steps of the run that is planned."""
     check: bool = False
@@ -310,6 +328,7 @@ class PlanSettings(EdgeSettings):
         """Raises UsageError for values that cannot work."""
         super().__post_init__()
         check_input_grad(self.wire, self.input_grad)
+        check_in_flight(self.in_flight, self.wire)
         for name in ("r", "batch_size", "length", "steps"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: got {getattr(self, name)}, want at least 1")
