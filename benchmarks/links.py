@@ -1,7 +1,7 @@
 """Training over links: each way to train beside its own speed on loopback, and beside local peft.
 
     python benchmarks/links.py run           # what is not there yet; about half an hour in all
-    python benchmarks/links.py run home      # links whose names have this
+    python benchmarks/links.py run home hosted   # links and arms whose names have all of this
     python benchmarks/links.py table         # the tables of docs/benchmarks.md
     python benchmarks/links.py plot FOLDER   # the figure
 
@@ -203,8 +203,12 @@ def run(words: list[str]) -> None:
     with ExitStack() as stack:
         address = stack.enter_context(serving("smollm2"))
         for name, numbers in LINKS.items():
-            arms = {arm: ARMS[arm] for arm in ARMS if (name, arm) not in done}
-            if not arms or not all(word in name for word in words):
+            arms = {
+                arm: ARMS[arm]
+                for arm in ARMS
+                if (name, arm) not in done and all(word in f"{name}: {arm}" for word in words)
+            }
+            if not arms:
                 continue
             for one in _measure(address, name, numbers, arms):
                 with RESULT.open("a") as file:
@@ -252,7 +256,7 @@ def _measure(
                     record |= {
                         "sent_bytes": far.cost.sent_bytes,
                         "received_bytes": far.cost.received_bytes,
-                        "in_flight": getattr(far.model, "in_flight", 1),
+                        "in_flight": far.model.part_count.number,
                         "tokens": shape[0] * shape[1] * arms[arm].micro_batches,
                     }
         for pair in pairs.values():
