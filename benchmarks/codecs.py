@@ -244,7 +244,7 @@ def whole(data: Path, folder: Path, minutes: float) -> None:
         print(task, name, seed, flush=True)
         run = banking if task == "banking77" else arc_easy
         found = run(name, seed, data, folder, clouds)
-        write({"stage": "whole", "task": task, "run": name} | found)
+        write(found | {"stage": "whole", "task": task, "run": name})
         lock.release()
         print(f"  accuracy {found['accuracy']:.4f}, {found['seconds']:.0f} s", flush=True)
 
