@@ -244,7 +244,7 @@ def whole(data: Path, folder: Path, minutes: float) -> None:
         print(task, name, seed, flush=True)
         run = banking if task == "banking77" else arc_easy
         found = run(name, seed, data, folder, clouds)
-        write({"stage": "whole", "task": task, "run": name} | found)
+        write(found | {"stage": "whole", "task": task, "run": name})
         lock.release()
         print(f"  accuracy {found['accuracy']:.4f}, {found['seconds']:.0f} s", flush=True)
 
@@ -336,16 +336,16 @@ def write(line: dict[str, Any]) -> None:
 
 
 def gradients_table(runs: list[dict[str, Any]]) -> str:
-    """Markdown: one table a wire, a row a choice; bytes beside those of fp16."""
+    """Markdown: one table a wire, a row a choice; bytes beside those of fp32."""
     parts = []
     for wire in WIRES:
         mine = {(run["state"], run["choice"]): run for run in runs if run["wire"] == wire}
         names = dict.fromkeys(choice for _, choice in mine)
-        full = mine.get(("fresh", "fp16"))
+        full = mine.get(("fresh", "fp32"))
         if full is None:
             continue
         head = "error, fresh | worst cosine | error, trained | worst cosine"
-        lines = [f"| {wire} | bytes, % of fp16 | {head} |", "|---|---|---|---|---|---|"]
+        lines = [f"| {wire} | bytes, % of fp32 | {head} |", "|---|---|---|---|---|---|"]
         for choice in names:
             cells = [
                 figure(mine.get((state, choice)), shown)

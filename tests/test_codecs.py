@@ -29,7 +29,7 @@ from dlora.formulas import step_traffic
 from dlora.kill_revive.units import costs_of
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.codecs import MIXES, Codecs, begin_fields, codecs_of, name_of
-from dlora.protocol.wire import decode, encode
+from dlora.protocol.wire import decode, encode, payload_bytes
 from dlora.server.stream import StreamPipe
 from dlora.training.run import _build_model
 from dlora.training.settings import PlanSettings, TrainSettings
@@ -247,6 +247,8 @@ def test_kill_and_revive_counts_what_codecs_take(link: InProcessLink, wire: Any)
     for mix in MIXES:
         for drop in (False, True):
             split.set_options(wire_dtype=mix, input_grad="drop" if drop else "exact")
+            x, dx = (payload_bytes(kind, 1, 6400) for kind in (MIXES[mix].x, MIXES[mix].dx))
+            assert costs_of(split).input_grad == pytest.approx(0 if drop else dx / x, rel=0.01)
             share = costs_of(split).share([name for site in few for name in site.names])
             want = traffic(few, mix, drop=drop) / traffic(split.sites, mix, drop=drop)
             # Narrow rows: scales, and groups that are filled up, weigh more than in a real model.
