@@ -385,7 +385,13 @@ def test_idle_modules_are_put_once(cloud_models: Callable[[str], CloudModel]) ->
     link = dlora.in_process(make_base("llama"), model_id="llama")
     put: list[int] = []
     original = link.put_adapter
-    link.put_adapter = lambda modules: (put.append(len(modules)), original(modules))[1]
+
+    def slowly(modules: Any) -> None:
+        put.append(len(modules))
+        time.sleep(0.2)  # meanwhile the other parts miss them too
+        original(modules)
+
+    link.put_adapter = slowly
     found = []
     for in_flight in (3, 1):
         model = make_split(link, lora(), in_flight=in_flight)
