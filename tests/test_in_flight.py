@@ -113,6 +113,21 @@ def test_one_part_is_the_micro_batch_as_it_was(links: Links) -> None:
     assert all(map(torch.equal, grads_of(told), grads_of(untold)))
 
 
+def test_autocast_reaches_every_part(links: Links) -> None:
+    """Under autocast, which is of a thread, the adapters of all parts round as those of one do."""
+    found = []
+    for in_flight in (1, 3):
+        model = make_split(links("llama"), lora(), in_flight=in_flight)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batches(rows=6)[0]).loss
+        loss.backward()
+        grads = [parameter.grad.flatten() for parameter in adapter(model).values()]
+        found.append(torch.cat(grads))
+    plain = torch.cat([grad.flatten() for grad in grads_of(make_split(links("llama"), lora()))])
+    one, parts = found
+    assert (parts - one).norm() < 0.5 * (plain - one).norm()
+
+
 @pytest.mark.parametrize("split", [(1, 1), (2, 0)])
 def test_edge_layers_match_local(split: tuple[int, int]) -> None:
     """Where adapters before the cloud are trained, the parts' input gradients come back in the
@@ -385,7 +400,13 @@ def test_idle_modules_are_put_once(cloud_models: Callable[[str], CloudModel]) ->
     link = dlora.in_process(make_base("llama"), model_id="llama")
     put: list[int] = []
     original = link.put_adapter
-    link.put_adapter = lambda modules: (put.append(len(modules)), original(modules))[1]
+
+    def slowly(modules: Any) -> None:
+        put.append(len(modules))
+        time.sleep(0.2)  # meanwhile the other parts miss them too
+        original(modules)
+
+    link.put_adapter = slowly
     found = []
     for in_flight in (3, 1):
         model = make_split(link, lora(), in_flight=in_flight)

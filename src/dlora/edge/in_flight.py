@@ -144,6 +144,11 @@ class Part(MicroBatch):
         self.span = 0.0, 0.0
         """Start and end of the newest phase, on the clock of `Wait`."""
 
+    def under_autocast(self) -> Tensor:
+        """Forward with the autocast of the thread that made this part: it is of the thread."""
+        with self.conditions.autocast():
+            return self.forward()
+
     def stop(self) -> None:
         """Let its thread end, wherever it waits. Called by others."""
         self.stopped = True
@@ -224,7 +229,7 @@ class InFlight:
         refused_before = False
         for wait in self.retry.attempts():
             self._make_parts()
-            outcomes = self._together([part.forward for part in self.parts])
+            outcomes = self._together([part.under_autocast for part in self.parts])
             refusals = [one.error for one in outcomes if isinstance(one, _Refused)]
             if not refusals:
                 break
@@ -290,9 +295,9 @@ class InFlight:
         def work(number: int) -> None:
             part, start = self.parts[number], time.perf_counter()
             try:
-                # Both are of the thread. Were backward to hand work to the threads of a device, it
-                # would wait for the one that waits for it here.
-                with torch.autograd.set_multithreading_enabled(False), part.conditions.autocast():
+                # Were backward to hand work to the thread of a device, it would wait for the one
+                # that waits for it here.
+                with torch.autograd.set_multithreading_enabled(False):
                     outcomes[number] = runs[number]()
             except BaseException as error:
                 outcomes[number] = error
