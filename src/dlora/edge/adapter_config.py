@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftConfig, TaskType
 
 from dlora.edge.bottleneck import BottleneckConfig, load_bottleneck_config
 from dlora.errors import UsageError
+from dlora.protocol.text import clean_text
 
 __all__ = ["checked_config", "read_adapter_config"]
 
@@ -35,8 +36,10 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
         raise UsageError(f"{folder} holds no adapter: adapter_config.json is missing")
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError) as error:
-        raise UsageError(f"{folder}/adapter_config.json cannot be read: {error}") from error
+    except Exception as error:  # of JSON, of peft for kinds and options that it does not know
+        raise UsageError(
+            f"{folder}/adapter_config.json cannot be read: {clean_text(error) or 'no reason given'}"
+        ) from error
     if not isinstance(config, LoraConfig):
         raise UsageError(f"the adapter in {folder} is of kind {config.peft_type}, want LORA")
     return config
