@@ -119,6 +119,13 @@ def load_cloud(
         allowed=lambda module: allowed.search(module) is not None,
         limits=limits,
     )
+    modules = [module for site in cloud.sites for module in site.modules]
+    if modules and not any(module.allowed for module in modules):
+        names = dict.fromkeys(module.name.rpartition(".")[2] for module in modules)
+        raise UsageError(
+            f"allow_modules: {allow_modules!r} is in none of the modules' names, so that nobody "
+            f"could use an adapter. The first is {modules[0].name}; they end in {', '.join(names)}"
+        )
     return cloud, loaded
 
 

@@ -15,7 +15,7 @@ from peft.utils import set_peft_model_state_dict
 from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dlora.edge.adapter_config import checked_config, read_adapter_config
+from dlora.edge.adapter_config import check_matched, checked_config, read_adapter_config
 from dlora.edge.adapter_weights import check_adapter_weights, read_adapter_weights
 from dlora.edge.link import Link
 from dlora.edge.model import SplitModel, check_wire_dtype
@@ -44,8 +44,18 @@ def get_peft_model(
     fp16, bf16, int8 or int4; `wire` is plain or factored; with `edge_layers` this many of the first
     and of the last decoder layers run here. At the same seed the adapter starts with the same
     values as `peft.get_peft_model` on the full model. Raises UsageError for what cannot be
-    supported, by name.
+    supported, and for targets and patterns that match no module, by name.
     """
+    model = _put_on(link, config, device, options)
+    targeted = model.base_model.targeted_module_names
+    check_matched(config, targeted, allowed_names(link.description))
+    return model
+
+
+def _put_on(
+    link: Link, config: LoraConfig, device: str | torch.device, options: OptionArguments
+) -> SplitModel:
+    """A fresh adapter on the cloud's model, with those targets that match."""
     split_options = SplitOptions().changed(**options)
     check_wire_dtype(link, split_options.wire_dtype)
     config = checked_config(config)
@@ -84,7 +94,7 @@ def load_adapter(
     config.inference_mode = not is_trainable
     weights = read_adapter_weights(folder, device)
     misfit = f"the adapter in {folder} does not fit {link.description.model_id}"
-    model = get_peft_model(link, config, device=device, **options)
+    model = _put_on(link, config, device, options)
 
     check_adapter_weights(model, weights, misfit)
     try:
