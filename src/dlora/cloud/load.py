@@ -84,15 +84,15 @@ def load_model(
 
 def _source(name: str, cache: Path | None) -> tuple[str | Path, str]:
     """What transformers loads for a name, and the public id that goes with it."""
-    file = _demo_file() if name == DEMO_MODEL else Path(name)
-    if file.suffix == ".gguf":
+    file = _demo_file() if name == DEMO_MODEL else Path(name).expanduser()
+    if file.suffix.lower() == ".gguf":
         if not file.is_file():
             raise UsageError(f"no such file: {file}")
         folder = _dequantised(file, cache or default_cache())
         return folder, DEMO_MODEL_ID if name == DEMO_MODEL else file.stem
 
     if file.is_dir():
-        return name, file.resolve().name
+        return file, file.resolve().name
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UsageError(f"no such folder: {name}")
     return name, name

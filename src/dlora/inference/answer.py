@@ -23,7 +23,7 @@ from dlora.edge.meter import Meter
 from dlora.edge.model import SplitModel
 from dlora.edge.options import Wire
 from dlora.errors import DLoRAError, UsageError
-from dlora.inference.prompts import Prompt, encode_prompts, pad_token
+from dlora.inference.prompts import Prompt, encode_prompts, pad_token, to_text
 
 __all__ = [
     "Continuing",
@@ -118,7 +118,15 @@ def complete_file(
     chat: bool,
     **options: Any,
 ) -> Iterator[tuple[list[tuple[Prompt, str]], int]]:
-    """Answer prompts batch by batch, in order: (prompts with completions, new tokens) of each."""
+    """Answer prompts batch by batch, in order: (prompts with completions, new tokens) of each.
+
+    Raises UsageError, before the first answer, for messages that the chat template refuses.
+    """
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            to_text(tokenizer, prompt, chat=chat)
+        except UsageError as error:
+            raise UsageError(f"prompt {number} of {len(prompts)}: {error}") from error
     for start in range(0, len(prompts), batch_size):
         chosen = prompts[start : start + batch_size]
         texts, num_tokens = complete(model, tokenizer, chosen, chat=chat, **options)

@@ -20,6 +20,7 @@ from trl import SFTConfig, SFTTrainer
 
 from dlora.edge.data import load_rows
 from dlora.edge.model import SplitModel
+from dlora.edge.templates import TOKENISING_ERRORS, name_refused_row
 from dlora.errors import UsageError
 from dlora.formulas import pass_bytes
 from dlora.kill_revive.callback import KillReviveCallback
@@ -110,9 +111,9 @@ class SplitTrainer(SFTTrainer):
         # All of it at first, as a resumed run takes its history from its checkpoint.
         lines = [json.dumps(entry) + "\n" for entry in self.state.log_history]
         if self._lines_written is None or self._lines_written > len(lines):
-            self.log_file.write_text("".join(lines))
+            self.log_file.write_text("".join(lines), encoding="utf-8")
         else:
-            with self.log_file.open("a") as file:
+            with self.log_file.open("a", encoding="utf-8") as file:
                 file.writelines(lines[self._lines_written :])
         self._lines_written = len(lines)
 
@@ -153,8 +154,10 @@ def build_trainer(
             early_stopping=early_stopping,
             log_file=folder.log_file,
         )
-    except (RuntimeError, ValueError) as error:
-        # A logger that is not installed, a tokenizer without chat template.
+    except TOKENISING_ERRORS as error:
+        # Roles that a template refuses; a logger that is not installed, no chat template.
+        name_refused_row(tokenizer, rows, origins)
+        name_refused_row(tokenizer, eval_rows or [], eval_origins)
         raise UsageError(f"the trainer refused: {str(error).splitlines()[0]}") from error
 
     _check_optimizer(trainer)
