@@ -38,6 +38,7 @@ from dlora.embedded import InProcessLink
 from dlora.errors import DLoRAError, UsageError
 
 ADAPTER = "adapter_model.safetensors"
+CONFIG_FILE = "config.json"
 CONFIG = "adapter_config.json"
 WEIGHTS = "model.safetensors"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 13479\n"
@@ -153,6 +154,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "biases without a place": (
         edit_weights(lambda w: w.update({PROJECTION.replace("weight", "bias"): torch.ones(64)})),
         "{folder} has model.layers.1.self_attn.q_proj.bias, and LlamaForCausalLM",
+    ),
+    "biases without a place, and without the decoder's name": (
+        edit_weights(lambda w: w.update({"layers.1.self_attn.q_proj.bias": torch.ones(64)})),
+        "has layers.1.self_attn.q_proj.bias, and LlamaForCausalLM",
     ),
     "the configuration of a deeper model": (
         edit_json("config.json", num_hidden_layers=4),
@@ -270,10 +275,19 @@ def test_a_whole_checkpoint_is_served_and_merged(folder: Path, tmp_path: Path) -
 def test_what_is_outside_of_the_decoder_may_be_left_out(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A head of another task does not keep a model from being served; a warning names it."""
-    edit_weights(lambda weights: weights.update({"score.weight": torch.ones(2, 64)}))(folder)
+    """Heads of other tasks, layers that draft tokens and old constants keep no model from being
+    served; a warning names what is left out.
+    """
+    edit_json(CONFIG_FILE, num_nextn_predict_layers=1)(folder)
+    extra = {
+        "score.weight": torch.ones(2, 64),
+        "model.layers.3.self_attn.q_proj.weight": torch.ones(2),
+        "model.layers.0.self_attn.masked_bias": torch.ones(1),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+    }
+    edit_weights(lambda weights: weights.update(extra))(folder)
     load_model(str(folder))
-    assert "score.weight are outside of the decoder, and not served" in caplog.text
+    assert "q_proj.weight, score.weight are outside of the decoder, and not served" in caplog.text
 
 
 def test_the_commands_say_it_in_one_line(

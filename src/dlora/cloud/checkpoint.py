@@ -28,6 +28,11 @@ _SUFFIXES: Final = (".safetensors", ".bin", ".gguf", ".json", ".model")
 _POINTER: Final = b"version https://git-lfs.github.com/spec/"
 _SHOWN: Final = 3
 """Names of tensors in a message."""
+_CONSTANT: Final = re.compile(r"(^|\.)(masked_bias|position_ids|rotary_emb\.\w+)$")
+"""Constants that older versions saved, and that are no weights."""
+_DRAFTING: Final = re.compile(r"(^|\.)mtp\b")
+_LAYER: Final = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+"""Heads that draft tokens are modules, or layers behind the last one; no answer needs them."""
 _PART: Final = re.compile(r"-\d{5}-of-\d{5}$")
 """How the files of a GGUF in parts end."""
 _KERNEL_TOLERANCE: Final = 0.02
@@ -130,18 +135,27 @@ def _check_complete(model: PreTrainedModel, found: dict[str, Any], name: str) ->
         )
 
     # Heads of other tasks, towers of other inputs are left out; of the decoder nothing is.
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    prefix = next(
-        (f"{path}." for path, one in model.named_modules() if path and one is decoder), ""
-    )
-    surplus = sorted(set(found["unexpected_keys"]) - {path for path, _ in model.named_buffers()})
-    if inside := [key for key in surplus if key.startswith(prefix)]:
+    surplus = sorted(key for key in found["unexpected_keys"] if not _CONSTANT.search(key))
+    if inside := [key for key in surplus if _in_decoder(key, model)]:
         raise ModelError(
             f"{name} has {_listed(inside)}, and {type(model).__name__} as config.json describes "
             "it has no place for that: the model would not be the one that was trained"
         )
     if surplus:
         log.warning("%s: %s are outside of the decoder, and not served", name, _listed(surplus))
+
+
+def _in_decoder(key: str, model: PreTrainedModel) -> bool:
+    """Whether a checkpoint's tensor is of the decoder, with or without the decoder's own name."""
+    if _DRAFTING.search(key):
+        return False
+    layer, extra = _LAYER.search(key), getattr(model.config, "num_nextn_predict_layers", 0)
+    if layer and extra and 0 <= int(layer[1]) - model.config.num_hidden_layers < extra:
+        return False
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    prefix = next((path for path, one in model.named_modules() if path and one is decoder), "")
+    children = {name for name, _ in decoder.named_children()}
+    return not prefix or key.startswith(f"{prefix}.") or key.partition(".")[0] in children
 
 
 def _listed(keys: list[str]) -> str:
