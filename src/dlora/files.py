@@ -53,7 +53,7 @@ def read_secret(file: Path) -> str:
     """
     check_private(file)
     try:
-        return file.read_text().strip()
+        return file.read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:
         raise UsageError(f"{file} cannot be read: {error}") from error
 
@@ -71,7 +71,7 @@ def write_json(file: Path, values: Any) -> None:
     """Write at once or not at all: a full disk, or a power cut, must not cost the old file."""
     scratch = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        with scratch.open("w") as out:
+        with scratch.open("w", encoding="utf-8") as out:
             out.write(json.dumps(values, indent=2) + "\n")
             out.flush()
             os.fsync(out.fileno())

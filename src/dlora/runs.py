@@ -105,7 +105,7 @@ def damage(checkpoint: Path) -> str | None:
 def _read_through(file: Path) -> None:
     """Raises what the file's kind raises for one that was cut off or changed."""
     if file.suffix == ".json":
-        json.loads(file.read_text())
+        json.loads(file.read_text(encoding="utf-8"))
     elif file.suffix == ".safetensors":
         with safe_open(file, framework="numpy"):  # wants the header to fit the size
             pass
@@ -158,7 +158,7 @@ def load_run(path: Path) -> Run:
     """Read a run's folder. Raises UsageError if it holds none, or one that cannot be read."""
     folder = RunFolder(path)
     try:
-        values = json.loads(folder.run_file.read_text())
+        values = json.loads(folder.run_file.read_text(encoding="utf-8"))
         entries, decisions = _lines(folder.log_file), _lines(folder.decisions_file)
     except FileNotFoundError as error:
         raise UsageError(f"{path} holds no run of `dlora train`: there is no run.json") from error
@@ -187,7 +187,7 @@ def _lines(file: Path) -> list[Any]:
 
     The last line may be half-written, as the run may still go on: it is left out.
     """
-    lines = file.read_text().splitlines() if file.exists() else []
+    lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else []
     values = []
     for number, line in enumerate(lines, 1):
         try:

@@ -48,13 +48,15 @@ def data_file(name: str) -> Path:
 def run_demo(settings: DemoSettings) -> int:
     """Train against a server in a process of its own and compare; return the exit code."""
     earlier = settings.output / "run.json"
-    if earlier.exists() and json.loads(earlier.read_text()).get("status") == "finished":
+    before = json.loads(earlier.read_text(encoding="utf-8")) if earlier.exists() else {}
+    if before.get("status") == "finished":
         raise UsageError(
             f"{settings.output} already holds a finished run: remove it, or give another --output"
         )
 
     transformers_logging.set_verbosity_error()
-    heldout = [json.loads(line) for line in data_file("heldout.jsonl").read_text().splitlines()]
+    lines = data_file("heldout.jsonl").read_text(encoding="utf-8").split("\n")
+    heldout = [json.loads(line) for line in lines if line]
     print(
         "starting a server process with SmolLM2-135M-Instruct (the first start unpacks the model: "
         "about a minute)"

@@ -4,6 +4,7 @@ codes.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     _set_environment(argv)
     _set_up_logging()
-    with _quiet():
+    with _quiet(), _any_character():
         return _run(argv)
 
 
@@ -89,6 +90,24 @@ def _set_up_logging() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in _NOISIER:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def _any_character() -> Iterator[None]:
+    """Answers have any characters: files and pipes get UTF-8, whatever the locale, and a terminal
+    shows those that it lacks as escapes.
+    """
+    changed = []
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            changed.append((stream, stream.encoding, stream.errors))
+            encoding = stream.encoding if stream.isatty() else "utf-8"
+            stream.reconfigure(encoding=encoding, errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, encoding, errors in changed:
+            stream.reconfigure(encoding=encoding, errors=errors)
 
 
 @contextmanager

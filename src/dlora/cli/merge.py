@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 from peft import PeftModel
@@ -11,8 +12,10 @@ from peft import PeftModel
 from dlora.cli.settings import MergeSettings
 from dlora.cloud.load import load_model
 from dlora.edge.adapter_config import read_adapter_config
+from dlora.edge.adapter_weights import check_adapter_weights, read_adapter_weights
 from dlora.edge.bottleneck import BottleneckConfig
-from dlora.errors import UsageError
+from dlora.errors import DLoRAError, UsageError
+from dlora.protocol.text import clean_text
 
 __all__ = ["merge", "run_merge"]
 
@@ -42,14 +45,21 @@ def merge(settings: MergeSettings) -> tuple[str, str]:
             "local model"
         )
 
+    weights = read_adapter_weights(settings.adapter)
     loaded = load_model(settings.model, dtype=settings.dtype)
+    misfit = f"the adapter in {settings.adapter} does not fit {settings.model}"
     try:
-        merged = PeftModel.from_pretrained(loaded.model, str(settings.adapter)).merge_and_unload()
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"the adapter in {settings.adapter} does not fit {settings.model}: {reason}"
-        ) from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what peft would warn of is refused below, by name
+            model = PeftModel.from_pretrained(
+                loaded.model, str(settings.adapter), ignore_mismatched_sizes=True
+            )
+        check_adapter_weights(model, weights, misfit)
+        merged = model.merge_and_unload()
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        if isinstance(error, DLoRAError):
+            raise
+        raise UsageError(f"{misfit}: {clean_text(error)}") from error
 
     # Written beside its place and moved there: what has the name is whole.
     settings.output.parent.mkdir(parents=True, exist_ok=True)

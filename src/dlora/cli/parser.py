@@ -194,7 +194,7 @@ class _Reader:
 
     def _read_file(self, file: str) -> None:
         try:
-            content = load_yaml(Path(file).read_text())
+            content = load_yaml(Path(file).expanduser().read_text(encoding="utf-8"))
         except OSError as error:
             raise UsageError(f"--config: {file}: {error.strerror}") from error
         except ValueError as error:

@@ -244,10 +244,11 @@ def check_before_loading(settings: ServeSettings) -> None:
 
 def _check_model(name: str) -> None:
     """A path has to be there; a hub id is for the hub to know."""
-    if name.endswith(".gguf"):
-        if not Path(name).is_file():
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
             raise UsageError(f"no such file: {name}")
-    elif not Path(name).is_dir() and (name.startswith((".", "~")) or not _HUB_ID.fullmatch(name)):
+    elif not path.is_dir() and (name.startswith((".", "~")) or not _HUB_ID.fullmatch(name)):
         raise UsageError(f"no such folder: {name}")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dlora.edge.settings import EdgeSettings, InfoSettings
-from dlora.errors import DLoRAError
+from dlora.errors import DataError, DLoRAError
 from dlora.files import write_json
 from dlora.inference.settings import ApiSettings, ChatSettings, EvalSettings, GenerateSettings
 from dlora.protocol.address import is_loopback
@@ -78,7 +78,7 @@ def generate(settings: GenerateSettings) -> int:
     if prompts is None and prompt is None:
         if sys.stdin.isatty():
             print("reading the prompt from standard input, up to Ctrl-D", file=sys.stderr)
-        prompt = sys.stdin.read()
+        prompt = _standard_input()
 
     with _loaded(settings, settings.adapter) as (model, tokenizer):
         set_seed(settings.seed)
@@ -92,6 +92,18 @@ def generate(settings: GenerateSettings) -> int:
         cost = cost_line(model.meter - before, num_tokens, time.monotonic() - started)
         print(f"dlora: {cost}", file=sys.stderr)
     return 0
+
+
+def _standard_input() -> str:
+    """All of standard input, as it is: UTF-8, whatever the locale. Raises DataError."""
+    stream = getattr(sys.stdin, "buffer", None)
+    if stream is None:
+        return sys.stdin.read()
+    try:
+        text: str = stream.read().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise DataError("standard input: not UTF-8 text") from None
+    return text
 
 
 def _generate_one(settings: GenerateSettings, model: Any, tokenizer: Any, prompt: str) -> int:
@@ -125,7 +137,7 @@ def _generate_file(
         stack.enter_context(bar)
         out = sys.stdout
         if settings.output is not None:
-            out = stack.enter_context(settings.output.open("a"))
+            out = stack.enter_context(settings.output.open("a", encoding="utf-8"))
 
         for answers, num_tokens in batches:
             for prompt, text in answers:
@@ -157,16 +169,19 @@ def chat(settings: ChatSettings) -> int:
 
         while True:
             try:
-                text = input("\n> ").strip()
+                text = input("\n> ")
             except (EOFError, KeyboardInterrupt):
                 print()
                 return 0
-            if text == "/quit":
+            except UnicodeDecodeError:
+                print("dlora: that was not UTF-8 text", file=sys.stderr)
+                continue
+            if text.strip() == "/quit":
                 return 0
-            if text == "/new":
+            if text.strip() == "/new":
                 talk.forget()
                 print("a new chat")
-            elif text:
+            elif text.strip():
                 _say(talk, model, text)
 
 

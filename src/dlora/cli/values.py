@@ -39,6 +39,18 @@ class _Dumper(yaml.SafeDumper):
     """YAML with paths as text."""
 
 
+# Text that the loader would take for a number is quoted.
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """As plain as it can be. PyYAML folds these three ends of lines where they are not escaped."""
+    style = '"' if _OTHER_ENDS.search(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_OTHER_ENDS: Final = re.compile("[\x85\u2028\u2029]")
+_Dumper.add_representer(str, _represent_text)
 _Dumper.add_multi_representer(Path, lambda dumper, path: dumper.represent_str(str(path)))
 
 
@@ -70,6 +82,8 @@ def convert(value: Any, kind: Any, inside: Mapping[str, Any] | None = None) -> A
 
     # Text stays as it was given; a JSON list is a list where one is allowed.
     if isinstance(value, str) and str in kinds:
+        if not _is_unicode(value):
+            raise ValueError(f"got {ascii(value)[:80]}, want UTF-8 text")
         return _texts(value) if list[str] in kinds else value
     if value == "null" and NoneType in kinds:
         return None
@@ -109,6 +123,23 @@ def _to_float(value: Any, _: Any) -> float:
     return number if not math.isnan(number) else _refuse()
 
 
+def _to_path(value: str) -> Path:
+    """A path; `~` at its beginning is the home, as some libraries would read it later."""
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:  # no such user, or no home
+        return _refuse()
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text could be written: bytes of a command line may be no text at all."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _to_choice(value: Any, kind: Any) -> str:
     word = ("off", "on")[value] if isinstance(value, bool) else value  # YAML 1.1 reads on as true
     return word if word in get_args(kind) else _refuse()
@@ -136,7 +167,7 @@ _PLAIN: Final[dict[Any, Callable[[Any, Any], Any]]] = {
     int: lambda value, _: int(str(value)),
     float: _to_float,
     str: lambda value, _: _refuse(),
-    Path: lambda value, _: Path(value) if value and isinstance(value, str) else _refuse(),
+    Path: lambda value, _: _to_path(value) if value and isinstance(value, str) else _refuse(),
     Literal: _to_choice,
     list: _to_list,
     dict: _to_dict,

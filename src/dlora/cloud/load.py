@@ -13,17 +13,14 @@ from typing import Any, Final
 
 import torch
 from safetensors.torch import save_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dlora.cloud import quantize as low_bit
+from dlora.cloud.checkpoint import check_foreign_kernels, first_line, load_checkpoint, reading
 from dlora.cloud.limits import Limits
 from dlora.cloud.model import CloudModel
-from dlora.errors import ModelError, UsageError
+from dlora.cloud.tokenizer import load_tokenizer
+from dlora.errors import DLoRAError, UsageError
 from dlora.files import default_cache
 
 __all__ = ["DEMO_MODEL", "DEMO_MODEL_ID", "DTYPES", "LoadedModel", "load_cloud", "load_model"]
@@ -70,41 +67,32 @@ def load_model(
         )
 
     source, default_id = _source(name, cache)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[dtype], trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load model {name!r}: {_first_line(error)}") from error
-
+    model = load_checkpoint(source, name, dtype=DTYPES[dtype], device=device)
     if quantize != "none":
         low_bit.quantize(model, quantize)
     try:
-        model = model.to(device)
+        if model.device != torch.device(device):
+            model = model.to(device)
         low_bit.check(model)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {device!r}: {_first_line(error)}") from error
-
-    tokenizer: PreTrainedTokenizerBase | None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        log.warning("no tokenizer is served with %s: %s", name, _first_line(error))
-        tokenizer = None
-    return LoadedModel(model, tokenizer, model_id or default_id)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        if isinstance(error, DLoRAError):
+            raise
+        raise UsageError(f"device {device!r}: {first_line(error)}") from error
+    check_foreign_kernels(model, name)
+    return LoadedModel(model, load_tokenizer(source, name, model), model_id or default_id)
 
 
 def _source(name: str, cache: Path | None) -> tuple[str | Path, str]:
     """What transformers loads for a name, and the public id that goes with it."""
-    file = _demo_file() if name == DEMO_MODEL else Path(name)
-    if file.suffix == ".gguf":
+    file = _demo_file() if name == DEMO_MODEL else Path(name).expanduser()
+    if file.suffix.lower() == ".gguf":
         if not file.is_file():
             raise UsageError(f"no such file: {file}")
         folder = _dequantised(file, cache or default_cache())
         return folder, DEMO_MODEL_ID if name == DEMO_MODEL else file.stem
 
     if file.is_dir():
-        return name, file.resolve().name
+        return file, file.resolve().name
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UsageError(f"no such folder: {name}")
     return name, name
@@ -131,6 +119,13 @@ def load_cloud(
         allowed=lambda module: allowed.search(module) is not None,
         limits=limits,
     )
+    modules = [module for site in cloud.sites for module in site.modules]
+    if modules and not any(module.allowed for module in modules):
+        names = dict.fromkeys(module.name.rpartition(".")[2] for module in modules)
+        raise UsageError(
+            f"allow_modules: {allow_modules!r} is in none of the modules' names, so that nobody "
+            f"could use an adapter. The first is {modules[0].name}; they end in {', '.join(names)}"
+        )
     return cloud, loaded
 
 
@@ -152,13 +147,9 @@ def _dequantised(file: Path, cache: Path) -> Path:
         return folder
 
     log.info("dequantising %s, once", file.name)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32
-        )
+    with reading(f"cannot read {file}"):
+        model = load_checkpoint(file.parent, str(file), dtype=torch.float32, gguf_file=file.name)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"cannot read {file}: {_first_line(error)}") from error
 
     # Made beside its place and moved there whole: another process may do the same.
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -186,7 +177,3 @@ def _dequantised(file: Path, cache: Path) -> Path:
             if not folder.is_dir():
                 raise
     return folder
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -10,8 +12,9 @@ from peft import LoraConfig, PeftConfig, TaskType
 
 from dlora.edge.bottleneck import BottleneckConfig, load_bottleneck_config
 from dlora.errors import UsageError
+from dlora.protocol.text import clean_text
 
-__all__ = ["checked_config", "read_adapter_config"]
+__all__ = ["check_matched", "checked_config", "read_adapter_config"]
 
 # Options of LoraConfig that need nothing but A and B. Every other option must be at its default.
 _SUPPORTED_OPTIONS: Final = frozenset(
@@ -35,8 +38,10 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
         raise UsageError(f"{folder} holds no adapter: adapter_config.json is missing")
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError) as error:
-        raise UsageError(f"{folder}/adapter_config.json cannot be read: {error}") from error
+    except Exception as error:  # of JSON, of peft for kinds and options that it does not know
+        raise UsageError(
+            f"{folder}/adapter_config.json cannot be read: {clean_text(error) or 'no reason given'}"
+        ) from error
     if not isinstance(config, LoraConfig):
         raise UsageError(f"the adapter in {folder} is of kind {config.peft_type}, want LORA")
     return config
@@ -70,3 +75,24 @@ def checked_config(config: LoraConfig) -> LoraConfig:
             f"which stay in the cloud: use one of {_SUPPORTED_INITS}"
         )
     return config
+
+
+def check_matched(config: LoraConfig, targeted: Sequence[str], allowed: str) -> None:
+    """Raises UsageError for a target, or a key of a pattern, that is the end of no name.
+
+    peft is content if one target matches, and passes over the others. `targeted` are the full names
+    of modules with an adapter, `allowed` is what the message offers.
+    """
+    targets = () if isinstance(config.target_modules, str) else config.target_modules or ()
+    for what, keys, is_pattern in (
+        ("target_modules", targets, False),
+        ("rank_pattern", config.rank_pattern or (), True),
+        ("alpha_pattern", config.alpha_pattern or (), True),
+    ):
+        for key in keys:
+            wanted = re.compile(rf"(.*\.)?({key if is_pattern else re.escape(key)})$")
+            if not any(wanted.match(name) for name in targeted):
+                raise UsageError(
+                    f"{what}: {key!r} matches no module with an adapter. This server allows: "
+                    f"{allowed}."
+                )

@@ -161,7 +161,7 @@ def load_bottleneck_config(folder: str | Path) -> BottleneckConfig | None:
     if not file.is_file():
         return None
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(file.read_text(encoding="utf-8"))
         return BottleneckConfig(**values)
     except (ValueError, TypeError) as error:
         raise UsageError(f"{file} cannot be read: {error}") from error

@@ -13,8 +13,19 @@ from datasets import Dataset, load_dataset
 
 from dlora.errors import DataError
 
-__all__ = ["FORMS", "ChoiceRow", "check_choices", "check_rows", "load_rows", "read_rows"]
+__all__ = [
+    "DATA_FILES",
+    "FORMS",
+    "ChoiceRow",
+    "check_choices",
+    "check_messages",
+    "check_rows",
+    "check_text",
+    "load_rows",
+    "read_rows",
+]
 
+DATA_FILES: Final = (".jsonl", ".json", ".csv")
 FORMS: Final = (("prompt", "completion"), ("messages",), ("text",))
 _WANT: Final = "want columns `prompt` and `completion`, or `messages`, or `text`"
 
@@ -42,11 +53,12 @@ def check_rows(located: list[tuple[str, dict[str, Any]]]) -> tuple[Dataset, list
 
 def read_rows(source: str) -> list[tuple[str, dict[str, Any]]]:
     """Rows of a data file or hub data set, each with where it stands. Raises DataError."""
-    path = Path(source)
-    if path.suffix in (".jsonl", ".json", ".csv") or path.exists():
+    path = Path(source).expanduser() if source.startswith("~") else Path(source)
+    kind = path.suffix.lower()
+    if kind in DATA_FILES or path.exists():
         if not path.is_file():
             raise DataError(f"{source}: no such file")
-        reader = _read_csv if path.suffix == ".csv" else _read_jsonl
+        reader = _read_csv if kind == ".csv" else _read_jsonl
         located = list(reader(path))
     else:
         located = list(_read_hub(source))
@@ -90,6 +102,9 @@ def check_choices(located: list[tuple[str, dict[str, Any]]]) -> list[ChoiceRow]:
                 f"{where}: `answer` is {answer!r}, want one of the choices, or 0 to "
                 f"{len(choices) - 1}"
             )
+        check_text(where, "prompt", prompt)
+        for choice in choices:
+            check_text(where, "choices", choice)
         rows.append(ChoiceRow(prompt, tuple(choices), answer))
     return rows
 
@@ -116,6 +131,8 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    # The module's own limit is 128 KiB a field; a field is in the file, so no longer than that.
+    csv.field_size_limit(max(csv.field_size_limit(), path.stat().st_size))
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
@@ -154,22 +171,58 @@ def _check_row(where: str, row: dict[str, Any], form: tuple[str, ...]) -> dict[s
 
     if form == ("messages",):
         messages = row["messages"]
-        fine = isinstance(messages, list) and all(
-            isinstance(message, dict)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-            for message in messages
-        )
-        if not fine:
-            raise DataError(
-                f"{where}: `messages` must be a list of {{role, content}} with text in both"
-            )
+        check_messages(where, messages)
+        if row.get("tools"):
+            raise DataError(f"{where}: `tools` are not supported: put what they say into a message")
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise DataError(f"{where}: the last of at least two messages must have role assistant")
+        if not messages[-1]["content"]:
+            raise DataError(f"{where}: the last message is empty: there is nothing to learn")
         plain = [{"role": part["role"], "content": part["content"]} for part in messages]
         return {"prompt": plain[:-1], "completion": plain[-1:]}
 
     for name in form:
         if not isinstance(row[name], str):
             raise DataError(f"{where}: `{name}` is a {type(row[name]).__name__}, want text")
+        check_text(where, name, row[name])
     return {name: row[name] for name in form}
+
+
+# ----------------------------------------------------------------- texts
+
+
+def check_messages(where: str, messages: Any) -> None:
+    """Raises DataError for what is no list of messages, or has more in it than texts."""
+    fine = isinstance(messages, list) and all(
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and (isinstance(message.get("content"), str) or _calls(message))
+        for message in messages
+    )
+    if not fine:
+        raise DataError(
+            f"{where}: `messages` must be a list of {{role, content}} with text in both"
+        )
+    for message in messages:
+        if name := _calls(message):
+            raise DataError(
+                f"{where}: `{name}` of a message is not supported, and would be left out: write "
+                "the call into `content`, as the model's chat template writes it"
+            )
+        check_text(where, "messages", message["content"])
+
+
+def _calls(message: dict[str, Any]) -> str | None:
+    """The field by which a message calls tools; None if it does not."""
+    return next((name for name in ("tool_calls", "function_call") if message.get(name)), None)
+
+
+def check_text(where: str, name: str, text: str) -> None:
+    """Raises DataError for a text that no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: `{name}` has half of a character ({text[error.start]!a} alone, at "
+            f"{error.start}), which no tokenizer takes: take it out"
+        ) from None

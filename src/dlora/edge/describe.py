@@ -151,7 +151,7 @@ def _describe_run(folder: Path) -> Iterator[tuple[str, str]]:
         yield "run", "unknown: no run.json beside it"
         return
     try:
-        run: dict[str, Any] = json.loads(file.read_text())
+        run: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         yield (
             "run",
             f"{run['status']}, started {run['started']}, {run.get('steps', 0)} steps, "

@@ -12,17 +12,21 @@ from typing import Unpack
 
 import torch
 from peft import LoraConfig
-from peft.utils import load_peft_weights, set_peft_model_state_dict
+from peft.utils import set_peft_model_state_dict
+from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dlora.edge.adapter_config import checked_config, read_adapter_config
+from dlora.edge.adapter_config import check_matched, checked_config, read_adapter_config
+from dlora.edge.adapter_weights import check_adapter_weights, read_adapter_weights
 from dlora.edge.link import Link
 from dlora.edge.model import SplitModel, check_codecs
 from dlora.edge.options import OptionArguments, SplitOptions
 from dlora.edge.sites import allowed_names
 from dlora.edge.skeleton import build_skeleton, drop_stand_ins, edge_layers_of
+from dlora.edge.tokenizer import fit_tokenizer
 from dlora.edge.wall import wall
 from dlora.errors import DLoRAError, UsageError
+from dlora.protocol.text import clean_text
 
 __all__ = ["get_peft_model", "load_adapter", "load_base", "load_tokenizer"]
 
@@ -41,8 +45,18 @@ def get_peft_model(
     fp16, bf16, int8 or int4; `wire` is plain or factored; with `edge_layers` this many of the first
     and of the last decoder layers run here. At the same seed the adapter starts with the same
     values as `peft.get_peft_model` on the full model. Raises UsageError for what cannot be
-    supported, by name.
+    supported, and for targets and patterns that match no module, by name.
     """
+    model = _put_on(link, config, device, options)
+    targeted = model.base_model.targeted_module_names
+    check_matched(config, targeted, allowed_names(link.description))
+    return model
+
+
+def _put_on(
+    link: Link, config: LoraConfig, device: str | torch.device, options: OptionArguments
+) -> SplitModel:
+    """A fresh adapter on the cloud's model, with those targets that match."""
     split_options = SplitOptions().changed(**options)
     check_codecs(link, split_options.codecs)
     config = checked_config(config)
@@ -79,19 +93,15 @@ def load_adapter(
     """
     config = read_adapter_config(folder)
     config.inference_mode = not is_trainable
-    model = get_peft_model(link, config, device=device, **options)
-
+    weights = read_adapter_weights(folder, device)
     misfit = f"the adapter in {folder} does not fit {link.description.model_id}"
+    model = _put_on(link, config, device, options)
+
+    check_adapter_weights(model, weights, misfit)
     try:
-        weights = load_peft_weights(str(folder), device=str(device))
-        result = set_peft_model_state_dict(model, weights)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise UsageError(f"{misfit}: {error}") from error
-    missing = [name for name in result.missing_keys if "lora_" in name]
-    if missing or result.unexpected_keys:
-        raise UsageError(
-            f"{misfit}: it lacks {missing[:3]} and has unknown {result.unexpected_keys[:3]}"
-        )
+        set_peft_model_state_dict(model, weights)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(f"{misfit}: {clean_text(error)}") from error
     return model
 
 
@@ -118,7 +128,11 @@ def load_base(
 
 
 def load_tokenizer(link: Link) -> PreTrainedTokenizerBase:
-    """The served model's tokenizer; only data files come from the peer, never code."""
+    """The served model's tokenizer; only data files come from the peer, never code.
+
+    It appends no end token. Raises UsageError where none is served, PeerError for one that cannot
+    be used.
+    """
     folder = link.edge_files()
     if not (folder / "tokenizer_config.json").is_file():
         raise UsageError(
@@ -129,4 +143,7 @@ def load_tokenizer(link: Link) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
+        with safe_open(folder / "edge.safetensors", framework="numpy") as weights:
+            rows = weights.get_slice("embedding.weight").get_shape()[0]
+        fit_tokenizer(tokenizer, rows)
     return tokenizer

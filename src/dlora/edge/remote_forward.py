@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from dlora.edge.kv_cache import CloudCache
@@ -50,8 +50,22 @@ def remote_forward(
     if inputs_embeds is None:
         if input_ids is None:
             raise UsageError("got neither input_ids nor inputs_embeds")
-        inputs_embeds = model.get_input_embeddings()(input_ids.view(-1, input_ids.shape[-1]))
+        inputs_embeds = _embed(input_ids, model.get_input_embeddings())
     hidden = model.run_decoder(inputs_embeds, attention_mask, position_ids, past_key_values)
     return BaseModelOutputWithPastAndCrossAttentions(
         last_hidden_state=hidden, past_key_values=past_key_values
     )
+
+
+def _embed(ids_BT: Tensor, embedding: nn.Module) -> Tensor:
+    """Embeddings of tokens, [B, T, D]. Raises UsageError for ids that have none."""
+    largest, rows = (
+        int(ids_BT.max()) if ids_BT.numel() else 0,
+        len(embedding.get_parameter("weight")),
+    )
+    if largest >= rows:
+        raise UsageError(
+            f"token {largest} has no row among the embedding's {rows}: take it out of the text"
+        )
+    embeddings_BTD: Tensor = embedding(ids_BT.view(-1, ids_BT.shape[-1]))
+    return embeddings_BTD

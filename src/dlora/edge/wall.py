@@ -85,7 +85,7 @@ def _memory_limit() -> Iterator[None]:
 def _kib(file: str, name: str) -> int | None:
     """A number of one of Linux's tables; None on other systems."""
     try:
-        lines = Path(file).read_text().splitlines()
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)

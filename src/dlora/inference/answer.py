@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from dlora.edge.meter import Meter
 from dlora.edge.model import SplitModel
 from dlora.edge.options import Wire
 from dlora.errors import DLoRAError, UsageError
-from dlora.inference.prompts import Prompt, encode_prompts, pad_token
+from dlora.inference.prompts import Prompt, encode_prompts, pad_token, to_text
 
 __all__ = [
     "Continuing",
@@ -37,6 +37,8 @@ __all__ = [
     "load_for_inference",
 ]
 
+_KEPT_OF_SERVED: Final = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
+
 
 def load_for_inference(
     link: Link,
@@ -49,7 +51,11 @@ def load_for_inference(
     device: str = "cpu",
     edge_layers: tuple[int, int] = (0, 0),
 ) -> SplitModel:
-    """The served model with an adapter, or as it is, ready to answer."""
+    """The served model with an adapter, or as it is, ready to answer.
+
+    Of the provider's generation config the special tokens are kept, and nothing that would change
+    how answers are made: that is for the settings here to say.
+    """
     options: dict[str, Any] = {
         "wire": wire,
         "wire_dtype": wire_dtype,
@@ -58,11 +64,15 @@ def load_for_inference(
         "device": device,
         "edge_layers": edge_layers,
     }
-    return (
+    model = (
         load_base(link, **options)
         if adapter is None
         else load_adapter(link, adapter, is_trainable=False, **options)
     )
+    served = model.generation_config
+    kept = {name: getattr(served, name) for name in _KEPT_OF_SERVED}
+    model.get_base_model().generation_config = GenerationConfig(**kept)
+    return model
 
 
 def complete(
@@ -108,7 +118,15 @@ def complete_file(
     chat: bool,
     **options: Any,
 ) -> Iterator[tuple[list[tuple[Prompt, str]], int]]:
-    """Answer prompts batch by batch, in order: (prompts with completions, new tokens) of each."""
+    """Answer prompts batch by batch, in order: (prompts with completions, new tokens) of each.
+
+    Raises UsageError, before the first answer, for messages that the chat template refuses.
+    """
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            to_text(tokenizer, prompt, chat=chat)
+        except UsageError as error:
+            raise UsageError(f"prompt {number} of {len(prompts)}: {error}") from error
     for start in range(0, len(prompts), batch_size):
         chosen = prompts[start : start + batch_size]
         texts, num_tokens = complete(model, tokenizer, chosen, chat=chat, **options)

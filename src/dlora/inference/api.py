@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
+from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dlora.edge.model import SplitModel
@@ -311,6 +312,7 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(ValueError)
     @app.exception_handler(TypeError)
+    @app.exception_handler(TemplateError)  # of a chat template, which may refuse roles
     async def on_bad_value(_: Request, error: Exception) -> JSONResponse:
         return _refused(400, str(error))
 

@@ -24,6 +24,7 @@ from dlora.edge.data import ChoiceRow, check_choices, check_rows, read_rows
 from dlora.edge.kv_cache import CloudCache
 from dlora.edge.labels import IGNORE
 from dlora.edge.model import SplitModel
+from dlora.edge.templates import TOKENISING_ERRORS, name_refused_row
 from dlora.errors import DataError, UsageError
 from dlora.inference.answer import complete
 from dlora.inference.prompts import pad_token
@@ -45,8 +46,8 @@ def evaluate(
             )
         measures = _choices(model, tokenizer, check_choices(rows), settings.batch_size)
     else:
-        data, _ = check_rows(rows)
-        measures = _loss(model, tokenizer, data, settings.batch_size)
+        data, origins = check_rows(rows)
+        measures = _loss(model, tokenizer, data, origins, settings.batch_size)
         if settings.exact_match:
             measures |= _exact_match(model, tokenizer, data, settings)
 
@@ -76,14 +77,18 @@ def _share(name: str, right: int, total: int) -> dict[str, Any]:
 
 
 def _loss(
-    model: SplitModel, tokenizer: PreTrainedTokenizerBase, data: Dataset, batch_size: int
+    model: SplitModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Dataset,
+    origins: list[str],
+    batch_size: int,
 ) -> dict[str, Any]:
     """Mean loss over all supervised tokens, tokenised and batched as in training."""
     total, count = 0.0, 0
     positions = model.options.head_positions
     model.set_options(head_positions="supervised")
     try:
-        for batch in tqdm(_batches(model, tokenizer, data, batch_size), desc="loss"):
+        for batch in tqdm(_batches(model, tokenizer, data, origins, batch_size), desc="loss"):
             labels = batch["labels"]
             num_tokens = int((labels[:, 1:] != IGNORE).sum())
             if num_tokens:
@@ -99,7 +104,11 @@ def _loss(
 
 
 def _batches(
-    model: SplitModel, tokenizer: PreTrainedTokenizerBase, data: Dataset, batch_size: int
+    model: SplitModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Dataset,
+    origins: list[str],
+    batch_size: int,
 ) -> Sequence[dict[str, Tensor]]:
     """What the trainer would feed the model: trl tokenises and collates."""
     with tempfile.TemporaryDirectory(prefix="dlora-eval-") as scratch:
@@ -118,7 +127,8 @@ def _batches(
             trainer = SFTTrainer(
                 model=model, args=arguments, train_dataset=data, processing_class=tokenizer
             )
-        except (RuntimeError, ValueError) as error:
+        except TOKENISING_ERRORS as error:
+            name_refused_row(tokenizer, data, origins)
             raise UsageError(
                 f"the data cannot be tokenised: {str(error).splitlines()[0]}"
             ) from error

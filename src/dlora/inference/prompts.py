@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dlora.edge.data import read_rows
+from dlora.edge.data import DATA_FILES, check_messages, check_text, read_rows
 from dlora.errors import DataError, UsageError
+from dlora.protocol.text import clean_text
 
 __all__ = ["Prompt", "continued", "encode_prompts", "load_prompts", "pad_token", "to_text"]
 
@@ -29,7 +30,7 @@ def load_prompts(file: Path) -> list[Prompt]:
 
     Raises DataError, naming file and line.
     """
-    if file.suffix not in (".jsonl", ".json", ".csv"):
+    if file.suffix.lower() not in DATA_FILES:
         return _read_lines(file)
 
     prompts: list[Prompt] = []
@@ -39,11 +40,10 @@ def load_prompts(file: Path) -> list[Prompt]:
             raise DataError(
                 f"{where}: got columns {', '.join(row)}; want `prompt` or `messages`, not empty"
             )
-        if isinstance(prompt, list) and not all(
-            isinstance(message, dict) and {"role", "content"} <= message.keys()
-            for message in prompt
-        ):
-            raise DataError(f"{where}: messages must be a list of {{role, content}}")
+        if isinstance(prompt, str):
+            check_text(where, "prompt", prompt)
+        else:
+            check_messages(where, prompt)
         prompts.append(prompt)
     return prompts
 
@@ -51,13 +51,15 @@ def load_prompts(file: Path) -> list[Prompt]:
 def _read_lines(file: Path) -> list[Prompt]:
     """Every line that is not blank."""
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
         raise DataError(f"{file}: not UTF-8 text") from None
     except OSError as error:
         raise DataError(f"{file}: {error.strerror}") from None
 
-    lines: list[Prompt] = [line for line in text.splitlines() if line.strip()]
+    # At newlines alone: form feeds and Unicode's separators of lines stand inside of prompts.
+    whole = (line.removesuffix("\r") for line in text.split("\n"))
+    lines: list[Prompt] = [line for line in whole if line.strip()]
     if not lines:
         raise DataError(f"{file}: no prompts")
     return lines
@@ -114,7 +116,9 @@ def to_text(
         )
     except Exception as error:
         # A template may refuse roles, or their order, with errors of its own.
-        raise UsageError(f"the model's chat template refused these messages: {error}") from error
+        raise UsageError(
+            f"the model's chat template refused these messages: {clean_text(error)}"
+        ) from error
     return text, False
 
 

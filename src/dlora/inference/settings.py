@@ -57,6 +57,8 @@ class SamplingSettings(EdgeSettings):
             raise UsageError(f"temperature: got {self.temperature}, want 0 or more")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p: got {self.top_p}, want a value in (0, 1]")
+        if self.repetition_penalty <= 0:
+            raise UsageError(f"repetition_penalty: got {self.repetition_penalty}, want more than 0")
         for name in ("top_k", "prompt_lookup"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}: got {getattr(self, name)}, want 0 or more")
@@ -67,11 +69,10 @@ class SamplingSettings(EdgeSettings):
         options: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "do_sample": self.temperature > 0,
+            "repetition_penalty": self.repetition_penalty,
         }
         if self.temperature > 0:
             options |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        if self.repetition_penalty != 1:
-            options["repetition_penalty"] = self.repetition_penalty
         if self.stop:
             options["stop_strings"] = [self.stop] if isinstance(self.stop, str) else self.stop
         if self.prompt_lookup:

@@ -323,12 +323,12 @@ class KillAndRevive:
     def save(self, folder: Path) -> None:
         """Write state and snapshot into a checkpoint."""
         save_file(self.snapshot, folder / _TENSOR_FILE)
-        (folder / _STATE_FILE).write_text(json.dumps(self.state_dict()))
+        (folder / _STATE_FILE).write_text(json.dumps(self.state_dict()), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
         """Read them from a checkpoint. Raises UsageError if they are not there."""
         try:
-            state = json.loads((folder / _STATE_FILE).read_text())
+            state = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
             snapshot = load_file(folder / _TENSOR_FILE)
         except (OSError, ValueError) as error:
             raise UsageError(f"{folder} holds no state of Kill and Revive: {error}") from error

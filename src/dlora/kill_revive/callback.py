@@ -73,7 +73,7 @@ class KillReviveCallback(TrainerCallback):
         if self.log is None or self.reviver is None:
             return
         lines = self.reviver.decision_log if new else self.reviver.decision_log[self._written :]
-        with self.log.open("w" if new else "a") as file:
+        with self.log.open("w" if new else "a", encoding="utf-8") as file:
             for line in lines:
                 file.write(json.dumps(asdict(line)) + "\n")
         self._written = len(self.reviver.decision_log)

@@ -52,7 +52,7 @@ def write_audit(audit: dict[str, Any], output: Path) -> list[Path]:
         share=lambda value: f"{value:.1%}" if isinstance(value, float) else "",
         loss=lambda value: f"{value:.3f}" if isinstance(value, float) else "not known",
     )
-    page.write_text(html)
+    page.write_text(html, encoding="utf-8")
     return [values, page]
 
 

@@ -183,7 +183,7 @@ class Identities:
     def _read(self) -> None:
         stamp = self._stamp()
         try:
-            tenants, entries = parse(json.loads(self.file.read_text()))
+            tenants, entries = parse(json.loads(self.file.read_text(encoding="utf-8")))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UsageError(
                 f"{self.file} is no identities file: {type(error).__name__}: {error}"

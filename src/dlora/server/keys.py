@@ -249,7 +249,9 @@ def _checked(tenant: str) -> str:
 
 def _load(folder: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads((folder / "identities.json").read_text())
+        content: dict[str, Any] = json.loads(
+            (folder / "identities.json").read_text(encoding="utf-8")
+        )
         parse(content)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(

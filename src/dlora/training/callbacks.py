@@ -80,7 +80,7 @@ class AccountingCallback(TrainerCallback):
         """Take up the meter of the checkpoint that this run continues from."""
         file = self._file(args, state)
         if state.global_step and file.is_file():
-            self.before = Meter.from_saved(json.loads(file.read_text()))
+            self.before = Meter.from_saved(json.loads(file.read_text(encoding="utf-8")))
         self.start, self.last = self.meter.copy(), self.meter.copy()
         self.last_time = time.monotonic()
 

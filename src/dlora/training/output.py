@@ -45,7 +45,7 @@ def check_output(settings: TrainSettings, link: Link) -> None:
 def _check_same_run(folder: RunFolder, settings: TrainSettings, link: Link) -> None:
     """Raises UsageError unless the folder's run is unfinished, and this one's very beginning."""
     try:
-        earlier = json.loads(folder.run_file.read_text())
+        earlier = json.loads(folder.run_file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UsageError(f"{folder.run_file} cannot be read: {error}") from error
 

@@ -54,10 +54,10 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
         figures.append({"title": figure.title, "data": data, "caption": figure.caption})
         written.append(file)
 
-    template = files("dlora.training").joinpath("report.html").read_text()
+    template = files("dlora.training").joinpath("report.html").read_text(encoding="utf-8")
     page = Environment(autoescape=True).from_string(template)
     html = output / "report.html"
-    html.write_text(page.render(runs=runs, rows=_rows(runs), figures=figures))
+    html.write_text(page.render(runs=runs, rows=_rows(runs), figures=figures), encoding="utf-8")
     return [html, *written]
 
 

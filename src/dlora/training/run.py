@@ -26,6 +26,7 @@ from dlora.runs import RunFolder, step_of
 from dlora.training.callbacks import time_line
 from dlora.training.output import check_output, first_values, no_folders_if_refused
 from dlora.training.parts import follow_parts
+from dlora.training.run_lock import alone_in_output
 from dlora.training.settings import TrainSettings
 from dlora.training.trainer import SplitTrainer, build_trainer
 
@@ -34,6 +35,7 @@ __all__ = ["train"]
 log = logging.getLogger(__name__)
 
 
+@alone_in_output
 def train(settings: TrainSettings, link: Link) -> dict[str, Any]:
     """Run, or continue, a training run; return what run.json holds.
 
@@ -54,7 +56,7 @@ def train(settings: TrainSettings, link: Link) -> dict[str, Any]:
     checkpoint = folder.last_checkpoint() if settings.resume else None
     if settings.resume:
         log.info("resuming from %s", checkpoint or "the start: there is no checkpoint yet")
-    run, started = first_values(settings, link), time.monotonic()
+    run, started = first_values(settings, link) | {"rows": trainer.rows}, time.monotonic()
     folder.path.mkdir(parents=True, exist_ok=True)
     follow_parts(run, folder, model, resume=settings.resume)
     folder.write(run)

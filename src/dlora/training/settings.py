@@ -109,7 +109,7 @@ class TrainSettings(EdgeSettings):
     epochs: float = 3.0
     """Passes over the data."""
     max_steps: int = -1
-    """Optimizer steps. Over 0 it replaces `epochs`."""
+    """Optimizer steps, in place of `epochs`. -1: as many as the epochs have."""
     batch_size: int = 8
     """Rows of a micro-batch."""
     gradient_accumulation_steps: int = 1
@@ -198,6 +198,8 @@ class TrainSettings(EdgeSettings):
         if self.pad_to < 0:
             raise UsageError(f"pad_to: got {self.pad_to}, want 0 or more")
 
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise UsageError(f"max_steps: got {self.max_steps}, want at least 1, or -1 for epochs")
         if self.max_steps < 1 and self.epochs <= 0:
             raise UsageError("give epochs or max_steps: both are zero or negative")
         if self.learning_rate <= 0:

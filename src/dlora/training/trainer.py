@@ -20,13 +20,15 @@ from trl import SFTConfig, SFTTrainer
 
 from dlora.edge.data import load_rows
 from dlora.edge.model import SplitModel
-from dlora.errors import DataError, UsageError
+from dlora.edge.templates import TOKENISING_ERRORS, name_refused_row
+from dlora.errors import UsageError
 from dlora.formulas import pass_bytes
 from dlora.kill_revive.callback import KillReviveCallback
 from dlora.proto import dlora_pb2 as pb
 from dlora.runs import RunFolder
 from dlora.training.callbacks import AccountingCallback, Progress, StopOnDivergence, StopOnSignal
 from dlora.training.checkpoints import RandomStates, save_finished, sync_checkpoint
+from dlora.training.rows import check_same_rows, digest, fit_rows
 from dlora.training.settings import TrainSettings
 
 __all__ = ["SplitTrainer", "build_trainer"]
@@ -51,6 +53,8 @@ class SplitTrainer(SFTTrainer):
         """`arguments` are SFTTrainer's. `log_file` holds the whole log, a JSON object a line."""
         self.accounting, self.kill_revive, self.log_file = accounting, kill_revive, log_file
         self.stop, self.random_states = StopOnSignal(), RandomStates()
+        self.rows: dict[str, dict[str, Any]] = {}
+        """Digests of the rows, by the setting that they come from."""
         self._lines_written: int | None = None
 
         super().__init__(callbacks=[early_stopping] if early_stopping else [], **arguments)
@@ -107,9 +111,9 @@ class SplitTrainer(SFTTrainer):
         # All of it at first, as a resumed run takes its history from its checkpoint.
         lines = [json.dumps(entry) + "\n" for entry in self.state.log_history]
         if self._lines_written is None or self._lines_written > len(lines):
-            self.log_file.write_text("".join(lines))
+            self.log_file.write_text("".join(lines), encoding="utf-8")
         else:
-            with self.log_file.open("a") as file:
+            with self.log_file.open("a", encoding="utf-8") as file:
                 file.writelines(lines[self._lines_written :])
         self._lines_written = len(lines)
 
@@ -128,6 +132,12 @@ def build_trainer(
     except (TypeError, ValueError, ImportError) as error:
         raise UsageError(f"training arguments: {str(error).splitlines()[0]}") from error
 
+    if tokenizer.eos_token is None:
+        raise UsageError(
+            "this model's tokenizer has no end token (eos_token), so that no answer could be "
+            "taught to end: name one in the served model's tokenizer_config.json"
+        )
+
     folder, config = RunFolder(settings.output), settings.kill_revive
     patience = settings.early_stopping_patience
     early_stopping = None if patience is None else EarlyStoppingCallback(patience)
@@ -144,18 +154,28 @@ def build_trainer(
             early_stopping=early_stopping,
             log_file=folder.log_file,
         )
-    except (RuntimeError, ValueError) as error:
-        # A logger that is not installed, a tokenizer without chat template.
+    except TOKENISING_ERRORS as error:
+        # Roles that a template refuses; a logger that is not installed, no chat template.
+        name_refused_row(tokenizer, rows, origins)
+        name_refused_row(tokenizer, eval_rows or [], eval_origins)
         raise UsageError(f"the trainer refused: {str(error).splitlines()[0]}") from error
 
     _check_optimizer(trainer)
     limits = model.link.description.limits
-    trainer.train_dataset = _fit_length(trainer.train_dataset, origins, settings)
+    trainer.train_dataset = fit_rows(trainer.train_dataset, origins, settings)
     _check_room(trainer.train_dataset, trainer.args, limits, training=True)
     if trainer.eval_dataset is not None:
-        trainer.eval_dataset = _fit_length(trainer.eval_dataset, eval_origins, settings)
+        trainer.eval_dataset = fit_rows(trainer.eval_dataset, eval_origins, settings)
         _check_room(trainer.eval_dataset, trainer.args, limits, training=False)
+    trainer.rows = _digests(trainer)
+    check_same_rows(folder, trainer.rows)
     return trainer
+
+
+def _digests(trainer: SplitTrainer) -> dict[str, dict[str, Any]]:
+    """What the rows are, by the setting that they come from."""
+    rows = {"data": trainer.train_dataset, "eval_data": trainer.eval_dataset}
+    return {use: digest(dataset) for use, dataset in rows.items() if dataset is not None}
 
 
 def trainer_arguments(settings: TrainSettings) -> dict[str, Any]:
@@ -194,7 +214,7 @@ def trainer_arguments(settings: TrainSettings) -> dict[str, Any]:
         "logging_steps": settings.logging_steps,
         "logging_nan_inf_filter": False,
         "report_to": settings.report_to or "none",
-        # Length is checked by `_fit_length`, with file and line.
+        # Length is checked by `fit_rows`, with file and line.
         "max_length": None,
         "completion_only_loss": None,
         # Half precision is the cloud's choice; the adapter trains in fp32. There are no layers here
@@ -219,49 +239,6 @@ def _check_optimizer(trainer: SplitTrainer) -> None:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(f"optim or lr_scheduler_type: {reason}") from error
     trainer.optimizer = trainer.lr_scheduler = None
-
-
-def _fit_length(rows: Dataset, origins: list[str], settings: TrainSettings) -> Dataset:
-    """Apply `max_length` to tokenised rows: refuse, drop or truncate those that are longer."""
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    over = [index for index, length in enumerate(lengths) if length > settings.max_length]
-    if not over:
-        return rows
-
-    if settings.overlong == "error":
-        raise DataError(
-            f"{origins[over[0]]}: {lengths[over[0]]} tokens, max_length is {settings.max_length}; "
-            f"{len(over)} of {len(rows)} rows are longer (the longest has {max(lengths)} tokens). "
-            "Raise max_length, or set overlong to drop or truncate."
-        )
-    log.warning(
-        "%d of %d rows are over max_length %d: %s",
-        *(len(over), len(rows), settings.max_length, settings.overlong),
-    )
-    if settings.overlong == "truncate":
-        return _truncated(rows, settings.max_length)
-
-    fitting = [index for index, length in enumerate(lengths) if length <= settings.max_length]
-    if not fitting:
-        raise DataError(
-            f"every row is longer than max_length {settings.max_length}: nothing is left"
-        )
-    return rows.select(fitting)
-
-
-def _truncated(rows: Dataset, limit: int) -> Dataset:
-    """The first `limit` tokens of every row; a warning where that takes all its supervision."""
-    per_token = ("input_ids", "completion_mask", "assistant_masks", "labels")
-    columns = [name for name in per_token if name in rows.column_names]
-    rows = rows.map(lambda row: {name: row[name][:limit] for name in columns}, desc="Truncating")
-
-    if "completion_mask" in columns:
-        empty = sum(not any(mask) for mask in rows["completion_mask"])
-        if empty:
-            log.warning(
-                "%d truncated rows have lost their whole completion and teach nothing", empty
-            )
-    return rows
 
 
 def _check_room(rows: Dataset, arguments: SFTConfig, limits: pb.Limits, *, training: bool) -> None:

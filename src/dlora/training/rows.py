@@ -1,0 +1,126 @@
+"""Tokenised rows as a run may use them: not too long, and with something to learn."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from typing import Any, Final
+
+import numpy as np
+from datasets import Dataset
+
+from dlora.edge.labels import IGNORE
+from dlora.errors import DataError, UsageError
+from dlora.runs import RunFolder
+from dlora.training.settings import TrainSettings
+
+__all__ = ["check_same_rows", "digest", "fit_rows"]
+
+log = logging.getLogger(__name__)
+
+_PER_TOKEN: Final = ("input_ids", "completion_mask", "assistant_masks", "labels")
+
+
+def fit_rows(rows: Dataset, origins: list[str], settings: TrainSettings) -> Dataset:
+    """Apply `max_length` to trl's rows, and look whether they have labels.
+
+    `origins` says where each row came from. Raises DataError for rows that are too long, where
+    that is asked for, and if no row has a label; warns of single ones.
+    """
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    over = [index for index, length in enumerate(lengths) if length > settings.max_length]
+    if over:
+        _refuse_or_warn(over, lengths, origins, settings)
+
+    kept = list(range(len(rows)))
+    if over and settings.overlong == "drop":
+        kept = [index for index, length in enumerate(lengths) if length <= settings.max_length]
+        if not kept:
+            raise DataError(
+                f"every row is longer than max_length {settings.max_length}: nothing is left"
+            )
+        rows = rows.select(kept)
+    elif over:
+        rows = _truncated(rows, settings.max_length)
+    _check_labels(rows, [origins[index] for index in kept], truncated=set(over) & set(kept))
+    return rows
+
+
+def _refuse_or_warn(
+    over: list[int], lengths: list[int], origins: list[str], settings: TrainSettings
+) -> None:
+    """What there is to say about rows that are too long."""
+    if settings.overlong == "error":
+        raise DataError(
+            f"{origins[over[0]]}: {lengths[over[0]]} tokens, max_length is {settings.max_length}; "
+            f"{len(over)} of {len(lengths)} rows are longer (the longest has {max(lengths)} "
+            "tokens). Raise max_length, or set overlong to drop or truncate."
+        )
+    log.warning(
+        "%d of %d rows are over max_length %d: %s",
+        *(len(over), len(lengths), settings.max_length, settings.overlong),
+    )
+
+
+def _truncated(rows: Dataset, limit: int) -> Dataset:
+    """The first `limit` tokens of every row."""
+    columns = [name for name in _PER_TOKEN if name in rows.column_names]
+    return rows.map(lambda row: {name: row[name][:limit] for name in columns}, desc="Truncating")
+
+
+def _check_labels(rows: Dataset, origins: list[str], truncated: set[int]) -> None:
+    """Warn of rows that teach nothing; DataError if that is all of them.
+
+    The first token is predicted from nothing, so its label counts for nothing.
+    """
+    if "labels" not in rows.column_names:
+        return
+    empty = [
+        index
+        for index, labels in enumerate(rows["labels"])
+        if all(label == IGNORE for label in labels[1:])
+    ]
+    if not empty:
+        return
+
+    why = "no token to learn"
+    if truncated.intersection(empty):
+        why += ", as max_length cuts before the completion begins"
+    if len(empty) == len(rows):
+        raise DataError(f"{origins[0]}: like all {len(rows)} rows it has {why}")
+    log.warning(
+        "%d of %d rows have %s; the first is %s", len(empty), len(rows), why, origins[empty[0]]
+    )
+
+
+# ----------------------------------------------------------------- the same rows
+
+
+def digest(rows: Dataset) -> dict[str, Any]:
+    """What run.json keeps of rows as they are trained: how many, and SHA-256 of ids and labels."""
+    content = hashlib.sha256()
+    columns = [name for name in ("input_ids", "labels") if name in rows.column_names]
+    for row in rows.select_columns(columns):
+        for name in columns:
+            values = np.asarray(row[name], dtype="<i8")
+            content.update(len(values).to_bytes(8, "little") + values.tobytes())
+    return {"count": len(rows), "sha256": content.hexdigest()}
+
+
+def check_same_rows(folder: RunFolder, rows: dict[str, dict[str, Any]]) -> None:
+    """Raises UsageError if the run in a folder was begun with other rows than these.
+
+    `rows` has digests by use. Runs of older versions kept none.
+    """
+    if not folder.run_file.is_file():
+        return
+    earlier = json.loads(folder.run_file.read_text(encoding="utf-8")).get("rows", {})
+    for use, now in rows.items():
+        before = earlier.get(use, now)
+        if before != now:
+            raise UsageError(
+                f"--resume continues the same run, but {use} has other rows or another order than "
+                f"when it began ({now.get('count')} now, {before.get('count')} then): put the old "
+                "file back, or begin a new run"
+            )

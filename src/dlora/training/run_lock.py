@@ -1,0 +1,64 @@
+"""One process trains in a folder: two would rotate each other's checkpoints."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from dlora.edge.link import Link
+from dlora.errors import UsageError
+from dlora.training.settings import TrainSettings
+
+__all__ = ["alone_in_output", "run_lock"]
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, and make it if need be; what was made and is empty goes afterwards.
+
+    The system gives the lock back whatever ends the process. Raises UsageError if another process
+    holds it.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        _take(handle, folder)
+        yield
+    finally:
+        os.close(handle)
+        for path in missing:
+            with suppress(OSError):  # it holds something by now
+                path.rmdir()
+
+
+def _take(handle: int, folder: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(
+            f"another process trains in {folder}: wait for it, or use another folder"
+        ) from None
+    except OSError as error:  # some network file systems have no locks
+        log.warning("%s cannot be locked (%s): let one process alone use it", folder, error)
+
+
+def alone_in_output(
+    train: Callable[[TrainSettings, Link], dict[str, Any]],
+) -> Callable[[TrainSettings, Link], dict[str, Any]]:
+    """A function that trains, while it alone holds the output folder."""
+
+    @wraps(train)
+    def locked(settings: TrainSettings, link: Link) -> dict[str, Any]:
+        with run_lock(settings.output):
+            return train(settings, link)
+
+    return locked
