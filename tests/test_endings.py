@@ -8,22 +8,35 @@ import gc
 import json
 import os
 import resource
+import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import NO_DRAIN
 from helpers import same
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import IntervalStrategy
 
+import dlora
+from dlora import runs
 from dlora.cloud.model import CloudModel
+from dlora.edge.grpc_link import Access, GrpcLink
 from dlora.embedded import InProcessLink
-from dlora.errors import DivergedError, PeerError, PeerLost
-from dlora.runs import RunFolder, damage, step_of
+from dlora.errors import DivergedError, PeerError, PeerLost, UsageError
+from dlora.files import read_secret, write_private
+from dlora.runs import RunFolder, damage, read_kept, step_of
+from dlora.server import keys
+from dlora.server.identities import Identities
+from dlora.server.server import Server
 from dlora.training import run as training
+from dlora.training.checkpoints import SaveByTime
 from dlora.training.run import train
 from dlora.training.settings import TrainSettings
 
@@ -135,8 +148,6 @@ class Ending:
     act: Callable[..., None]
     raises: type[BaseException] | None = None
     status: str = "failed"
-    lost: Exception | None = field(default=None)
-    """What the link raises from then on."""
 
 
 def broken(**_: Any) -> None:
@@ -272,3 +283,141 @@ def test_no_ending_loses_a_step(link: InProcessLink, data: Path, tmp_path: Path,
     assert same(whole, output) and evaluations(whole) == evaluations(output)
     assert got["best_eval_loss"] == want["best_eval_loss"] and got["started"] == started
     assert got.get("kill_revive") == want.get("kill_revive")
+
+
+def test_tokens_are_replaced_while_a_run_goes_on(
+    link: InProcessLink,
+    data: Path,
+    tmp_path: Path,
+    cloud_models: Callable[[str], CloudModel],
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """A token that is revoked ends a run like a server that stays away; one that is replaced in its
+    file does not end it. Both runs have the bits of one that nothing happened to.
+    """
+    folder, file = tmp_path / "keys", tmp_path / "token"
+    keys.make_authority(folder, ["127.0.0.1"], 2)
+    names = []
+
+    def put_token() -> None:
+        name, token = keys.add_token(folder, "alice", 1)
+        names.append(name)
+        write_private(file, token.encode())
+
+    def reach() -> GrpcLink:
+        access = Access(token=read_secret(file), token_file=file)
+        return dlora.connect(server.address, access=access, cache=tmp_path / "cache")
+
+    def revoke(**_: Any) -> None:
+        keys.revoke(folder, names[-1])
+        while True:  # the server looks at the file once a second
+            time.sleep(0.3)
+            try:
+                reach().close()
+            except PeerError:
+                return
+
+    def rotate(**_: Any) -> None:
+        revoke()
+        put_token()
+
+    train(settings(data, tmp_path / "whole", epochs=1.0), link)
+    put_token()
+    identities = Identities(folder / "identities.json")
+    with Server(
+        cloud_models("llama"), tokenizer, identities=identities, options=NO_DRAIN
+    ) as server:
+        with closing(reach()) as mine, with_callback(At("on_substep_end", 2, rotate)):
+            patient = settings(data, tmp_path / "rotated", epochs=1.0, give_up_after_s=20.0)
+            run = train(patient, mine)
+        assert run["status"] == "finished" and run["cost"]["retries"] > 0
+        assert same(tmp_path / "whole", tmp_path / "rotated")
+
+        revoked = settings(data, tmp_path / "revoked", epochs=1.0)
+        with (
+            closing(reach()) as mine,
+            with_callback(At("on_substep_end", 2, revoke)),
+            pytest.raises(PeerLost, match="does not take the token of .*put a valid one there"),
+        ):
+            train(revoked, mine)
+        newest = RunFolder(tmp_path / "revoked").newest_complete()
+        assert newest is not None and step_of(newest) == 2
+        put_token()
+        time.sleep(1.5)
+        with closing(reach()) as mine:
+            train(replace(revoked, resume=True), mine)
+    assert same(tmp_path / "whole", tmp_path / "revoked")
+
+
+def test_a_run_with_nothing_left_is_finished(
+    link: InProcessLink, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run whose last checkpoint is its last step, in the middle of an epoch, is finished by
+    --resume without another step, also where run.json is gone and somebody keeps a copy of a
+    checkpoint there. Seconds and start are those of the whole.
+    """
+    output = tmp_path / "run"
+    chosen = settings(data, output, max_steps=4, record=4, save_total_limit=1)
+    folder = RunFolder(output)
+    with with_callback(At("on_train_end", 4, broken)), pytest.raises(Broken):
+        train(replace(chosen, save_steps=1, record=4), link)
+    earlier = json.loads((output / "run.json").read_text())
+    for name in ("checkpoint-backup", "checkpoint-4-backup"):
+        shutil.copytree(folder.checkpoints / "checkpoint-4", folder.checkpoints / name)
+    (output / "run.json").unlink()
+
+    again = replace(chosen, save_steps=1, resume=True)
+    with pytest.raises(UsageError, match="these settings differ from .*dlora_run.json: r"):
+        train(replace(again, r=3), link)
+    run = train(again, link)
+    assert (run["status"], run["steps"]) == ("finished", 4)
+    kept = read_kept(folder.checkpoints / "checkpoint-4")
+    assert run["started"] == earlier["started"] and run["seconds"] >= kept["seconds"] > 0
+    assert run["cost"]["micro_batches"] == earlier["cost"]["micro_batches"] == 8
+    assert same(output, folder.checkpoints / "checkpoint-4")
+    left = sorted(path.name for path in folder.checkpoints.glob("checkpoint*"))
+    assert left == ["checkpoint-4", "checkpoint-4-backup", "checkpoint-backup"]
+    assert "all 4 micro-batches to record were recorded before" in caplog.text
+
+
+def test_an_error_before_the_first_micro_batch_shows_itself(
+    link: InProcessLink, data: Path, tmp_path: Path
+) -> None:
+    """What fails when the loop begins is what is raised, and run.json says that the run ended."""
+    with with_callback(At("on_train_begin", 0, broken)), pytest.raises(Broken) as raised:
+        train(settings(data, tmp_path / "run"), link)
+    run = json.loads((tmp_path / "run/run.json").read_text())
+    assert (run["status"], run["error"], run["steps"]) == ("failed", "Broken", 0)
+    assert "no step is saved" in raised.value.__notes__[-1]
+
+
+def test_an_ending_is_written_on_a_full_disk(tmp_path: Path) -> None:
+    """Where run.json cannot be written anew it does not stay at "running"."""
+    folder = RunFolder(tmp_path)
+    folder.write({"status": "running", "settings": {"r": 8}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "write_json", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        folder.write_ending({"status": "failed", "settings": {"r": 8}}, {"steps": 3})
+    assert json.loads(folder.run_file.read_text()) == {"status": "failed", "settings": {"r": 8}}
+
+
+def test_checkpoints_by_time() -> None:
+    """Ten minutes after the last checkpoint another is asked for, whatever the strategy is; at an
+    epoch's end it waits for the evaluation there.
+    """
+    now = [0.0]
+    saver = SaveByTime(10.0, clock=lambda: now[0])
+    state, control = TrainerState(max_steps=9, global_step=1, epoch=0.5), TrainerControl()
+    evaluated = SimpleNamespace(eval_strategy=IntervalStrategy.EPOCH)
+    saver.on_train_begin(evaluated, state, control)
+    asked = []
+    for now[0], state.epoch in ((599, 0.5), (600, 0.6), (1199, 0.7), (1200, 1.0)):
+        saver.on_step_end(evaluated, state, control)
+        asked.append(control.should_save)
+        if control.should_save:
+            saver.on_save(evaluated, state, control)
+        control.should_save = False
+    assert asked == [False, True, False, False]
+    saver.on_epoch_end(evaluated, state, control)
+    assert control.should_save
+    assert TrainSettings(server="-", data="-", output=Path("new")).save_minutes == 10.0

@@ -128,6 +128,12 @@ def time_line(waits: Sequence[Wait]) -> list[list[Any]]:
 class Progress(ProgressCallback):
     """The trainer's bar, with the last log entry behind it instead of a line for each."""
 
+    def close(self) -> None:
+        """End the bars of a run that ended early: nothing is written after what it says then."""
+        for bar in (self.prediction_bar, self.training_bar):
+            if bar is not None:
+                bar.close()
+
     def on_log(
         self,
         args: Any,

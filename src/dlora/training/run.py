@@ -67,6 +67,7 @@ def train(settings: TrainSettings, link: Link) -> dict[str, Any]:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.save_model(str(folder.path))
     except BaseException as error:
+        trainer.progress.close()
         is_saved = trainer.save_finished()
         if not (is_saved and trainer.stop.asked and isinstance(error, PeerLost)):
             folder.write_ending(run | failure(error), results(trainer))

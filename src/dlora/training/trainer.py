@@ -60,6 +60,7 @@ class SplitTrainer(SFTTrainer):
         """`arguments` are SFTTrainer's. `log_file` holds the whole log, a JSON object a line."""
         self.accounting, self.kill_revive, self.log_file = accounting, kill_revive, log_file
         self.stop, self.finished = StopOnSignal(), LastFinished(kill_revive)
+        self.progress = Progress()
         self.run: dict[str, Any] = {}
         """What run.json holds; every checkpoint keeps it."""
         self._lines_written: int | None = None
@@ -71,7 +72,7 @@ class SplitTrainer(SFTTrainer):
         # `Progress` takes the place of its base class, which has to go first: it matches both.
         self.remove_callback(ProgressCallback)
         for callback in (
-            *(accounting, Progress(), self.stop, SaveByTime(save_minutes), self.finished),
+            *(accounting, self.progress, self.stop, SaveByTime(save_minutes), self.finished),
             *(StopOnDivergence(), kill_revive),
         ):
             if callback is not None:
