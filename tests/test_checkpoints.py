@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dlora.cloud.model import CloudModel
 from dlora.embedded import InProcessLink
-from dlora.errors import PeerError, PeerLost
-from dlora.runs import RunFolder, damage
+from dlora.errors import PeerLost
+from dlora.runs import RunFolder, damage, step_of
 from dlora.training import trainer as trainer_module
 from dlora.training.run import train
 from dlora.training.settings import TrainSettings
@@ -90,11 +90,7 @@ def _lost_and_stopped() -> None:
     raise PeerLost("nobody there")
 
 
-def _refused() -> None:
-    raise PeerError("the cloud sent nonsense")
-
-
-@pytest.mark.parametrize("after", [3, 7, 11])
+@pytest.mark.parametrize("after", [7])
 def test_a_signal_while_the_server_is_lost_saves_at_once(
     link: InProcessLink, data: Path, tmp_path: Path, whole: Path, after: int
 ) -> None:
@@ -108,19 +104,6 @@ def test_a_signal_while_the_server_is_lost_saves_at_once(
     assert run["status"] == "interrupted" and run["steps"] == after // 2
     run = train(settings(data, output, resume=True), link)
     assert run["status"] == "finished" and run["steps"] == 6
-    assert same(whole, output)
-
-
-def test_a_refusal_keeps_what_was_finished(
-    link: InProcessLink, data: Path, tmp_path: Path, whole: Path
-) -> None:
-    """A cloud that sends nonsense ends the run with its error; no finished step is lost."""
-    output = tmp_path / "run"
-    with pytest.raises(PeerError, match="nonsense"):
-        train(settings(data, output), Ending(link, 9, _refused))
-    assert json.loads((output / "run.json").read_text())["status"] == "failed"
-    assert RunFolder(output).last_checkpoint() == output / "checkpoints/checkpoint-4"
-    train(settings(data, output, resume=True), link)
     assert same(whole, output)
 
 
@@ -187,10 +170,8 @@ def test_older_checkpoints_go_when_the_newer_is_on_the_disk(
         real_sync(trainer)
         synced.append(f"checkpoint-{trainer.state.global_step}")
 
-    def rotate(folder: str, **options: Any) -> None:
-        newest = max(
-            Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])
-        )
+    def rotate(folder: Path, **options: Any) -> None:
+        newest = max(folder.glob("checkpoint-*"), key=step_of)
         assert newest.name in synced
         real_rotate(folder, **options)
 

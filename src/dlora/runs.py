@@ -5,7 +5,8 @@ output/run.json                       the run: settings, versions, costs, how it
 output/log.jsonl                      one line for every log entry of the trainer, loss and costs
 output/recording/                     with --record: frames and truth, see privacy/recording.py
 output/kr.jsonl                       with Kill and Revive: why each unit is active or not
-output/checkpoints/checkpoint-N/      what --resume continues from
+output/checkpoints/checkpoint-N/      what --resume continues from, with dlora_run.json, the run
+                                      as it was then
 
 Plain values only: no settings, no model.
 """
@@ -14,7 +15,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -27,13 +30,25 @@ from dlora.edge.meter import Meter
 from dlora.errors import UsageError
 from dlora.files import write_json
 
-__all__ = ["Run", "RunFolder", "damage", "load_run", "step_of"]
+__all__ = [
+    "KEPT_FILE",
+    "Run",
+    "RunFolder",
+    "checkpoint_of",
+    "damage",
+    "load_run",
+    "read_kept",
+    "step_of",
+]
 
 log = logging.getLogger(__name__)
 
 # What the trainer saves in a checkpoint. The second set is there as a whole or not at all.
 _ALWAYS: Final = frozenset(("trainer_state.json", "adapter_model.safetensors"))
 _OF_RESUME: Final = frozenset(("optimizer.pt", "scheduler.pt", "rng_state.pth"))
+_CHECKPOINT: Final = re.compile(r"checkpoint-(\d+)")
+KEPT_FILE: Final = "dlora_run.json"
+"""In a checkpoint: the run as run.json has it, and the seconds until then."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +86,37 @@ class RunFolder:
         """Write run.json, at once or not at all."""
         write_json(self.run_file, run)
 
+    def write_ending(self, run: dict[str, Any], results: dict[str, Any]) -> None:
+        """Write how the run ended. On a full disk without results, over the old file.
+
+        Never raises: the run's own error is what counts.
+        """
+        try:
+            self.write(run | results)
+        except OSError as error:
+            log.warning("%s cannot be written: %s", self.run_file, error)
+            with suppress(OSError):
+                short = json.dumps(run)  # without line breaks, so no longer than what is there
+                with self.run_file.open("r+") as file:
+                    file.write(short)
+                    file.truncate()
+
+    def all_checkpoints(self) -> list[Path]:
+        """The folders that have a checkpoint's name, the oldest first; others are let alone."""
+        folders = (path for path in self.checkpoints.glob("checkpoint-*") if path.is_dir())
+        return sorted((path for path in folders if _CHECKPOINT.fullmatch(path.name)), key=step_of)
+
+    def newest_complete(self) -> Path | None:
+        """The newest checkpoint whose files can all be read; None if there is none."""
+        newest_first = reversed(self.all_checkpoints())
+        return next((folder for folder in newest_first if damage(folder) is None), None)
+
     def last_checkpoint(self) -> Path | None:
         """The newest complete checkpoint; newer ones that are half-written are deleted.
 
         A full disk or a power cut leaves those. None if there is no complete one.
         """
-        newest_first = sorted(self.checkpoints.glob("checkpoint-*"), key=step_of, reverse=True)
-        for folder in newest_first:
+        for folder in reversed(self.all_checkpoints()):
             reason = damage(folder)
             if reason is None:
                 return folder
@@ -118,6 +157,20 @@ def _read_through(file: Path) -> None:
 def step_of(checkpoint: Path) -> int:
     """The optimizer steps that a checkpoint's folder is named after."""
     return int(checkpoint.name.rpartition("-")[2])
+
+
+def checkpoint_of(checkpoints: Path, step: int) -> Path:
+    """The folder of the checkpoint of a step."""
+    return checkpoints / f"checkpoint-{step}"
+
+
+def read_kept(checkpoint: Path | None) -> dict[str, Any]:
+    """The run as a checkpoint keeps it; nothing if there is none, or it is of an older version."""
+    file = None if checkpoint is None else checkpoint / KEPT_FILE
+    if file is None or not file.is_file():
+        return {}
+    kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return kept
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,28 +46,32 @@ def _run(argv: list[str]) -> int:
         return command.run(settings)
 
     except DLoRAError as error:
-        print(f"dlora: {error}", file=sys.stderr)
+        _say(error, str(error))
         return 2 if isinstance(error, UsageError) else 1
 
-    except KeyboardInterrupt:
-        print("dlora: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        _say(error, "interrupted")
         return 130
 
     except RuntimeError as error:
         if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
             raise
         # torch's word for a write that failed, without the reason
-        print(
-            "dlora: cannot write: is the disk full? What was saved before is fine.", file=sys.stderr
-        )
+        _say(error, "cannot write: is the disk full? What was saved before is fine.")
         return 1
 
     except OSError as error:
         if error.errno is None:
             raise
         where = f": {error.filename}" if error.filename else " while writing"
-        print(f"dlora: {error.strerror}{where}. What was saved before is fine.", file=sys.stderr)
+        _say(error, f"{error.strerror}{where}. What was saved before is fine.")
         return 1
+
+
+def _say(error: BaseException, line: str) -> None:
+    """One line for an error, and one for every note at it: the last says how to go on."""
+    for text in (line, *getattr(error, "__notes__", ())):
+        print(f"dlora: {text}", file=sys.stderr)
 
 
 def _set_environment(argv: list[str]) -> None:

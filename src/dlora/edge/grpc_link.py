@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,8 +24,8 @@ from dlora.edge.grpc_stream import GrpcStream, StreamServer
 from dlora.edge.server_address import check_address, check_replica, proxy_of, target_of
 from dlora.edge.stall import without_stalls
 from dlora.edge.tokenizer_trial import try_tokenizer
-from dlora.errors import PeerLost, UsageError, WireError
-from dlora.files import check_private, default_cache
+from dlora.errors import PeerError, PeerLost, UsageError, WireError
+from dlora.files import check_private, default_cache, read_secret
 from dlora.proto import dlora_pb2 as pb
 from dlora.proto import dlora_pb2_grpc as rpc
 from dlora.protocol.address import is_loopback
@@ -57,6 +57,23 @@ class Access:
     key: Path | None = None
     token: str | None = field(default=None, repr=False)
     """Bearer token; sent over TLS, or to this machine itself, and never else."""
+    token_file: Path | None = None
+    """Where the token came from. It is read again when a server does not take it any more."""
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What goes with every call."""
+        return () if self.token is None else ((TOKEN_KEY, TOKEN_PREFIX + self.token),)
+
+    def renewed(self) -> Access:
+        """The same with the token that the file holds now; as before if it cannot be read."""
+        if self.token_file is None:
+            return self
+        try:
+            return replace(self, token=read_secret(self.token_file))
+        except UsageError as error:
+            log.warning("the token stays as it was: %s", error)
+            return self
 
     @property
     def encrypted(self) -> bool:
@@ -80,7 +97,7 @@ class Access:
             ("grpc.initial_reconnect_backoff_ms", 200),
             ("grpc.max_reconnect_backoff_ms", 2_000),
         ]
-        metadata = () if self.token is None else ((TOKEN_KEY, TOKEN_PREFIX + self.token),)
+        metadata = self.metadata
         if not self.encrypted:
             if metadata and not is_loopback(address):
                 raise UsageError(
@@ -153,11 +170,11 @@ class GrpcLink:
             self.close()
             raise
 
-    def _find(self, timeout_s: float) -> pb.Description:
+    def _find(self, timeout_s: float, *, again: bool = False) -> pb.Description:
         """The description of the first server that answers; where it has replicas, use these."""
         for number, server in enumerate(self._asked):
             try:
-                description = server.describe(timeout_s)
+                description = server.describe(timeout_s, again=again)
             except PeerLost:
                 if number == len(self._asked) - 1:
                     raise
@@ -192,10 +209,14 @@ class GrpcLink:
 
     def open(self) -> GrpcStream:
         with self._lock:
+            if self._servers[self._current].refused:
+                self._access = self._access.renewed()
+                for server in {*self._servers, *self._asked}:
+                    server.take(self._access)
             if self._servers is not self._asked and self._losses >= len(self._servers):
                 self._losses = 0  # all replicas were tried: are there others?
                 with contextlib.suppress(PeerLost):
-                    self._find(self._timeout_s)
+                    self._find(self._timeout_s, again=True)
             return GrpcStream(self._servers[self._current], self.frame_timeout_s, self._lost)
 
     def _lost(self, server: StreamServer) -> None:
@@ -215,7 +236,7 @@ class GrpcLink:
         try:
             server.stub.PutAdapter(request, timeout=self.frame_timeout_s, metadata=server.metadata)
         except grpc.RpcError as error:
-            meaning = call_error(error, server.address)
+            meaning = server.meaning(error)
             if isinstance(meaning, PeerLost):
                 self._lost(server)
             raise meaning from error
@@ -280,7 +301,23 @@ class _Server:
 
     def __init__(self, address: str, access: Access) -> None:
         self.address, self._access, self.lock = address, access, threading.Lock()
+        self.refused = False
+        """It has not taken the token; another may come."""
         self._connect()
+
+    def take(self, access: Access) -> None:
+        """Show another token from now on."""
+        self._access, self.metadata, self.refused = access, access.metadata, False
+
+    def meaning(self, error: Any) -> PeerError | PeerLost:
+        """What a failed call means. A token from a file may be replaced: that is waited for."""
+        if error.code() != grpc.StatusCode.UNAUTHENTICATED or self._access.token_file is None:
+            return call_error(error, self.address)
+        self.refused = True
+        return PeerLost(
+            f"{self.address} does not take the token of {self._access.token_file}: it is read "
+            "again, put a valid one there"
+        )
 
     def leave(self, channel: grpc.Channel) -> None:
         """Make a new channel in place of this one, which is half-open: gRPC would keep it."""
@@ -293,8 +330,8 @@ class _Server:
         self.channel, self.metadata = self._access.channel(self.address)
         self.stub = rpc.DLoRAStub(self.channel)
 
-    def describe(self, timeout_s: float) -> pb.Description:
-        """What is served there.
+    def describe(self, timeout_s: float, *, again: bool = False) -> pb.Description:
+        """What is served there; `again` where it was asked before, with success.
 
         Raises PeerLost if nothing answers, PeerError if what answers will not do.
         """
@@ -308,5 +345,7 @@ class _Server:
                 request, timeout=timeout_s, wait_for_ready=True, metadata=self.metadata
             )
         except grpc.RpcError as error:
+            if again and isinstance(meaning := self.meaning(error), PeerLost):
+                raise meaning from error
             raise connect_error(error, self.address, self._access.proxy(self.address)) from error
         return read_description(data, self.address)

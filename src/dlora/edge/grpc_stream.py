@@ -10,7 +10,6 @@ from typing import Any, Final, Protocol
 import grpc
 
 from dlora.edge.frame_size import parse_frame
-from dlora.edge.grpc_errors import call_error
 from dlora.errors import AdapterMissing, DLoRAError, PeerError, PeerLost
 from dlora.proto import dlora_pb2 as pb
 
@@ -33,6 +32,9 @@ class StreamServer(Protocol):
 
     def leave(self, channel: grpc.Channel) -> None:
         """Make a new channel in place of this one, unless another stream has."""
+
+    def meaning(self, error: Any) -> PeerError | PeerLost:
+        """What a failed call means: try again, or not."""
 
 
 class GrpcStream:
@@ -73,7 +75,7 @@ class GrpcStream:
                 self.inbox.put(frame)
             self.inbox.put(PeerLost(f"{self.address} ended the stream"))
         except grpc.RpcError as error:
-            self.inbox.put(call_error(error, self.address))
+            self.inbox.put(self.server.meaning(error))
         except Exception as error:  # whatever it is: one who waits has to hear of it
             self.inbox.put(PeerError(f"{self.address}: {type(error).__name__} in what it sent"))
 

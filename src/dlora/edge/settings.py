@@ -35,7 +35,8 @@ class AccessSettings:
     tls_key: Path | None = None
     """Key of the client certificate, as a PEM file."""
     token_file: Path | None = None
-    """File with the token that says who this is. The token can also be in $DLORA_TOKEN."""
+    """File with the token that says who this is; it is read again when the server does not take the
+    token any more. The token can also be in $DLORA_TOKEN."""
 
     @property
     def access(self) -> dict[str, Any]:
@@ -54,6 +55,7 @@ class AccessSettings:
             "certificate": self.tls_cert,
             "key": self.tls_key,
             "token": token,
+            "token_file": self.token_file,
         }
 
 

@@ -44,9 +44,9 @@ class Generation(jinja2.ext.Extension):
 def templates():
     file = folder / "chat_template.jinja"
     if file.is_file():
-        yield file.read_text()
+        yield file.read_text(encoding="utf-8")
     file = folder / "tokenizer_config.json"
-    found = json.loads(file.read_text()).get("chat_template") if file.is_file() else None
+    found = json.loads(file.read_text(encoding="utf-8")).get("chat_template") if file.is_file() else None
     for entry in found if isinstance(found, list) else [found]:
         entry = entry.get("template") if isinstance(entry, dict) else entry
         if isinstance(entry, str):

@@ -43,7 +43,10 @@ from dlora.kill_revive.decide import (
 from dlora.kill_revive.scores import Measured, gradient_size, probe_score, score
 from dlora.kill_revive.units import costs_of, parameters_of, units_of, weights_of
 
-__all__ = ["KillAndRevive"]
+__all__ = ["KillAndRevive", "Noted"]
+
+Noted = tuple[dict[str, Any], int, dict[str, Tensor]]
+"""Between two steps: `state_dict` without records, how many records there are, the snapshot."""
 
 _STATE_FILE: Final = "dlora_kr.json"
 _TENSOR_FILE: Final = "dlora_kr.safetensors"
@@ -278,18 +281,24 @@ class KillAndRevive:
 
         Keys stay as they are: a run may go on from a checkpoint of an older version.
         """
+        return self._values() | {"records": [asdict(line) for line in self.decision_log]}
+
+    def state(self) -> Noted:
+        """The state as it is now, for `save`: what follows does not change it."""
+        return self._values(), len(self.decision_log), self.snapshot
+
+    def _values(self) -> dict[str, Any]:
         return {
             "config": asdict(self.config),
             "total_steps": self.total_steps,
             "spent": self.spent,
             "active": sorted(self.active),
-            "since": self.since,
-            "fading": self.fading,
-            "warming": self.warming,
+            "since": dict(self.since),
+            "fading": dict(self.fading),
+            "warming": dict(self.warming),
             "squares": dict(self._gradients),
             "probes": [dict(norms) for norms in self.model.probe_norms],
             "outputs": [[*key, size] for key, size in (self.model.output_squares or {}).items()],
-            "records": [asdict(line) for line in self.decision_log],
         }
 
     def load_state_dict(self, state: dict[str, Any], snapshot: dict[str, Tensor]) -> None:
@@ -320,10 +329,14 @@ class KillAndRevive:
         if len(self.active) < len(self.units):
             self._set()
 
-    def save(self, folder: Path) -> None:
-        """Write state and snapshot into a checkpoint."""
-        save_file(self.snapshot, folder / _TENSOR_FILE)
-        (folder / _STATE_FILE).write_text(json.dumps(self.state_dict()), encoding="utf-8")
+    def save(self, folder: Path, state: Noted | None = None) -> None:
+        """Write state and snapshot into a checkpoint: as they are now, or as `state` noted them."""
+        values, num_records, snapshot = state or self.state()
+        records = [asdict(line) for line in self.decision_log[:num_records]]
+        save_file(snapshot, folder / _TENSOR_FILE)
+        (folder / _STATE_FILE).write_text(
+            json.dumps(values | {"records": records}), encoding="utf-8"
+        )
 
     def load(self, folder: Path) -> None:
         """Read them from a checkpoint. Raises UsageError if they are not there."""

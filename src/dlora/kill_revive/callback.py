@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from dlora.edge.model import SplitModel
 from dlora.errors import UsageError
-from dlora.kill_revive.apply import KillAndRevive
+from dlora.kill_revive.apply import KillAndRevive, Noted
 from dlora.kill_revive.config import KillReviveConfig
 
 __all__ = ["KillReviveCallback"]
@@ -28,6 +28,16 @@ class KillReviveCallback(TrainerCallback):
         self.config, self.log = config, log
         self.reviver: KillAndRevive | None = None
         self._written = 0
+        self._noted: Noted | None = None
+        self._saved: Noted | None = None
+
+    def note(self) -> None:
+        """Note the state, which is that between two steps, for `go_back`."""
+        self._noted, self._saved = None if self.reviver is None else self.reviver.state(), None
+
+    def go_back(self) -> None:
+        """Let checkpoints hold the state that was noted: the step since then is not finished."""
+        self._saved = self._noted
 
     def on_train_begin(
         self,
@@ -65,8 +75,12 @@ class KillReviveCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
         """Keep the state with the checkpoint."""
+        self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def save(self, folder: Path) -> None:
+        """Write the state into a checkpoint."""
         if self.reviver is not None:
-            self.reviver.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            self.reviver.save(folder, self._saved)
 
     def _write(self, *, new: bool = False) -> None:
         """Append the log's new lines; a `new` file gets all, those of a checkpoint included."""

@@ -196,6 +196,11 @@ class Recorder:
         """There is more to record."""
         return self.number < self.count
 
+    @property
+    def written(self) -> int:
+        """Micro-batches that are in the folder."""
+        return len(list(self.folder.glob("[0-9]*.json")))
+
     def link(self, link: Link) -> RecordingLink:
         """The link for the model."""
         self.fingerprint = link.description.fingerprint

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import threading
 import time
@@ -31,6 +32,7 @@ from dlora.edge.meter import Meter
 from dlora.edge.responder import Wait
 from dlora.errors import DivergedError, PeerLost
 from dlora.files import write_json
+from dlora.runs import checkpoint_of, read_kept
 
 __all__ = ["AccountingCallback", "Progress", "StopOnDivergence", "StopOnSignal", "time_line"]
 
@@ -49,6 +51,12 @@ class AccountingCallback(TrainerCallback):
         self.before = Meter()  # of earlier parts of this run
         self.start = meter.copy()
         self.last, self.last_time = meter.copy(), time.monotonic()
+        self.before_s, self.start_time = 0.0, self.last_time
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of all parts of this run."""
+        return round(self.before_s + time.monotonic() - self.start_time, 1)
 
     @property
     def total(self) -> Meter:
@@ -78,19 +86,17 @@ class AccountingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any
     ) -> None:
         """Take up the meter of the checkpoint that this run continues from."""
-        file = self._file(args, state)
+        folder = checkpoint_of(Path(args.output_dir), state.global_step)
+        file = folder / _METER_FILE
         if state.global_step and file.is_file():
             self.before = Meter.from_saved(json.loads(file.read_text(encoding="utf-8")))
+            self.before_s = float(read_kept(folder).get("seconds", 0.0))
         self.start, self.last = self.meter.copy(), self.meter.copy()
-        self.last_time = time.monotonic()
+        self.last_time = self.start_time = time.monotonic()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
-        """Keep the meter with the checkpoint."""
-        write_json(self._file(args, state), asdict(self.total))
-
-    @staticmethod
-    def _file(args: TrainingArguments, state: TrainerState) -> Path:
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / _METER_FILE
+    def save(self, folder: Path) -> None:
+        """Keep the meter with a checkpoint."""
+        write_json(folder / _METER_FILE, asdict(self.total))
 
 
 def time_line(waits: Sequence[Wait]) -> list[list[Any]]:
@@ -121,6 +127,12 @@ def time_line(waits: Sequence[Wait]) -> list[list[Any]]:
 
 class Progress(ProgressCallback):
     """The trainer's bar, with the last log entry behind it instead of a line for each."""
+
+    def close(self) -> None:
+        """End the bars of a run that ended early: nothing is written after what it says then."""
+        for bar in (self.prediction_bar, self.training_bar):
+            if bar is not None:
+                bar.close()
 
     def on_log(
         self,
@@ -165,6 +177,14 @@ class StopOnSignal(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
 
+    def on_epoch_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Where a signal has broken an epoch off, do nothing that belongs to an epoch's end."""
+        whole = state.epoch == int(state.epoch or 0) or state.global_step >= state.max_steps
+        if self.asked and not whole:
+            control.should_evaluate = control.should_save = False
+
     def sleep(self, seconds: float) -> None:
         """Wait before the next attempt to reach a lost server. Raises PeerLost after a signal."""
         end = time.monotonic() + seconds
@@ -175,25 +195,41 @@ class StopOnSignal(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """First Ctrl-C or SIGTERM: finish the step and save. Second: KeyboardInterrupt."""
+        """First Ctrl-C, SIGTERM or SIGHUP: finish the step and save. Second: KeyboardInterrupt.
+
+        A terminal that hangs up takes no more output: what is written then goes nowhere. Under
+        `nohup` a SIGHUP stays without effect.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread may set handlers
             return
+        terminals = [number for number in (1, 2) if os.isatty(number)]
 
         def handle(number: int, frame: Any) -> None:
+            if number == signal.SIGHUP:
+                _write_nowhere(terminals)
             if self.asked:
                 raise KeyboardInterrupt
             self.asked = True
             log.warning("finishing this step and saving; once more to stop at once")
 
-        previous = {
-            number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        previous = {number: signal.signal(number, handle) for number in numbers}
         try:
             yield
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def _write_nowhere(files: Sequence[int]) -> None:
+    """Let writes to these open files succeed, and be lost."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in files:
+        os.dup2(nowhere, number)
+    os.close(nowhere)
 
 
 class StopOnDivergence(TrainerCallback):

@@ -1,88 +1,103 @@
 """Checkpoints that can be relied on: on the disk before older ones go, and saved on every ending.
 
-A run that ends in the middle of a step, since the server is lost or refuses, keeps the steps that
-were finished. Continued from there it equals one that was never stopped: random states are those
-of the end of the last finished step, not of where the next one broke off.
+`SaveByTime` asks for one every few minutes, `save_finished` makes the one that an ending needs,
+and `rotate_checkpoints` removes older ones.
 """
 
 from __future__ import annotations
 
 import logging
-import random
+import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-import numpy as np
-import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dlora.files import sync_folder
-from dlora.runs import RunFolder, damage
+from dlora.runs import RunFolder, checkpoint_of, damage
+from dlora.training.last_finished import LastFinished, evaluates_at_epoch_end
 
-__all__ = ["RandomStates", "save_finished", "sync_checkpoint"]
+__all__ = ["SaveByTime", "newest", "rotate_checkpoints", "save_finished", "sync_checkpoint"]
 
 log = logging.getLogger(__name__)
 
-_PREFIX: Final = "checkpoint-"
 
+class SaveByTime(TrainerCallback):
+    """A checkpoint after so many minutes, beside those after epochs or steps.
 
-class RandomStates(TrainerCallback):
-    """Notes the random states whenever a checkpoint could be saved, which is between two steps."""
+    Where an evaluation follows at the end of an epoch, every checkpoint of that step waits for it:
+    a run that continued from before it would not repeat it.
+    """
 
-    def __init__(self) -> None:
-        self.states: dict[str, Any] = {}
+    def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """`minutes` 0: never by time."""
+        self.every_s, self.clock = 60 * minutes, clock
+        self._saved_at = clock()
+        self._waits = False
 
-    def note(self, *_: Any, **__: Any) -> None:
-        """Note them as they are now."""
-        self.states = {
-            "python": random.getstate(),
-            "numpy": np.random.get_state(),
-            "cpu": torch.get_rng_state(),
-        }
-        if torch.cuda.is_available():
-            self.states["cuda"] = torch.cuda.get_rng_state_all()
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The time begins."""
+        self._saved_at = self.clock()
 
-    # An evaluation, too, may draw numbers; and so may what begins a new epoch.
-    on_step_end = on_epoch_end = on_evaluate = on_log = on_save = note
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Ask for a checkpoint, if it is time."""
+        if self.every_s and self.clock() - self._saved_at >= self.every_s:
+            control.should_save = True
+        if evaluates_at_epoch_end(args, state):
+            self._waits, control.should_save = control.should_save, False
 
-    def restore(self) -> None:
-        """Make them again what they were."""
-        random.setstate(self.states["python"])
-        np.random.set_state(self.states["numpy"])
-        torch.set_rng_state(self.states["cpu"])
-        if "cuda" in self.states:
-            torch.cuda.set_rng_state_all(self.states["cuda"])
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
+        """Ask for what had to wait."""
+        control.should_save = control.should_save or self._waits
+        self._waits = False
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The time begins again."""
+        self._saved_at = self.clock()
 
 
 def sync_checkpoint(trainer: Trainer) -> None:
     """Let the newest checkpoint reach the disk; older ones may then be removed."""
-    sync_folder(_newest(trainer))
+    sync_folder(newest(trainer))
 
 
-def save_finished(trainer: Trainer, random_states: RandomStates, output: Path) -> bool:
+def rotate_checkpoints(folder: Path, *, limit: int | None, kept: set[Path]) -> None:
+    """Keep `limit` checkpoints, the newest, and those in `kept` whatever the limit is.
+
+    Only folders that have a checkpoint's name are looked at.
+    """
+    if not limit:
+        return
+    all_of_them = RunFolder(folder.parent).all_checkpoints()
+    room = max(0, limit - len(kept & set(all_of_them)))
+    others = [path for path in all_of_them if path not in kept]
+    for path in others[: len(others) - room]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def save_finished(trainer: Trainer, finished: LastFinished) -> bool:
     """Save the steps that were finished, where they are not yet; whether they are saved now.
 
     Never raises: this is called where the run ends with an error of its own.
     """
-    folder = _newest(trainer)
-    if folder.is_dir() and damage(folder) is None:
-        return True
-    if not trainer.state.global_step or not random_states.states:
-        return False
     try:
-        random_states.restore()
+        finished.go_back(trainer)
+        if not trainer.state.global_step:
+            return False
+        folder = newest(trainer)
+        if folder.is_dir() and damage(folder) is None:
+            return True
         trainer._save_checkpoint(trainer.model, None)
-        trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # whatever it is: the run's own error is what counts
         log.warning("%d finished steps could not be saved: %s", trainer.state.global_step, error)
         return False
-    log.info(
-        "%d finished steps are saved: --resume continues in %s",
-        *(trainer.state.global_step, RunFolder(output).path),
-    )
     return True
 
 
-def _newest(trainer: Trainer) -> Path:
+def newest(trainer: Trainer) -> Path:
     """The folder of the checkpoint of this step, which may not be there."""
-    return Path(str(trainer.args.output_dir)) / f"{_PREFIX}{trainer.state.global_step}"
+    return checkpoint_of(Path(str(trainer.args.output_dir)), trainer.state.global_step)

@@ -7,21 +7,25 @@ that is refused leaves nothing behind, so that the corrected command can take th
 from __future__ import annotations
 
 import json
+import logging
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 from dlora.edge.link import Link
 from dlora.errors import UsageError
-from dlora.runs import RunFolder
+from dlora.runs import KEPT_FILE, RunFolder, read_kept
 from dlora.training.settings import TrainSettings
 
 __all__ = ["check_output", "first_values", "no_folders_if_refused"]
+
+log = logging.getLogger(__name__)
 
 _PACKAGES: Final = ("dlora", "torch", "transformers", "peft", "trl", "grpcio")
 
@@ -35,24 +39,41 @@ def check_output(settings: TrainSettings, link: Link) -> None:
                 f"{folder.path} already holds a run: continue it with --resume, or use another "
                 "folder"
             )
-        _check_same_run(folder, settings, link)
-    elif settings.resume and not folder.checkpoints.is_dir():
+        _check_same_run(_read(folder.run_file), folder.run_file, settings, link)
+        return
+    if not settings.resume:
+        if folder.path.is_dir() and any(folder.path.iterdir()):
+            raise UsageError(f"{folder.path} is not empty: use a new folder")
+        return
+
+    # run.json is gone; every checkpoint keeps one.
+    checkpoint = folder.newest_complete()
+    if checkpoint is None:
         raise UsageError(f"--resume: {folder.path} holds no run")
-    elif folder.path.is_dir() and any(folder.path.iterdir()):
-        raise UsageError(f"{folder.path} is not empty: use a new folder")
+    if (checkpoint / KEPT_FILE).is_file():
+        _check_same_run(read_kept(checkpoint), checkpoint / KEPT_FILE, settings, link)
+    else:
+        log.warning("run.json is gone: nobody can tell whether the settings are the same")
 
 
-def _check_same_run(folder: RunFolder, settings: TrainSettings, link: Link) -> None:
-    """Raises UsageError unless the folder's run is unfinished, and this one's very beginning."""
+def _read(file: Path) -> dict[str, Any]:
     try:
-        earlier = json.loads(folder.run_file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{folder.run_file} cannot be read: {error}") from error
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(
+            f"{file} cannot be read: {error}. Remove it: checkpoints keep another"
+        ) from error
+    return values
 
+
+def _check_same_run(
+    earlier: dict[str, Any], file: Path, settings: TrainSettings, link: Link
+) -> None:
+    """Raises UsageError unless the folder's run is unfinished, and this one's very beginning."""
     if changed := settings.differences(earlier.get("settings", {})):
         raise UsageError(
             "--resume continues the same run, but these settings differ from "
-            f"{folder.run_file}: {', '.join(changed)}"
+            f"{file}: {', '.join(changed)}"
         )
 
     served, fingerprint = link.description, earlier.get("fingerprint")
@@ -64,7 +85,15 @@ def _check_same_run(folder: RunFolder, settings: TrainSettings, link: Link) -> N
         )
 
     if earlier.get("status") == "finished":
-        raise UsageError(f"the run in {folder.path} is finished: there is nothing to resume")
+        raise UsageError(f"the run in {settings.output} is finished: there is nothing to resume")
+
+
+def began(folder: RunFolder, checkpoint: Path | None) -> dict[str, str]:
+    """When a run that goes on from a checkpoint began, as far as anybody knows."""
+    kept = read_kept(checkpoint)
+    if not kept and checkpoint is not None and folder.run_file.is_file():
+        kept = _read(folder.run_file)
+    return {"started": kept["started"]} if "started" in kept else {}
 
 
 @contextmanager

@@ -20,7 +20,7 @@ def follow_parts(
     """
     count = model.part_count
     if resume and folder.run_file.is_file():
-        earlier = json.loads(folder.run_file.read_text()).get("in_flight")
+        earlier = json.loads(folder.run_file.read_text(encoding="utf-8")).get("in_flight")
         if earlier and earlier["parts"]:
             count.number, count.why = earlier["parts"], earlier["why"]
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,11 @@ from dlora.edge.bottleneck import BottleneckConfig
 from dlora.edge.link import Link, RetryPolicy
 from dlora.edge.load import get_peft_model, load_adapter, load_tokenizer
 from dlora.edge.model import SplitModel
-from dlora.errors import DLoRAError, PeerError, PeerLost, WireError
+from dlora.errors import PeerLost
 from dlora.privacy.recording import Recorder
 from dlora.runs import RunFolder, step_of
-from dlora.training.callbacks import time_line
-from dlora.training.output import check_output, first_values, no_folders_if_refused
+from dlora.training.ending import failure, results, way_on
+from dlora.training.output import began, check_output, first_values, no_folders_if_refused
 from dlora.training.parts import follow_parts
 from dlora.training.run_lock import alone_in_output
 from dlora.training.settings import TrainSettings
@@ -39,8 +38,9 @@ log = logging.getLogger(__name__)
 def train(settings: TrainSettings, link: Link) -> dict[str, Any]:
     """Run, or continue, a training run; return what run.json holds.
 
-    On the first Ctrl-C or SIGTERM the step is finished and saved, and "status" is
-    "interrupted". Raises DLoRAError with a message for the user.
+    On the first Ctrl-C, SIGTERM or SIGHUP the step is finished and saved, and "status" is
+    "interrupted". Raises DLoRAError with a message for the user. Whatever is raised once the run
+    has begun, the last finished step is a checkpoint, and a note at the error says how to go on.
     """
     folder = RunFolder(settings.output)
 
@@ -56,29 +56,32 @@ def train(settings: TrainSettings, link: Link) -> dict[str, Any]:
     checkpoint = folder.last_checkpoint() if settings.resume else None
     if settings.resume:
         log.info("resuming from %s", checkpoint or "the start: there is no checkpoint yet")
-    run, started = first_values(settings, link) | {"rows": trainer.rows}, time.monotonic()
+    run = first_values(settings, link) | {"rows": trainer.rows} | began(folder, checkpoint)
     folder.path.mkdir(parents=True, exist_ok=True)
     follow_parts(run, folder, model, resume=settings.resume)
     folder.write(run)
-    if recorder is not None:
-        _start_recording(recorder, trainer, checkpoint)
+    trainer.run = run
 
-    # Whatever ends the loop, run.json says how, and what it cost until then.
-    model.set_options(retry=replace(model.options.retry, sleep=trainer.stop.sleep))
+    # Whatever ends it from here on, run.json says how, and what it cost until then.
     try:
+        if recorder is not None:
+            _start_recording(recorder, trainer, checkpoint)
+        model.set_options(retry=replace(model.options.retry, sleep=trainer.stop.sleep))
         with trainer.stop.listening():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.save_model(str(folder.path))
     except BaseException as error:
-        peer = isinstance(error, PeerLost | PeerError | WireError)
-        is_saved = peer and trainer.save_finished(folder.path)
+        trainer.progress.close()
+        is_saved = trainer.save_finished()
         if not (is_saved and trainer.stop.asked and isinstance(error, PeerLost)):
-            folder.write(run | _failure(error) | _results(trainer, started))
+            folder.write_ending(run | failure(error), results(trainer))
+            error.add_note(way_on(folder, trainer, error))
             raise
         log.warning("stopped in the middle of a step, as the server is lost: %s", error)
+        trainer.save_model(str(folder.path))
 
-    trainer.save_model(str(folder.path))
     run["status"] = "interrupted" if trainer.stop.asked else "finished"
-    run |= _results(trainer, started)
+    run |= results(trainer)
     folder.write(run)
     return run
 
@@ -129,11 +132,15 @@ def _start_recording(recorder: Recorder, trainer: SplitTrainer, checkpoint: Path
     """Record from here on, with the numbers that micro-batches have in the whole run."""
     recorder.number = _micro_batches_before(trainer, checkpoint)
     recorder.watch(trainer.model)
-    if not recorder.active:
+    if recorder.active:
+        return
+    if recorder.written >= recorder.count:
+        log.info("all %d micro-batches to record were recorded before", recorder.count)
+    else:
         log.warning(
-            "nothing is recorded: the checkpoint is %d micro-batches into the run, and "
-            "`record` asks for the first %d",
-            *(recorder.number, recorder.count),
+            "nothing more is recorded: the checkpoint is %d micro-batches into the run, and "
+            "`record` asks for the first %d, of which %d are there",
+            *(recorder.number, recorder.count, recorder.written),
         )
 
 
@@ -147,47 +154,3 @@ def _micro_batches_before(trainer: SplitTrainer, checkpoint: Path | None) -> int
     of_epoch = len(trainer.get_train_dataloader())
     epochs, rest = divmod(steps, max(1, math.ceil(of_epoch / of_step)))
     return epochs * of_epoch + rest * of_step
-
-
-# ----------------------------------------------------------------- how it ended, for run.json
-
-
-def _failure(error: BaseException) -> dict[str, str]:
-    """An error as run.json has it: only messages that are meant for the user, and no data."""
-    known = isinstance(error, DLoRAError)
-    return {
-        "status": "interrupted" if isinstance(error, KeyboardInterrupt) else "failed",
-        "error": str(error).splitlines()[0] if known else type(error).__name__,
-    }
-
-
-def _results(trainer: SplitTrainer, started: float) -> dict[str, Any]:
-    """Losses, costs and time of the run so far, as plain values."""
-    state, model = trainer.state, trainer.model
-    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-    eval_losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-    finite = bool(losses) and math.isfinite(losses[-1])  # JSON knows no others
-    return {
-        "steps": state.global_step,
-        "seconds": round(time.monotonic() - started, 1),
-        "train_loss": losses[-1] if finite else None,
-        "eval_loss": eval_losses[-1] if eval_losses else None,
-        "best_eval_loss": state.best_metric,
-        "best_checkpoint": state.best_model_checkpoint,
-        "cost": asdict(trainer.accounting.total),
-        "micro_batch": time_line(model.waits) if isinstance(model, SplitModel) else [],
-    } | _kill_revive_results(trainer)
-
-
-def _kill_revive_results(trainer: SplitTrainer) -> dict[str, Any]:
-    """Settings, mean cost and active units, where Kill and Revive was on."""
-    if trainer.kill_revive is None or trainer.kill_revive.reviver is None:
-        return {}
-    reviver = trainer.kill_revive.reviver
-    return {
-        "kill_revive": {
-            "config": asdict(reviver.config),
-            "cost_share": reviver.spent / max(1, trainer.state.global_step),
-            "active": sorted(reviver.active),
-        }
-    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
@@ -43,7 +44,8 @@ class TrainSettings(EdgeSettings):
         "evaluation": "eval_data eval_batch_size eval_steps keep_best early_stopping_patience",
         "privacy": f"{EdgeSettings.GROUPS['privacy']} noise_tail pad_to record",
         "Kill and Revive": "kr kr_options",
-        "run folder": "output resume save_steps save_total_limit logging_steps report_to",
+        "run folder": "output resume save_steps save_minutes save_total_limit logging_steps "
+        "report_to",
         "computing": EdgeSettings.GROUPS["computing"],
     }
 
@@ -124,6 +126,8 @@ class TrainSettings(EdgeSettings):
     """Optimizer steps between evaluations. Default: once an epoch."""
     save_steps: int | None = None
     """Optimizer steps between checkpoints. Default: with each evaluation."""
+    save_minutes: float = 10.0
+    """Also save a checkpoint after this many minutes without one. 0: never by time."""
     save_total_limit: int = 2
     """Checkpoints kept, the best among them."""
     early_stopping_patience: int | None = None
@@ -209,6 +213,8 @@ class TrainSettings(EdgeSettings):
         """Evaluations, the checkpoints that go with them, and stopping by them."""
         self._check_least("eval_steps", 1)
         self._check_least("save_steps", 1)
+        if not 0 <= self.save_minutes < math.inf:
+            raise UsageError(f"save_minutes: got {self.save_minutes}, want 0 or more")
         self._check_least("early_stopping_patience", 1)
         if self.early_stopping_patience is not None and self.eval_data is None:
             raise UsageError("early_stopping_patience needs eval_data")
@@ -270,6 +276,7 @@ class TrainSettings(EdgeSettings):
         Where the run may go on elsewhere or wait longer, a difference does not count.
         """
         free = {"resume", "server", "give_up_after_s", "output", "report_to", "device", "record"}
+        free |= {"save_minutes"}  # a run of an earlier version has none
         free |= {field.name for field in dataclasses.fields(AccessSettings)}
         return [
             name

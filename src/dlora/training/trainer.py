@@ -10,24 +10,32 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 from pathlib import Path
 from typing import Any, Final
 
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, ProgressCallback
-from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from dlora.edge.data import load_rows
 from dlora.edge.model import SplitModel
 from dlora.edge.templates import TOKENISING_ERRORS, name_refused_row
 from dlora.errors import UsageError
+from dlora.files import write_json
 from dlora.formulas import pass_bytes
 from dlora.kill_revive.callback import KillReviveCallback
 from dlora.proto import dlora_pb2 as pb
-from dlora.runs import RunFolder
+from dlora.runs import KEPT_FILE, RunFolder, damage
 from dlora.training.callbacks import AccountingCallback, Progress, StopOnDivergence, StopOnSignal
-from dlora.training.checkpoints import RandomStates, save_finished, sync_checkpoint
+from dlora.training.checkpoints import (
+    SaveByTime,
+    newest,
+    rotate_checkpoints,
+    save_finished,
+    sync_checkpoint,
+)
+from dlora.training.last_finished import LastFinished
 from dlora.training.rows import check_same_rows, digest, fit_rows
 from dlora.training.settings import TrainSettings
 
@@ -39,7 +47,7 @@ _MIB: Final = 2**20
 
 
 class SplitTrainer(SFTTrainer):
-    """SFTTrainer whose log entries also say what the split costs."""
+    """SFTTrainer whose log also says what the split costs, and whose endings lose nothing."""
 
     def __init__(
         self,
@@ -48,22 +56,28 @@ class SplitTrainer(SFTTrainer):
         kill_revive: KillReviveCallback | None = None,
         early_stopping: EarlyStoppingCallback | None = None,
         log_file: Path,
+        save_minutes: float = 0.0,
         **arguments: Any,
     ) -> None:
         """`arguments` are SFTTrainer's. `log_file` holds the whole log, a JSON object a line."""
         self.accounting, self.kill_revive, self.log_file = accounting, kill_revive, log_file
-        self.stop, self.random_states = StopOnSignal(), RandomStates()
+        self.stop, self.finished = StopOnSignal(), LastFinished(kill_revive)
+        self.progress = Progress()
+        self.run: dict[str, Any] = {}
+        """What run.json holds; every checkpoint keeps it."""
         self.rows: dict[str, dict[str, Any]] = {}
         """Digests of the rows, by the setting that they come from."""
         self._lines_written: int | None = None
 
         super().__init__(callbacks=[early_stopping] if early_stopping else [], **arguments)
+        # Ours, as transformers' own also removes folders that only begin like a checkpoint.
+        self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
 
         # `Progress` takes the place of its base class, which has to go first: it matches both.
         self.remove_callback(ProgressCallback)
         for callback in (
-            *(accounting, Progress(), self.stop, self.random_states, StopOnDivergence()),
-            kill_revive,
+            *(accounting, self.progress, self.stop, SaveByTime(save_minutes), self.finished),
+            *(StopOnDivergence(), kill_revive),
         ):
             if callback is not None:
                 self.add_callback(callback)
@@ -84,28 +98,65 @@ class SplitTrainer(SFTTrainer):
         super().log(logs, start_time)
         self._write_log()
 
+    def _run_epoch(self, *args: Any, **options: Any) -> None:
+        """Nothing, where a run is resumed that had no step left."""
+        self.finished.note(self)
+        patience = [
+            callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in self.callback_handler.callbacks
+            if isinstance(callback, EarlyStoppingCallback)
+        ]
+        if self.state.global_step >= self.state.max_steps or any(patience):
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **options)
+
+    def _evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
+        self.finished.evaluating = True
+        metrics: dict[str, float] = super()._evaluate(*args, **options)
+        return metrics
+
+    def _determine_best_metric(self, *args: Any, **options: Any) -> bool:
+        """With `keep_best` save every adapter that is the best so far, whatever else is saved."""
+        is_best = bool(super()._determine_best_metric(*args, **options))
+        if is_best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return is_best
+
+    def _maybe_log_save_evaluate(self, *args: Any, **options: Any) -> None:
+        """The end of a step, or of an epoch."""
+        super()._maybe_log_save_evaluate(*args, **options)
+        if self.finished.may_note(self):
+            self.finished.note(self)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Remove older checkpoints only when the new one is on the disk."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        """Remove older checkpoints only when the new one is on the disk.
+
+        What is ours goes first: transformers writes last what makes a checkpoint complete.
+        """
+        folder = newest(self)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.accounting.save(folder)
+            write_json(folder / KEPT_FILE, self.run | {"seconds": self.accounting.total_s})
+            if self.kill_revive is not None:
+                self.kill_revive.save(folder)
             super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        sync_checkpoint(self)
+            sync_checkpoint(self)
+        except BaseException:
+            if damage(folder) is not None:  # a full disk: make room again
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        best = self.state.best_model_checkpoint
         rotate_checkpoints(
-            str(self.args.output_dir),
-            save_total_limit=limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=True,
+            folder.parent,
+            limit=self.save_total_limit,
+            kept={folder} | ({Path(best)} if best else set()),
         )
 
-    def save_finished(self, output: Path) -> bool:
-        """On an ending within a step: save those before it; whether they are saved now.
-
-        Not with Kill and Revive, which has begun the next step by then: it has decided what is
-        active, and dropped what is not.
-        """
-        return self.kill_revive is None and save_finished(self, self.random_states, output)
+    def save_finished(self) -> bool:
+        """On any ending: save the last finished step, where it is not yet; whether it is saved."""
+        return save_finished(self, self.finished)
 
     def _write_log(self) -> None:
         # All of it at first, as a resumed run takes its history from its checkpoint.
@@ -153,6 +204,7 @@ def build_trainer(
             kill_revive=kill_revive,
             early_stopping=early_stopping,
             log_file=folder.log_file,
+            save_minutes=settings.save_minutes,
         )
     except TOKENISING_ERRORS as error:
         # Roles that a template refuses; a logger that is not installed, no chat template.
