@@ -46,7 +46,8 @@ def templates():
     if file.is_file():
         yield file.read_text(encoding="utf-8")
     file = folder / "tokenizer_config.json"
-    found = json.loads(file.read_text(encoding="utf-8")).get("chat_template") if file.is_file() else None
+    text = file.read_text(encoding="utf-8") if file.is_file() else "{}"
+    found = json.loads(text).get("chat_template")
     for entry in found if isinstance(found, list) else [found]:
         entry = entry.get("template") if isinstance(entry, dict) else entry
         if isinstance(entry, str):
