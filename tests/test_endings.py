@@ -369,7 +369,8 @@ def test_a_run_with_nothing_left_is_finished(
     again = replace(chosen, save_steps=1, resume=True)
     with pytest.raises(UsageError, match="these settings differ from .*dlora_run.json: r"):
         train(replace(again, r=3), link)
-    run = train(again, link)
+    with caplog.at_level("INFO"):
+        run = train(again, link)
     assert (run["status"], run["steps"]) == ("finished", 4)
     kept = read_kept(folder.checkpoints / "checkpoint-4")
     assert run["started"] == earlier["started"] and run["seconds"] >= kept["seconds"] > 0
