@@ -97,7 +97,7 @@ class RunFolder:
             log.warning("%s cannot be written: %s", self.run_file, error)
             with suppress(OSError):
                 short = json.dumps(run)  # without line breaks, so no longer than what is there
-                with self.run_file.open("r+") as file:
+                with self.run_file.open("r+", encoding="utf-8") as file:
                     file.write(short)
                     file.truncate()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -45,8 +46,10 @@ def check_adapter_weights(model: PeftModel, weights: Mapping[str, Tensor], misfi
 
     `misfit` is how the message begins.
     """
-    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
-    known = get_peft_model_state_dict(model, save_embedding_layers=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft takes a bottleneck's biases for broken matrices
+        wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+        known = get_peft_model_state_dict(model, save_embedding_layers=True)
     missing, unknown = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - known.keys())
     if missing or unknown:
         parts = [f"it lacks {', '.join(missing[:_SHOWN])}"] if missing else []
