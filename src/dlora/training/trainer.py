@@ -183,12 +183,7 @@ def build_trainer(
     except (TypeError, ValueError, ImportError) as error:
         raise UsageError(f"training arguments: {str(error).splitlines()[0]}") from error
 
-    if tokenizer.eos_token is None:
-        raise UsageError(
-            "this model's tokenizer has no end token (eos_token), so that no answer could be "
-            "taught to end: name one in the served model's tokenizer_config.json"
-        )
-
+    _check_end(tokenizer)
     folder, config = RunFolder(settings.output), settings.kill_revive
     patience = settings.early_stopping_patience
     early_stopping = None if patience is None else EarlyStoppingCallback(patience)
@@ -222,6 +217,15 @@ def build_trainer(
     trainer.rows = _digests(trainer)
     check_same_rows(folder, trainer.rows)
     return trainer
+
+
+def _check_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UsageError for a tokenizer without an end token, which trl needs."""
+    if tokenizer.eos_token is None:
+        raise UsageError(
+            "this model's tokenizer has no end token (eos_token), so that no answer could be "
+            "taught to end: name one in the served model's tokenizer_config.json"
+        )
 
 
 def _digests(trainer: SplitTrainer) -> dict[str, dict[str, Any]]:
