@@ -185,7 +185,7 @@ def _exchange(line: socket.socket, data: bytes) -> tuple[float, float]:
 # ----------------------------------------------------------------- all of it
 
 
-def lines() -> list[dict[str, Any]]:
+def load_results() -> list[dict[str, Any]]:
     """What was measured so far."""
     if not RESULT.is_file():
         return []
@@ -199,7 +199,7 @@ def run(words: list[str]) -> None:
     from dlora.cli.demo import serving
 
     about = provenance("grpcio")
-    done = {(one["link"], one["arm"]) for one in lines()}
+    done = {(one["link"], one["arm"]) for one in load_results()}
     with ExitStack() as stack:
         address = stack.enter_context(serving("smollm2"))
         for name, numbers in LINKS.items():
@@ -358,6 +358,6 @@ if __name__ == "__main__":
     if arguments.what == "run":
         run(arguments.words)
     if arguments.what == "plot":
-        plot(lines(), Path(arguments.words[0]))
+        plot(load_results(), Path(arguments.words[0]))
     else:
-        print(table(lines()))
+        print(table(load_results()))
