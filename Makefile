@@ -41,7 +41,7 @@ test: .venv/ready
 	.venv/bin/pytest
 
 slow: .venv/ready
-	OMP_NUM_THREADS=$$(nproc) .venv/bin/pytest -m slow -n 0
+	.venv/bin/pytest -m slow
 
 check: .venv/ready
 	.venv/bin/ruff format --check .

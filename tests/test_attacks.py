@@ -30,7 +30,7 @@ from dlora.cloud.frozen_store import MODULE_BYTES
 from dlora.cloud.limits import Limits
 from dlora.cloud.model import CloudModel
 from dlora.edge.grpc_link import Access, GrpcLink
-from dlora.errors import PeerError, UsageError
+from dlora.errors import PeerError, UsageError, WireError
 from dlora.files import read_secret
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.channel import PROTOCOL_VERSION, channel_options
@@ -486,6 +486,22 @@ def test_no_message_is_read_that_nobody_has_a_reason_to_send(
         code, text = status(alice.call(name, message))
         assert code == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text, text
     assert limit < 32 * MIB and resident_mib() - before < 40
+
+
+def test_announced_frames_share_what_was_announced(secured: Server) -> None:
+    """Frames that come without being asked for hold together no more than the modules that they
+    were announced for: a stream cannot fill memory with padding.
+    """
+    awaited = Awaited(secured.description)
+    modules = [pb.HostedModule(site=0, module=m, rank=4) for m in range(3)]
+    announced = begin(secured, hosted=True, modules=modules, module_frames=3)
+    awaited.received(pb.EdgeFrame(begin=announced), 1000)
+    honest = 3 * 4 * 4 * (64 + 64)
+    assert honest < awaited.room < 2 * honest + 10_000
+    awaited.check(awaited.room - 100)
+    awaited.check(50)
+    with pytest.raises(WireError, match="want at most 50 here"):
+        awaited.check(51)
 
 
 def test_memory_of_frames_counts(folder: Path, tokens: dict[str, str]) -> None:

@@ -20,6 +20,7 @@ from dlora.embedded import InProcessLink
 from dlora.errors import PeerLost
 from dlora.runs import RunFolder, damage, step_of
 from dlora.training import trainer as trainer_module
+from dlora.training.checkpoints import rotate_checkpoints
 from dlora.training.run import train
 from dlora.training.settings import TrainSettings
 
@@ -180,3 +181,19 @@ def test_older_checkpoints_go_when_the_newer_is_on_the_disk(
     train(settings(data, tmp_path / "run", save_steps=1, save_total_limit=2), link)
     assert len(synced) == 6
     assert len(list((tmp_path / "run/checkpoints").glob("checkpoint-*"))) == 2
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5, 8])
+def test_as_many_checkpoints_are_kept_as_was_said(tmp_path: Path, limit: int) -> None:
+    """After each of twelve checkpoints there are the newest of them, as many as the limit says, and
+    the best one.
+    """
+    folder = tmp_path / "checkpoints"
+    for step in range(1, 13):
+        (folder / f"checkpoint-{step}").mkdir(parents=True)
+        rotate_checkpoints(folder, limit=limit, kept={folder / "checkpoint-2"})
+        left = sorted(int(path.name.rpartition("-")[2]) for path in folder.iterdir())
+        newest = [one for one in range(1, step + 1) if one != 2]
+        room = limit - (step >= 2)
+        want = newest[len(newest) - room :] if room < len(newest) else newest
+        assert left == sorted([*want, *([2] if step >= 2 else [])])

@@ -538,6 +538,7 @@ UNFIT: dict[str, tuple[Callable[[list[pb.ModuleTensors]], list[pb.EdgeFrame]], s
     ),
     "from the middle": (lambda all: [part(3, *all[3:])], "got modules 3 to 9, want those from 0"),
     "none": (lambda all: [part(0)], "got modules 0 to 0"),
+    "all in the first of two frames": (lambda all: [part(0, *all)], "got 9 of 9 .* 1 frames are"),
     "too many": (lambda all: [part(0, *all, all[0])], "got modules 0 to 10, .* of 9"),
     "the end missing": (
         lambda all: [part(0, *all[:8]), *[pb.EdgeFrame(deltas=pb.SiteDeltas())]],

@@ -4,6 +4,7 @@ nothing left behind.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import logging
@@ -613,3 +614,29 @@ def test_plan_knows_the_bytes_of_parts(links: Links, wire: Any) -> None:
     assert found.sent_bytes == pytest.approx(cost.sent_bytes, rel=0.01)
     assert found.received_bytes == pytest.approx(cost.received_bytes, rel=0.01)
     assert found.round_trips == cost.round_trips
+
+
+def test_what_is_let_go_of_ends_its_streams(cloud_models: Any) -> None:
+    """A forward whose loss is thrown away leaves no stream behind, also where nobody collects
+    cycles.
+    """
+    link = InProcessLink(cloud_models("llama"))
+    closed: list[int] = []
+    opened = link.open
+
+    def watched() -> Any:
+        stream = opened()
+        close = stream.close
+        stream.close = lambda: (closed.append(1), close())[1]
+        return stream
+
+    link.open = watched
+    model = make_split(link, lora(), in_flight=2)
+    gc.collect()
+    gc.disable()
+    try:
+        model(**batches(rows=4)[0])
+        assert len(closed) >= 2
+    finally:
+        gc.enable()
+    link.close()

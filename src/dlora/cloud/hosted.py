@@ -86,8 +86,6 @@ class HostedAdapter:
         wanted = self.modules if site is None else self._sites[site]
         while self._frames and any(module.tensors is None for module in wanted):
             self.take(exchange.receive_modules())
-        if any(module.tensors is None for module in wanted):
-            raise WireError("got the last frame of modules, and some of them were not there")
 
     def take(self, message: pb.HostedTensors) -> None:
         """Tensors of modules that follow each other. Raises WireError for what does not fit."""
@@ -105,6 +103,10 @@ class HostedAdapter:
                 self.store.put_hosted(content_hash(tensors), decoded, owner, owner_bytes)
             module.set(decoded, training=self.training)
         self._arrived = end
+        if (end == len(self.modules)) != (self._frames == 0):
+            raise WireError(
+                f"got {end} of {len(self.modules)} modules, and {self._frames} frames are to come"
+            )
 
     def send_grads(self, exchange: Exchange) -> None:
         """From now on, in backward, send the gradients of each group when the last is there."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -119,6 +120,13 @@ class _Refused(Exception):
         self.error = error
 
 
+def _sleep(this: weakref.ref[Part], sleep: Callable[[float], None], seconds: float) -> None:
+    """A part's pause, which ends when another part has failed."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0 and (part := this()) and not part.stopped:
+        sleep(min(left, _LOOK_UP_S))
+
+
 class Puts:
     """Sees to it that what a server lacks is put there by one part, and not by each."""
 
@@ -139,7 +147,9 @@ class Part(MicroBatch):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self.retry = replace(self.retry, sleep=partial(self._sleep, self.retry.sleep))
+        # No reference to itself: what is let go of has to end its stream at once.
+        this, sleep = weakref.ref(self), self.retry.sleep
+        self.retry = replace(self.retry, sleep=lambda seconds: _sleep(this, sleep, seconds))
         self.waits = []
         self.span = 0.0, 0.0
         """Start and end of the newest phase, on the clock of `Wait`."""
@@ -154,11 +164,6 @@ class Part(MicroBatch):
         self.stopped = True
         if (stream := self.stream) is not None:  # the thread itself lets go of it
             stream.close()
-
-    def _sleep(self, sleep: Callable[[float], None], seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while not self.stopped and (left := end - time.monotonic()) > 0:
-            sleep(min(left, _LOOK_UP_S))
 
     def _forward_once(self) -> Tensor:
         self.puts_seen = self.puts.number

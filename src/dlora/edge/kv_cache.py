@@ -235,6 +235,8 @@ class CloudCache(Cache):
                 try:
                     hidden_KD = self._attempt(responder, new)
                 except AdapterMissing as missing:
+                    if responder.hosted is not None:
+                        responder.hosted.versions.kept = False  # so it goes whole
                     responder.put_frozen(missing)
                     hidden_KD = self._attempt(responder, new)
                 break

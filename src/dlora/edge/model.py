@@ -126,7 +126,7 @@ class SplitModel(PeftModelForCausalLM):
         options = self.options.changed(**changes)
         check_codecs(self.link, options.codecs)
         self.options = options
-        if "in_flight" in changes:
+        if {"in_flight", "wire"} & changes.keys():
             self.part_count = PartCount.asked(options.in_flight)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -30,6 +30,7 @@ class KillReviveCallback(TrainerCallback):
         self._written = 0
         self._noted: Noted | None = None
         self._saved: Noted | None = None
+        self._saved_in: Path | None = None
 
     def note(self) -> None:
         """Note the state, which is that between two steps, for `go_back`."""
@@ -74,11 +75,15 @@ class KillReviveCallback(TrainerCallback):
             self.reviver.after_update()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
-        """Keep the state with the checkpoint."""
-        self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        """Keep the state with the checkpoint, unless the trainer has done so."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if folder != self._saved_in:
+            self.save(folder)
+        self._saved_in = None
 
     def save(self, folder: Path) -> None:
-        """Write the state into a checkpoint."""
+        """Write the state into a checkpoint, before older ones go."""
+        self._saved_in = folder
         if self.reviver is not None:
             self.reviver.save(folder, self._saved)
 

@@ -112,10 +112,11 @@ class Awaited:
         self._most_tokens = description.limits.max_tokens
 
         # A first frame may announce the modules that the cloud is to compute.
-        self._most_message = description.limits.max_message_bytes
         self.most = self.entry_bytes(self._most_tokens) + self._num_modules * _HOSTED_BYTES
         self.room = 0
         """The largest frame of a pass behind its first, or those that come at once; in bytes."""
+        self._coming, self._coming_bytes = 0, 0
+        """Frames of modules that were announced, and all of their bytes."""
         self._active: list[int] = []
         self._tokens = self._batch = 0
         self._is_training = self._is_factored = self._has_cache = False
@@ -134,12 +135,16 @@ class Awaited:
             out = outs[entry.module] if entry.module < len(outs) else 0
             rank = min(entry.rank, max(inputs, out))
             total += 4 * (rank + 1) * (inputs + out) + 4 * _TENSOR_BYTES
+            total += _ROW_BYTES * (rank + out + 2)
         return total
 
     def check(self, size: int) -> None:
         """Raises WireError for a frame of a size that cannot be the one that is awaited."""
-        if size > self.most:
-            raise WireError(f"got a frame of {size} bytes, want at most {self.most} here")
+        most = self._coming_bytes if self._coming else self.most
+        if size > most:
+            raise WireError(f"got a frame of {size} bytes, want at most {most} here")
+        if self._coming:  # frames that nobody asks for share what was announced
+            self._coming, self._coming_bytes = self._coming - 1, self._coming_bytes - size
 
     def received(self, frame: pb.EdgeFrame, size: int) -> bool:
         """Note a frame; return whether it is the first of a pass.
@@ -172,9 +177,8 @@ class Awaited:
             answers.append(self._rows(self._hidden_width))
         self.room = max(answers, default=0)
         if kind == "begin" and begin.module_frames:  # what comes at once
-            hosted_bytes = self._hosted_bytes(begin)
-            self.most = min(hosted_bytes, self._most_message)
-            self.room = max(self.room, hosted_bytes)
+            self._coming, self._coming_bytes = begin.module_frames, self._hosted_bytes(begin)
+            self.room = max(self.room, self._coming_bytes)
         return True
 
     def largest_answer(self) -> int:

@@ -75,7 +75,7 @@ def rotate_checkpoints(folder: Path, *, limit: int | None, kept: set[Path]) -> N
     all_of_them = RunFolder(folder.parent).all_checkpoints()
     room = max(0, limit - len(kept & set(all_of_them)))
     others = [path for path in all_of_them if path not in kept]
-    for path in others[: len(others) - room]:
+    for path in others[: max(0, len(others) - room)]:
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -276,12 +276,14 @@ class TrainSettings(EdgeSettings):
         Where the run may go on elsewhere or wait longer, a difference does not count.
         """
         free = {"resume", "server", "give_up_after_s", "output", "report_to", "device", "record"}
-        free |= {"save_minutes"}  # a run of an earlier version has none
+        free |= {"save_minutes"}
         free |= {field.name for field in dataclasses.fields(AccessSettings)}
+        # A run of an earlier version lacks what came later, and ran as the default says.
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
         return [
             name
             for name, value in self.as_dict().items()
-            if name not in free and other.get(name) != value
+            if name not in free and other.get(name, defaults[name]) != value
         ]
 
     def as_dict(self) -> dict[str, Any]:
