@@ -12,11 +12,11 @@ from conftest import NO_DRAIN, make_base
 from transformers import PreTrainedTokenizerFast
 
 import dlora
-import dlora.training.planner
 from dlora.cli.main import main
 from dlora.cloud.limits import Limits
 from dlora.cloud.model import CloudModel
 from dlora.server.server import Server
+from dlora.training.calibrate import calibrate
 from dlora.training.planner import check, plan
 from dlora.training.settings import PlanSettings
 
@@ -164,7 +164,7 @@ def test_a_plan_that_is_stopped_leaves_the_model_as_it_was(
 
     monkeypatch.setattr(type(model), "set_active", stopped)
     with pytest.raises(KeyboardInterrupt):
-        dlora.training.planner._predict(settings, model)
+        calibrate(settings, model)
     assert model.active_modules == whole
     link.close()
 
