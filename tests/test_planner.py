@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import NO_DRAIN, make_base
 from transformers import PreTrainedTokenizerFast
 
 import dlora
-import dlora.training.planner
 from dlora.cli.main import main
 from dlora.cloud.limits import Limits
 from dlora.cloud.model import CloudModel
 from dlora.server.server import Server
+from dlora.training.calibrate import calibrate
 from dlora.training.planner import check, plan
 from dlora.training.settings import PlanSettings
 
@@ -128,6 +129,43 @@ def test_held_layers_are_planned(
         link.close()
 
 
+@pytest.mark.parametrize("wire", ["factored", "hosted"])
+def test_accumulated_micro_batches_are_planned(server: Server, tmp_path: Path, wire: Any) -> None:
+    """An optimizer step of three micro-batches has the predicted bytes and round trips: a hosted
+    adapter goes up with the first alone.
+    """
+    link = dlora.connect(server.address, cache=tmp_path)
+    settings = PlanSettings(
+        server=server.address,
+        target_modules="q_proj,v_proj",
+        wire=wire,
+        upload_consent=wire == "hosted",
+        gradient_accumulation_steps=3,
+        batch_size=4,
+        length=40,
+        supervised=6,
+    )
+    model, found = plan(settings, link)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    ids = torch.randint(0, 100, (4, 40))
+    labels = ids.clone()
+    labels[:, :-6] = -100
+
+    model.train()
+    for _ in range(3):  # the cloud keeps an adapter from the second step on
+        before = model.meter.copy()
+        for _ in range(3):
+            mask = torch.ones_like(ids)
+            model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    cost = model.meter - before
+    assert found.sent_bytes == pytest.approx(cost.sent_bytes, rel=0.01)
+    assert found.received_bytes == pytest.approx(cost.received_bytes, rel=0.01)
+    assert found.round_trips == cost.round_trips
+    link.close()
+
+
 def test_the_link_is_in_the_seconds(server: Server, tmp_path: Path) -> None:
     """Round trip time counts once a round trip, a bandwidth by bytes in its own direction and in
     place of what is.
@@ -164,7 +202,7 @@ def test_a_plan_that_is_stopped_leaves_the_model_as_it_was(
 
     monkeypatch.setattr(type(model), "set_active", stopped)
     with pytest.raises(KeyboardInterrupt):
-        dlora.training.planner._predict(settings, model)
+        calibrate(settings, model)
     assert model.active_modules == whole
     link.close()
 

@@ -81,6 +81,8 @@ def plan(settings: PlanSettings) -> int:
     """Edge: bytes, round trips and seconds of a training step, before anything is run."""
     from dlora.training.planner import check, plan
 
+    if settings.link is not None:
+        return _plan_link(settings, settings.link)
     with _connected(settings.server, settings) as link:
         model, planned = plan(settings, link)
         print(
@@ -90,6 +92,28 @@ def plan(settings: PlanSettings) -> int:
         _print_plan(settings, planned)
         if settings.check:
             _print_check(settings, planned, *check(settings, model))
+    return 0
+
+
+def _plan_link(settings: PlanSettings, name: str) -> int:
+    """The ways to train over a link, and commands of the fastest."""
+    from dlora.training.advice import SEEN, advise, command, table
+    from dlora.training.link_speed import link_speed
+
+    with _connected(settings.server, settings) as link:
+        rows, model_id = advise(settings, link), link.description.model_id
+    print(f"{model_id} over {link_speed(name)}; {settings.batch_size} x {settings.length} tokens")
+    print("a micro-batch. MB and seconds are of an optimizer step.\n")
+    print("\n".join(table(rows)))
+
+    print("\n*  the fastest that shows no more, trained as local tuning would")
+    if any(row.mark == "+" for row in rows):
+        print(
+            "+  faster still, but another training: few modules at a time, or fewer, larger steps"
+        )
+    for row in rows:
+        if row.mark:
+            print(f"\n{row.mark}  the cloud sees {SEEN[row.choice.wire]}:\n   {command(row)}")
     return 0
 
 

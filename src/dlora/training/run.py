@@ -28,6 +28,7 @@ from dlora.training.parts import follow_parts
 from dlora.training.run_lock import alone_in_output
 from dlora.training.settings import TrainSettings
 from dlora.training.trainer import SplitTrainer, build_trainer
+from dlora.training.waiting import SayWaiting
 
 __all__ = ["train"]
 
@@ -52,6 +53,7 @@ def train(settings: TrainSettings, link: Link) -> dict[str, Any]:
         recorder = Recorder(folder.recording, settings.record) if settings.record else None
         model = _build_model(settings, link if recorder is None else recorder.link(link))
         trainer = build_trainer(settings, model, tokenizer)
+        trainer.add_callback(SayWaiting(settings, model))  # after Kill and Revive has decided
 
     checkpoint = folder.last_checkpoint() if settings.resume else None
     if settings.resume:

@@ -19,6 +19,7 @@ from dlora.edge.options import (
 from dlora.edge.settings import AccessSettings, EdgeSettings, target_names
 from dlora.errors import UsageError
 from dlora.kill_revive.config import KillReviveConfig, from_options
+from dlora.training.link_speed import link_speed
 
 __all__ = ["PlanSettings", "ReportSettings", "TrainSettings"]
 
@@ -28,6 +29,12 @@ _RESERVED: Final = frozenset(
     "remove_unused_columns resume_from_checkpoint completion_only_loss assistant_only_loss "
     "dataloader_num_workers".split()
 )
+
+_OF_THE_TABLE: Final = (
+    *("wire", "wire_dtype", "input_grad", "in_flight", "sites"),
+    *("rtt_ms", "up_mbit", "down_mbit", "check"),
+)
+"""Settings of a plan that are columns of the table over a link, or of no use beside it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,8 +307,9 @@ class PlanSettings(EdgeSettings):
 
     GROUPS: ClassVar[dict[str, str]] = {
         "connection": f"{EdgeSettings.GROUPS['connection']} input_grad in_flight",
-        "what is planned": "target_modules r sites batch_size length supervised steps check",
-        "link": "rtt_ms up_mbit down_mbit",
+        "what is planned": "target_modules r sites batch_size gradient_accumulation_steps length "
+        "supervised steps check",
+        "link": "link rtt_ms up_mbit down_mbit",
         "privacy": EdgeSettings.GROUPS["privacy"],
         "computing": EdgeSettings.GROUPS["computing"],
     }
@@ -315,10 +323,16 @@ class PlanSettings(EdgeSettings):
     about an eighth."""
     batch_size: int = 8
     """Rows of a micro-batch."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches of an optimizer step. On the hosted wire the adapter goes up once a step."""
     length: int = 128
     """Tokens of a row."""
     supervised: int = 16
     """Tokens of a row with a label."""
+    link: str | None = None
+    """A table of the ways to train over a link, the fastest of them and the command to use: lan,
+    fibre, home, mobile, here (the link there is), or UP/DOWN/RTT in Mbit/s, Mbit/s and ms. All
+    wires, an eighth of the sites, and parts in flight are in the table."""
     rtt_ms: float | None = None
     """Round trip time of a link in place of the one there is. Default: as measured."""
     up_mbit: float | None = None
@@ -340,7 +354,7 @@ class PlanSettings(EdgeSettings):
         super().__post_init__()
         check_input_grad(self.wire, self.input_grad)
         check_in_flight(self.in_flight, self.wire)
-        for name in ("r", "batch_size", "length", "steps"):
+        for name in ("r", "batch_size", "gradient_accumulation_steps", "length", "steps"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: got {getattr(self, name)}, want at least 1")
         if not 0 <= self.supervised < self.length:
@@ -349,6 +363,18 @@ class PlanSettings(EdgeSettings):
             value = getattr(self, name)
             if value is not None and (value < 0 or (value == 0 and name != "rtt_ms")):
                 raise UsageError(f"{name}: got {value}, want more than 0")
+        if self.check and self.gradient_accumulation_steps > 1:
+            raise UsageError("check runs one micro-batch: leave gradient_accumulation_steps out")
+        if self.link is not None:
+            self._check_link(self.link)
+
+    def _check_link(self, link: str) -> None:
+        """Raises UsageError for a link that is none, and for what the table chooses itself."""
+        link_speed(link)
+        for name in _OF_THE_TABLE:
+            default = type(self).__dataclass_fields__[name].default
+            if getattr(self, name) != default:
+                raise UsageError(f"{name}: the table of --link has its own: leave it out")
 
     @property
     def targets(self) -> list[str] | str | None:

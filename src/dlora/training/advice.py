@@ -1,0 +1,185 @@
+"""Which way to train over a link: a table of sensible choices, and the fastest of them.
+
+All rows come of one calibration (`calibrate.py`), over the plain wire, and `planner.predict`.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import groupby
+from typing import Any, Final
+
+from dlora.edge.link import Link
+from dlora.edge.model import SplitModel
+from dlora.training.calibrate import calibrate
+from dlora.training.link_speed import HERE, link_speed
+from dlora.training.planner import Prediction, planned_model, predict
+from dlora.training.settings import PlanSettings, TrainSettings
+
+__all__ = ["MIXES", "SEEN", "Row", "advise", "command", "mark", "table"]
+
+MIXES: Final = (("fp16", "exact"),)
+"""(wire dtype, input gradient) of what is advised: those whose accuracy was measured in whole runs,
+and held."""
+
+SEEN: Final = {
+    "plain": "rows at the entry and at sites",
+    "factored": "these rows, and B",
+    "hosted": "these rows, and the adapter itself",
+}
+"""By wire, the least first: what the cloud gets to see, in the words of docs/privacy.md. Each shows
+what those before it show."""
+
+_PARTS: Final = (2, 4)
+_SHARE: Final = 8  # one site in so many is Kill and Revive's budget
+_ACCUMULATED: Final = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One way to train."""
+
+    choice: PlanSettings
+    seconds: float
+    """Of an optimizer step."""
+    prediction: Prediction
+    as_local: bool
+    """It trains what local tuning would with these settings: all modules, as many rows a step."""
+    mark: str = ""
+    """A star: the fastest that shows no more, of those that train as local tuning does. A plus:
+    faster still, of all."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens of the step over its seconds: what rows are compared by."""
+        choice = self.choice
+        tokens = choice.batch_size * choice.length * choice.gradient_accumulation_steps
+        return tokens / max(self.seconds, 1e-9)
+
+
+def advise(settings: PlanSettings, link: Link) -> list[Row]:
+    """Every choice over the link that `settings.link` names, with its prediction, marked."""
+    speed = HERE if settings.link is None else link_speed(settings.link)
+    base = replace(
+        settings, link=None, rtt_ms=speed.rtt_ms, up_mbit=speed.up_mbit, down_mbit=speed.down_mbit
+    )
+    model = planned_model(base, link)
+    measured = calibrate(base, model, [wire_dtype for wire_dtype, _ in MIXES])
+    rows = [_row(base, one, predict(one, model, measured)) for one in _choices(base, model)]
+    return mark(_best_parts(rows))
+
+
+def _row(base: PlanSettings, choice: PlanSettings, prediction: Prediction) -> Row:
+    same = ("sites", "gradient_accumulation_steps", "input_grad")
+    return Row(
+        choice=choice,
+        seconds=prediction.seconds,
+        prediction=prediction,
+        as_local=all(getattr(choice, name) == getattr(base, name) for name in same),
+    )
+
+
+def _choices(base: PlanSettings, model: SplitModel) -> Iterator[PlanSettings]:
+    """The rows of the table, and all numbers of parts, of which the best will be taken."""
+    eighth = max(1, round(len(model.sites) / _SHARE))
+    for wire in SEEN:
+        for wire_dtype, input_grad in MIXES:
+            if wire == "hosted" and input_grad == "drop":
+                continue
+            for sites in (None, eighth) if eighth < len(model.sites) else (None,):
+                made: dict[str, Any] = {
+                    "wire": wire,
+                    "upload_consent": base.upload_consent or wire == "hosted",
+                    "wire_dtype": wire_dtype,
+                    "input_grad": input_grad,
+                    "sites": sites,
+                }
+                yield replace(base, **made)
+                if wire != "hosted":
+                    for parts in _PARTS:
+                        if parts <= base.batch_size:
+                            yield replace(base, **made, in_flight=parts)
+                elif base.gradient_accumulation_steps == 1:
+                    yield replace(base, **made, gradient_accumulation_steps=_ACCUMULATED)
+
+
+def _best_parts(rows: Sequence[Row]) -> list[Row]:
+    """Of rows that differ in their number of parts alone, those of one part and of the best."""
+    found: list[Row] = []
+    for _, same in groupby(rows, key=lambda row: replace(row.choice, in_flight=1)):
+        one, *several = same
+        found += [one, min(several, key=lambda row: row.seconds)] if several else [one]
+    return found
+
+
+def mark(rows: Sequence[Row]) -> list[Row]:
+    """The same rows, of which the fastest are marked, for each level of what may be seen.
+
+    Where more may be seen, what shows less may be used too: so a row that is slower than one that
+    shows less has no mark.
+    """
+    fastest, as_local = set(), set()
+    numbers = sorted(range(len(rows)), key=lambda number: -rows[number].tokens_per_s)
+    for level in range(len(SEEN)):
+        wires = list(SEEN)[: level + 1]
+        allowed = [number for number in numbers if rows[number].choice.wire in wires]
+        fastest.update(allowed[:1])
+        as_local.update([number for number in allowed if rows[number].as_local][:1])
+    marks = {**dict.fromkeys(fastest, "+"), **dict.fromkeys(as_local, "*")}
+    return [replace(row, mark=marks.get(number, "")) for number, row in enumerate(rows)]
+
+
+def command(row: Row) -> str:
+    """`dlora train` as this row has it, to be completed with data and output."""
+    words = ["dlora", "train", "--server", row.choice.server]
+    words += ["--data", "private.jsonl", "--output", "runs/mine"]
+    defaults = {one.name: one.default for one in fields(TrainSettings) if one.name != "server"}
+    for name, default in defaults.items():
+        value = getattr(row.choice, name, default)
+        if value != default:
+            words.append(f"--{name}")
+            if value is not True:
+                words.append(",".join(value) if isinstance(value, list) else str(value))
+    if row.choice.sites is not None:
+        words += ["--kr", "on"]
+    return shlex.join(words)
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """The rows as lines for a person, a headline first."""
+    cells = [list(_HEADS), *map(_cells, rows)]
+    sizes = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(size) if number in _NUMBERS else cell.ljust(size)
+            for number, (cell, size) in enumerate(zip(line, sizes, strict=True))
+        ).rstrip()
+        for line in cells
+    ]
+
+
+_HEADS: Final = (
+    *("", "wire", "codec", "in flight", "accumulated", "sites", "s a step", "tokens/s"),
+    *("MB up", "MB down", "the cloud sees"),
+)
+_NUMBERS: Final = range(3, 10)
+"""Columns of numbers."""
+
+
+def _cells(row: Row) -> list[str]:
+    choice, found = row.choice, row.prediction
+    return [
+        row.mark,
+        choice.wire,
+        choice.wire_dtype + (", dx dropped" if choice.input_grad == "drop" else ""),
+        str(found.in_flight),
+        str(choice.gradient_accumulation_steps),
+        str(found.active_sites),
+        f"{row.seconds:.2f}",
+        f"{row.tokens_per_s:.0f}",
+        f"{found.sent_bytes / 1e6:.2f}",
+        f"{found.received_bytes / 1e6:.2f}",
+        SEEN[choice.wire],
+    ]
