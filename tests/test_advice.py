@@ -213,6 +213,8 @@ def test_hosted_transfer_hides_behind_computing() -> None:
     assert seconds == pytest.approx(0.24 + 0.0056 + 0.065 + 0.013)
     slower = hosted_transfer_s(wire, 0.4e-6, 0.08e-6, forward_s=0.4, backward_s=1.6)
     assert slower == pytest.approx(seconds + 7 * (0.065 - 0.05))
+    slower = hosted_transfer_s(wire, 0.4e-6, 0.08e-6, forward_s=0.8, backward_s=0.04)
+    assert slower == pytest.approx(seconds + 7 * (0.013 - 0.005))
 
 
 def test_the_command_prints_the_table(server: Server, capsys: pytest.CaptureFixture[str]) -> None:

@@ -119,7 +119,9 @@ def _plan_link(settings: PlanSettings, name: str) -> int:
 
 def _print_plan(settings: PlanSettings, planned: Any) -> None:
     """One step, then the whole run."""
-    print(f"a step       {settings.batch_size} x {settings.length} tokens")
+    several = settings.gradient_accumulation_steps
+    times = f"{several} micro-batches of " if several > 1 else ""
+    print(f"a step       {times}{settings.batch_size} x {settings.length} tokens")
     sent, received = planned.sent_bytes / 1e6, planned.received_bytes / 1e6
     print(f"bytes        {sent:.2f} MB up, {received:.2f} MB down")
     print(f"round trips  {planned.round_trips}")

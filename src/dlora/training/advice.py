@@ -91,7 +91,7 @@ def _choices(base: PlanSettings, model: SplitModel) -> Iterator[PlanSettings]:
             for sites in (None, eighth) if eighth < len(model.sites) else (None,):
                 made: dict[str, Any] = {
                     "wire": wire,
-                    "upload_consent": base.upload_consent or wire == "hosted",
+                    "upload_consent": wire == "hosted",
                     "wire_dtype": wire_dtype,
                     "input_grad": input_grad,
                     "sites": sites,

@@ -78,13 +78,8 @@ def _of_part(
 
     def payload(sites: Sequence[ActiveSite]) -> tuple[int, int]:
         return step_traffic(
-            rows,
-            kept,
-            *widths(model),
-            [
-                (site.in_features, [(layer.out_features, settings.r) for layer in site.layers])
-                for site in sites
-            ],
+            *(rows, kept, *widths(model)),
+            _shapes(sites, settings.r),
             settings.wire_dtype,
             factored=settings.wire == "factored",
             hosted=hosted,
@@ -119,6 +114,10 @@ def _of_part(
         modules_received=modules_received,
         module_frames=max(1, min(_MODULE_FRAMES, modules)),
     )
+
+
+def _shapes(sites: Sequence[ActiveSite], r: int) -> list[tuple[int, list[tuple[int, int]]]]:
+    return [(site.in_features, [(one.out_features, r) for one in site.layers]) for site in sites]
 
 
 def _framing(settings: PlanSettings, sites: Sequence[ActiveSite], input_grad: bool) -> Traffic:
