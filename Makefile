@@ -41,7 +41,7 @@ test: .venv/ready
 	.venv/bin/pytest
 
 slow: .venv/ready
-	.venv/bin/pytest -m slow
+	OMP_NUM_THREADS=$$(nproc) .venv/bin/pytest -m slow -n 0
 
 check: .venv/ready
 	.venv/bin/ruff format --check .

@@ -721,10 +721,10 @@ def test_plain_setting_of_a_real_model(tmp_path: Path) -> None:
     flags = [
         "--batch_size",
         "16",
-        "--epochs",
-        "1",
+        "--max_steps",
+        "14",
         "--record",
-        "21",
+        "14",
         "--target_modules",
         layers,
         "--report_to",
@@ -748,7 +748,7 @@ def test_plain_setting_of_a_real_model(tmp_path: Path) -> None:
         )
         public = ["--public", str(data_file("heldout.jsonl"))]
         assert (
-            main(["audit", str(run), *common, *public, "--rows", "256", "--output", str(output)])
+            main(["audit", str(run), *common, *public, "--rows", "160", "--output", str(output)])
             == 0
         )
     found = json.loads((output / "audit.json").read_text())
