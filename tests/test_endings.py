@@ -422,3 +422,22 @@ def test_checkpoints_by_time() -> None:
     saver.on_epoch_end(evaluated, state, control)
     assert control.should_save
     assert TrainSettings(server="-", data="-", output=Path("new")).save_minutes == 10.0
+
+
+def test_a_terminal_that_is_gone_costs_no_step(
+    link: InProcessLink, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody reads standard error any more, as behind a pipe whose reader has died, the
+    finished steps are saved all the same, and run.json says how the run ended.
+    """
+
+    def gone(self: Any) -> None:
+        raise BrokenPipeError("nobody reads")
+
+    monkeypatch.setattr("dlora.training.callbacks.Progress.close", gone)
+    output = tmp_path / "run"
+    with with_callback(At("on_step_begin", 2, broken)), pytest.raises(Broken):
+        train(settings(data, output, max_steps=4), link)
+    folder = RunFolder(output)
+    assert step_of(folder.last_checkpoint()) == 2
+    assert json.loads(folder.run_file.read_text())["status"] != "running"

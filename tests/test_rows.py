@@ -147,6 +147,12 @@ def test_resume_with_other_rows_is_refused(link: InProcessLink, tmp_path: Path) 
         file.write_text(before)
     assert json.loads(run_file.read_text())["status"] == "interrupted"
 
+    # Where run.json is gone, the newest checkpoint says what the run was.
+    run_file.unlink()
+    data.write_text(data.read_text().replace("north", "south", 1))
+    with pytest.raises(UsageError, match="but data has other rows or another order"):
+        train(settings(data, eval_data=str(other), resume=True), link)
+
 
 def test_two_processes_do_not_train_in_one_folder(link: InProcessLink, tmp_path: Path) -> None:
     """Whoever comes second is refused, new run or resumed, and has changed nothing."""

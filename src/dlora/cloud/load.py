@@ -142,7 +142,7 @@ def _dequantised(file: Path, cache: Path) -> Path:
     """A transformers folder with the GGUF file's weights in fp32, made once for each content."""
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    folder = cache / "models" / f"{file.stem}-{digest[:16]}"
+    folder = cache / "models" / f"{file.stem}-{digest[:16]}-whole"
     if folder.is_dir():
         return folder
 

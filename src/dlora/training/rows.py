@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from dlora.edge.labels import IGNORE
 from dlora.errors import DataError, UsageError
-from dlora.runs import RunFolder
+from dlora.runs import RunFolder, read_kept
 from dlora.training.settings import TrainSettings
 
 __all__ = ["check_same_rows", "digest", "fit_rows"]
@@ -113,9 +113,11 @@ def check_same_rows(folder: RunFolder, rows: dict[str, dict[str, Any]]) -> None:
 
     `rows` has digests by use. Runs of older versions kept none.
     """
-    if not folder.run_file.is_file():
-        return
-    earlier = json.loads(folder.run_file.read_text(encoding="utf-8")).get("rows", {})
+    if folder.run_file.is_file():
+        run = json.loads(folder.run_file.read_text(encoding="utf-8"))
+    else:  # every checkpoint keeps one
+        run = read_kept(folder.newest_complete())
+    earlier = run.get("rows", {})
     for use, now in rows.items():
         before = earlier.get(use, now)
         if before != now:

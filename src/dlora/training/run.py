@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ def train(settings: TrainSettings, link: Link) -> dict[str, Any]:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.save_model(str(folder.path))
     except BaseException as error:
-        trainer.progress.close()
+        with suppress(Exception):  # the terminal may be what is gone
+            trainer.progress.close()
         is_saved = trainer.save_finished()
         if not (is_saved and trainer.stop.asked and isinstance(error, PeerLost)):
             folder.write_ending(run | failure(error), results(trainer))
