@@ -38,7 +38,6 @@ from dlora.protocol.message_parts import check_message
 from dlora.protocol.wire import encode
 from dlora.server import keys
 from dlora.server.frames import Awaited, rules_of
-from dlora.server.gate import Pace
 from dlora.server.identities import Identities, TenantLimits
 from dlora.server.metrics import serve_metrics
 from dlora.server.server import Server, ServerOptions
@@ -220,18 +219,6 @@ def test_compressed_messages_are_refused(secured: Server, alice: Peer) -> None:
     call = alice.call("PutAdapter", b"\x00" * 64 * MIB, compression=grpc.Compression.Gzip)
     assert status(call)[0] in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INTERNAL)
     assert resident_mib() - before < 100  # the 64 MiB themselves are this peer's
-
-
-def test_refusals_of_strangers_are_paced() -> None:
-    """Twenty are refused at once, and fifty a second; a call beyond that waits, a second at most,
-    and whoever comes when it is quiet again does not.
-    """
-    pace = Pace()
-    delays = [pace.delay(100.0) for _ in range(200)]
-    assert delays[:20] == [0.0] * 20
-    assert delays[20:70] == pytest.approx([0.02 * (i + 1) for i in range(50)])
-    assert delays[70:] == [1.0] * 130
-    assert pace.delay(104.0) == 0.0
 
 
 def test_a_flood_of_calls_is_no_flood_of_lines(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,10 +7,7 @@ Strangers get health alone, and that is answered without reading what they ask.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import math
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
@@ -22,18 +19,13 @@ from dlora.server.calls import Call
 from dlora.server.identities import LOCAL, Credential, Identities
 from dlora.server.sparse_log import SparseLog
 
-__all__ = ["SERVICE_NAME", "Gate", "Pace", "server_options"]
+__all__ = ["SERVICE_NAME", "Gate", "server_options"]
 
 log = logging.getLogger(__name__)
 
 SERVICE_NAME: Final = "dlora.v1.DLoRA"
 _HEALTH: Final = "/grpc.health.v1.Health/Check"
 _MS: Final = 1000
-# Calls of nobody known: so many are refused at once, and then so many a second. A call that waits
-# takes some kilobytes, and a connection has few of them, so none waits for long.
-_REFUSALS_AT_ONCE: Final = 20
-_REFUSALS_A_S: Final = 50.0
-_LONGEST_PACE_S: Final = 1.0
 
 
 def server_options(
@@ -59,21 +51,6 @@ def server_options(
     ]
 
 
-class Pace:
-    """Lets strangers wait for their refusals where there are many: who asks again and again takes
-    no more of the server than a few do.
-    """
-
-    def __init__(self) -> None:
-        self._next = -math.inf
-
-    def delay(self, now: float) -> float:
-        """Seconds until the refusal of a call that comes now."""
-        free = max(self._next, now - _REFUSALS_AT_ONCE / _REFUSALS_A_S)
-        self._next = min(free + 1 / _REFUSALS_A_S, now + _LONGEST_PACE_S)
-        return max(0.0, self._next - now)
-
-
 class Gate(grpc.GenericRpcHandler):
     """Hands every call of somebody known to its handler, and refuses all others."""
 
@@ -90,7 +67,6 @@ class Gate(grpc.GenericRpcHandler):
         self._handlers = {f"/{SERVICE_NAME}/{name}": run for name, run in handlers.items()}
         self._identities, self._timeout_s = identities, timeout_s
         self._is_ready, self._on_stranger = is_ready, on_stranger
-        self._pace = Pace()
         self._strangers = SparseLog(log, logging.WARNING)
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
@@ -131,7 +107,6 @@ class Gate(grpc.GenericRpcHandler):
         credential = self._identities.authenticate(token, certificates[0])
         if credential is None:
             self._on_stranger()
-            await asyncio.sleep(self._pace.delay(time.monotonic()))
             self._strangers.note(
                 "stranger", f"refused a call of nobody known: {context.peer()[:80]}"
             )
