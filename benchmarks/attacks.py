@@ -30,11 +30,12 @@ from pathlib import Path
 from typing import Any
 
 from attackers import STRANGERS, TENANTS
-from load import serving
+from load import serving, tiny_folder
 from provenance import provenance
 
 RESULT = Path(__file__).parent / "results" / "attacks.json"
 SECONDS, SETTLE_S = 8.0, 1.0
+POSITIONS = 1024  # room for long prompts
 HONEST = (1, 2, 16)
 """Streams at a time, rows, tokens a row."""
 ALIKE = (3, 2, 64)
@@ -268,29 +269,11 @@ def scene_of(attack: Attack, model: str, stack: ExitStack) -> tuple[Scene, int, 
     return Scene(address, folder, token), pid, honest
 
 
-def tiny_folder(folder: Path) -> str:
-    """A small random Llama on disk, with room for long prompts."""
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=1024,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return str(folder)
-
-
 def run(words: list[str]) -> None:
     """Every row with these words that the result does not have; written after each."""
     found: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
     with tempfile.TemporaryDirectory() as scratch:
-        model = tiny_folder(Path(scratch) / "tiny")
+        model = tiny_folder(Path(scratch) / "tiny", POSITIONS)
         for attack in ATTACKS:
             rows = found.setdefault("strangers" if attack.is_stranger else "tenants", {})
             key = attack.name

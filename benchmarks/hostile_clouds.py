@@ -27,8 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from attacks import tiny_folder
-from load import serving
+from load import serving, tiny_folder
 from provenance import provenance
 
 from dlora.proto import dlora_pb2 as pb
@@ -229,11 +228,11 @@ ROWS = {
 
 
 def served_folder(folder: Path) -> str:
-    """The tiny Llama of `attacks.py` with a tokenizer of bytes."""
+    """A tiny Llama with a tokenizer of bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tiny_folder(folder)
+    tiny_folder(folder, 1024)
     special = ["<pad>", "<s>", "</s>"]
     vocabulary = special + sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, []))

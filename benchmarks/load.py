@@ -185,8 +185,8 @@ def turn(
     }
 
 
-def tiny_folder(folder: Path) -> str:
-    """A small random Llama on disk."""
+def tiny_folder(folder: Path, positions: int = 2048) -> str:
+    """A small random Llama on disk, for texts of so many tokens."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -197,6 +197,7 @@ def tiny_folder(folder: Path) -> str:
         intermediate_size=96,
         num_hidden_layers=3,
         num_attention_heads=4,
+        max_position_embeddings=positions,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return str(folder)

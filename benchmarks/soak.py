@@ -33,32 +33,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from load import tiny_folder
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 import dlora
 from dlora.edge.link import RetryPolicy
 
 RESULT = Path(__file__).parent / "results" / "soak.json"
 EDGES, SEEDS, STEPS = 3, 4, 5
+POSITIONS = 128
 PAUSE_S = 3.0  # at most, before the next edge comes
 SAMPLE_S = 2.0
 COUNTED = ("adapters", "answers", "failed", "retries")
 MEASURES = ("memory_mib", "threads", "descriptors")
-
-
-def tiny(folder: Path) -> None:
-    """Save a small random Llama."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 def serve(folder: Path, port: int) -> subprocess.Popen[str]:
@@ -188,7 +175,7 @@ def run(minutes: float) -> dict[str, Any]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as scratch:
-        tiny(Path(scratch) / "model")
+        tiny_folder(Path(scratch) / "model", POSITIONS)
         server = serve(Path(scratch) / "model", port)
         started = time.monotonic()
         edges = Edges(f"127.0.0.1:{port}", Path(scratch) / "cache")

@@ -41,6 +41,7 @@ import dlora
 from dlora.cloud.model import CloudModel
 from dlora.edge.grpc_link import GrpcLink
 from dlora.edge.model import SplitModel
+from dlora.embedded import InProcessLink
 from dlora.server.server import Server, ServerOptions
 
 VOCAB = 300
@@ -227,6 +228,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
         "{% if add_generation_prompt %}[assistant] {% endif %}"
     )
     return made
+
+
+@pytest.fixture(scope="module")
+def link(
+    cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedTokenizerFast
+) -> Iterator[InProcessLink]:
+    """A tiny Llama with a tokenizer, in this process; modules that want another make their own."""
+    made = InProcessLink(cloud_models("llama"), tokenizer)
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import adapter
+from conftest import adapter, batches
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -48,6 +48,24 @@ def assert_same_grads(
         difference = (got[name].grad - parameter.grad).abs().max().item()
         assert scale > 0, name
         assert difference <= tolerance * scale, f"{name}: {difference} of {scale}"
+
+
+def assert_same_after_twenty_steps(local: torch.nn.Module, split: torch.nn.Module) -> None:
+    """The change of the adapter by 20 AdamW steps differs by at most 1e-4 of its norm."""
+    changes = []
+    for model in (local, split):
+        start = {name: parameter.detach().clone() for name, parameter in adapter(model).items()}
+        optimizer = torch.optim.AdamW(adapter(model).values(), lr=1e-3)
+        for batch in batches(20):
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        changes.append(
+            torch.cat([(p.detach() - start[name]).flatten() for name, p in adapter(model).items()])
+        )
+    want, got = changes
+    assert want.norm() > 0.01
+    assert (got - want).norm() <= 1e-4 * want.norm()
 
 
 def saved(output: Path) -> dict[str, torch.Tensor]:

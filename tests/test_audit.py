@@ -55,16 +55,6 @@ WORDS = "gate lift ward bed door lamp pump tray cart desk line seal vent rack".s
 
 
 @pytest.fixture(scope="module")
-def link(
-    cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedTokenizerFast
-) -> Iterator[InProcessLink]:
-    """A tiny Llama with a tokenizer, in this process."""
-    made = InProcessLink(cloud_models("llama"), tokenizer)
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 rows of prompt and completion, all different."""
     file = tmp_path_factory.mktemp("data") / "rows.jsonl"

@@ -7,15 +7,13 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import same
-from transformers import PreTrainedTokenizerFast
 
-from dlora.cloud.model import CloudModel
 from dlora.embedded import InProcessLink
 from dlora.errors import PeerLost
 from dlora.runs import RunFolder, damage, step_of
@@ -23,16 +21,6 @@ from dlora.training import trainer as trainer_module
 from dlora.training.checkpoints import rotate_checkpoints
 from dlora.training.run import train
 from dlora.training.settings import TrainSettings
-
-
-@pytest.fixture(scope="module")
-def link(
-    cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedTokenizerFast
-) -> Iterator[InProcessLink]:
-    """A tiny Llama with a tokenizer, in this process."""
-    made = InProcessLink(cloud_models("llama"), tokenizer)
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

@@ -42,16 +42,6 @@ from dlora.training.settings import TrainSettings
 
 
 @pytest.fixture(scope="module")
-def link(
-    cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedTokenizerFast
-) -> Iterator[InProcessLink]:
-    """A tiny Llama with a tokenizer, in this process."""
-    made = InProcessLink(cloud_models("llama"), tokenizer)
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """12 rows of prompt and completion."""
     file = tmp_path_factory.mktemp("data") / "train.jsonl"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
@@ -14,7 +13,6 @@ from conftest import adapter, batches, lora, make_split
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from dlora.cloud.model import CloudModel
 from dlora.embedded import InProcessLink
 from dlora.errors import UsageError
 from dlora.kill_revive.apply import KillAndRevive
@@ -282,16 +280,6 @@ def test_options_are_checked() -> None:
 
 
 # ----------------------------------------------------------------- runs
-
-
-@pytest.fixture(scope="module")
-def link(
-    cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedTokenizerFast
-) -> Iterator[InProcessLink]:
-    """A tiny Llama with a tokenizer, in this process."""
-    made = InProcessLink(cloud_models("llama"), tokenizer)
-    yield made
-    made.close()
 
 
 def loop(split: Any, config: KillReviveConfig, steps: int = 16) -> KillAndRevive:

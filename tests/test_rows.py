@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,6 @@ from dlora.training.trainer import build_trainer
 
 SHORT = {"prompt": "a", "completion": " north"}
 LONG = {"prompt": "a" * 40, "completion": " north"}
-
-
-@pytest.fixture(scope="module")
-def link(
-    cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedTokenizerFast
-) -> Iterator[InProcessLink]:
-    """A tiny Llama with a tokenizer, in this process."""
-    made = InProcessLink(cloud_models("llama"), tokenizer)
-    yield made
-    made.close()
 
 
 def write(file: Path, rows: list[dict[str, Any]]) -> Path:

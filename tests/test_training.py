@@ -36,16 +36,6 @@ DESKS = ("north", "south", "east", "west")
 
 
 @pytest.fixture(scope="module")
-def link(
-    cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedTokenizerFast
-) -> Iterator[InProcessLink]:
-    """A tiny Llama with a tokenizer, in this process."""
-    made = InProcessLink(cloud_models("llama"), tokenizer)
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
 def server(
     cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[Server]:

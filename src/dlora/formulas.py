@@ -19,6 +19,7 @@ __all__ = [
     "backward_flops",
     "forward_flops",
     "pass_bytes",
+    "round_trips",
     "seconds_in_flight",
     "step_traffic",
 ]
@@ -158,6 +159,21 @@ def step_traffic(
         sent += up + (size(codecs.dx, rows, d) if asked else 0)
         received += down + size(codecs.x, rows, d)
     return sent, received
+
+
+def round_trips(
+    sites: int, *, hosted: bool = False, input_grad: bool = False, drop_input_grads: bool = False
+) -> int:
+    """Round trips that follow each other in one training micro-batch with so many active sites.
+
+    Arguments are as of `step_traffic`.
+    """
+    has_backward = bool(sites or input_grad)
+    if hosted:
+        return 1 + has_backward
+    if drop_input_grads:  # backward goes one way
+        return sites + 1 + has_backward
+    return 2 * sites + 1 + input_grad
 
 
 def seconds_in_flight(parts: int, round_trips_s: float, work: Sequence[float]) -> float:

@@ -82,6 +82,13 @@ class RunFolder:
         """Folder of the trainer's checkpoints."""
         return self.path / "checkpoints"
 
+    def read(self) -> dict[str, Any]:
+        """The run as run.json has it or, where that is gone, the newest checkpoint; else empty."""
+        if self.run_file.is_file():
+            run: dict[str, Any] = json.loads(self.run_file.read_text(encoding="utf-8"))
+            return run
+        return read_kept(self.newest_complete())
+
     def write(self, run: dict[str, Any]) -> None:
         """Write run.json, at once or not at all."""
         write_json(self.run_file, run)

@@ -22,12 +22,12 @@ from dlora.cloud.hosted_request import HostedModule, HostedRequest, HostedTensor
 from dlora.errors import WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.activations import activation_of
+from dlora.protocol.channel import MODULE_FRAMES
 from dlora.protocol.wire import content_hash, decode, encode
 
 __all__ = ["HostedAdapter"]
 
-_GRAD_FRAMES: Final = 8
-"""In which gradients go, the last of them with `Done`."""
+_FIELDS: Final = ("a", "b", "a_bias", "b_bias")
 
 
 class _Module:
@@ -72,7 +72,7 @@ class HostedAdapter:
 
         # Where tensors are still to come, in how many frames; and which gradients go together.
         self._arrived, self._frames = 0, request.frames
-        size = -(-len(self.modules) // _GRAD_FRAMES) or 1
+        size = -(-len(self.modules) // MODULE_FRAMES) or 1
         self._groups = [self.modules[i : i + size] for i in range(0, len(self.modules), size)]
         self._sent: set[int] = set()
 
@@ -131,12 +131,12 @@ class HostedAdapter:
 
     def _grads(self, group: list[_Module], exchange: Exchange) -> pb.HostedTensors:
         """The gradients of modules that follow each other; they are forgotten here."""
-        dtype, names = exchange.request.codecs.factors, ("a", "b", "a_bias", "b_bias")
+        dtype = exchange.request.codecs.factors
         self._sent.add(group[0].number)
         messages = []
         for module in group:
             fields = {}
-            for name, tensor in zip(names, module.tensors or (), strict=True):
+            for name, tensor in zip(_FIELDS, module.tensors or (), strict=True):
                 if tensor is not None:
                     # A module that nothing of the loss depends on has no gradient.
                     grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
@@ -207,7 +207,7 @@ def _decoded(
     def tensor(name: str, shape: tuple[int, ...]) -> Tensor:
         return decode(getattr(message, name), shape, f"{name} of {checked.name}").to(device)
 
-    for name, shape in zip(("a", "b", "a_bias", "b_bias"), checked.shapes, strict=True):
+    for name, shape in zip(_FIELDS, checked.shapes, strict=True):
         if message.HasField(name) != (shape is not None):
             raise WireError(f"{checked.name}: {name} is missing, or was not announced")
     return (

@@ -29,6 +29,7 @@ from dlora.edge.options import SplitOptions
 from dlora.edge.passes import PassInput
 from dlora.edge.responder import Responder, begin
 from dlora.edge.sites import ActiveSite, entries_of
+from dlora.formulas import round_trips
 from dlora.protocol.layers import EdgeLayers
 
 __all__ = ["CloudLayers"]
@@ -124,8 +125,12 @@ class CloudLayers:
             self.meter.add(meter)
             return meter, seconds
 
-        round_trips = 2 * len(self.sites) + 1 + wants_input_grad
-        return choose_parts(self.link, new.batch, round_trips, run)
+        trips = round_trips(
+            len(self.sites),
+            input_grad=wants_input_grad,
+            drop_input_grads=self.options.input_grad == "drop",
+        )
+        return choose_parts(self.link, new.batch, trips, run)
 
     def _begun(
         self,

@@ -25,13 +25,12 @@ from dlora.edge.sites import ActiveSite
 from dlora.errors import UsageError, WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.activations import activation_name
+from dlora.protocol.channel import MODULE_FRAMES
 from dlora.protocol.wire import content_hash, encode
 
 __all__ = ["HostedAdapter", "KeptVersions", "check_hosted"]
 
 _FIELDS: Final = ("a", "b", "a_bias", "b_bias")
-_FRAMES: Final = 8
-"""In which the tensors travel: the fewer, the longer the cloud waits for the first."""
 _MOST_MISSES: Final = 3
 """A cloud that so often in a row has not what it was to keep has no room for it."""
 
@@ -133,7 +132,7 @@ class HostedAdapter:
         modules = self._announced(keep)
         dropped = any(part.p for entry in modules for part in entry.dropouts)
         seed = int(torch.randint(2**62, ())) if dropped else 0
-        frames = 0 if self._by_hash else len(self._slices())
+        frames = 0 if self._by_hash else len(self._slices)
         return {
             "hosted": True,
             "modules": modules,
@@ -143,7 +142,7 @@ class HostedAdapter:
 
     def frames(self) -> Iterator[pb.EdgeFrame]:
         """What follows `Begin`: all tensors, unless the cloud has them."""
-        for part in [] if self._by_hash else self._slices():
+        for part in [] if self._by_hash else self._slices:
             tensors = pb.HostedTensors(first=part.start, modules=self.messages[part])
             yield pb.EdgeFrame(modules=tensors)
 
@@ -166,14 +165,15 @@ class HostedAdapter:
             )
         ]
 
+    @cached_property
     def _slices(self) -> list[slice]:
         """The modules that travel together."""
         sizes = [message.ByteSize() for message in self.messages]
         total, starts, sent, part, taken = sum(sizes), [0], 0, 0, 0
         for number, size in enumerate(sizes):
-            if number and (sent * _FRAMES // total > part or taken + size > self.most_bytes):
+            if number and (sent * MODULE_FRAMES // total > part or taken + size > self.most_bytes):
                 starts.append(number)
-                part, taken = sent * _FRAMES // total, 0
+                part, taken = sent * MODULE_FRAMES // total, 0
             sent, taken = sent + size, taken + size
         return [slice(*pair) for pair in pairwise([*starts, len(sizes)])] if sizes else []
 
@@ -185,7 +185,7 @@ class HostedAdapter:
         self.versions.missed()
         del begin.modules[:]
         begin.modules.extend(self._announced(self.versions.kept))
-        begin.module_frames = len(self._slices())
+        begin.module_frames = len(self._slices)
         return True
 
     def gradients(

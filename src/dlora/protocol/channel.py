@@ -23,6 +23,10 @@ MAX_MESSAGE_BYTES: Final = 256 * 2**20
 RETRY_AFTER_KEY: Final = "retry-after-ms"
 """Trailing metadata beside RESOURCE_EXHAUSTED: the server is busy, and when to ask again."""
 
+MODULE_FRAMES: Final = 8
+"""In which a hosted adapter travels, if it has so many modules, and its gradients come back: the
+fewer, the longer is waited for the first.
+"""
 PUT_BYTES: Final = 32 * 2**20
 """Frozen modules travel in messages of about this size."""
 TOKEN_KEY: Final = "authorization"  # noqa: S105  # the name of a header, no secret

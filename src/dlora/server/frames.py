@@ -81,15 +81,19 @@ def largest_message(description: pb.Description) -> int:
     """
     awaited = Awaited(description)
     modules = [
-        4
-        * (max(site.in_features, module.out_features) + 1)
-        * (site.in_features + module.out_features)
-        + 4 * _TENSOR_BYTES
+        _module_bytes(
+            site.in_features, module.out_features, max(site.in_features, module.out_features)
+        )
         for site in description.sites
         for module in site.modules
     ]
     put = min(sum(modules), PUT_BYTES + max(modules, default=0))
     return 2 * max(awaited.most, awaited.largest_answer(), put)
+
+
+def _module_bytes(inputs: int, out: int, rank: int) -> int:
+    """A and B with their biases, in float32."""
+    return 4 * (rank + 1) * (inputs + out) + 4 * _TENSOR_BYTES
 
 
 class Awaited:
@@ -134,8 +138,7 @@ class Awaited:
             inputs, outs = self._sites[entry.site] if entry.site < len(self._sites) else (0, [])
             out = outs[entry.module] if entry.module < len(outs) else 0
             rank = min(entry.rank, max(inputs, out))
-            total += 4 * (rank + 1) * (inputs + out) + 4 * _TENSOR_BYTES
-            total += _ROW_BYTES * (rank + out + 2)
+            total += _module_bytes(inputs, out, rank) + _ROW_BYTES * (rank + out + 2)
         return total
 
     def check(self, size: int) -> None:

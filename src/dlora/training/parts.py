@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from dlora.edge.model import SplitModel
@@ -19,8 +18,8 @@ def follow_parts(
     A resumed run takes that of its folder, picked or lowered: it is to go on bit for bit.
     """
     count = model.part_count
-    if resume and folder.run_file.is_file():
-        earlier = json.loads(folder.run_file.read_text(encoding="utf-8")).get("in_flight")
+    if resume:
+        earlier = folder.read().get("in_flight")
         if earlier and earlier["parts"]:
             count.number, count.why = earlier["parts"], earlier["why"]
 

@@ -8,7 +8,8 @@ from typing import Final
 
 from dlora.edge.model import SplitModel
 from dlora.edge.sites import ActiveSite
-from dlora.formulas import step_traffic
+from dlora.formulas import round_trips, step_traffic
+from dlora.protocol.channel import MODULE_FRAMES
 from dlora.protocol.codecs import mix
 from dlora.protocol.layers import layer_of
 from dlora.protocol.wire import payload_bytes
@@ -23,9 +24,6 @@ _FRAME_BYTES: Final = 8  # around a frame's tensors
 _COMPUTE_BYTES: Final = 5  # in the cloud's frames: how long they took
 _BEGIN_BYTES: Final = 40  # in the first frame, beside what grows with the batch
 _HASH_BYTES: Final = 34  # of a module that the cloud has kept
-
-_MODULE_FRAMES: Final = 8
-"""In which a hosted adapter travels, if it has so many modules, and its gradients come back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +110,7 @@ def _of_part(
         total,
         modules_sent=modules_sent,
         modules_received=modules_received,
-        module_frames=max(1, min(_MODULE_FRAMES, modules)),
+        module_frames=max(1, min(MODULE_FRAMES, modules)),
     )
 
 
@@ -129,20 +127,18 @@ def _framing(settings: PlanSettings, sites: Sequence[ActiveSite], input_grad: bo
     hosted, modules = settings.wire == "hosted", sum(len(site.layers) for site in sites)
     answers = modules * (2 if settings.wire == "factored" else 1)
     tensors, frames = answers + len(sites) + 1, 2 * len(sites) + 1
-    round_trips = 2 * len(sites) + 1 + input_grad
-    unsent = 0  # frames of one tensor
-    if settings.input_grad == "drop":  # backward goes one way
-        round_trips = len(sites) + 1 + bool(sites or input_grad)
-        unsent = max(0, len(sites) - 1)
+    dropped = settings.input_grad == "drop"
+    unsent = max(0, len(sites) - 1) if dropped else 0  # frames of one tensor
     if hosted:  # A and B of every module, in frames of their own, and their gradients
         tensors, frames = answers * 2 + 1, 1 + answers
-        round_trips = 2 if sites or input_grad else 1
     return Traffic(
         sent=(tensors - unsent) * _TENSOR_BYTES + (frames - unsent) * _FRAME_BYTES,
         received=tensors * _TENSOR_BYTES
         + frames * _FRAME_BYTES
         + (2 if hosted else 2 * len(sites) + 2) * _COMPUTE_BYTES,
-        round_trips=round_trips,
+        round_trips=round_trips(
+            len(sites), hosted=hosted, input_grad=input_grad, drop_input_grads=dropped
+        ),
     )
 
 

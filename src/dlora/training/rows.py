@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from typing import Any, Final
 
@@ -12,7 +11,7 @@ from datasets import Dataset
 
 from dlora.edge.labels import IGNORE
 from dlora.errors import DataError, UsageError
-from dlora.runs import RunFolder, read_kept
+from dlora.runs import RunFolder
 from dlora.training.settings import TrainSettings
 
 __all__ = ["check_same_rows", "digest", "fit_rows"]
@@ -113,11 +112,7 @@ def check_same_rows(folder: RunFolder, rows: dict[str, dict[str, Any]]) -> None:
 
     `rows` has digests by use. Runs of older versions kept none.
     """
-    if folder.run_file.is_file():
-        run = json.loads(folder.run_file.read_text(encoding="utf-8"))
-    else:  # every checkpoint keeps one
-        run = read_kept(folder.newest_complete())
-    earlier = run.get("rows", {})
+    earlier = folder.read().get("rows", {})
     for use, now in rows.items():
         before = earlier.get(use, now)
         if before != now:

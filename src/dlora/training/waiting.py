@@ -12,6 +12,7 @@ from dlora.edge.choose_parts import measured_rtt
 from dlora.edge.meter import Meter
 from dlora.edge.model import SplitModel
 from dlora.errors import PeerError, PeerLost
+from dlora.formulas import round_trips
 from dlora.kill_revive.config import KillReviveConfig
 from dlora.protocol.layers import layer_of
 from dlora.training.settings import TrainSettings
@@ -79,11 +80,12 @@ def round_trips_of(model: SplitModel) -> int:
     """Those of a training micro-batch that follow each other, with the sites that are active."""
     sites, first = len(model.active_set.exchanged()), model.edge_layers.first
     input_grad = any(layer_of(name) < first for name, _ in model.edge_layer_adapters())
-    if model.options.wire == "hosted":
-        return 2 if sites or input_grad else 1
-    if model.options.input_grad == "drop":
-        return sites + 1 + bool(sites or input_grad)
-    return 2 * sites + 1 + input_grad
+    return round_trips(
+        sites,
+        hosted=model.options.wire == "hosted",
+        input_grad=input_grad,
+        drop_input_grads=model.options.input_grad == "drop",
+    )
 
 
 def faster(settings: TrainSettings) -> str:
