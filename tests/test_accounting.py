@@ -24,7 +24,7 @@ from dlora.cloud.model import CloudModel
 from dlora.cloud.zero_edge import ZeroEdge, probe_request, sample_ids
 from dlora.edge.meter import Meter
 from dlora.embedded import InProcessLink
-from dlora.formulas import step_traffic
+from dlora.formulas import round_trips, step_traffic
 from dlora.protocol.codecs import MIXES
 from dlora.server.server import Server
 
@@ -133,6 +133,32 @@ def test_round_trips_are_two_a_site_and_one(cloud_models: Callable[[str], CloudM
     split = make_split(link, lora(target_modules="all-linear"))
     split(**batches()[0]).loss.backward()
     assert split.meter.round_trips == 2 * 12 + 1
+    link.close()
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["o_proj"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"wire": "plain"},
+        {"wire": "factored"},
+        {"wire": "factored", "input_grad": "drop"},
+        {"wire": "hosted", "upload_consent": True},
+    ],
+    ids=str,
+)
+def test_the_formula_of_round_trips_is_what_is_waited_for(
+    cloud_models: Callable[[str], CloudModel], options: dict[str, Any], targets: Any
+) -> None:
+    """A training micro-batch waits as often as the formula says, on every wire."""
+    link = InProcessLink(cloud_models("llama"))
+    split = make_split(link, lora(target_modules=targets), **options)
+    split(**batches()[0]).loss.backward()
+    assert split.meter.round_trips == round_trips(
+        len(split.sites),
+        hosted=options["wire"] == "hosted",
+        drop_input_grads=options.get("input_grad") == "drop",
+    )
     link.close()
 
 

@@ -564,14 +564,16 @@ def settings(tmp_path: Path, **changes: Any) -> TrainSettings:
     return TrainSettings(**(values | changes))
 
 
+@pytest.mark.parametrize("has_run_file", [True, False])
 def test_a_resumed_run_takes_the_number_of_the_run(
     cloud_models: Callable[[str], CloudModel],
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    has_run_file: bool,
 ) -> None:
-    """What auto has picked stands in run.json; a run that is resumed picks nothing anew, and ends
-    with the bits of one that was never stopped.
+    """What auto has picked stands in run.json, and in checkpoints where that is gone; a run that is
+    resumed picks nothing anew, and ends with the bits of one that was never stopped.
     """
     link = InProcessLink(cloud_models("llama"), tokenizer)
     picked = iter([(2, "as it was"), (4, "another day")])
@@ -585,6 +587,8 @@ def test_a_resumed_run_takes_the_number_of_the_run(
     run = json.loads((stopped / "run.json").read_text()) | {"status": "running"}
     run["settings"]["output"] = str(stopped)
     (stopped / "run.json").write_text(json.dumps(run))
+    if not has_run_file:
+        (stopped / "run.json").unlink()
     for file in (stopped / "checkpoints" / "checkpoint-6").glob("*"):
         file.unlink()
     (stopped / "adapter_model.safetensors").rename(tmp_path / "adapter_model.safetensors")
