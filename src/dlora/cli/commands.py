@@ -7,7 +7,9 @@ from typing import Final
 from dlora.cli import serve, train, use
 from dlora.cli.flags import Command
 from dlora.cli.settings import DemoSettings, MergeSettings
+from dlora.inference.settings import GenerationTexts
 from dlora.kill_revive.config import KillReviveConfig
+from dlora.training.trainer_settings import TrainerTexts
 
 __all__ = ["COMMANDS"]
 
@@ -30,9 +32,9 @@ COMMANDS: Final = {
     "serve": Command(serve.serve),
     "keys": Command(serve.keys, word="action"),
     "status": Command(serve.status),
-    "train": Command(train.train, inner={"kr_options": KillReviveConfig}),
-    "generate": Command(use.generate),
-    "chat": Command(use.chat),
+    "train": Command(train.train, inner={"kr_options": KillReviveConfig, "trainer": TrainerTexts}),
+    "generate": Command(use.generate, inner={"generation": GenerationTexts}),
+    "chat": Command(use.chat, inner={"generation": GenerationTexts}),
     "eval": Command(use.evaluate),
     "api": Command(use.api),
     "info": Command(use.info),

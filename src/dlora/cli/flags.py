@@ -36,7 +36,7 @@ class Command:
     word: str | None = None
     """The setting that is given without a flag, as `runs` of `dlora report RUN RUN`."""
     inner: Mapping[str, type] = field(default_factory=dict)
-    """Setting -> the settings class that its values belong to, where it is a dictionary."""
+    """Setting -> a class that annotates the types of its values, where it is a dictionary."""
 
     @property
     def settings(self) -> Any:
@@ -62,7 +62,7 @@ class Flag:
     group: str
     aliases: tuple[str, ...] = ()
     inside: Mapping[str, Any] = field(default_factory=dict)
-    """Key -> type of what a dictionary holds, where a settings class says it."""
+    """Key -> type of what a dictionary holds, where a class says it."""
 
     @property
     def is_required(self) -> bool:

@@ -220,7 +220,9 @@ class _Reader:
         name, _, key = _plain(where).partition(".") if is_flag else (where.split()[-1], "", "")
         try:
             if key:
-                value = {**self._given.get(flag.name, ({}, ""))[0], key: load_yaml(value)}
+                # A value whose type is known is read as that; another one as YAML.
+                plain = value if key in flag.inside else load_yaml(value)
+                value = {**self._given.get(flag.name, ({}, ""))[0], key: plain}
             self._given[flag.name] = convert(value, flag.kind, flag.inside), where
         except ValueError as error:
             raise UsageError(f"{where}: {error}") from error

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from dlora.files import expand_homes
+
 __all__ = ["DemoSettings", "MergeSettings"]
 
 
@@ -24,6 +26,10 @@ class MergeSettings:
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Dtype of the merged weights."""
 
+    def __post_init__(self) -> None:
+        """Raises UsageError for paths in a home that is not there."""
+        expand_homes(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
@@ -41,3 +47,7 @@ class DemoSettings:
     """Seed of the run."""
     examples: int = 8
     """Held-out answers shown side by side."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for paths in a home that is not there."""
+        expand_homes(self)

@@ -85,7 +85,7 @@ def convert(value: Any, kind: Any, inside: Mapping[str, Any] | None = None) -> A
         if not _is_unicode(value):
             raise ValueError(f"got {ascii(value)[:80]}, want UTF-8 text")
         return _texts(value) if list[str] in kinds else value
-    if value == "null" and NoneType in kinds:
+    if value == "null" and NoneType in kinds and Path not in kinds:  # a file may have that name
         return None
 
     # A word that stands for a value, beside the values themselves.

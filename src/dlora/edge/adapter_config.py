@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from peft import LoraConfig, PeftConfig, TaskType
 
@@ -77,22 +77,62 @@ def checked_config(config: LoraConfig) -> LoraConfig:
     return config
 
 
-def check_matched(config: LoraConfig, targeted: Sequence[str], allowed: str) -> None:
-    """Raises UsageError for a target, or a key of a pattern, that is the end of no name.
+def check_matched(
+    config: LoraConfig, targeted: Sequence[str], modules: Sequence[str], allowed: str
+) -> None:
+    """Raises UsageError for a target, a layer, or a key of a pattern, that matches no module.
 
-    peft is content if one target matches, and passes over the others. `targeted` are the full names
-    of modules with an adapter, `allowed` is what the message offers.
+    peft is content if one of them matches, and passes over the others. `targeted` are the full
+    names of modules with an adapter, `modules` those of all that could have one, `allowed` is what
+    the message offers.
     """
     targets = () if isinstance(config.target_modules, str) else config.target_modules or ()
-    for what, keys, is_pattern in (
-        ("target_modules", targets, False),
-        ("rank_pattern", config.rank_pattern or (), True),
-        ("alpha_pattern", config.alpha_pattern or (), True),
-    ):
+    checks: tuple[tuple[str, Iterable[Any], Callable[[Any], re.Pattern[str]]], ...] = (
+        ("target_modules", targets, _ends_in),
+        ("rank_pattern", config.rank_pattern or (), _ends_in_pattern),
+        ("alpha_pattern", config.alpha_pattern or (), _ends_in_pattern),
+        ("layers_pattern", _listed(config.layers_pattern), _has_layers),
+        ("layers_to_transform", _listed(config.layers_to_transform), _in_layer(config)),
+    )
+    for what, keys, pattern in checks:
         for key in keys:
-            wanted = re.compile(rf"(.*\.)?({key if is_pattern else re.escape(key)})$")
-            if not any(wanted.match(name) for name in targeted):
+            if not any(pattern(key).match(name) for name in targeted):
                 raise UsageError(
                     f"{what}: {key!r} matches no module with an adapter. This server allows: "
                     f"{allowed}."
                 )
+
+    is_pattern = isinstance(config.exclude_modules, str)
+    for key in _listed(config.exclude_modules):
+        excluded = re.compile(f"({key})$") if is_pattern else _ends_in(key)
+        if not any(excluded.match(name) for name in modules):
+            raise UsageError(
+                f"exclude_modules: {key!r} names no module that could have an adapter. This "
+                f"server allows: {allowed}."
+            )
+
+
+def _listed(given: Any) -> list[Any]:
+    """What may be one, several or none, as peft takes it."""
+    if given is None or isinstance(given, str | int):
+        return [] if given in (None, "") else [given]
+    return list(given)
+
+
+def _ends_in(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({re.escape(key)})$")
+
+
+def _ends_in_pattern(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
+
+
+def _has_layers(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(?:^|.*?\.){pattern}\.\d+\.")
+
+
+def _in_layer(config: LoraConfig) -> Callable[[int], re.Pattern[str]]:
+    """Layers by number; where none of their names is given, peft counts the first in a name."""
+    names = "|".join(map(str, _listed(config.layers_pattern)))
+    before = rf"(.*?\.)?({names})\." if names else r"((?!\d+\.)[^.]+\.)*"
+    return lambda number: re.compile(rf"{before}{number}\.")

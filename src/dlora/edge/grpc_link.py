@@ -25,7 +25,7 @@ from dlora.edge.server_address import check_address, check_replica, proxy_of, ta
 from dlora.edge.stall import without_stalls
 from dlora.edge.tokenizer_trial import try_tokenizer
 from dlora.errors import PeerError, PeerLost, UsageError, WireError
-from dlora.files import check_private, default_cache, read_secret
+from dlora.files import check_private, default_cache, expand_homes, read_secret
 from dlora.proto import dlora_pb2 as pb
 from dlora.proto import dlora_pb2_grpc as rpc
 from dlora.protocol.address import is_loopback
@@ -59,6 +59,10 @@ class Access:
     """Bearer token; sent over TLS, or to this machine itself, and never else."""
     token_file: Path | None = None
     """Where the token came from. It is read again when a server does not take it any more."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for paths in a home that is not there."""
+        expand_homes(self)
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -139,9 +143,8 @@ def connect(
     addresses = [part.strip() for part in address.split(",")]
     for part in addresses:
         check_address(part)
-    return GrpcLink(
-        addresses, access or Access(), timeout_s, frame_timeout_s, cache or default_cache()
-    )
+    folder = (cache or default_cache()).expanduser()
+    return GrpcLink(addresses, access or Access(), timeout_s, frame_timeout_s, folder)
 
 
 class GrpcLink:

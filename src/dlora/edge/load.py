@@ -48,8 +48,10 @@ def get_peft_model(
     supported, and for targets and patterns that match no module, by name.
     """
     model = _put_on(link, config, device, options)
-    targeted = model.base_model.targeted_module_names
-    check_matched(config, targeted, allowed_names(link.description))
+    tuner = model.base_model
+    # Those that hold others, such as a layer, are excluded by no name.
+    modules = [name for name, one in tuner.model.named_modules() if hasattr(one, "weight")]
+    check_matched(config, tuner.targeted_module_names, modules, allowed_names(link.description))
     return model
 
 
@@ -91,6 +93,7 @@ def load_adapter(
     `options` are as for `get_peft_model`. Raises UsageError for a folder that does not fit: another
     kind of adapter, other modules, other shapes.
     """
+    folder = Path(folder).expanduser()
     config = read_adapter_config(folder)
     config.inference_mode = not is_trainable
     weights = read_adapter_weights(folder, device)

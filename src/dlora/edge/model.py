@@ -361,6 +361,7 @@ class SplitModel(PeftModelForCausalLM):
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
         """Write a standard adapter folder. Unlike peft's own default this never asks a hub."""
+        save_directory = str(Path(save_directory).expanduser())
         if isinstance(self.peft_config["default"], BottleneckConfig):
             save_bottleneck(self, Path(save_directory))
             return

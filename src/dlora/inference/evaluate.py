@@ -24,7 +24,7 @@ from dlora.edge.data import ChoiceRow, check_choices, check_rows, read_rows
 from dlora.edge.kv_cache import CloudCache
 from dlora.edge.labels import IGNORE
 from dlora.edge.model import SplitModel
-from dlora.edge.templates import TOKENISING_ERRORS, name_refused_row
+from dlora.edge.templates import TOKENISING_ERRORS, check_end, name_refused_row
 from dlora.errors import DataError, UsageError
 from dlora.inference.answer import complete
 from dlora.inference.prompts import pad_token
@@ -111,6 +111,7 @@ def _batches(
     batch_size: int,
 ) -> Sequence[dict[str, Tensor]]:
     """What the trainer would feed the model: trl tokenises and collates."""
+    check_end(tokenizer)
     with tempfile.TemporaryDirectory(prefix="dlora-eval-") as scratch:
         arguments = SFTConfig(
             output_dir=scratch,

@@ -4,12 +4,40 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final, TypedDict
 
 from dlora.edge.settings import EdgeSettings
 from dlora.errors import UsageError
 
-__all__ = ["ApiSettings", "ChatSettings", "EvalSettings", "GenerateSettings", "SamplingSettings"]
+__all__ = [
+    "ApiSettings",
+    "ChatSettings",
+    "EvalSettings",
+    "GenerateSettings",
+    "GenerationTexts",
+    "SamplingSettings",
+]
+
+_SETTINGS: Final = {
+    "max_new_tokens": "max_new_tokens",
+    "max_length": "max_new_tokens",
+    "do_sample": "temperature",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "repetition_penalty": "repetition_penalty",
+    "prompt_lookup_num_tokens": "prompt_lookup",
+}
+"""Options of `generation` that are settings of their own -> the setting."""
+
+
+class GenerationTexts(TypedDict, total=False):
+    """Options of `generation` that are text, whatever the text looks like."""
+
+    stop_strings: list[str] | str
+    cache_implementation: str | None
+    num_assistant_tokens_schedule: str
+    speculation_type: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +90,15 @@ class SamplingSettings(EdgeSettings):
         for name in ("top_k", "prompt_lookup"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}: got {getattr(self, name)}, want 0 or more")
+
+        # Of two values for one thing one would count for nothing, and settings alone are checked.
+        if twice := sorted(_SETTINGS.keys() & self.generation.keys()):
+            name = twice[0]
+            raise UsageError(
+                f"generation: {name} is a setting of its own: give {_SETTINGS[name]} instead"
+            )
+        if self.stop and "stop_strings" in self.generation:
+            raise UsageError("generation: give stop or stop_strings, not both")
 
     @property
     def options(self) -> dict[str, Any]:

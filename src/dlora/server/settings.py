@@ -14,6 +14,7 @@ from typing import ClassVar, Final, Literal
 
 from dlora.cloud.limits import Limits
 from dlora.errors import UsageError
+from dlora.files import expand_homes
 from dlora.protocol.address import LOOPBACK_ADDRESS, LOOPBACK_NAME, is_loopback
 
 __all__ = ["KeysSettings", "ServeSettings", "ServerOptions", "StatusSettings"]
@@ -157,6 +158,7 @@ class ServeSettings:
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
+        expand_homes(self)
         self._check_replicas()
         self._check_protection()
         self._check_numbers()
@@ -219,6 +221,8 @@ class ServeSettings:
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: got {getattr(self, name)}, want at least 1")
 
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"threads: got {self.threads}, want at least 1")
         if not 0 <= self.port < 65536:
             raise UsageError(f"port: got {self.port}, want 0 to 65535")
         if self.max_message_mib > 2047:
@@ -255,6 +259,7 @@ class KeysSettings:
 
     def __post_init__(self) -> None:
         """Raises UsageError for actions that lack what they need."""
+        expand_homes(self)
         if self.action in ("tenant", "token", "certificate") and self.tenant is None:
             raise UsageError(f"keys {self.action} needs --tenant NAME")
         if self.output is not None and self.action != "token":

@@ -18,17 +18,12 @@ from dlora.edge.options import (
 )
 from dlora.edge.settings import AccessSettings, EdgeSettings, target_names
 from dlora.errors import UsageError
+from dlora.files import expand_homes
 from dlora.kill_revive.config import KillReviveConfig, from_options
 from dlora.training.link_speed import link_speed
+from dlora.training.trainer_settings import check_trainer
 
 __all__ = ["PlanSettings", "ReportSettings", "TrainSettings"]
-
-# Given to the trainer by `trainer_arguments`, or fixed because the split needs it.
-_RESERVED: Final = frozenset(
-    "output_dir fp16 bf16 gradient_checkpointing packing padding_free max_length push_to_hub "
-    "remove_unused_columns resume_from_checkpoint completion_only_loss assistant_only_loss "
-    "dataloader_num_workers".split()
-)
 
 _OF_THE_TABLE: Final = (
     *("wire", "wire_dtype", "input_grad", "in_flight", "sites"),
@@ -158,7 +153,7 @@ class TrainSettings(EdgeSettings):
     `output`/recording, with the text it came from: the folder holds private data. 24 batches of 16
     rows are enough."""
     trainer: dict[str, Any] = field(default_factory=dict)
-    """More arguments for trl.SFTConfig, by name."""
+    """More arguments for trl.SFTConfig, by name; what is a setting is given as one."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work, all checks here and nowhere else."""
@@ -171,11 +166,15 @@ class TrainSettings(EdgeSettings):
         self._check_kill_revive()
         if self.output.exists() and not self.output.is_dir():
             raise UsageError(f"output: {self.output} is a file, want a folder")
-        if reserved := sorted(_RESERVED & self.trainer.keys()):
-            raise UsageError(f"trainer: {', '.join(reserved)} cannot be set here")
+        check_trainer(self.trainer)
 
     def _check_adapter(self) -> None:
         self._check_least("r", 1)
+        for name in ("lora_alpha", "scale"):
+            if getattr(self, name) == 0:
+                raise UsageError(f"{name}: got 0, with which the adapter does nothing")
+        if zero := [key for key, alpha in self.alpha_pattern.items() if alpha == 0]:
+            raise UsageError(f"alpha_pattern: {zero[0]}: got 0, with which it does nothing")
         if not 0 <= self.lora_dropout < 1:
             raise UsageError(f"lora_dropout: got {self.lora_dropout}, want a value in [0, 1)")
         if self.kind == "lora":
@@ -211,15 +210,19 @@ class TrainSettings(EdgeSettings):
 
         if self.max_steps < 1 and self.max_steps != -1:
             raise UsageError(f"max_steps: got {self.max_steps}, want at least 1, or -1 for epochs")
-        if self.max_steps < 1 and self.epochs <= 0:
-            raise UsageError("give epochs or max_steps: both are zero or negative")
-        if self.learning_rate <= 0:
+        if self.max_steps < 1 and not 0 < self.epochs < math.inf:
+            raise UsageError(f"epochs: got {self.epochs}, want more than 0, or give max_steps")
+        if not 0 < self.learning_rate < math.inf:
             raise UsageError(f"learning_rate: got {self.learning_rate}, want a positive number")
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm"):
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"{name}: got {getattr(self, name)}, want 0 or more")
 
     def _check_evaluation(self) -> None:
         """Evaluations, the checkpoints that go with them, and stopping by them."""
         self._check_least("eval_steps", 1)
         self._check_least("save_steps", 1)
+        self._check_least("save_total_limit", 1)
         if not 0 <= self.save_minutes < math.inf:
             raise UsageError(f"save_minutes: got {self.save_minutes}, want 0 or more")
         self._check_least("early_stopping_patience", 1)
@@ -392,3 +395,7 @@ class ReportSettings:
     """Folders of runs, as `dlora train` writes them. Others are compared with the first."""
     output: Path = Path("report")
     """Folder for report.html and the figures as PNG files."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for paths in a home that is not there."""
+        expand_homes(self)

@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 
 from dlora.edge.data import load_rows
 from dlora.edge.model import SplitModel
-from dlora.edge.templates import TOKENISING_ERRORS, name_refused_row
+from dlora.edge.templates import TOKENISING_ERRORS, check_end, name_refused_row
 from dlora.errors import UsageError
 from dlora.files import write_json
 from dlora.formulas import pass_bytes
@@ -183,7 +183,7 @@ def build_trainer(
     except (TypeError, ValueError, ImportError) as error:
         raise UsageError(f"training arguments: {str(error).splitlines()[0]}") from error
 
-    _check_end(tokenizer)
+    check_end(tokenizer)
     folder, config = RunFolder(settings.output), settings.kill_revive
     patience = settings.early_stopping_patience
     early_stopping = None if patience is None else EarlyStoppingCallback(patience)
@@ -217,15 +217,6 @@ def build_trainer(
     trainer.rows = _digests(trainer)
     check_same_rows(folder, trainer.rows)
     return trainer
-
-
-def _check_end(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UsageError for a tokenizer without an end token, which trl needs."""
-    if tokenizer.eos_token is None:
-        raise UsageError(
-            "this model's tokenizer has no end token (eos_token), so that no answer could be "
-            "taught to end: name one in the served model's tokenizer_config.json"
-        )
 
 
 def _digests(trainer: SplitTrainer) -> dict[str, dict[str, Any]]:
@@ -311,7 +302,6 @@ def _check_room(rows: Dataset, arguments: SFTConfig, limits: pb.Limits, *, train
             "and set overlong to drop or truncate" + (", or lower pad_to" if pad_to else "")
         )
 
-    # What the trainer really uses counts, not the setting: `trainer` may have changed it.
     size = arguments.per_device_train_batch_size
     batch = min(size if training else arguments.per_device_eval_batch_size, len(rows))
     tokens, needed = batch * padded, 0.0
