@@ -18,19 +18,22 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from dlora.cloud.gguf import unused_of_gguf
 from dlora.errors import DLoRAError, ModelError
 
-__all__ = ["check_foreign_kernels", "first_line", "load_checkpoint", "reading"]
+__all__ = ["check_files", "check_foreign_kernels", "first_line", "load_checkpoint", "reading"]
 
 log = logging.getLogger(__name__)
 
-_SUFFIXES: Final = (".safetensors", ".bin", ".gguf", ".json", ".model")
+_SUFFIXES: Final = (".safetensors", ".bin", ".gguf", ".json", ".model", ".jinja", ".tiktoken")
+_TEXTS: Final = ("merges.txt", "vocab.txt")
+_TEMPLATES: Final = "additional_chat_templates/*"
 _POINTER: Final = b"version https://git-lfs.github.com/spec/"
 _SHOWN: Final = 3
 """Names of tensors in a message."""
 _CONSTANT: Final = re.compile(r"(^|\.)(masked_bias|position_ids|rotary_emb\.\w+)$")
 """Constants that older versions saved, and that are no weights."""
-_DRAFTING: Final = re.compile(r"(^|\.)mtp\b")
+_DRAFTING: Final = re.compile(r"(^|\.)(mtp|nextn)\b")
 _LAYER: Final = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 """Heads that draft tokens are modules, or layers behind the last one; no answer needs them."""
 _PART: Final = re.compile(r"-\d{5}-of-\d{5}$")
@@ -70,7 +73,10 @@ def load_checkpoint(
     Raises ModelError for files that cannot be read, and unless every tensor of the model, and
     nothing else of its decoder, is in the checkpoint.
     """
-    check_files([Path(source) / gguf_file] if gguf_file else Path(source).glob("*"))
+    folder = Path(source)
+    check_files(
+        [folder / gguf_file] if gguf_file else [*folder.glob("*"), *folder.glob(_TEMPLATES)]
+    )
     if gguf_file is None and (Path(source) / "adapter_config.json").is_file():
         raise _holds_adapter(name)
     what = f"cannot load model {name!r}" if gguf_file is None else f"cannot read {name}"
@@ -88,17 +94,24 @@ def load_checkpoint(
             output_loading_info=True,
             **options,
         )
+        unused = [] if gguf_file is None else unused_of_gguf(folder / gguf_file, model)
 
     if getattr(model, "_hf_peft_config_loaded", False):
         raise _holds_adapter(name)
     _check_complete(model, found, name)
+    if unused := [key for key in unused if not _DRAFTING.search(key)]:
+        raise ModelError(
+            f"{name} has {_listed(unused)}, and {type(model).__name__} as it is read from the file "
+            "has no place for that: the model would not be the one that was trained. Serve it from "
+            "safetensors"
+        )
     return model
 
 
 def check_files(files: Iterable[Path]) -> None:
     """Raises ModelError for files of a model that are empty, or not there but for a pointer."""
     for file in files:
-        if not file.is_file() or file.suffix not in _SUFFIXES:
+        if not file.is_file() or (file.suffix not in _SUFFIXES and file.name not in _TEXTS):
             continue
         with file.open("rb") as stream:
             start = stream.read(len(_POINTER))
@@ -174,7 +187,7 @@ def _check_quantisation(config: PreTrainedConfig, name: str, device: str) -> Non
     stored = getattr(config, "quantization_config", None)
     values = stored if isinstance(stored, dict) else getattr(stored, "to_dict", dict)()
     is_4bit = values.get("load_in_4bit") or values.get("_load_in_4bit")
-    if device.startswith("cpu") and values.get("quant_method") == "bitsandbytes" and is_4bit:
+    if device.startswith("cpu") and is_4bit:  # its method need not be named
         raise ModelError(
             f"{name} is quantised in bitsandbytes' 4 bits, whose kernels give wrong results on "
             "CPUs: serve the unquantised model with --quantize nf4, or this one on a GPU"

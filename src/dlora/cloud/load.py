@@ -16,7 +16,13 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dlora.cloud import quantize as low_bit
-from dlora.cloud.checkpoint import check_foreign_kernels, first_line, load_checkpoint, reading
+from dlora.cloud.checkpoint import (
+    check_files,
+    check_foreign_kernels,
+    first_line,
+    load_checkpoint,
+    reading,
+)
 from dlora.cloud.limits import Limits
 from dlora.cloud.model import CloudModel
 from dlora.cloud.tokenizer import load_tokenizer
@@ -88,7 +94,7 @@ def _source(name: str, cache: Path | None) -> tuple[str | Path, str]:
     if file.suffix.lower() == ".gguf":
         if not file.is_file():
             raise UsageError(f"no such file: {file}")
-        folder = _dequantised(file, cache or default_cache())
+        folder = _dequantised(file, (cache or default_cache()).expanduser())
         return folder, DEMO_MODEL_ID if name == DEMO_MODEL else file.stem
 
     if file.is_dir():
@@ -142,14 +148,20 @@ def _dequantised(file: Path, cache: Path) -> Path:
     """A transformers folder with the GGUF file's weights in fp32, made once for each content."""
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    folder = cache / "models" / f"{file.stem}-{digest[:16]}-whole"
+    folder = cache / "models" / f"{file.stem}-{digest[:16]}-checked"
     if folder.is_dir():
         return folder
 
     log.info("dequantising %s, once", file.name)
-    with reading(f"cannot read {file}"):
-        model = load_checkpoint(file.parent, str(file), dtype=torch.float32, gguf_file=file.name)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    check_files([file])
+    with (
+        reading(f"cannot read {file}"),
+        tempfile.TemporaryDirectory(prefix="dlora-gguf-") as alone,
+    ):
+        # Alone: an adapter, or another tokenizer, that lies beside the file is not of the model.
+        (Path(alone) / file.name).symlink_to(file.resolve())
+        model = load_checkpoint(alone, str(file), dtype=torch.float32, gguf_file=file.name)
+        tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=file.name)
 
     # Made beside its place and moved there whole: another process may do the same.
     folder.parent.mkdir(parents=True, exist_ok=True)

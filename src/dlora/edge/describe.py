@@ -80,7 +80,13 @@ def describe_adapter(
     """
     config = read_adapter_config(folder)
     shapes = _shapes(folder)
-    names = sorted({name.split(".lora_")[0].removeprefix("base_model.model.") for name in shapes})
+    names = sorted(
+        {
+            name.split(".lora_")[0].removeprefix("base_model.model.")
+            for name in shapes
+            if ".lora_" in name
+        }
+    )
     yield "adapter", f"{folder}, {_kind_of(config)}"
     yield "base", config.base_model_name_or_path or "not named"
 
@@ -170,10 +176,12 @@ def _describe_run(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _widths(shapes: dict[str, tuple[int, ...]], name: str) -> tuple[int, int]:
-    """(in, out) of a module by its two factors."""
-    a = next(shape for key, shape in shapes.items() if key.endswith(f"{name}.lora_A.weight"))
-    b = next(shape for key, shape in shapes.items() if key.endswith(f"{name}.lora_B.weight"))
-    return a[1], b[0]
+    """(in, out) of a module by its two factors; 0 for one that is not there, or no matrix."""
+    found = []
+    for end, side in ((f"{name}.lora_A.weight", 1), (f"{name}.lora_B.weight", 0)):
+        shape = next((shape for key, shape in shapes.items() if key.endswith(end)), ())
+        found.append(shape[side] if len(shape) == 2 else 0)
+    return found[0], found[1]
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -185,8 +193,11 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         )
     try:
         with safe_open(file, framework="numpy") as tensors:
-            return {
+            shapes = {
                 name: tuple(tensors.get_slice(name).get_shape()) for name in list(tensors.keys())
             }
     except SafetensorError as error:
-        raise UsageError(f"{file} cannot be read: {error}") from error
+        raise UsageError(f"{file} cannot be read: {error}; is it a whole file?") from error
+    if not any(".lora_" in name for name in shapes):
+        raise UsageError(f"the adapter in {folder} has no weights: {file.name} holds none of LoRA")
+    return shapes
