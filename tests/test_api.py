@@ -131,12 +131,15 @@ def test_sampling_follows_the_request(
     """A seed makes samples repeat as local peft's would; without temperature the API samples at
     1.
     """
-    want = local_answer(
-        tokenizer, QUESTION, max_new_tokens=8, do_sample=True, temperature=0.9, top_p=0.8
-    )
+    options = {"max_new_tokens": 8, "do_sample": True, "top_k": 0}
+    want = local_answer(tokenizer, QUESTION, **options, temperature=0.9, top_p=0.8)
     got = client.chat.completions.create(
         model="mine", messages=QUESTION, temperature=0.9, top_p=0.8, seed=5, max_completion_tokens=8
     )
+    assert got.choices[0].message.content == want
+    # At 2 the likeliest 50 tokens are not nearly all.
+    want = local_answer(tokenizer, QUESTION, **options, temperature=2.0)
+    got = client.chat.completions.create(model="mine", messages=QUESTION, temperature=2, seed=5)
     assert got.choices[0].message.content == want
     answers = {
         client.chat.completions.create(model="mine", messages=QUESTION, seed=seed)

@@ -26,16 +26,18 @@ from dlora.protocol.address import LOOPBACK
 try:
     import uvicorn
     from fastapi import FastAPI, HTTPException, Request
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, Response
+    from starlette.exceptions import HTTPException as AnyHTTPException
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from transformers.cli.serving.utils import Modality
 
     from dlora.inference.api_answers import Answers, ClientLeft
+    from dlora.inference.api_checks import check_messages, check_texts
     from dlora.inference.api_requests import (
         BodyLimit,
         Chat,
         Completion,
-        check_messages,
         largest_body,
         prompts_of,
         refused,
@@ -133,9 +135,16 @@ def _answer_errors(app: FastAPI) -> None:
     async def on_error(_: Request, error: DLoRAError) -> JSONResponse:
         return refused(400 if isinstance(error, UsageError) else 502, str(error))
 
-    @app.exception_handler(HTTPException)
-    async def on_refusal(_: Request, error: HTTPException) -> JSONResponse:
+    @app.exception_handler(AnyHTTPException)  # also of addresses that are not there
+    async def on_refusal(_: Request, error: AnyHTTPException) -> JSONResponse:
         return refused(error.status_code, str(error.detail))
+
+    @app.exception_handler(RequestValidationError)
+    async def on_bad_body(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return refused(400, f"the body is not JSON: {first['ctx']['error']}")
+        return refused(400, "the body: want a JSON object, as content type application/json")
 
     @app.exception_handler(ValueError)
     @app.exception_handler(TypeError)
@@ -162,6 +171,7 @@ def _serve_chat(app: FastAPI, chat: Chat, tokenizer: PreTrainedTokenizerBase) ->
     async def chat_completions(request: Request, body: dict[str, Any]) -> Any:
         if not tokenizer.chat_template:
             raise HTTPException(400, "this model has no chat template: use /v1/completions")
+        check_texts(body)
         check_messages(body.get("messages"))
         return await chat.handle_request(body, _request_id("chatcmpl"))
 
@@ -173,6 +183,7 @@ def _serve_completions(
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: dict[str, Any]) -> Any:
+        check_texts(body)
         prompts, number = prompts_of(body, tokenizer), _request_id("cmpl")
         bodies = [body | {"prompt": prompt} for prompt in prompts]
         if len(prompts) == 1:

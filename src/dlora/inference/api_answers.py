@@ -23,9 +23,14 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+)
 from transformers.cli.serving.utils import DirectStreamer, ReasoningText, _StreamError
-from transformers.generation import StoppingCriteriaList
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from dlora.edge.model import SplitModel
@@ -112,6 +117,7 @@ class _Answer:
         self.ends = set(ends if isinstance(ends, list) else [ends])
         # Rows that end early are filled with padding, which these would count.
         penalties = (config.repetition_penalty or 1.0) != 1.0 or config.no_repeat_ngram_size
+        penalties = penalties or any(getattr(config, "request_penalties", ()))
         alone = config.do_sample or config.prompt_lookup_num_tokens or (config.num_beams or 1) > 1
         self.key = None if alone or penalties else _settings_of(config)
         """Answers of the same key may share a batch; None: it takes its turn alone."""
@@ -183,6 +189,23 @@ class _Rows(BaseStreamer, StoppingCriteria):
                     answer.take(token)
             self.length = input_ids.shape[1]
         return torch.tensor([answer.is_done for answer in self.answers], device=input_ids.device)
+
+
+class _Penalties(LogitsProcessor):
+    """OpenAI's penalties: tokens of the answer so far lower their own logits.
+
+    `presence` once, `frequency` as often as they were said; `start` is where the answer begins.
+    """
+
+    def __init__(self, presence: float, frequency: float, start: int) -> None:
+        self.presence, self.frequency, self.start = presence, frequency, start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Any:
+        """Lower logits, [B, V]."""
+        said = input_ids[:, self.start :]
+        ones = torch.ones_like(said, dtype=scores.dtype)
+        counts_BV = torch.zeros_like(scores).scatter_add_(1, said, ones)
+        return scores - self.frequency * counts_BV - self.presence * (counts_BV > 0)
 
 
 class Answers:
@@ -326,12 +349,15 @@ class Answers:
 
         drafts = bool(config.prompt_lookup_num_tokens)
         rows = _Rows(answers, length, drafts=drafts)
+        penalties = getattr(config, "request_penalties", (0.0, 0.0))
+        processors = [_Penalties(*penalties, length)] if any(penalties) else []
         with torch.no_grad():
             self.turns.generate(
                 ids_BT.to(self.model.device),
                 attention_mask=mask_BT.to(self.model.device),
                 generation_config=config,
                 streamer=rows if drafts else None,
+                logits_processor=LogitsProcessorList(processors),
                 stopping_criteria=StoppingCriteriaList([rows]),
                 tokenizer=self.tokenizer,
             )
