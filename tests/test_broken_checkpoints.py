@@ -240,7 +240,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an empty chat template": (write("chat_template.jinja", ""), "chat_template.jinja is empty"),
     "a chat template that is cut": (
         cut("chat_template.jinja", 0.5),
-        "its chat template is broken in line 1 (Unexpected end of template",
+        "{folder} cannot be served: its chat template is broken in line 1 (",
     ),
     "merges that are a pointer": (write("merges.txt", LFS), "{folder}/merges.txt" + POINTER),
     "an empty vocabulary": (write("vocab.txt", ""), "{folder}/vocab.txt is empty"),

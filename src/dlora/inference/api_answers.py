@@ -349,8 +349,8 @@ class Answers:
 
         drafts = bool(config.prompt_lookup_num_tokens)
         rows = _Rows(answers, length, drafts=drafts)
-        penalties = getattr(config, "request_penalties", (0.0, 0.0))
-        processors = [_Penalties(*penalties, length)] if any(penalties) else []
+        presence, frequency = getattr(config, "request_penalties", (0.0, 0.0))
+        processors = [_Penalties(presence, frequency, length)] if presence or frequency else []
         with torch.no_grad():
             self.turns.generate(
                 ids_BT.to(self.model.device),

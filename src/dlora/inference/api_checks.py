@@ -107,7 +107,8 @@ def _check_calls(calls: Any) -> None:
             arguments = json.loads(given) if isinstance(given, str) else given
         except ValueError:
             arguments = None
-        if not isinstance(arguments, dict) or not isinstance(function.get("name"), str):
+        is_named = isinstance(function, dict) and isinstance(function.get("name"), str)
+        if not isinstance(arguments, dict) or not is_named:
             raise HTTPException(
                 400,
                 "messages: tool_calls: want a list of {function: {name, arguments}}, with an "

@@ -217,7 +217,7 @@ class Strict:
 class Chat(Strict, ChatCompletionHandler):
     """/v1/chat/completions."""
 
-    def get_processor_inputs_from_messages(  # type: ignore[override]  # there it is static
+    def get_processor_inputs_from_messages(  # there it is static
         self, messages: list[dict[str, Any]], modality: Any
     ) -> list[dict[str, Any]]:
         """Messages as the chat template gets them. HTTPException for what it would not show."""
