@@ -554,10 +554,12 @@ def served(folder: Path) -> Iterator[Serve]:
         yield serve
 
 
-def altered(tokenizer: PreTrainedTokenizerFast, folder: Path) -> PreTrainedTokenizerFast:
+def altered(
+    tokenizer: PreTrainedTokenizerFast, folder: Path, **changes: Any
+) -> PreTrainedTokenizerFast:
     """A copy that a test may change."""
     tokenizer.save_pretrained(folder)
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder, **changes)
 
 
 def test_an_end_that_a_tokenizer_appends_is_left_out(
@@ -580,10 +582,11 @@ def test_token_types_are_left_out(
     tokenizer: PreTrainedTokenizerFast, folder: Path, served: Serve
 ) -> None:
     """What a tokenizer gives is what a decoder takes."""
-    typed = altered(tokenizer, folder)
-    typed.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
-    assert "token_type_ids" in typed("the desk")
-    ready = dlora.load_tokenizer(served(typed))
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    typed = altered(tokenizer, folder, model_input_names=names)
+    link = served(typed)
+    assert "token_type_ids" in PreTrainedTokenizerFast.from_pretrained(folder)("the desk")
+    ready = dlora.load_tokenizer(link)
     assert set(ready("the desk")) == {"input_ids", "attention_mask"}
 
 

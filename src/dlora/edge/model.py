@@ -361,12 +361,11 @@ class SplitModel(PeftModelForCausalLM):
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
         """Write a standard adapter folder. Unlike peft's own default this never asks a hub."""
-        save_directory = str(Path(save_directory).expanduser())
         if isinstance(self.peft_config["default"], BottleneckConfig):
-            save_bottleneck(self, Path(save_directory))
+            save_bottleneck(self, Path(save_directory).expanduser())
             return
         kwargs.setdefault("save_embedding_layers", False)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(str(Path(save_directory).expanduser()), *args, **kwargs)
 
 
 def check_codecs(link: Link, codecs: Codecs) -> None:
