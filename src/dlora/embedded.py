@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlora.cloud.limits import Limits
 from dlora.cloud.model import CloudModel
+from dlora.edge.link import shown
 from dlora.errors import DLoRAError, PeerError, PeerLost
 from dlora.files import ScratchFolder
 from dlora.proto import dlora_pb2 as pb
@@ -33,6 +34,8 @@ class InProcessLink:
         write_layer_files(
             cloud.model, cloud.limits.edge_first, cloud.limits.edge_last, Path(self._layers.name)
         )
+
+    __repr__ = shown
 
     def open(self) -> _QueueStream:
         """Start a micro-batch on a thread of its own."""

@@ -21,6 +21,7 @@ from dlora.edge.description import read_description
 from dlora.edge.file_cache import cached_files
 from dlora.edge.grpc_errors import call_error, connect_error
 from dlora.edge.grpc_stream import GrpcStream, StreamServer
+from dlora.edge.link import shown
 from dlora.edge.server_address import check_address, check_replica, proxy_of, target_of
 from dlora.edge.stall import without_stalls
 from dlora.edge.tokenizer_trial import try_tokenizer
@@ -169,6 +170,8 @@ class GrpcLink:
         except BaseException:
             self.close()
             raise
+
+    __repr__ = shown
 
     def _find(self, timeout_s: float, *, again: bool = False) -> pb.Description:
         """The description of the first server that answers; where it has replicas, use these."""

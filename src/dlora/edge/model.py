@@ -41,6 +41,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dlora.edge.active_set import ActiveSet, Idle
+from dlora.edge.adapter_card import refuse_merging, write_card
 from dlora.edge.adapter_config import checked_config
 from dlora.edge.bottleneck import BottleneckConfig, make_bottleneck, save_bottleneck
 from dlora.edge.cloud_layers import CloudLayers
@@ -240,9 +241,7 @@ class SplitModel(PeftModelForCausalLM):
         )
         if cache is not None:
             if training:
-                raise UsageError(
-                    "a KV cache in the cloud keeps no gradients: use torch.no_grad(), or no cache"
-                )
+                raise UsageError("a KV cache keeps no gradients: use torch.no_grad(), or no cache")
             return cloud.extend(new, cache, [layer for _, layer in self.edge_layer_adapters()])
 
         micro_batch = cloud.micro_batch(
@@ -332,6 +331,8 @@ class SplitModel(PeftModelForCausalLM):
                 self.active_set.train_active_only()
 
     # -------------------------------------- as transformers and peft have it
+    merge_and_unload = merge_adapter = staticmethod(refuse_merging)
+    create_or_update_model_card = write_card
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` of transformers, with a KV cache in the cloud that is freed at the end.

@@ -23,6 +23,7 @@ from dlora.edge.model import SplitModel
 from dlora.errors import PeerLost
 from dlora.privacy.recording import Recorder
 from dlora.runs import RunFolder, step_of
+from dlora.training.card import write_run_card
 from dlora.training.ending import failure, results, way_on
 from dlora.training.output import began, check_output, first_values, no_folders_if_refused
 from dlora.training.parts import follow_parts
@@ -87,6 +88,7 @@ def train(settings: TrainSettings, link: Link) -> dict[str, Any]:
     run["status"] = "interrupted" if trainer.stop.asked else "finished"
     run |= results(trainer)
     folder.write(run)
+    write_run_card(folder, run)
     return run
 
 
