@@ -313,8 +313,9 @@ def test_nan_stops_before_the_update(link: InProcessLink, data: Path, tmp_path: 
             r"x\.jsonl:2: `completion` is missing or empty",
         ),
         ('{"prompt": "a", "completion": "b"}\nnot json', r"x\.jsonl:2: not JSON"),
-        ('{"prompt": "a", "completion": 3}', r"x\.jsonl:1: `completion` is a int, want text"),
-        ("[1]", r"x\.jsonl:1: got a list, want one JSON object"),
+        ('{"prompt": "a", "completion": 3}', r"x\.jsonl:1: `completion` is a number, want text"),
+        ("[1]", r"x\.jsonl:1: got a number, want objects in the array"),
+        ('{"text": "a"}\n[1]', r"x\.jsonl:2: got a list, want one JSON object"),
         (
             '{"messages": [{"role": "user", "content": "a"}]}',
             r"x\.jsonl:1: the last of at least two messages",
@@ -491,7 +492,7 @@ def refused(server: Server, data: Path, tmp_path: Path, flags: list[str]) -> int
     ("flags", "code", "message"),
     [
         (["--server", "127.0.0.1:1"], 1, "no DLoRA server answers at 127.0.0.1:1"),
-        (["--data", "nowhere.jsonl"], 2, "dlora: nowhere.jsonl: no such file"),
+        (["--data", "nowhere.jsonl"], 2, "dlora: train: --data: nowhere.jsonl: no such file"),
         (["--pad_to", "-1"], 2, "pad_to: got -1, want 0 or more"),
     ],
 )

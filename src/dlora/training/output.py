@@ -33,17 +33,11 @@ _PACKAGES: Final = ("dlora", "torch", "transformers", "peft", "trl", "grpcio")
 def check_output(settings: TrainSettings, link: Link) -> None:
     """Raises UsageError for an output folder that this run may not use. Writes nothing."""
     folder = RunFolder(settings.output)
-    if folder.run_file.is_file():
-        if not settings.resume:
-            raise UsageError(
-                f"{folder.path} already holds a run: continue it with --resume, or use another "
-                "folder"
-            )
-        _check_same_run(_read(folder.run_file), folder.run_file, settings, link)
-        return
     if not settings.resume:
-        if folder.path.is_dir() and any(folder.path.iterdir()):
-            raise UsageError(f"{folder.path} is not empty: use a new folder")
+        folder.check_new()
+        return
+    if folder.run_file.is_file():
+        _check_same_run(_read(folder.run_file), folder.run_file, settings, link)
         return
 
     # run.json is gone; every checkpoint keeps one.

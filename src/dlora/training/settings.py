@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
+from dlora.edge.data_forms import check_columns
 from dlora.edge.noise import Noise
 from dlora.edge.options import (
     InFlight,
@@ -43,7 +44,7 @@ class TrainSettings(EdgeSettings):
 
     GROUPS: ClassVar[dict[str, str]] = {
         "connection": f"{EdgeSettings.GROUPS['connection']} input_grad in_flight",
-        "data": "data max_length overlong batch_size",
+        "data": "data columns val_size max_length overlong batch_size",
         "adapter": "adapter kind r lora_alpha lora_dropout target_modules use_rslora rank_pattern "
         "alpha_pattern activation scale",
         "optimizer": "learning_rate epochs max_steps gradient_accumulation_steps optim "
@@ -57,8 +58,13 @@ class TrainSettings(EdgeSettings):
     }
 
     data: str
-    """Training data: a .jsonl or .csv file, or a Hugging Face data set id (org/name or
-    org/name:split). Rows have `prompt` and `completion`, or `messages`, or `text`."""
+    """Training data: JSON lines or an array, .csv, .tsv, .parquet or .txt; several files with
+    commas, or a folder; or a Hugging Face data set (org/name or org/name:split). Rows have `prompt`
+    and `completion`, `messages`, `text`, or the columns of Alpaca or ShareGPT."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Names of columns in the data, where they are others: prompt=question,completion=answer."""
+    val_size: float = 0.0
+    """Rows of `data` to hold out in place of eval_data: a share (under 1), or a number."""
     output: Path
     """Folder for the adapter, run.json and checkpoints."""
     in_flight: InFlight = SplitOptions.in_flight
@@ -167,6 +173,7 @@ class TrainSettings(EdgeSettings):
         check_in_flight(self.in_flight, self.wire)
         self._check_adapter()
         self._check_amounts()
+        self._check_data()
         self._check_evaluation()
         self._check_kill_revive()
         if self.output.exists() and not self.output.is_dir():
@@ -216,6 +223,21 @@ class TrainSettings(EdgeSettings):
         if self.learning_rate <= 0:
             raise UsageError(f"learning_rate: got {self.learning_rate}, want a positive number")
 
+    def _check_data(self) -> None:
+        """Names of columns, and what is held out."""
+        check_columns(self.columns)
+        if self.val_size < 0 or (self.val_size > 1 and self.val_size % 1):
+            raise UsageError(
+                f"val_size: got {self.val_size:g}, want a share under 1 or a whole number of rows"
+            )
+        if self.val_size and self.eval_data is not None:
+            raise UsageError("val_size: rows are held out in place of eval_data: give one of them")
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there are held-out rows."""
+        return self.eval_data is not None or self.val_size > 0
+
     def _check_evaluation(self) -> None:
         """Evaluations, the checkpoints that go with them, and stopping by them."""
         self._check_least("eval_steps", 1)
@@ -223,11 +245,11 @@ class TrainSettings(EdgeSettings):
         if not 0 <= self.save_minutes < math.inf:
             raise UsageError(f"save_minutes: got {self.save_minutes}, want 0 or more")
         self._check_least("early_stopping_patience", 1)
-        if self.early_stopping_patience is not None and self.eval_data is None:
-            raise UsageError("early_stopping_patience needs eval_data")
+        if self.early_stopping_patience is not None and not self.evaluates:
+            raise UsageError("early_stopping_patience needs eval_data or val_size")
 
         # The best adapter can only be kept of evaluations at which one is saved.
-        if self.eval_data is None or not self.keep_best or not self.save_steps:
+        if not self.evaluates or not self.keep_best or not self.save_steps:
             return
         if self.eval_steps is None or self.save_steps % self.eval_steps:
             raise UsageError(
@@ -286,7 +308,10 @@ class TrainSettings(EdgeSettings):
         free |= {"save_minutes"}
         free |= {field.name for field in dataclasses.fields(AccessSettings)}
         # A run of an earlier version lacks what came later, and ran as the default says.
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        defaults = {
+            one.name: one.default if one.default_factory is MISSING else one.default_factory()
+            for one in dataclasses.fields(self)
+        }
         return [
             name
             for name, value in self.as_dict().items()

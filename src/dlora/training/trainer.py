@@ -18,7 +18,6 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
-from dlora.edge.data import load_rows
 from dlora.edge.model import SplitModel
 from dlora.edge.templates import TOKENISING_ERRORS, name_refused_row
 from dlora.errors import UsageError
@@ -36,7 +35,7 @@ from dlora.training.checkpoints import (
     sync_checkpoint,
 )
 from dlora.training.last_finished import LastFinished
-from dlora.training.rows import check_same_rows, digest, fit_rows
+from dlora.training.rows import check_same_rows, digest, fit_rows, rows_of
 from dlora.training.settings import TrainSettings
 
 __all__ = ["SplitTrainer", "build_trainer"]
@@ -154,6 +153,9 @@ class SplitTrainer(SFTTrainer):
             kept={folder} | ({Path(best)} if best else set()),
         )
 
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """None beside the checkpoints: the run writes one, of what it was and cost."""
+
     def save_finished(self) -> bool:
         """On any ending: save the last finished step, where it is not yet; whether it is saved."""
         return save_finished(self, self.finished)
@@ -176,8 +178,7 @@ def build_trainer(
 
     Raises UsageError for arguments, and DataError for rows, that cannot work.
     """
-    rows, origins = load_rows(settings.data)
-    eval_rows, eval_origins = load_rows(settings.eval_data) if settings.eval_data else (None, [])
+    (rows, origins), (eval_rows, eval_origins) = rows_of(settings, tokenizer)
     try:
         arguments = SFTConfig(**trainer_arguments(settings))
     except (TypeError, ValueError, ImportError) as error:
@@ -236,8 +237,7 @@ def _digests(trainer: SplitTrainer) -> dict[str, dict[str, Any]]:
 
 def trainer_arguments(settings: TrainSettings) -> dict[str, Any]:
     """These settings as arguments of trl.SFTConfig."""
-    evaluates = settings.eval_data is not None
-    eval_steps = settings.eval_steps
+    evaluates, eval_steps = settings.evaluates, settings.eval_steps
     save_steps = settings.save_steps or eval_steps
     return {
         # Optimizer and schedule.
