@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-__all__ = ["DemoSettings", "MergeSettings"]
+__all__ = ["DemoSettings", "EnvSettings", "MergeSettings"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,11 @@ class MergeSettings:
     """New folder for the full model."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Dtype of the merged weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvSettings:
+    """`dlora env` has none."""
 
 
 @dataclass(frozen=True, kw_only=True)

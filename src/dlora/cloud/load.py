@@ -22,6 +22,7 @@ from dlora.cloud.model import CloudModel
 from dlora.cloud.tokenizer import load_tokenizer
 from dlora.errors import DLoRAError, UsageError
 from dlora.files import default_cache
+from dlora.protocol.device import try_device
 
 __all__ = ["DEMO_MODEL", "DEMO_MODEL_ID", "DTYPES", "LoadedModel", "load_cloud", "load_model"]
 
@@ -60,11 +61,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype: got {dtype!r}, want one of {', '.join(DTYPES)}")
-    if device in ("auto", "balanced", "balanced_low_0", "sequential"):
-        raise UsageError(
-            f"device: got {device!r}, want one device such as cuda or cuda:1. A model is not "
-            "spread over several GPUs: use a smaller dtype, or replicas with a GPU each"
-        )
+    try_device(device)
 
     source, default_id = _source(name, cache)
     model = load_checkpoint(source, name, dtype=DTYPES[dtype], device=device)

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dlora.errors import ModelError, UsageError
+from dlora.extras import missing_extra
 
 __all__ = [
     "KINDS",
@@ -214,7 +215,5 @@ def _bitsandbytes() -> Any:
     try:
         from bitsandbytes import functional as library
     except ImportError as error:
-        raise UsageError(
-            f"quantize: int8 and nf4 need bitsandbytes ({error}): pip install 'dlora[quantize]'"
-        ) from error
+        raise missing_extra("quantize", f"quantize: int8 and nf4 ({error})") from error
     return library
