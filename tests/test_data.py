@@ -396,7 +396,7 @@ def test_data_without_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str
     file = write_lines(tmp_path / "a.jsonl", [rows[-1], *rows[:-1]])
     assert main(["data", str(file), "--show", "1"]) == 0
     out = capsys.readouterr().out
-    assert f"{file}: 9 rows" in out and "form         prompt and completion\n" in out
+    assert f"{file}: 9 rows" in out and "form         prompt, completion\n" in out
     assert "refused      1 rows; the first is" in out and "`completion` is missing" in out
     assert "  prompt     \\x1b[2J\n  completion y\n" in out
     assert "lengths      5 to " in out and "characters, median" in out and "\x1b" not in out

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import shlex
 import socket
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import dlora
 from dlora.cli.commands import COMMANDS
 from dlora.cli.main import main
 from dlora.cli.parser import Request, parse
 from dlora.extras import install_command, missing_extra
 from dlora.protocol.device import check_device_name, try_device
 
+ROOT = Path(dlora.__file__).parents[2]
 SERVED = ["--server", "127.0.0.1:1"]
 TRAIN = ["train", *SERVED, "--data", "d.jsonl", "--output", "new"]
 AUDIT = ["audit", "run", "--server", "127.0.0.1:1"]
@@ -249,18 +254,20 @@ def test_a_logger_that_is_not_installed_is_said_first(
     request.check()
 
 
-def test_the_packages_of_every_extra_are_known() -> None:
-    """Each extra of pyproject.toml, and no other, has a command that names its packages."""
-    for extra, package in {
-        "api": "uvicorn",
-        "quantize": "bitsandbytes",
-        "ray": "ray",
-        "report": "matplotlib",
-        "server": "cryptography",
-    }.items():
-        assert f"{package}>=" in install_command(extra)
-        assert f"x needs {''}" in str(missing_extra(extra, "x"))
-    assert "pytest" not in install_command("server")
+def test_every_extra_can_be_installed() -> None:
+    """Each extra of pyproject.toml has a command that names all of its packages and no others, and
+    is in the README; no document and no message installs the project by its name alone."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = dict(project["optional-dependencies"])
+    del extras["dev"]
+    readme = (ROOT / "README.md").read_text()
+    assert f'".[{",".join(sorted(extras))}]"' in readme
+    for extra, packages in extras.items():
+        given = shlex.split(install_command(extra).partition(" install ")[2])
+        assert sorted(one for one in given if ">=" in one) == sorted(packages)
+        assert install_command(extra) in str(missing_extra(extra, "x")) and f"`{extra}`" in readme
+    for file in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("src/**/*.py")):
+        assert not re.search(r"pip install [\"']?dlora(\[\w|\b)(?!.*@)", file.read_text()), file
 
 
 # ----------------------------------------------------------------- devices

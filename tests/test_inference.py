@@ -243,7 +243,7 @@ def test_generate_without_adapter_is_the_served_model(
         (["--prompt", "word " * 400], "this server takes sequences of up to 256"),
         (["--prompt", "a", "--temperature", "-1"], "temperature: got -1"),
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
-        (["--prompts", "nowhere.txt"], "No such file"),
+        (["--prompts", "nowhere.txt"], "--prompts: nowhere.txt: no such file"),
         (["--prompt", "a", "--adapter", "nowhere"], "--adapter: no such folder: nowhere"),
         (
             ["--prompt", "a", "--generation", '{"cache_implementation": "static"}'],

@@ -252,7 +252,10 @@ def _check_loggers(names: Iterable[str]) -> None:
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UsageError(f"report_to: got {name!r}, want {', '.join(_LOGGERS)}{hint}")
         if _LOGGERS[name] and not is_installed(_LOGGERS[name]):
-            raise UsageError(f"report_to: {name} is not installed: pip install {name}, or none")
+            raise UsageError(
+                f"report_to: {_LOGGERS[name]} is not installed: pip install {_LOGGERS[name]}, or "
+                "give none"
+            )
 
 
 def _check_run(name: str, folder: Path) -> None:

@@ -42,13 +42,16 @@ def card_head(base: str) -> str:
     return f"---\n{data.to_yaml()}\n---\n"
 
 
-def how_to_load(base: str, folder: str) -> str:
+def how_to_load(base: str, folder: str, *, bottleneck: bool = False) -> str:
     """The section on using an adapter, with the base at hand and without."""
+    library, call = "from peft import PeftModel", "PeftModel.from_pretrained"
+    if bottleneck:  # which peft does not know
+        library, call = "import dlora", "dlora.apply_bottleneck"
     return (
         "## How to load it\n\nWhere the base model is:\n\n```python\n"
-        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        f"{library}\nfrom transformers import AutoModelForCausalLM\n\n"
         f"base = AutoModelForCausalLM.from_pretrained({base!r})\n"
-        f"model = PeftModel.from_pretrained(base, {folder!r})\n```\n\n"
+        f"model = {call}(base, {folder!r})\n```\n\n"
         "With the base model in the cloud, and text and adapter here:\n\n```\n"
         f"dlora generate --server HOST:PORT --adapter {folder} --prompt ...\n```\n"
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dlora.edge.adapter_card import card_head, how_to_load
+from dlora.edge.bottleneck import CONFIG_FILE
 from dlora.edge.meter import Meter
 from dlora.runs import RunFolder
 from dlora.training.advice import SEEN
@@ -22,11 +23,12 @@ _SETTINGS: Final = (
 
 def write_run_card(folder: RunFolder, run: dict[str, Any]) -> None:
     """Write README.md beside the adapter; `run` is what run.json holds."""
-    text = "\n".join(run_card(folder.path.resolve().name, run))
+    bottleneck = (folder.path / CONFIG_FILE).is_file()
+    text = "\n".join(run_card(folder.path.resolve().name, run, bottleneck=bottleneck))
     (folder.path / "README.md").write_text(text, encoding="utf-8")
 
 
-def run_card(name: str, run: dict[str, Any]) -> Iterator[str]:
+def run_card(name: str, run: dict[str, Any], *, bottleneck: bool = False) -> Iterator[str]:
     """Its lines. Data has a name and a size, and no content; no server and no path is named."""
     base, settings = run["model_id"], run["settings"]
     yield card_head(base)
@@ -35,7 +37,7 @@ def run_card(name: str, run: dict[str, Any]) -> Iterator[str]:
         f"An adapter for `{base}`, trained with [DLoRA](https://arxiv.org/abs/2404.05182): the "
         "frozen model stayed in the cloud, text, labels, adapter and optimizer on the edge.\n"
     )
-    yield how_to_load(base, name)
+    yield how_to_load(base, name, bottleneck=bottleneck)
     yield "## Data\n"
     yield from _data(run)
     yield "\n## Training\n"

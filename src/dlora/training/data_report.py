@@ -17,7 +17,8 @@ from typing import Any, Final
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from dlora.edge.data import load_rows
+from dlora.edge.data import load_rows, read_rows
+from dlora.edge.data_forms import form_of
 from dlora.edge.labels import IGNORE
 from dlora.edge.link import Link
 from dlora.edge.load import load_tokenizer
@@ -50,9 +51,9 @@ def describe(settings: DataSettings, link: Link | None = None) -> Iterator[str]:
         raise DataError(refused[0])
 
     yield f"data         {settings.data}: {len(rows) + len(refused)} rows"
-    parts = " and ".join(rows.column_names)
-    kind = ", as messages" if isinstance(rows[0].get("prompt"), list) else ""
-    yield f"form         {parts}{kind}"
+    ((where, first),) = read_rows(settings.data, settings.columns, limit=1)
+    as_messages = isinstance(rows[0].get("prompt"), list)
+    yield f"form         {', '.join(form_of(where, first))}{', as messages' * as_messages}"
     if refused:
         yield f"refused      {len(refused)} rows; the first is {refused[0]}"
 
@@ -113,7 +114,7 @@ def histogram(lengths: Sequence[int], width: int = 40) -> Iterator[str]:
     for length in lengths:
         counts[(length - least) // step] += 1
 
-    digits = len(str(most))
+    digits = len(str(least + len(counts) * step - 1))
     for number, count in enumerate(counts):
         first = least + number * step
         bar = "#" * math.ceil(width * count / max(counts))
@@ -166,7 +167,7 @@ def _wrapped(name: str, text: str) -> Iterator[str]:
     shown = text if len(text) <= most else f"{text[:most]} ..."
     lines = textwrap.wrap(shown, width, drop_whitespace=False) or [""]
     for number, line in enumerate(lines):
-        yield f"  {'' if number else name:11}{line}"
+        yield f"  {'' if number else name:11}{line}".rstrip()
 
 
 # ----------------------------------------------------------------- an epoch
