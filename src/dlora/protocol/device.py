@@ -11,7 +11,7 @@ from dlora.protocol.text import clean_text
 
 __all__ = ["check_device_name", "try_device"]
 
-_KINDS: Final = ("cpu", "cuda", "mps", "xpu", "hpu", "npu", "xla", "mtia")
+_KINDS: Final = ("cpu", "cuda", "mps", "xpu", "hpu", "npu", "xla", "mtia", "meta")
 _NAME: Final = re.compile(rf"({'|'.join(_KINDS)})(:\d+)?")
 _SEVERAL: Final = ("auto", "balanced", "balanced_low_0", "sequential")
 
