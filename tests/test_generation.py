@@ -402,19 +402,19 @@ def test_model_without_cache_still_generates(
     assert torch.equal(got, generated(make_local("llama", lora()).eval(), prompts(), **GREEDY))
     assert split.meter.passes == 0
     with torch.no_grad(), pytest.raises(PeerError, match="served without KV cache"):
-        split(**ECHO, use_cache=True)
+        split(**ECHO, past_key_values=dlora.CloudCache())
     link.close()
 
 
 def test_cache_is_refused_where_it_changes_results(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check at load notices a cache that forgets."""
-    import dlora.cloud.load_checks
+    import dlora.cloud.caches
 
     class Forgetful(DynamicCache):
         def update(self, keys: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
             return super().update(keys * 1.01, values, *args, **kwargs)
 
-    monkeypatch.setattr(dlora.cloud.load_checks, "DynamicCache", Forgetful)
+    monkeypatch.setattr(dlora.cloud.caches, "DynamicCache", Forgetful)
     assert CloudModel(make_base("llama"), model_id="x/y").memory.cache_bytes_per_token == 0
 
 

@@ -164,7 +164,10 @@ def _serve_replicas(settings: ServeSettings) -> int:
 
 def _model(settings: ServeSettings) -> dict[str, Any]:
     """Keyword arguments of `load_cloud`, but for the limits."""
+    from dlora.embedded import try_in_process
+
     return {
+        "trial": try_in_process,
         "name": settings.model,
         "model_id": settings.model_id,
         "device": settings.device,

@@ -19,6 +19,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from dlora.errors import DLoRAError, ModelError
+from dlora.protocol.decoder import decoder_of
 
 __all__ = ["check_foreign_kernels", "first_line", "load_checkpoint", "reading"]
 
@@ -152,7 +153,10 @@ def _in_decoder(key: str, model: PreTrainedModel) -> bool:
     layer, extra = _LAYER.search(key), getattr(model.config, "num_nextn_predict_layers", 0)
     if layer and extra and 0 <= int(layer[1]) - model.config.num_hidden_layers < extra:
         return False
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    try:
+        decoder: nn.Module = decoder_of(model)
+    except ModelError:  # which loading it will say
+        decoder = model
     prefix = next((path for path, one in model.named_modules() if path and one is decoder), "")
     children = {name for name, _ in decoder.named_children()}
     return not prefix or key.startswith(f"{prefix}.") or key.partition(".")[0] in children

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -99,12 +100,17 @@ def _source(name: str, cache: Path | None) -> tuple[str | Path, str]:
 
 
 def load_cloud(
-    name: str, *, allow_modules: str, limits: Limits, **options: Any
+    name: str,
+    *,
+    allow_modules: str,
+    limits: Limits,
+    trial: Callable[[CloudModel], None] | None = None,
+    **options: Any,
 ) -> tuple[CloudModel, LoadedModel]:
     """Load a model to serve. `options` are those of `load_model`.
 
-    `allow_modules` is a regular expression that is searched in the full names of modules. Raises
-    UsageError or ModelError with the reason.
+    `allow_modules` is a regular expression that is searched in the full names of modules. `trial`
+    tries an edge's half on it. Raises UsageError or ModelError with the reason.
     """
     try:
         allowed = re.compile(allow_modules)
@@ -126,6 +132,8 @@ def load_cloud(
             f"allow_modules: {allow_modules!r} is in none of the modules' names, so that nobody "
             f"could use an adapter. The first is {modules[0].name}; they end in {', '.join(names)}"
         )
+    if trial is not None:
+        trial(cloud)
     return cloud, loaded
 
 

@@ -11,33 +11,39 @@ a pass costs. Then a request is checked (`check`) and computed (`run`).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import inspect
 import json
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from dlora.cloud import load_checks
-from dlora.cloud.costs import MemoryCost, pass_flops
+from dlora.cloud.caches import cached_pass, is_recurrent, measure_cache, new_cache
+from dlora.cloud.costs import MemoryCost, other_flops, pass_flops
 from dlora.cloud.exchange import Pipe
 from dlora.cloud.frozen_store import FrozenStore, check_frozen_shape
 from dlora.cloud.hosted import HostedAdapter
 from dlora.cloud.layers import CloudLayers
 from dlora.cloud.limits import Limits
+from dlora.cloud.parts import Parts
 from dlora.cloud.pass_request import PassRequest
 from dlora.cloud.passes import Pass, current_pass
 from dlora.cloud.quantize import give_back, quantization
 from dlora.cloud.requests import RequestCheck
-from dlora.cloud.trace import trace
+from dlora.cloud.trace import TracedPass, trace
 from dlora.cloud.zero_edge import sample_ids
-from dlora.errors import UsageError, WireError
+from dlora.errors import DLoRAError, ModelError, UsageError, WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.channel import PROTOCOL_VERSION
+from dlora.protocol.decoder import called_outside
 from dlora.protocol.sites import Module, output_sites
+from dlora.protocol.text import clean_text
 from dlora.protocol.wire import WIRE_DTYPES
 
 __all__ = ["CloudModel", "Limits"]
@@ -47,8 +53,8 @@ class CloudModel:
     """A transformers decoder-only model, frozen, hooked, measured and checked.
 
     `model_id` is the public name that edges write into their adapters. `allowed` decides by
-    full module name which modules edges may adapt. Raises ModelError if the split does not
-    give the full model's logits.
+    full module name which modules edges may adapt. Raises ModelError, which names the architecture
+    and the reason, if the split does not give the full model's logits, or anything else fails.
     """
 
     def __init__(
@@ -59,23 +65,34 @@ class CloudModel:
         allowed: Callable[[str], bool] = lambda name: True,
         limits: Limits | None = None,
     ) -> None:
-        load_checks.check_kind(model)
-        self.model = model.eval().requires_grad_(False)
         self.model_id = model_id
-        self.decoder, self.embedding = model.get_decoder(), model.get_input_embeddings()
-        self.limits = _within_model(limits or Limits(), model)
+        self.full_head, self.all_rows = False, False
+        """What a trial of the edge's half has found: `Description` says what they mean."""
+        try:
+            load_checks.check_kind(model)
+            self.model = model.eval().requires_grad_(False)
+            self._prepare(limits or Limits(), allowed)
+        except DLoRAError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"{type(model).__name__} cannot be split: {type(error).__name__}: "
+                f"{clean_text(error)}"
+            ) from error
+
+    def _prepare(self, limits: Limits, allowed: Callable[[str], bool]) -> None:
+        """Trace, hook, check and measure the model."""
+        model = self.model
+        self.limits = _within_model(limits, model)
+        ids_BT = sample_ids(model, 2, min(8, self.limits.max_length))
+        self.parts = parts = Parts.of(model, ids_BT)
+        self.embedding = parts.lookups.embedding
+        self.called_outside = called_outside(model, parts.decoder, ids_BT)
+        self.called_outside |= parts.lookups.tables.keys()
 
         # Where adapters may sit, and the hooks that ask the edge there.
-        batch, length = 2, min(8, self.limits.max_length)
-        ids_BT = sample_ids(model, batch, length)
-        traced = trace(
-            model,
-            self.decoder,
-            lambda: self.decoder(inputs_embeds=self.embedding(ids_BT), use_cache=False),
-            batch,
-            length,
-            allowed,
-        )
+        self.cache_cost = measure_cache(parts, ids_BT)
+        traced = trace(model, parts.decoder, self._traced_passes(ids_BT), allowed)
         self.sites, self.unusable = traced.sites, traced.unusable
         self.all_sites = (*traced.sites, *output_sites(traced.sites))
         # Modules outside the layers, such as OPT's projections of the embedding, have layer -1.
@@ -83,11 +100,18 @@ class CloudModel:
             {module.layer for site in self.sites for module in site.modules} - {-1}
         )
         self._install_hooks()
-        self.layers = CloudLayers(model, self.limits, ids_BT)
+        self.layers = CloudLayers(parts, self.limits, ids_BT)
 
-        self.hidden_width = load_checks.check_split(model, self.sites, ids_BT)
-        self.memory = self._measure(ids_BT)
-        load_checks.check_layers(model, self.sites, self.layers, self.limits, ids_BT)
+        self.hidden_width = load_checks.check_split(parts, self.sites, ids_BT)
+        self.memory = self._measure()
+        self.other_flops = other_flops(
+            partial(parts.hidden, ids_BT),
+            *ids_BT.shape,
+            self.sites,
+            len(self.layers_with_sites),
+            model.config,
+        )
+        load_checks.check_layers(parts, self.sites, self.layers, self.limits, ids_BT)
 
         self.config_json = _public_config(model)
         self.fingerprint = _fingerprint(self.config_json, model)
@@ -95,17 +119,47 @@ class CloudModel:
         self.requests = self._request_check()
         give_back()  # what loading and measuring have left
 
-    def _measure(self, ids_BT: Tensor) -> MemoryCost:
+    def _traced_passes(self, ids_BT: Tensor) -> list[TracedPass]:
+        """Passes to watch: of two shapes, and one behind a cache."""
+        shapes = [ids_BT]
+        if self.limits.max_length > ids_BT.shape[1]:
+            shapes.append(sample_ids(self.model, 1, min(21, self.limits.max_length)))
+        passes = [
+            TracedPass(run=partial(self.parts.run, ids), batch=ids.shape[0], length=ids.shape[1])
+            for ids in shapes
+        ]
+        if self.cache_cost:
+            passes.append(cached_pass(self.parts, self.cache_cost, ids_BT))
+        return passes
+
+    def _measure(self) -> MemoryCost:
         """What passes will cost in memory."""
         per_token, per_token_squared = load_checks.measure_activations(
-            self.model, self.sites, self.limits.max_length
+            self.parts, self.sites, self.limits.max_length
         )
         return MemoryCost(
             bytes_per_token=per_token,
             bytes_per_token_squared=per_token_squared,
-            cache_bytes_per_token=load_checks.measure_cache(self.model, ids_BT),
+            cache_bytes_per_token=self.cache_cost.bytes_per_token,
+            cache_bytes_per_sequence=self.cache_cost.bytes_per_sequence,
             num_layers=len(self.layers_with_sites),
         )
+
+    def without_limits(self) -> CloudModel:
+        """The same model for a trial, which is small: without limits on what passes may take."""
+        other = copy.copy(self)
+        other.limits = dataclasses.replace(
+            self.limits, max_tokens=2**20, max_message_bytes=2**30, max_inflight_bytes=2**40
+        )
+        other.requests = other._request_check()
+        return other
+
+    def serve_without_cache(self) -> None:
+        """Let edges generate without a KV cache from now on, before anything is served."""
+        self.memory = dataclasses.replace(
+            self.memory, cache_bytes_per_token=0, cache_bytes_per_sequence=0
+        )
+        self.requests = self._request_check()
 
     def _request_check(self) -> RequestCheck:
         """What requests are checked against, as plain values."""
@@ -118,8 +172,11 @@ class CloudModel:
             sites=self.sites,
             all_sites=self.all_sites,
             num_layers=self.layers.count,
-            takes_position_ids="position_ids" in inspect.signature(self.decoder.forward).parameters,
-            deep_rollback=not any(DynamicCache(config=self.model.config).is_sliding),
+            takes_position_ids="position_ids"
+            in inspect.signature(type(self.parts.decoder).forward).parameters,
+            deep_rollback=self.memory.has_cache and not any(new_cache(self.model).is_sliding),
+            rollback=self.memory.has_cache and not is_recurrent(self.model),
+            whole_prompts=self.cache_cost.whole_prompts,
             frozen_store=self.frozen_store,
             device=self.embedding.weight.device,
         )
@@ -144,13 +201,23 @@ class CloudModel:
             fingerprint=self.fingerprint,
             config_json=self.config_json,
             compute_dtype=f"{dtype}, {kind} weights" if kind else dtype,
-            embedding_width=weight.shape[1],
+            embedding_width=sum(self.parts.lookups.widths),
+            tables=self.parts.lookups.tables,
             hidden_width=self.hidden_width,
             sites=sites,
             wire_dtypes=WIRE_DTYPES.values(),
             layers=self._describe_layers(),
             limits=self._describe_limits(),
+            head_width=self._head_width(),
+            full_head=self.full_head,
+            all_rows=self.all_rows,
         )
+
+    def _head_width(self) -> int:
+        """Width of what the LM head reads, where it is another than the decoder's."""
+        head = self.model.get_output_embeddings()
+        width = 0 if head is None else int(head.weight.shape[-1])
+        return 0 if width == self.hidden_width else width
 
     def _describe_module(self, module: Module) -> pb.ModuleInfo:
         weight = self.model.get_submodule(module.name).weight
@@ -179,7 +246,10 @@ class CloudModel:
             bytes_per_token=self.memory.bytes_per_token,
             bytes_per_token_squared=self.memory.bytes_per_token_squared,
             cache_bytes_per_token=self.memory.cache_bytes_per_token,
+            cache_bytes_per_sequence=self.memory.cache_bytes_per_sequence,
             deep_rollback=self.requests.deep_rollback,
+            no_rollback=not self.requests.rollback,
+            whole_prompts=self.requests.whole_prompts,
         )
 
     # ----------------------------------------------------------------- what edges ask for
@@ -254,7 +324,7 @@ class CloudModel:
 
     def _run_cached(self, request: PassRequest, pipe: Pipe, hosted: HostedAdapter | None) -> None:
         """Pass after pass; `receive` raises when the edge has left."""
-        cache = DynamicCache(config=self.model.config)
+        cache = new_cache(self.model)
         if request.rollback:
             cache.activate_past_recording()
 
@@ -290,8 +360,7 @@ class CloudModel:
         flops: int = 0,
     ) -> Pass:
         return Pass(
-            self.decoder,
-            self.embedding.weight,
+            self.parts,
             request,
             pipe,
             layer_width=self.layers.width,
@@ -302,7 +371,9 @@ class CloudModel:
 
     def flops(self, request: PassRequest) -> tuple[int, int]:
         """(forward, backward) matmul FLOPs of the model in one pass; `pass_flops` says how."""
-        return pass_flops(request, self.sites, self.layers_with_sites, self.model.config)
+        return pass_flops(
+            request, self.sites, self.layers_with_sites, self.model.config, self.other_flops
+        )
 
     # ----------------------------------------------------------------- hooks
 
@@ -315,6 +386,9 @@ class CloudModel:
             for index, info in enumerate(site.modules):
                 module = self.model.get_submodule(info.name)
                 _hook(module, site.index, index, output_site[info.name])
+        if self.parts.lookups.tables:
+            for index, module in enumerate(self.parts.lookups.modules):
+                _hook_lookup(module, index)
 
 
 def _hook(module: nn.Module, site: int, index: int, output_site: int) -> None:
@@ -330,6 +404,16 @@ def _hook(module: nn.Module, site: int, index: int, output_site: int) -> None:
         return current.after(site, index, args[0], output, output_site)
 
     module.register_forward_pre_hook(before)
+    module.register_forward_hook(after)
+
+
+def _hook_lookup(module: nn.Module, index: int) -> None:
+    """Let a pass put what the edge has looked up in the place of what a table gives."""
+
+    def after(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        current = current_pass()
+        return output if current is None else current.looked_up(index, output)
+
     module.register_forward_hook(after)
 
 

@@ -13,21 +13,27 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache
 
 from dlora.cloud.exchange import Exchange, Pipe
 from dlora.cloud.hosted import HostedAdapter
+from dlora.cloud.parts import Parts
 from dlora.cloud.pass_request import PassRequest
+from dlora.cloud.trace import one_row_a_token
+from dlora.errors import ModelError
 from dlora.proto import dlora_pb2 as pb
+from dlora.protocol.decoder import last_hidden, run_decoder
 from dlora.protocol.layers import first_output
 
 __all__ = ["Pass", "current_pass"]
 
 _thread = threading.local()
+_ANY_ID: Final = 7
+"""A token id that every vocabulary has, and that is seldom a special one."""
 
 
 def current_pass() -> Pass | None:
@@ -39,16 +45,15 @@ def current_pass() -> Pass | None:
 class Pass:
     """The forward of a request, in training the backward, and the exchanges between.
 
-    `embedding` is the token embedding's weight: its width, dtype and device are those of what goes
-    into the decoder. `layer_width` is that between layers, for requests with edge layers. `hosted`
-    is the adapter, where the cloud computes it: no site is asked for then. `cache`
+    `parts` are the model's: what goes in is as wide as what it looks up, in the dtype and on the
+    device of its embedding. `layer_width` is that between layers, for requests with edge layers.
+    `hosted` is the adapter, where the cloud computes it: no site is asked for then. `cache`
     is the stream's KV cache, if it has one; the last hidden states then go with `flops`.
     """
 
     def __init__(
         self,
-        decoder: nn.Module,
-        embedding: Tensor,
+        parts: Parts,
         request: PassRequest,
         pipe: Pipe,
         *,
@@ -57,10 +62,10 @@ class Pass:
         cache: Cache | None = None,
         flops: int = 0,
     ) -> None:
-        self.decoder, self.embedding, self.request = decoder, embedding, request
+        self.parts, self.embedding, self.request = parts, parts.weight, request
         self.layer_width, self.cache, self.flops = layer_width, cache, flops
         self.hosted = hosted
-        self.exchange = Exchange(request, pipe, embedding.device)
+        self.exchange = Exchange(request, pipe, self.embedding.device)
 
         # Multiply-adds beside the model's own: factors, frozen modules, probes. Known afterwards.
         self.forward_macs = self.backward_macs = 0
@@ -71,11 +76,13 @@ class Pass:
             (site.index, module) for site, modules in request.probe for module in modules
         }
         self._deltas: dict[int, tuple[Tensor, ...]] = {}
+        # Where there are tables beside the embedding: what the edge has looked up in each.
+        self._looked_up: list[Tensor] = []
         # With edge layers: what goes into the cloud's first layer, and what comes out of its last.
         self._entry_BTD: Tensor | None = None
         self._exit_BTD: Tensor | None = None
         # Frozen weights ask for no gradient: the lowest exchange needs an input that does.
-        self._anchor = torch.zeros((), device=embedding.device, requires_grad=request.training)
+        self._anchor = torch.zeros((), device=self.embedding.device, requires_grad=request.training)
 
     def run(self) -> None:
         """Forward and, in training, backward. Raises WireError for frames that do not fit."""
@@ -90,7 +97,7 @@ class Pass:
             _thread.current = None
 
     def _run(self) -> None:
-        request, width = self.request, self.embedding.shape[1]
+        request, width = self.request, sum(self.parts.lookups.widths)
         entry_BTD = self.exchange.entry(
             self.layer_width if request.edge_layers else width, self.embedding.dtype
         )
@@ -124,14 +131,18 @@ class Pass:
             inputs["inputs_embeds"] = self.embedding.new_zeros(
                 request.batch, request.length, self.embedding.shape[1]
             )
+        elif self.parts.lookups.tables:
+            # Ids of no meaning: what they look up is replaced, see `looked_up`.
+            self._looked_up = self.parts.lookups.apart(entry_BTD)
+            shape = request.batch, request.length
+            ids_BT = torch.full(shape, _ANY_ID, device=self.embedding.device)
+            inputs = {"input_ids": ids_BT}
         if request.mask_BT is not None:
             inputs["attention_mask"] = request.mask_BT
         if request.position_ids_BT is not None:
             inputs["position_ids"] = request.position_ids_BT
-        if self.cache is not None:
-            inputs["past_key_values"] = self.cache
 
-        hidden_BTD = self.decoder(**inputs, use_cache=self.cache is not None).last_hidden_state
+        hidden_BTD = last_hidden(run_decoder(self.parts.decoder, cache=self.cache, **inputs))
         if self._exit_BTD is not None:
             hidden_BTD, self._exit_BTD = self._exit_BTD, None
         return hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[request.keep_K]
@@ -156,6 +167,10 @@ class Pass:
         if index == edge_layers.end - 1:
             self._exit_BTD = first_output(output)
         return output
+
+    def looked_up(self, index: int, output: Tensor) -> Tensor:
+        """What the edge has looked up in the table number `index`, in place of the cloud."""
+        return self._looked_up[index] if self._looked_up else output
 
     def before(self, site: int, index: int, x: Tensor) -> None:
         """Before a module: let others compute. Before the first active one of a site: exchange x
@@ -195,7 +210,15 @@ class Pass:
         return output
 
     def _ask(self, site: int, x: Tensor) -> tuple[Tensor, ...]:
-        """The deltas at a site, each [B, T, O]: the edge's or, of a hosted adapter, its own."""
+        """The deltas at a site, each [B, T, O]: the edge's or, of a hosted adapter, its own.
+
+        Raises ModelError where the module does not see one row for each token, as it did at load.
+        """
+        if not one_row_a_token(x, self.request.batch, self.request.length):
+            raise ModelError(
+                f"the module at site {site} got {list(x.shape)} for {self.request.batch} x "
+                f"{self.request.length} tokens, not one row for each: leave it out of the adapter"
+            )
         if self.hosted is not None:
             return self._compute(self.hosted, site, x)
         if self.request.training:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dlora.errors import ModelError, UsageError
+from dlora.protocol.decoder import decoder_of
 
 __all__ = [
     "KINDS",
@@ -98,9 +99,7 @@ def quantize(model: PreTrainedModel, kind: str) -> None:
     if getattr(model.config, "quantization_config", None) is not None:
         raise ModelError(f"{name} is quantised already: serve it without quantize")
 
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if decoder is None or decoder is model:
-        raise ModelError(f"{name} is not a decoder-only causal LM")
+    decoder = decoder_of(model)
     if any(isinstance(module, Conv1D) for module in decoder.modules()):
         raise ModelError(
             f"{name} has Conv1D modules in place of linear ones: it can be served in full "

@@ -54,6 +54,10 @@ class RequestCheck:
     takes_position_ids: bool
     deep_rollback: bool
     """The KV cache can give back more than the last pass: no layer attends over a window."""
+    rollback: bool = True
+    """The KV cache can give back tokens at all: no layer is recurrent."""
+    whole_prompts: bool = False
+    """A cache takes tokens in one pass at first, and then one by one."""
 
     frozen_store: FrozenStore
     device: torch.device
@@ -127,8 +131,10 @@ class RequestCheck:
             raise WireError(
                 "a KV cache is for generation on the plain or hosted wire, not for training"
             )
-        if not self.memory.cache_bytes_per_token:
+        if not self.memory.has_cache:
             raise UsageError(f"{self.class_name} is served without KV cache: use use_cache=False")
+        if message.rollback and not self.rollback:
+            raise WireError("rollback: the cache of this model cannot give tokens back")
         if message.cache_length > self.limits.max_length:
             raise UsageError(
                 f"a KV cache of {message.cache_length} tokens is over this server's limit of "
@@ -234,6 +240,11 @@ class RequestCheck:
             raise WireError(
                 f"drop: got {message.drop} tokens, attention over a window gives back the last "
                 f"{before.length}"
+            )
+
+        if self.whole_prompts and message.length > 1:
+            raise WireError(
+                f"extend: got {message.length} tokens, this model's cache takes one at a time"
             )
 
         # The size is checked before tensors are made that are as large as it says.

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
 from peft import LoraConfig, PeftConfig, TaskType
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from transformers import PreTrainedModel
 
 from dlora.edge.bottleneck import BottleneckConfig, load_bottleneck_config
 from dlora.errors import UsageError
 from dlora.protocol.text import clean_text
 
-__all__ = ["check_matched", "checked_config", "read_adapter_config"]
+__all__ = ["check_matched", "checked_config", "read_adapter_config", "targetable"]
 
 # Options of LoraConfig that need nothing but A and B. Every other option must be at its default.
 _SUPPORTED_OPTIONS: Final = frozenset(
@@ -75,6 +78,25 @@ def checked_config(config: LoraConfig) -> LoraConfig:
             f"which stay in the cloud: use one of {_SUPPORTED_INITS}"
         )
     return config
+
+
+def targetable(names: Iterable[str], model: PreTrainedModel) -> list[str]:
+    """Of these modules, by full name, those that peft adapts when it is given their names.
+
+    In some mixtures it takes the names of modules that other versions of transformers had for those
+    of fused experts, and adapts these instead; in some recurrent models it refuses a few.
+    """
+
+    def stays(name: str) -> bool:
+        config = LoraConfig(target_modules=[name])
+        try:
+            convert_peft_config_for_transformers(config, model, [])
+            _check_lora_target_modules_mamba(config, model, name.rpartition(".")[2])
+        except ValueError:
+            return False
+        return set(config.target_modules or ()) == {name} and not config.target_parameters
+
+    return [name for name in names if stays(name)]
 
 
 def check_matched(config: LoraConfig, targeted: Sequence[str], allowed: str) -> None:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from dlora.edge.adapter_config import read_adapter_config
 from dlora.edge.bottleneck import BottleneckConfig, is_series
+from dlora.edge.description import has_cache
 from dlora.edge.sites import allowed_names
 from dlora.edge.wall import wall
 from dlora.errors import UsageError
@@ -43,8 +44,10 @@ def describe_server(address: str, description: pb.Description) -> Iterator[tuple
     yield "lengths", f"{limits.max_length} tokens a sequence, {limits.max_tokens} a micro-batch"
     per_token = f"{limits.bytes_per_token / 2**10:.0f} KiB a training token"
     yield "memory", f"{limits.max_inflight_bytes / 2**20:.0f} MiB for all streams; {per_token}"
-    if cache := limits.cache_bytes_per_token:
-        yield "KV cache", f"{cache / 2**10:.1f} KiB a token"
+    if has_cache(limits):
+        states = limits.cache_bytes_per_sequence
+        more = f", {states / 2**10:.1f} KiB a sequence" if states else ""
+        yield "KV cache", f"{limits.cache_bytes_per_token / 2**10:.1f} KiB a token{more}"
     else:
         yield "KV cache", "none: generation computes every token anew"
     offered = set(description.wire_dtypes)

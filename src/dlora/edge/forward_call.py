@@ -29,9 +29,9 @@ class Rows:
     wanted_BT: Tensor
     """Positions whose hidden states have to come back for that; all of `keep_BT` among them."""
 
-    def pass_input(self, entry_BTD: Tensor) -> PassInput:
-        """What goes into the cloud, given the tokens' hidden states."""
-        return PassInput(entry_BTD, self.mask_BT, self.position_ids_BT, self.wanted_BT)
+    def pass_input(self, entry_BTD: Tensor, *, all_rows: bool = False) -> PassInput:
+        """What goes into the cloud, given the tokens' hidden states; `all_rows`: padding, too."""
+        return PassInput(entry_BTD, self.mask_BT, self.position_ids_BT, self.wanted_BT, all_rows)
 
     def only_kept(self, wanted_KD: Tensor) -> Tensor:
         """Of the rows that came back those that were asked for."""

@@ -63,6 +63,21 @@ class CloudCache(Cache):
 
     # -------------------------------------- what transformers asks of a cache
 
+    def __bool__(self) -> bool:
+        """True, as that of other caches, which hold layers from the start on."""
+        return True
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether anything is cached."""
+        return bool(self._past)
+
+    def has_previous_state(
+        self, layer_idx: int | None = None, state_idx: int | None = None
+    ) -> bool:
+        """The same, as recurrent architectures ask it."""
+        return bool(self._past)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """P: tokens of each sequence in the cache."""
         return sum(part.length for part in self._past)
@@ -89,8 +104,14 @@ class CloudCache(Cache):
         self._drop -= tokens_to_remove
         self._forget(-tokens_to_remove)
         self._cut_local(self.get_seq_length())
-        if not self._recording:
+        if not self._rolls_back():
             self.close()
+
+    def _rolls_back(self) -> bool:
+        """Whether the cloud's cache gives tokens back; one that does not is made again."""
+        responder = self._responder
+        keeps = responder is not None and responder.link.description.limits.no_rollback
+        return self._recording and not keeps
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row i continue row `beam_idx[i]`: beams, or several continuations of one prompt."""
@@ -256,7 +277,8 @@ class CloudCache(Cache):
         length = self.get_seq_length() + new.length
         limits = responder.link.description.limits
         too_deep = self._drop > self._last_length and not limits.deep_rollback
-        if responder.stream is not None and (length > self._reserved or too_deep):
+        in_one_pass = limits.whole_prompts and new.length > 1
+        if responder.stream is not None and (length > self._reserved or too_deep or in_one_pass):
             self.close()
 
         whole = new
@@ -266,6 +288,12 @@ class CloudCache(Cache):
             room = max(room, self.expected_length)
             self._reserved = max(length, min(room, int(limits.max_length)))
         step = _slice_length(responder, whole.batch)
+        if limits.whole_prompts and whole.length > step:
+            raise UsageError(
+                f"{whole.batch} prompts of {whole.length} tokens do not fit one pass of at most "
+                f"{step}, and this model's cache takes no prompt in parts: shorten it, or ask for "
+                "fewer at a time"
+            )
         hidden_KD = self._send_slices(responder, whole, step)
 
         # From here on the cloud has these tokens.
@@ -313,7 +341,7 @@ class CloudCache(Cache):
             responder.codecs,
             batch=part.batch,
             cache_length=self._reserved,
-            rollback=self._recording,
+            rollback=self._rolls_back(),
             **(responder.hosted.fields(training=False) if responder.hosted else {}),
             **fields,
         )

@@ -35,16 +35,19 @@ class HeadRequest:
     """Bool mask of positions; None: all."""
     compact_labels: Tensor | None = None
     """Labels to match, [1, K + 1]; then the kept positions return alone, [1, K + 1, D]."""
+    also_BT: Tensor | None = None
+    """Where all are wanted: bool mask of positions that a loss looks at, padding or not."""
 
     def kept(self, attended_BT: Tensor) -> Tensor:
         """Bool mask of positions, on the CPU. Raises UsageError for labels of another shape."""
-        if self.keep_BT is None:
+        named_BT = self.also_BT if self.keep_BT is None else self.keep_BT
+        if named_BT is None:
             return attended_BT
-        if self.keep_BT.shape != attended_BT.shape:
+        if named_BT.shape != attended_BT.shape:
             raise UsageError(
-                f"labels have shape {list(self.keep_BT.shape)}, input_ids {list(attended_BT.shape)}"
+                f"labels have shape {list(named_BT.shape)}, input_ids {list(attended_BT.shape)}"
             )
-        return self.keep_BT.cpu()
+        return attended_BT | named_BT.cpu() if self.keep_BT is None else named_BT.cpu()
 
 
 def head_request(
@@ -71,8 +74,13 @@ def head_request(
         if isinstance(keep_last, int) and keep_last > 0 and ids_BT is not None:
             return _newest_positions(ids_BT, keep_last)
         return HeadRequest()
-    if everywhere or kwargs.get("shift_labels") is not None:
+    if kwargs.get("shift_labels") is not None:
         return HeadRequest()
+    if everywhere:
+        # What the loss pairs with a label: the state at its position, or the one before.
+        also_BT = labels_BT != IGNORE
+        also_BT[:, :-1] |= labels_BT[:, 1:] != IGNORE
+        return HeadRequest(also_BT=also_BT)
     return _gather_labels(labels_BT)
 
 

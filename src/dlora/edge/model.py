@@ -28,9 +28,9 @@ Shapes: B batch, T tokens, P cached tokens, N rows that travel, K kept positions
 from __future__ import annotations
 
 import inspect
-import types
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -44,6 +44,7 @@ from dlora.edge.active_set import ActiveSet, Idle
 from dlora.edge.adapter_config import checked_config
 from dlora.edge.bottleneck import BottleneckConfig, make_bottleneck, save_bottleneck
 from dlora.edge.cloud_layers import CloudLayers
+from dlora.edge.description import has_cache
 from dlora.edge.edge_layers import EdgeDecoder
 from dlora.edge.forward_call import ForwardCall
 from dlora.edge.hosted import KeptVersions, check_hosted
@@ -58,10 +59,11 @@ from dlora.edge.passes import PassInput, fill_padding, is_right_padded
 from dlora.edge.remote_forward import remote_forward
 from dlora.edge.responder import Wait
 from dlora.edge.sites import ActiveSite, match_sites
-from dlora.edge.skeleton import decoder_of
 from dlora.errors import UsageError
 from dlora.protocol.codecs import MIXES, Codecs, name_of
+from dlora.protocol.decoder import cache_name, decoder_of, decoders_of
 from dlora.protocol.layers import CloudBetween, EdgeLayers
+from dlora.protocol.lookups import Lookups
 
 __all__ = ["SplitModel", "check_codecs"]
 
@@ -102,11 +104,17 @@ class SplitModel(PeftModelForCausalLM):
         self.output_squares: dict[tuple[int, int], float] | None = None
         """If not None: sums of squared deltas by (site, module), over finished micro-batches."""
 
-        arguments = inspect.signature(type(decoder_of(base)).forward).parameters
+        decoder, tables = decoder_of(base), link.description.tables
+        self.lookups = Lookups(
+            base.get_input_embeddings(), {name: base.get_submodule(name) for name in tables}
+        )
+        """What is looked up by token ids, here."""
+        arguments = inspect.signature(type(decoder).forward).parameters
         self.accepts_position_ids = "position_ids" in arguments
         self._signature = inspect.signature(self.forward)
         self._call = ForwardCall()
-        decoder_of(base).forward = types.MethodType(remote_forward, self)
+        for inner in decoders_of(base):
+            inner.forward = partial(remote_forward, self, inner)
         # generate() calls the base model and not this one; peft may call the base model's forward
         # and not the model. So hook both.
         self.register_forward_pre_hook(SplitModel._note_request, with_kwargs=True)
@@ -148,6 +156,7 @@ class SplitModel(PeftModelForCausalLM):
 
         positions = self.options.head_positions
         everywhere = positions == "all" or (positions == "auto" and not self.training)
+        everywhere = everywhere or self.link.description.full_head
         request = head_request(args, kwargs, self._signature, everywhere=everywhere)
         self._call = ForwardCall(request)
         if request.compact_labels is None:
@@ -191,10 +200,14 @@ class SplitModel(PeftModelForCausalLM):
         # The last layers look at every token; without any, only what is asked for comes back.
         everything = bool(self.edge_layers.last) or hide_lengths
         rows = call.rows(batch, length, columns_BT, position_ids, everything=everything)
+        # A part is as long as its own longest row, unless padding travels.
+        all_rows = self.link.description.all_rows or (
+            self.link.description.limits.whole_prompts and self.part_count.number != 1
+        )
 
         def cloud(entry_BTD: Tensor) -> Tensor:
             entry_BTD = self.options.noise.on_entry(entry_BTD)
-            return self._through_cloud(rows.pass_input(entry_BTD), cache)
+            return self._through_cloud(rows.pass_input(entry_BTD, all_rows=all_rows), cache)
 
         if not self.edge_layers:
             kept_KD = rows.only_kept(cloud(embeddings_BTD))
@@ -261,6 +274,16 @@ class SplitModel(PeftModelForCausalLM):
     def forget_kept(self) -> None:
         """Send the hosted wire's adapter whole the next time, as after an optimizer step."""
         self._kept_versions = KeptVersions()
+
+    @property
+    def runs_own_decoder(self) -> bool:
+        """Whether the decoder's own forward runs now, for layers that are here."""
+        return self._edge_decoder.running
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether the model is served with a KV cache."""
+        return has_cache(self.link.description.limits)
 
     def last_hidden(self, exit_ND: Tensor) -> Tensor:
         """What the decoder makes of rows that leave the cloud, [N, D], each by itself.
@@ -340,11 +363,11 @@ class SplitModel(PeftModelForCausalLM):
         Raises UsageError for cache implementations that need keys and values here.
         """
         config = kwargs.get("generation_config") or self.generation_config
-        cache = cache_for(args, kwargs, config)
+        cache = cache_for(args, kwargs, config) if self.has_cache else None
         if cache is None:
             return super().generate(*args, **kwargs)
         try:
-            return super().generate(*args, **kwargs, past_key_values=cache)
+            return super().generate(*args, **kwargs, **{cache_name(self.get_base_model()): cache})
         finally:
             cache.close()
 

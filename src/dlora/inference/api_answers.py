@@ -28,6 +28,7 @@ from transformers.cli.serving.utils import DirectStreamer, ReasoningText, _Strea
 from transformers.generation import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from dlora.edge.description import has_cache
 from dlora.edge.model import SplitModel
 from dlora.errors import DLoRAError
 from dlora.inference.answer import Continuing, check_room
@@ -299,7 +300,6 @@ class Answers:
     def _fits(self, answers: list[_Answer]) -> bool:
         """Whether the server takes them as one batch."""
         description = self.model.link.description
-        per_token = int(description.limits.cache_bytes_per_token)
         longest = max(len(answer.ids) for answer in answers)
         length = longest + max(answer.most for answer in answers)
         rows, limits = len(answers), description.limits
@@ -307,7 +307,9 @@ class Answers:
             rows <= _MOST_ROWS
             and length <= limits.max_length
             and rows * longest <= limits.max_tokens
-            and 0 < rows * length * per_token <= limits.max_inflight_bytes // 2
+            and has_cache(limits)
+            and rows * (length * limits.cache_bytes_per_token + limits.cache_bytes_per_sequence)
+            <= limits.max_inflight_bytes // 2
         )
 
     def _generate(self, answers: list[_Answer]) -> None:

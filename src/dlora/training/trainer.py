@@ -273,6 +273,8 @@ def trainer_arguments(settings: TrainSettings) -> dict[str, Any]:
         # Length is checked by `fit_rows`, with file and line.
         "max_length": None,
         "completion_only_loss": None,
+        # The routers of a mixture are in the cloud: their own loss cannot be added here.
+        "router_aux_loss_coef": 0.0,
         # Half precision is the cloud's choice; the adapter trains in fp32. There are no layers here
         # to checkpoint, and worker processes must not be forked while a gRPC channel is open.
         "use_cpu": settings.device == "cpu",
