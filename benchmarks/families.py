@@ -154,7 +154,7 @@ def _train(whole: Any, split: Any, batch: dict[str, Any]) -> float:
 
 
 def _generate(whole: Any, split: Any, padded: bool) -> bool:
-    """Whether the split answers with a cache. Raises Wrong for other tokens."""
+    """Whether the split answered with a cache. Raises Wrong for other tokens."""
     import torch
     from tiny_models import VOCAB
 
@@ -174,7 +174,7 @@ def _generate(whole: Any, split: Any, padded: bool) -> bool:
     with torch.no_grad():
         want, got = (model.generate(**batch, **options) for model in (whole, split))
     if torch.equal(want.sequences, got.sequences):
-        return bool(split.generation_config.use_cache)
+        return split.meter.passes > 0
 
     # Two best tokens may be as good as each other: up to there all numbers have to agree.
     for step, (one, other) in enumerate(zip(want.logits, got.logits, strict=False)):
@@ -183,7 +183,7 @@ def _generate(whole: Any, split: Any, padded: bool) -> bool:
             raise Wrong(f"logits of new token {step} differ by {gap:.2g} of the largest")
         if not torch.equal(one.argmax(-1), other.argmax(-1)):
             break
-    return bool(split.generation_config.use_cache)
+    return split.meter.passes > 0
 
 
 def _save(base: Any, link: Any, split: Any) -> None:
@@ -213,14 +213,16 @@ def _edge_layers(base: Any, split: Any, targets: list[str]) -> bool:
 
     import dlora
     from dlora.cloud.limits import Limits
+    from dlora.cloud.model import CloudModel
+    from dlora.embedded import InProcessLink
     from dlora.errors import ModelError, UsageError
 
+    limits = Limits(edge_first=1, edge_last=1)
     try:
-        link = dlora.in_process(
-            copy.deepcopy(base), model_id="tiny/model", limits=Limits(edge_first=1, edge_last=1)
-        )
+        cloud = CloudModel(copy.deepcopy(base), model_id="tiny/model", limits=limits)
     except (ModelError, UsageError):
         return False
+    link = InProcessLink(cloud)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=targets)
     options = {"edge_layers": (1, 1), "wire_dtype": "fp32"}
     other = dlora.get_peft_model(link, config, **options).eval()

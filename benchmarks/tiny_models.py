@@ -26,7 +26,7 @@ _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SIZES: list[tuple[str, int | None]] = [
     (r"vocab_size|vocabulary_size", VOCAB),
     (r"(^|_)(id|ids|index|token)$|token_id|version|theta|_step$|freq|interval|period|offset", None),
-    (r"nextn|mtp_|num_mtp", 0),
+    (r"nextn|mtp_|num_mtp|kv_shared_layers", 0),
     (r"shared_experts", 1),
     (r"n_group|topk_group|n_groups|expert_group|groups$|multiplier|num_stacks", 1),
     (r"experts?_per_tok|top_?k(_|$)|num_selected|top_k_experts|moe_k$", 2),
@@ -34,7 +34,7 @@ _SIZES: list[tuple[str, int | None]] = [
     (r"first_k_dense|num_dense_layers", 1),
     (r"rotary_dim|rope_head_dim", 8),
     (r"d_ssm$", 64),
-    (r"head_dim$|d_head$|dim_head$|head_size$|v_head_dim|kv_channels|key_dim$|value_dim$", 16),
+    (r"head_?dim$|d_head$|dim_head$|head_size$|v_head_dim|kv_channels|key_dim$|value_dim$", 16),
     (r"rank", 16),
     (r"(key_value|kv|k_v|value|key)_heads$|num_key_value_groups|query_groups|kv_n_heads", 2),
     (r"heads?$", 4),
@@ -47,6 +47,7 @@ _SIZES: list[tuple[str, int | None]] = [
     (r"conv|kernel|expand|ratio|stride|pool|scale|num_buckets|num_hashes|channels", None),
     (r"hidden_size|d_model|n_embd|embed_dim|emb_dim|embedding|width|dim$|_size$|model_dim", 64),
 ]
+_LAYER_TYPES, _HYBRID = r"^layer_types$", ["linear_attention", "full_attention", "linear_attention"]
 _HEADS = r"(key_value|kv)_heads$|num_key_value_groups|query_groups"
 # Tried in this order where a configuration does not build or run.
 _CHANGES: list[dict[str, Any]] = [
@@ -62,9 +63,12 @@ _CHANGES: list[dict[str, Any]] = [
     {r"layers$|layers_block_type|layer_types": 4},
     {r"axial_pos_embds$": False},
     {r"attn_layer_period": 2, r"attn_layer_offset": 1},
-    {r"^layer_types$": ["linear_attention", "full_attention", "linear_attention"]},
+    {_LAYER_TYPES: _HYBRID},
+    {_LAYER_TYPES: _HYBRID, r"(mamba|ssm|linear).*heads$|^num_heads$": 8},
+    {_LAYER_TYPES: ["conv", "full_attention", "conv"]},
+    {r"experts_per_tok": 2, r"shared_experts": 1, r"routed_experts": 4},
 ]
-_FILLED = r"head_dim|key_value_heads|shared_experts|experts_per_tok"
+_FILLED = r"head_dim|key_value_heads|shared_experts|routed_experts|experts_per_tok"
 """Fields that a change also fills where they are None."""
 
 
@@ -85,7 +89,7 @@ def build(model_type: str, seed: int = 0) -> PreTrainedModel:
             model = _random(AutoModelForCausalLM.from_config(_config(model_type, changes)), seed)
             _try(model)
         except Exception as error:
-            reason = reason or f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+            reason = reason or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         else:
             return model
     raise NotBuilt(reason)
@@ -109,9 +113,7 @@ def _shrunk(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     )
     if kinds and max(kinds) > 1:
         num_layers = max(LAYERS, max(kinds) + 1)
-    num_layers = next(
-        (value for name, value in changes.items() if "layer_types" in name), num_layers
-    )
+    num_layers = next((value for name, value in changes.items() if "layers$" in name), num_layers)
 
     made: dict[str, Any] = {}
     old_layers = values.get("num_hidden_layers")

@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, D input and O output width of a linear module, R rank
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -189,8 +190,11 @@ class _Trial:
         """A training step with padding on the right."""
         batch = self._batch("right")
         leaves = [leaf for pair in self.factors.values() for leaf in pair]
+        # Some models change a cache in place, which autograd would notice.
+        takes = inspect.signature(type(self.whole).forward).parameters
+        quiet = {"use_cache": False} if "use_cache" in takes else {}
         with self._adapted():
-            want = self.whole(**batch).loss
+            want = self.whole(**batch, **quiet).loss
         grads = torch.autograd.grad(want, leaves, allow_unused=True)
 
         _train_without_dropout(split)

@@ -177,6 +177,9 @@ def _watch(
                 if len(args) != 1 or not isinstance(args[0], Tensor):
                     unusable[name] = "it is not called with exactly one tensor"
                     return None
+                if not isinstance(output, Tensor):
+                    unusable[name] = "it returns more than one tensor"
+                    return None
                 calls.append((name, args[0], output))
                 if not differentiable:
                     return None

@@ -50,7 +50,8 @@ def remote_forward(
             "keys and values stay in the cloud"
         )
     for name, value in others.items():
-        if name not in _HARMLESS_ARGUMENTS and value is not None and value is not False:
+        says_nothing = value is None or value is False or (isinstance(value, dict) and not value)
+        if name not in _HARMLESS_ARGUMENTS and not says_nothing:
             raise UsageError(f"argument {name} is not supported by a split model")
     if attention_mask is not None and (
         not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2
