@@ -6,6 +6,7 @@ Where that does not build, or does not run, a few changes are tried one after th
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -86,7 +87,9 @@ def build(model_type: str, seed: int = 0) -> PreTrainedModel:
     reason = ""
     for changes in _CHANGES:
         try:
-            model = _random(AutoModelForCausalLM.from_config(_config(model_type, changes)), seed)
+            config = _config(model_type, changes)
+            _check_size(copy.deepcopy(config))
+            model = _random(AutoModelForCausalLM.from_config(config), seed)
             _try(model)
         except Exception as error:
             reason = reason or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -178,11 +181,17 @@ def _is_per_layer(name: str, value: Any) -> bool:
     return isinstance(value, list) and bool(value) and bool(re.search("layer|block|_idxs", name))
 
 
-def _random(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """The model with weights that are large enough that every path matters to the loss."""
+def _check_size(config: PreTrainedConfig) -> None:
+    """Raises ValueError for a model that is not tiny, before it is made."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
     size = sum(parameter.numel() for parameter in model.parameters())
     if size > MOST_PARAMETERS:
         raise ValueError(f"{size} parameters are no tiny model")
+
+
+def _random(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """The model with weights that are large enough that every path matters to the loss."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -61,7 +61,7 @@ class FlopCount(TorchDispatchMode):
     """Counts matmul FLOPs by torch's own formulas: 2 per multiply-add."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
 
     def __torch_dispatch__(

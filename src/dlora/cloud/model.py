@@ -26,6 +26,7 @@ from transformers import DynamicCache, PreTrainedModel
 from dlora.cloud import load_checks
 from dlora.cloud.caches import cached_pass, is_recurrent, measure_cache, new_cache
 from dlora.cloud.costs import MemoryCost, other_flops, pass_flops
+from dlora.cloud.describe import describe_layers, describe_limits, describe_site, head_width
 from dlora.cloud.exchange import Pipe
 from dlora.cloud.frozen_store import FrozenStore, check_frozen_shape
 from dlora.cloud.hosted import HostedAdapter
@@ -42,7 +43,7 @@ from dlora.errors import DLoRAError, ModelError, UsageError, WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.channel import PROTOCOL_VERSION
 from dlora.protocol.decoder import called_outside
-from dlora.protocol.sites import Module, output_sites
+from dlora.protocol.sites import output_sites
 from dlora.protocol.text import clean_text
 from dlora.protocol.wire import WIRE_DTYPES
 
@@ -106,7 +107,8 @@ class CloudModel:
         self.memory = self._measure()
         self.other_flops = other_flops(
             partial(parts.hidden, ids_BT),
-            *ids_BT.shape,
+            ids_BT.shape[0],
+            ids_BT.shape[1],
             self.sites,
             len(self.layers_with_sites),
             model.config,
@@ -115,7 +117,7 @@ class CloudModel:
 
         self.config_json = _public_config(model)
         self.fingerprint = _fingerprint(self.config_json, model)
-        self.frozen_store = FrozenStore(self.limits.max_adapter_bytes, self.embedding.weight.device)
+        self.frozen_store = FrozenStore(self.limits.max_adapter_bytes, parts.weight.device)
         self.requests = self._request_check()
         give_back()  # what loading and measuring have left
 
@@ -178,23 +180,15 @@ class CloudModel:
             rollback=self.memory.has_cache and not is_recurrent(self.model),
             whole_prompts=self.cache_cost.whole_prompts,
             frozen_store=self.frozen_store,
-            device=self.embedding.weight.device,
+            device=self.parts.weight.device,
         )
 
     # ----------------------------------------------------------------- description
 
     def describe(self) -> pb.Description:
         """What `Describe` answers, but for the edge files, which the server adds."""
-        weight, kind = self.embedding.weight, quantization(self.model)
-        dtype = str(weight.dtype).removeprefix("torch.")
-        sites = [
-            pb.SiteInfo(
-                in_features=site.in_features,
-                modules=[self._describe_module(module) for module in site.modules],
-            )
-            for site in self.sites
-        ]
-
+        kind = quantization(self.model)
+        dtype = str(self.parts.weight.dtype).removeprefix("torch.")
         return pb.Description(
             protocol_version=PROTOCOL_VERSION,
             model_id=self.model_id,
@@ -204,52 +198,13 @@ class CloudModel:
             embedding_width=sum(self.parts.lookups.widths),
             tables=self.parts.lookups.tables,
             hidden_width=self.hidden_width,
-            sites=sites,
+            head_width=head_width(self.model, self.hidden_width),
+            sites=[describe_site(self.model, site) for site in self.sites],
             wire_dtypes=WIRE_DTYPES.values(),
-            layers=self._describe_layers(),
-            limits=self._describe_limits(),
-            head_width=self._head_width(),
+            layers=describe_layers(self.layers, self.limits),
+            limits=describe_limits(self.limits, self.memory, self.requests),
             full_head=self.full_head,
             all_rows=self.all_rows,
-        )
-
-    def _head_width(self) -> int:
-        """Width of what the LM head reads, where it is another than the decoder's."""
-        head = self.model.get_output_embeddings()
-        width = 0 if head is None else int(head.weight.shape[-1])
-        return 0 if width == self.hidden_width else width
-
-    def _describe_module(self, module: Module) -> pb.ModuleInfo:
-        weight = self.model.get_submodule(module.name).weight
-        return pb.ModuleInfo(
-            name=module.name,
-            out_features=module.out_features,
-            allowed=module.allowed,
-            weight_norm=weight.float().norm().item(),
-        )
-
-    def _describe_layers(self) -> pb.DecoderLayers:
-        return pb.DecoderLayers(
-            count=self.layers.count,
-            width=self.layers.width,
-            in_tuple=self.layers.in_tuple,
-            max_first=self.limits.edge_first,
-            max_last=self.limits.edge_last,
-        )
-
-    def _describe_limits(self) -> pb.Limits:
-        return pb.Limits(
-            max_tokens=self.limits.max_tokens,
-            max_length=self.limits.max_length,
-            max_message_bytes=self.limits.max_message_bytes,
-            max_inflight_bytes=self.limits.max_inflight_bytes,
-            bytes_per_token=self.memory.bytes_per_token,
-            bytes_per_token_squared=self.memory.bytes_per_token_squared,
-            cache_bytes_per_token=self.memory.cache_bytes_per_token,
-            cache_bytes_per_sequence=self.memory.cache_bytes_per_sequence,
-            deep_rollback=self.requests.deep_rollback,
-            no_rollback=not self.requests.rollback,
-            whole_prompts=self.requests.whole_prompts,
         )
 
     # ----------------------------------------------------------------- what edges ask for

@@ -54,10 +54,8 @@ class RequestCheck:
     takes_position_ids: bool
     deep_rollback: bool
     """The KV cache can give back more than the last pass: no layer attends over a window."""
-    rollback: bool = True
-    """The KV cache can give back tokens at all: no layer is recurrent."""
-    whole_prompts: bool = False
-    """A cache takes tokens in one pass at first, and then one by one."""
+    rollback: bool = True  # tokens can be given back at all: no layer is recurrent
+    whole_prompts: bool = False  # a cache takes tokens in one pass at first, then one by one
 
     frozen_store: FrozenStore
     device: torch.device
@@ -243,10 +241,7 @@ class RequestCheck:
             )
 
         if self.whole_prompts and message.length > 1:
-            raise WireError(
-                f"extend: got {message.length} tokens, this model's cache takes one at a time"
-            )
-
+            raise WireError(f"extend: got {message.length} tokens, this cache takes one at a time")
         # The size is checked before tensors are made that are as large as it says.
         mask_BT, order, batch = before.mask_BT, None, len(message.order) or before.batch
         past = cached - message.drop

@@ -56,6 +56,11 @@ def checked_config(config: LoraConfig) -> LoraConfig:
         raise UsageError(f"got a {type(config).__name__}, want a peft.LoraConfig")
     config = dataclasses.replace(config, task_type=TaskType.CAUSAL_LM)
 
+    if config.target_parameters:
+        raise UsageError(
+            f"LoraConfig.target_parameters={sorted(config.target_parameters)!r} is not supported: "
+            "fused experts see only their tokens, and stay in the cloud. Use target_modules"
+        )
     plain = type(config)()
     for option in dataclasses.fields(config):
         value = getattr(config, option.name)

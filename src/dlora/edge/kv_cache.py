@@ -72,9 +72,7 @@ class CloudCache(Cache):
         """Whether anything is cached."""
         return bool(self._past)
 
-    def has_previous_state(
-        self, layer_idx: int | None = None, state_idx: int | None = None
-    ) -> bool:
+    def has_previous_state(self, *layer: Any, **state: Any) -> bool:
         """The same, as recurrent architectures ask it."""
         return bool(self._past)
 
@@ -287,13 +285,7 @@ class CloudCache(Cache):
             room = length if length <= self.expected_length else 2 * length + _HEADROOM
             room = max(room, self.expected_length)
             self._reserved = max(length, min(room, int(limits.max_length)))
-        step = _slice_length(responder, whole.batch)
-        if limits.whole_prompts and whole.length > step:
-            raise UsageError(
-                f"{whole.batch} prompts of {whole.length} tokens do not fit one pass of at most "
-                f"{step}, and this model's cache takes no prompt in parts: shorten it, or ask for "
-                "fewer at a time"
-            )
+        step = _slice_length(responder, whole.batch, whole.length)
         hidden_KD = self._send_slices(responder, whole, step)
 
         # From here on the cloud has these tokens.
@@ -347,17 +339,24 @@ class CloudCache(Cache):
         )
 
 
-def _slice_length(responder: Responder, batch: int) -> int:
+def _slice_length(responder: Responder, batch: int, length: int) -> int:
     """Tokens of each sequence that fit one pass.
 
-    The server limits tokens, and a message is to take half of its largest at most.
+    The server limits tokens, and a message is to take half of its largest at most. Raises
+    UsageError where that is less than `length`, and the cache takes no prompt in parts.
     """
     description = responder.link.description
     widths = [description.embedding_width, responder.hidden_width]
     for site in [] if responder.hosted else responder.sites.values():
         widths += [site.in_features, sum(layer.out_features for layer in site.layers)]
     by_message = description.limits.max_message_bytes // (8 * max(widths))
-    return max(1, min(int(description.limits.max_tokens), by_message) // batch)
+    step = max(1, min(int(description.limits.max_tokens), by_message) // batch)
+    if description.limits.whole_prompts and length > step:
+        raise UsageError(
+            f"{batch} prompts of {length} tokens do not fit one pass of at most {step}, and this "
+            "model's cache takes no prompt in parts: shorten it, or ask for fewer at a time"
+        )
+    return step
 
 
 def cache_for(

@@ -30,7 +30,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -56,12 +55,12 @@ from dlora.edge.meter import Meter
 from dlora.edge.micro_batch import as_node
 from dlora.edge.options import OPTION_NAMES, OptionArguments, SplitOptions
 from dlora.edge.passes import PassInput, fill_padding, is_right_padded
-from dlora.edge.remote_forward import remote_forward
+from dlora.edge.remote_forward import stand_in
 from dlora.edge.responder import Wait
 from dlora.edge.sites import ActiveSite, match_sites
 from dlora.errors import UsageError
 from dlora.protocol.codecs import MIXES, Codecs, name_of
-from dlora.protocol.decoder import cache_name, decoder_of, decoders_of
+from dlora.protocol.decoder import cache_name, decoder_of
 from dlora.protocol.layers import CloudBetween, EdgeLayers
 from dlora.protocol.lookups import Lookups
 
@@ -104,17 +103,12 @@ class SplitModel(PeftModelForCausalLM):
         self.output_squares: dict[tuple[int, int], float] | None = None
         """If not None: sums of squared deltas by (site, module), over finished micro-batches."""
 
-        decoder, tables = decoder_of(base), link.description.tables
-        self.lookups = Lookups(
-            base.get_input_embeddings(), {name: base.get_submodule(name) for name in tables}
-        )
-        """What is looked up by token ids, here."""
-        arguments = inspect.signature(type(decoder).forward).parameters
+        self.lookups = Lookups.named(base, link.description.tables)
+        arguments = inspect.signature(type(decoder_of(base)).forward).parameters
         self.accepts_position_ids = "position_ids" in arguments
         self._signature = inspect.signature(self.forward)
         self._call = ForwardCall()
-        for inner in decoders_of(base):
-            inner.forward = partial(remote_forward, self, inner)
+        stand_in(self, base, lambda: self._edge_decoder.running)
         # generate() calls the base model and not this one; peft may call the base model's forward
         # and not the model. So hook both.
         self.register_forward_pre_hook(SplitModel._note_request, with_kwargs=True)
@@ -200,10 +194,7 @@ class SplitModel(PeftModelForCausalLM):
         # The last layers look at every token; without any, only what is asked for comes back.
         everything = bool(self.edge_layers.last) or hide_lengths
         rows = call.rows(batch, length, columns_BT, position_ids, everything=everything)
-        # A part is as long as its own longest row, unless padding travels.
-        all_rows = self.link.description.all_rows or (
-            self.link.description.limits.whole_prompts and self.part_count.number != 1
-        )
+        all_rows = self.part_count.wants_all_rows(self.link.description)
 
         def cloud(entry_BTD: Tensor) -> Tensor:
             entry_BTD = self.options.noise.on_entry(entry_BTD)
@@ -241,16 +232,7 @@ class SplitModel(PeftModelForCausalLM):
             wants_input_grad = new.entry_ND.requires_grad and needs_input_grad
         training = bool(parameters) or wants_input_grad
 
-        cloud = CloudLayers(
-            link=self.link,
-            meter=self.meter,
-            options=self.options,
-            edge_layers=self.edge_layers,
-            sites=sites,
-            frozen=self.active_set.applied_by_cloud(),
-            versions=self._kept_versions,
-            part_count=self.part_count,
-        )
+        cloud = _cloud_layers(self, sites)
         if cache is not None:
             if training:
                 raise UsageError(
@@ -274,11 +256,6 @@ class SplitModel(PeftModelForCausalLM):
     def forget_kept(self) -> None:
         """Send the hosted wire's adapter whole the next time, as after an optimizer step."""
         self._kept_versions = KeptVersions()
-
-    @property
-    def runs_own_decoder(self) -> bool:
-        """Whether the decoder's own forward runs now, for layers that are here."""
-        return self._edge_decoder.running
 
     @property
     def has_cache(self) -> bool:
@@ -389,6 +366,20 @@ class SplitModel(PeftModelForCausalLM):
             return
         kwargs.setdefault("save_embedding_layers", False)
         super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def _cloud_layers(model: SplitModel, sites: Sequence[ActiveSite]) -> CloudLayers:
+    """The cloud's layers with these sites active, as a call finds them."""
+    return CloudLayers(
+        link=model.link,
+        meter=model.meter,
+        options=model.options,
+        edge_layers=model.edge_layers,
+        sites=sites,
+        frozen=model.active_set.applied_by_cloud(),
+        versions=model._kept_versions,
+        part_count=model.part_count,
+    )
 
 
 def check_codecs(link: Link, codecs: Codecs) -> None:

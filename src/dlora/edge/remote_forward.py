@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dlora.edge.kv_cache import CloudCache
 from dlora.errors import UsageError
-from dlora.protocol.decoder import CACHE_NAMES, DecoderOutput, named_arguments
+from dlora.protocol.decoder import CACHE_NAMES, DecoderOutput, decoders_of, named_arguments
 from dlora.protocol.lookups import Lookups
 
-__all__ = ["remote_forward"]
+__all__ = ["stand_in"]
 
 # Arguments of a decoder's forward that change nothing here, or are honoured before it is called.
 _HARMLESS_ARGUMENTS: Final = frozenset(
@@ -21,17 +24,24 @@ _HARMLESS_ARGUMENTS: Final = frozenset(
 )
 
 
-def remote_forward(
-    model: Any,  # the `SplitModel`, whose module imports this one
-    decoder: nn.Module,
-    *args: Any,
-    **kwargs: Any,
+def stand_in(model: Any, base: PreTrainedModel, runs_itself: Callable[[], bool]) -> None:
+    """Put the cloud in the place of a base model's decoder, whatever part of it the head calls.
+
+    `model` is the `SplitModel`, whose module imports this one. Where `runs_itself`, for layers that
+    are here, inner parts of the decoder run as always.
+    """
+    for decoder in decoders_of(base):
+        decoder.forward = partial(_remote_forward, model, decoder, runs_itself)
+
+
+def _remote_forward(
+    model: Any, decoder: nn.Module, runs_itself: Callable[[], bool], *args: Any, **kwargs: Any
 ) -> Any:
     """Stands in for the decoder's forward.
 
     Raises UsageError, by name, for what would change the result unnoticed.
     """
-    if model.runs_own_decoder:  # an inner one of it
+    if runs_itself():
         return type(decoder).forward(decoder, *args, **kwargs)
     others = named_arguments(decoder, args, kwargs)
     input_ids, inputs_embeds, attention_mask, position_ids, use_cache = (

@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, W summed widths of what is looked up.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +26,11 @@ class Lookups:
 
     embedding: nn.Module
     tables: dict[str, nn.Module] = field(default_factory=dict)
+
+    @classmethod
+    def named(cls, model: PreTrainedModel, tables: Iterable[str]) -> Lookups:
+        """Those of a model whose tables have these names."""
+        return cls(embedding_of(model), {name: model.get_submodule(name) for name in tables})
 
     @property
     def modules(self) -> list[nn.Module]:
