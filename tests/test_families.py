@@ -12,6 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from conftest import make_base
+from peft import LoraConfig
+from test_faults import PHASES, FaultyLink, Mortal, run
+
+import dlora
+from dlora.edge.cloud_layers import CloudLayers
+from dlora.errors import ModelError, UsageError
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -75,9 +83,70 @@ def families() -> Iterator[Any]:
 @pytest.mark.parametrize("architecture", USUAL)
 def test_architecture_trains_and_answers_as_local_peft(families: Any, architecture: str) -> None:
     """All linears, padding on each side, cached answers and the saved adapter are local peft's."""
-    record = families.check(architecture)
+    record = families.check(architecture, thorough=False)
     assert record["status"] == "right", record
     assert record["cache"], record
+
+
+def test_server_of_a_mixture_killed_in_a_step(families: Any, tmp_path: Path) -> None:
+    """Over a socket, kills in forward and in backward change no bit of a mixture's adapter."""
+    import_module("tiny_models").build("mixtral").save_pretrained(tmp_path / "mixtral")
+    server = Mortal(tmp_path / "mixtral")
+    try:
+        link = dlora.connect(f"127.0.0.1:{server.port}", cache=tmp_path)
+        want, _ = run(link, tmp_path)
+        kills = {number: PHASES[number] for number in (1, 4)}
+        got, shaken = run(FaultyLink(link, kills, server.kill), tmp_path)
+        link.close()
+    finally:
+        server.end()
+    assert shaken.meter.retries >= len(kills)
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+
+
+def test_fused_experts_are_refused_with_what_to_do(families: Any) -> None:
+    """Neither peft's word for a fused weight, nor names that it takes for one, gets an adapter."""
+    link = dlora.in_process(import_module("tiny_models").build("mixtral"), model_id="tiny/mixtral")
+    for options, message in (
+        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters=.*fused experts"),
+        (
+            {"target_modules": ["w1", "w2", "w3"]},
+            "experts: these targets make peft adapt the fused",
+        ),
+    ):
+        with pytest.raises(UsageError, match=message):
+            dlora.get_peft_model(link, LoraConfig(r=2, **options))
+    link.close()
+
+
+def test_what_differs_from_the_whole_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An edge whose gradients, or whose states with padding, are others is found before a model is
+    served.
+    """
+    own = CloudLayers.micro_batch
+
+    def skewed(self: CloudLayers, new: Any, **options: Any) -> Any:
+        micro_batch = own(self, new, **options)
+        backward = micro_batch.backward
+        micro_batch.backward = lambda grad: backward(1.1 * grad)
+        return micro_batch
+
+    monkeypatch.setattr(CloudLayers, "micro_batch", skewed)
+    with pytest.raises(ModelError, match="LlamaForCausalLM cannot be served: loss or gradients"):
+        dlora.in_process(make_base("llama"), model_id="x/y")
+
+
+def test_whatever_fails_in_the_trial_names_architecture_and_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An exception of a library is one line of a ModelError."""
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyError("no such thing")
+
+    monkeypatch.setattr(CloudLayers, "micro_batch", broken)
+    with pytest.raises(ModelError, match="LlamaForCausalLM .*trial.*KeyError: 'no such thing'"):
+        dlora.in_process(make_base("llama"), model_id="x/y")
 
 
 @pytest.mark.slow
