@@ -432,7 +432,7 @@ def test_flops_of_cached_passes_equal_torchs_count(tmp_path: Path) -> None:
         cache = DynamicCache(config=base.config)
         for request in requests:
             embeddings = torch.zeros(request.batch, request.length, 64)
-            link.cloud.decoder(
+            link.cloud.parts.decoder(
                 inputs_embeds=embeddings, attention_mask=request.mask_BT, past_key_values=cache
             )
     assert len(requests) == split.meter.passes

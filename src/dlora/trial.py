@@ -102,32 +102,32 @@ class _Trial:
         return a_RD.to(device).requires_grad_(), b_OR.to(device).requires_grad_()
 
     def run(self) -> None:
-        """All comparisons. Raises ModelError."""
-        if self._mended(self._training_differs, self._want_all_hidden):
-            raise self._refused("loss or gradients of a training step")
-        if self._mended(self._padding_differs, self._let_padding_travel):
-            raise self._refused("logits or loss with padding on the left")
-        if self.ids_BT.shape[1] + _NEW_TOKENS > self.cloud.limits.max_length:
-            return
-        if self._mended(self._answers_differ, self.cloud.serve_without_cache):
-            raise self._refused("answers")
+        """All comparisons. Where one differs it is mended, and tried again. Raises ModelError."""
+        comparisons = [
+            ("loss or gradients of a training step", self._training_differs, self._want_all_hidden),
+            (
+                "logits or loss, padded on the left,",
+                self._padding_differs,
+                self._let_padding_travel,
+            ),
+        ]
+        if self.ids_BT.shape[1] + _NEW_TOKENS <= self.cloud.limits.max_length:
+            comparisons.append(("answers", self._answers_differ, self.cloud.serve_without_cache))
 
-    def _mended(self, differs: Callable[[SplitModel], str], mend: Callable[[], None]) -> str:
-        """How far the split is off; it is mended, and tried again, where it is."""
-        with self._split() as split:
-            self.gap = differs(split)
-        if self.gap:
-            log.info("%s: %s; trying otherwise", type(self.whole).__name__, self.gap)
-            mend()
-            with self._split() as split:
-                self.gap = differs(split)
-        return self.gap
-
-    def _refused(self, what: str) -> ModelError:
-        return ModelError(
-            f"{type(self.whole).__name__} cannot be served: {what} of the split differ from the "
-            f"whole model's: {self.gap}"
-        )
+        with ExitStack() as stack:
+            split = stack.enter_context(self._split())
+            for what, differs, mend in comparisons:
+                if gap := differs(split):
+                    log.info("%s: %s; edges do otherwise", type(self.whole).__name__, gap)
+                    mend()
+                    stack.close()
+                    split = stack.enter_context(self._split())
+                    gap = differs(split)
+                if gap:
+                    raise ModelError(
+                        f"{type(self.whole).__name__} cannot be served: {what} of the split differ "
+                        f"from the whole model's: {gap}"
+                    )
 
     def _want_all_hidden(self) -> None:
         self.cloud.full_head = True
