@@ -67,6 +67,7 @@ _CHANGES: list[dict[str, Any]] = [
     {_LAYER_TYPES: _HYBRID},
     {_LAYER_TYPES: _HYBRID, r"(mamba|ssm|linear).*heads$|^num_heads$": 8},
     {_LAYER_TYPES: ["conv", "full_attention", "conv"]},
+    {r"^attn_layer_indices$": [1], r"(mamba|ssm|linear).*heads$|^num_heads$": 8},
     {r"experts_per_tok": 2, r"shared_experts": 1, r"routed_experts": 4},
 ]
 _FILLED = r"head_dim|key_value_heads|shared_experts|routed_experts|experts_per_tok"

@@ -20,6 +20,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 
 from dlora.cloud.load_checks import gap_between
 from dlora.cloud.parts import Parts
+from dlora.cloud.passes import seen_mask
 from dlora.cloud.trace import TracedPass
 from dlora.protocol.text import clean_text
 
@@ -85,7 +86,8 @@ def _cache_cost(parts: Parts, ids_BT: Tensor, ends: Sequence[int]) -> CacheCost:
     mask_BT[-1, :2] = 0  # on the left, where batches of prompts are padded
     cache, want = new_cache(parts.model), parts.hidden(ids_BT, mask=mask_BT)
     for start, end in pairwise((0, *ends)):
-        got = parts.hidden(ids_BT[:, start:end], cache=cache, mask=mask_BT[:, :end])
+        seen_BT = seen_mask(mask_BT[:, :end], cache, end - start)
+        got = parts.hidden(ids_BT[:, start:end], cache=cache, mask=seen_BT)
         if start and gap_between(got - want[:, start:end], want):
             return CacheCost()
     return _bytes_of(cache, ids_BT)

@@ -67,7 +67,8 @@ def check_kind(model: PreTrainedModel) -> None:
         )
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ModelError(
-            "gradient checkpointing would run every exchange twice: disable it on the served model"
+            f"{name}: gradient checkpointing would run every exchange twice: disable it on the "
+            "served model"
         )
 
 

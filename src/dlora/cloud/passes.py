@@ -18,6 +18,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
 
 from dlora.cloud.exchange import Exchange, Pipe
 from dlora.cloud.hosted import HostedAdapter
@@ -29,11 +30,21 @@ from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.decoder import last_hidden, run_decoder
 from dlora.protocol.layers import first_output
 
-__all__ = ["Pass", "current_pass"]
+__all__ = ["Pass", "current_pass", "seen_mask"]
 
 _thread = threading.local()
 _ANY_ID: Final = 7
 """A token id that every vocabulary has, and that is seldom a special one."""
+
+
+def seen_mask(mask_BT: Tensor, cache: Cache | None, length: int) -> Tensor:
+    """The mask that a pass over `length` new tokens gets, of that of all tokens [B, P + T].
+
+    Where a cache holds states alone, no layer looks back at tokens: it is that of the new ones.
+    """
+    if cache is None or any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
+        return mask_BT
+    return mask_BT[:, -length:]
 
 
 def current_pass() -> Pass | None:
@@ -138,7 +149,7 @@ class Pass:
             ids_BT = torch.full(shape, _ANY_ID, device=self.embedding.device)
             inputs = {"input_ids": ids_BT}
         if request.mask_BT is not None:
-            inputs["attention_mask"] = request.mask_BT
+            inputs["attention_mask"] = seen_mask(request.mask_BT, self.cache, request.length)
         if request.position_ids_BT is not None:
             inputs["position_ids"] = request.position_ids_BT
 

@@ -85,7 +85,8 @@ def trace(
     )
     if not sites:
         reasons = "; ".join(dict.fromkeys(unusable.values())) or "the decoder has none"
-        raise ModelError(f"found no linear module that an adapter could sit on: {reasons}")
+        name = type(model).__name__
+        raise ModelError(f"{name}: found no linear module that an adapter could sit on: {reasons}")
     return Trace(sites=sites, unusable=unusable)
 
 
