@@ -182,7 +182,15 @@ class _Trial:
             mask_BT[-1, :half] = 0
         labels = self.ids_BT.masked_fill(mask_BT == 0, _IGNORE)
         labels[0, :half] = _IGNORE
-        return {"input_ids": self.ids_BT, "attention_mask": mask_BT, "labels": labels}
+        # Some models look at which ids are padding, and not at the mask alone.
+        ids_BT = self.ids_BT.masked_fill(mask_BT == 0, self._pad_id())
+        return {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels}
+
+    def _pad_id(self) -> int:
+        """The token that tokenizers of this model pad with."""
+        pad_id = getattr(self.whole.config.get_text_config(), "pad_token_id", None)
+        known = isinstance(pad_id, int) and 0 <= pad_id < self.cloud.parts.lookups.num_rows
+        return pad_id if known else 0
 
     # ----------------------------------------------------------------- comparisons
 
