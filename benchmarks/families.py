@@ -330,7 +330,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
 def table(rows: list[dict[str, Any]]) -> str:
     """What works, by architecture, and in what words the others are refused."""
     lines = [
-        "| architecture | cached answers | linears left out | experts | edge layers |",
+        "| architecture | cached answers | linears left out | has fused experts | edge layers |",
         "|---|---|---|---|---|",
     ]
     for one in rows:
