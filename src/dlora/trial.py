@@ -189,8 +189,9 @@ class _Trial:
     def _pad_id(self) -> int:
         """The token that tokenizers of this model pad with."""
         pad_id = getattr(self.whole.config.get_text_config(), "pad_token_id", None)
-        known = isinstance(pad_id, int) and 0 <= pad_id < self.cloud.parts.lookups.num_rows
-        return pad_id if known else 0
+        if isinstance(pad_id, int) and 0 <= pad_id < self.cloud.parts.lookups.num_rows:
+            return pad_id
+        return 0
 
     # ----------------------------------------------------------------- comparisons
 
