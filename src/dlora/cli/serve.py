@@ -97,11 +97,13 @@ def _raise_descriptors() -> None:
 
 def _print_served(settings: ServeSettings, cloud: Any, loaded: Any) -> None:
     """What is served, to whom, and what it takes."""
+    from dlora.cloud.placement import places
     from dlora.cloud.quantize import weight_bytes
 
     weights = "" if settings.quantize == "none" else f", {settings.quantize} weights"
+    on = places(loaded.model) or settings.device
     print(
-        f"model      {loaded.model_id}, {settings.dtype}{weights} on {settings.device}, "
+        f"model      {loaded.model_id}, {settings.dtype}{weights} on {on}, "
         f"fingerprint {cloud.fingerprint[:12]}"
     )
 
@@ -111,9 +113,10 @@ def _print_served(settings: ServeSettings, cloud: Any, loaded: Any) -> None:
     identities = _identities(settings)
     who = "none: everybody may use it" if identities is None else str(identities)
     print(f"access     {'TLS' if _tls_files(settings) else 'plaintext'}, identities: {who}")
+    beside = ", beside what its edge answers" if settings.recompute else ""
     print(
         f"memory     {weight_bytes(loaded.model) / 2**20:.0f} MiB of weights, "
-        f"{cloud.memory.bytes_per_token / 2**10:.0f} KiB of activations a training token"
+        f"{cloud.memory.training[0] / 2**10:.0f} KiB of activations a training token{beside}"
     )
 
 
@@ -168,13 +171,15 @@ def _model(settings: ServeSettings) -> dict[str, Any]:
         "name": settings.model,
         "model_id": settings.model_id,
         "device": settings.device,
+        "device_map": settings.device_map,
+        "max_memory": settings.max_memory,
         "dtype": settings.dtype,
         "quantize": settings.quantize,
         "allow_modules": settings.allow_modules,
     }
 
 
-def _limits(settings: ServeSettings) -> dict[str, int]:
+def _limits(settings: ServeSettings) -> dict[str, Any]:
     """Keyword arguments of `cloud.Limits`."""
     return {
         "max_tokens": settings.max_tokens,
@@ -183,6 +188,7 @@ def _limits(settings: ServeSettings) -> dict[str, int]:
         "max_inflight_bytes": settings.max_inflight_mib << 20,
         "edge_first": settings.edge_first,
         "edge_last": settings.edge_last,
+        "recompute": settings.recompute,
     }
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import re
+import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +19,9 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from dlora.cloud.device_map import Device
 from dlora.errors import DLoRAError, ModelError
+from dlora.files import ScratchFolder
 
 __all__ = ["check_foreign_kernels", "first_line", "load_checkpoint", "reading"]
 
@@ -62,10 +65,13 @@ def load_checkpoint(
     *,
     dtype: torch.dtype,
     device: str = "cpu",
+    device_map: str | dict[str, Device] | None = None,
+    max_memory: dict[Device, str] | None = None,
     gguf_file: str | None = None,
 ) -> PreTrainedModel:
     """The model in a folder, a hub's repository, or the GGUF file of a folder, on the CPU.
 
+    With `device_map` it is on the devices that this gives its modules, or that are found for them.
     `name` is what messages call it, `device` where it will run. Code of a repository is never run.
     Raises ModelError for files that cannot be read, and unless every tensor of the model, and
     nothing else of its decoder, is in the checkpoint.
@@ -74,8 +80,14 @@ def load_checkpoint(
     if gguf_file is None and (Path(source) / "adapter_config.json").is_file():
         raise _holds_adapter(name)
     what = f"cannot load model {name!r}" if gguf_file is None else f"cannot read {name}"
-    with reading(what):
-        options: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
+    options: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
+    scratch = None if device_map is None else ScratchFolder("dlora-offload-")
+    if scratch is not None:
+        options = {"device_map": device_map, "max_memory": max_memory}
+        options["offload_folder"] = scratch.name
+    with ExitStack() as stack, reading(what):
+        if scratch is not None:
+            stack.callback(scratch.cleanup)
         if gguf_file is None:
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
             _check_quantisation(config, name, device)
@@ -88,6 +100,8 @@ def load_checkpoint(
             output_loading_info=True,
             **options,
         )
+        # Weights on disk that are in no file of the checkpoint as they are: gone with the model.
+        weakref.finalize(model, stack.pop_all().close)
 
     if getattr(model, "_hf_peft_config_loaded", False):
         raise _holds_adapter(name)

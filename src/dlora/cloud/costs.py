@@ -9,8 +9,9 @@ from typing import Any
 from dlora.cloud.pass_request import PassRequest
 from dlora.formulas import attention_flops, backward_flops, forward_flops, pass_bytes
 from dlora.protocol.sites import Site
+from dlora.protocol.wire import payload_bytes
 
-__all__ = ["MemoryCost", "pass_flops"]
+__all__ = ["MemoryCost", "answer_bytes", "attention_of", "pass_flops"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,21 +28,59 @@ class MemoryCost:
     num_layers: int
     """Layers that have a site."""
 
+    recompute: tuple[float, float] | None = None
+    """The first two where layers run again in backward, without the edge's answers; None: they do
+    not."""
+
+    @property
+    def training(self) -> tuple[float, float]:
+        """Bytes of a training step, (per token, per token squared) of a sequence."""
+        return self.recompute or (self.bytes_per_token, self.bytes_per_token_squared)
+
     def of_pass(
         self, batch: int, length: int, *, training: bool, past: int = 0, cache_length: int = 0
     ) -> int:
         """Bytes of a pass over [batch, length] tokens, its stream's whole KV cache included."""
+        if training:
+            return int(pass_bytes(batch, length, *self.training, past))
+        # Without backward only a layer's own tensors live at once.
         activations = pass_bytes(
             batch, length, self.bytes_per_token, self.bytes_per_token_squared, past
         )
-        if training:
-            return int(activations)
-        # Without backward only a layer's own tensors live at once.
         return int(2 * activations / max(1, self.num_layers)) + self.of_cache(batch, cache_length)
+
+    def of_stream(self, stream: PassRequest, batch: int, length: int, past: int) -> int:
+        """Bytes of a pass of this stream, with its adapter and the answers that are kept for it."""
+        training, tokens = stream.training, batch * length
+        cost = self.of_pass(
+            batch, length, training=training, past=past, cache_length=stream.cache_length
+        )
+        if stream.hosted is not None:
+            cost += stream.hosted.adapter_bytes(training=training)
+            cost += stream.hosted.pass_bytes(tokens, training=training, recompute=stream.recompute)
+        if stream.recompute:
+            cost += sum(answer_bytes(stream, *active, tokens) for active in stream.active)
+        return cost
 
     def of_cache(self, batch: int, cache_length: int) -> int:
         """Bytes of a KV cache with room for `cache_length` tokens of each sequence."""
         return batch * cache_length * self.cache_bytes_per_token
+
+
+def answer_bytes(request: PassRequest, site: Site, modules: Sequence[int], rows: int) -> int:
+    """Bytes in which the edge answers at a site: deltas, or Z and B. Hosted there is no answer."""
+    if request.hosted is not None:
+        return 0
+    widths = [site.modules[module].out_features for module in modules]
+    if not request.factored:
+        return sum(payload_bytes(request.codecs.deltas, rows, width) for width in widths)
+
+    total = 0
+    for width in widths:
+        most = max(width, site.in_features)
+        rank = min(request.rank or most, most)
+        total += sum(payload_bytes(request.codecs.factors, n, rank) for n in (rows, width))
+    return total
 
 
 def pass_flops(
@@ -55,7 +94,7 @@ def pass_flops(
     """
     in_cloud = request.edge_layers.in_cloud
     tokens = request.batch * request.length
-    attention = attention_flops(config, request.batch, request.length, request.past)
+    attention = attention_of(request, config)
     sites = [site for site in sites if in_cloud(site.modules[0].layer)]
 
     forward = forward_flops(sites, tokens) + attention * sum(map(in_cloud, layers))
@@ -65,3 +104,8 @@ def pass_flops(
     all_the_way_down = request.probe or request.wants_input_grad
     lowest = None if all_the_way_down else min(site.place for site, _ in request.active)
     return forward, backward_flops(sites, lowest, tokens, attention)
+
+
+def attention_of(request: PassRequest, config: Any) -> int:
+    """FLOPs of attention in one layer's forward."""
+    return attention_flops(config, request.batch, request.length, request.past)

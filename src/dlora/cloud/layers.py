@@ -19,6 +19,7 @@ from dlora.cloud.passes import current_pass
 from dlora.cloud.quantize import quantization
 from dlora.errors import ModelError, UsageError
 from dlora.protocol.layers import LayerRunner, find_layers, first_output, wrap_layers
+from dlora.protocol.weights import is_offloaded
 
 __all__ = ["CloudLayers"]
 
@@ -54,7 +55,9 @@ class CloudLayers:
         if self._runner is not None:
             return self._runner
         current = current_pass()
-        return current if current is not None and current.request.edge_layers else None
+        if current is None or not (current.request.edge_layers or current.request.recompute):
+            return None
+        return current
 
     @contextmanager
     def run_by(self, runner: LayerRunner) -> Iterator[None]:
@@ -69,12 +72,19 @@ class CloudLayers:
 def _check_limits(model: PreTrainedModel, limits: Limits, count: int, *, found: bool) -> None:
     """Raises ModelError or UsageError if edges may run layers that they cannot get."""
     first, last = limits.edge_first, limits.edge_last
+    if not found and limits.recompute:
+        raise ModelError(
+            f"recompute: found no list of {count} layers in {type(model).__name__}: serve it "
+            "without"
+        )
     if not found and (first or last):
         raise ModelError(
             f"edges cannot hold layers of {type(model).__name__}: found no list of {count}"
         )
     if not found:
         return
+    if (first or last) and any(map(is_offloaded, model.modules())):
+        raise UsageError("edge layers need weights that stay on a device: give it more max_memory")
     if (first or last) and quantization(model) is not None:
         raise UsageError(
             "edge layers of a low-bit base are not supported: serve it in full precision"

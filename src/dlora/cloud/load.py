@@ -6,6 +6,7 @@ import hashlib
 import logging
 import re
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,8 +18,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dlora.cloud import quantize as low_bit
 from dlora.cloud.checkpoint import check_foreign_kernels, first_line, load_checkpoint, reading
+from dlora.cloud.device_map import PLANS, read_device_map, read_max_memory
 from dlora.cloud.limits import Limits
 from dlora.cloud.model import CloudModel
+from dlora.cloud.placement import dispatch
 from dlora.cloud.tokenizer import load_tokenizer
 from dlora.errors import DLoRAError, UsageError
 from dlora.files import default_cache
@@ -49,29 +52,37 @@ def load_model(
     device: str = "cpu",
     dtype: str = "fp32",
     quantize: str = "none",
+    device_map: str | None = None,
+    max_memory: Mapping[str, str] | None = None,
     cache: Path | None = None,
 ) -> LoadedModel:
     """Load `name`: a Hugging Face id, a folder, a .gguf file, or "smollm2" for the demo model.
 
     `model_id` is the public name written into adapters; by default the hub id, or else the
     folder's or file's name. A GGUF file is dequantised once into `cache`. `quantize` is
-    done before the model goes to its device, which then holds the low-bit weights alone.
+    done before the model goes to its device, which then holds the low-bit weights alone. With
+    `device_map` it goes to several, as `device_map.py` reads it and `max_memory`.
     Code from a repository is never run. Raises UsageError or ModelError with the reason.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype: got {dtype!r}, want one of {', '.join(DTYPES)}")
-    if device in ("auto", "balanced", "balanced_low_0", "sequential"):
-        raise UsageError(
-            f"device: got {device!r}, want one device such as cuda or cuda:1. A model is not "
-            "spread over several GPUs: use a smaller dtype, or replicas with a GPU each"
-        )
+    if device in PLANS:
+        raise UsageError(f"device: got {device!r}, want one device; device_map takes {device!r}")
+    placement = _placement(device_map, max_memory, device)
+    if placement and torch.cuda.is_available():
+        device = "cuda"
 
     source, default_id = _source(name, cache)
-    model = load_checkpoint(source, name, dtype=DTYPES[dtype], device=device)
-    if quantize != "none":
+    low = quantize != "none"
+    model = load_checkpoint(
+        source, name, dtype=DTYPES[dtype], device=device, **({} if low else placement)
+    )
+    if low:
         low_bit.quantize(model, quantize)
     try:
-        if model.device != torch.device(device):
+        if low and placement:
+            dispatch(model, placement["device_map"], placement["max_memory"])
+        elif not placement and model.device != torch.device(device):
             model = model.to(device)
         low_bit.check(model)
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -80,6 +91,22 @@ def load_model(
         raise UsageError(f"device {device!r}: {first_line(error)}") from error
     check_foreign_kernels(model, name)
     return LoadedModel(model, load_tokenizer(source, name, model), model_id or default_id)
+
+
+def _placement(
+    device_map: str | None, max_memory: Mapping[str, str] | None, device: str
+) -> dict[str, Any]:
+    """Arguments of `load_checkpoint` for more than one device; none where there is one."""
+    if device_map is None:
+        if max_memory:
+            raise UsageError("max_memory is of device_map: give that as well")
+        return {}
+    if device != "cpu":
+        raise UsageError(f"device: got {device!r} beside device_map: give one of the two")
+    return {
+        "device_map": read_device_map(device_map),
+        "max_memory": read_max_memory(max_memory) if max_memory else None,
+    }
 
 
 def _source(name: str, cache: Path | None) -> tuple[str | Path, str]:

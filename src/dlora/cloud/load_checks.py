@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicLayer
 from dlora.cloud.layers import CloudLayers
 from dlora.cloud.limits import Limits
 from dlora.cloud.pass_request import PassRequest
+from dlora.cloud.recompute import per_token, saved_by_layer
 from dlora.cloud.zero_edge import probe_request, run_with_zeros, sample_ids
 from dlora.errors import ModelError
 from dlora.proto import dlora_pb2 as pb
@@ -66,7 +67,8 @@ def check_kind(model: PreTrainedModel) -> None:
         raise ModelError(f"{name} has no LM head: only decoder-only causal LMs can be served")
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ModelError(
-            "gradient checkpointing would run every exchange twice: disable it on the served model"
+            "gradient checkpointing would run every exchange twice: disable it on the served "
+            "model, and serve with recompute to the same end"
         )
 
 
@@ -189,30 +191,12 @@ def measure_activations(
 
     Counts what autograd saves in two small steps with every site active, weights excluded.
     """
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    weights |= {b.untyped_storage().data_ptr() for b in model.buffers()}
     lengths = [min(16, max_length), min(64, max_length)]
     sizes = []
     for length in lengths:
-        saved: dict[int, int] = {}
-
-        def keep(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        ids_BT = sample_ids(model, 1, length)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            run_with_zeros(model, probe_request(model, sites, ids_BT, training=True))
-        sizes.append(sum(saved.values()))
-
-    (t0, t1), (s0, s1) = lengths, sizes
-    if t0 == t1:
-        return s0 / t0, 0.0
-    # Solve size = a T + b T^2 from two points; b cannot be negative.
-    b = max(0.0, (s1 / t1 - s0 / t0) / (t1 - t0))
-    return max(s0 / t0, s1 / t1) - b * (t0 if s0 / t0 > s1 / t1 else t1), b
+        request = probe_request(model, sites, sample_ids(model, 1, length), training=True)
+        sizes.append(sum(saved_by_layer(model, request).values()))
+    return per_token(lengths, sizes)
 
 
 def measure_cache(model: PreTrainedModel, ids_BT: Tensor) -> int:

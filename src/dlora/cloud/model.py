@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from dlora.cloud import load_checks
-from dlora.cloud.costs import MemoryCost, pass_flops
+from dlora.cloud.costs import MemoryCost, attention_of, pass_flops
 from dlora.cloud.exchange import Pipe
 from dlora.cloud.frozen_store import FrozenStore, check_frozen_shape
 from dlora.cloud.hosted import HostedAdapter
@@ -30,7 +30,9 @@ from dlora.cloud.layers import CloudLayers
 from dlora.cloud.limits import Limits
 from dlora.cloud.pass_request import PassRequest
 from dlora.cloud.passes import Pass, current_pass
+from dlora.cloud.placement import device_of, share_offloaded
 from dlora.cloud.quantize import give_back, quantization
+from dlora.cloud.recompute import check_recompute, measure_recompute
 from dlora.cloud.requests import RequestCheck
 from dlora.cloud.trace import trace
 from dlora.cloud.zero_edge import sample_ids
@@ -38,6 +40,7 @@ from dlora.errors import UsageError, WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.channel import PROTOCOL_VERSION
 from dlora.protocol.sites import Module, output_sites
+from dlora.protocol.weights import weight_of
 from dlora.protocol.wire import WIRE_DTYPES
 
 __all__ = ["CloudModel", "Limits"]
@@ -63,7 +66,7 @@ class CloudModel:
         self.model = model.eval().requires_grad_(False)
         self.model_id = model_id
         self.decoder, self.embedding = model.get_decoder(), model.get_input_embeddings()
-        self.limits = _within_model(limits or Limits(), model)
+        self.limits = _within_model(limits or Limits(), model, share_offloaded(model))
 
         # Where adapters may sit, and the hooks that ask the edge there.
         batch, length = 2, min(8, self.limits.max_length)
@@ -100,11 +103,18 @@ class CloudModel:
         per_token, per_token_squared = load_checks.measure_activations(
             self.model, self.sites, self.limits.max_length
         )
+        recompute = None
+        if self.limits.recompute:
+            check_recompute(self.model, self.sites, ids_BT)
+            recompute = measure_recompute(
+                self.model, self.sites, self.layers.modules, self.limits.max_length
+            )
         return MemoryCost(
             bytes_per_token=per_token,
             bytes_per_token_squared=per_token_squared,
             cache_bytes_per_token=load_checks.measure_cache(self.model, ids_BT),
             num_layers=len(self.layers_with_sites),
+            recompute=recompute,
         )
 
     def _request_check(self) -> RequestCheck:
@@ -122,7 +132,18 @@ class CloudModel:
             deep_rollback=not any(DynamicCache(config=self.model.config).is_sliding),
             frozen_store=self.frozen_store,
             device=self.embedding.weight.device,
+            devices=self._other_devices(),
         )
+
+    def _other_devices(self) -> dict[str, torch.device]:
+        """Where modules are that are not with the embedding, by their full names."""
+        places = {
+            module.name: device_of(self.model.get_submodule(module.name))
+            for site in self.sites
+            for module in site.modules
+        }
+        first = self.embedding.weight.device
+        return {name: device for name, device in places.items() if device != first}
 
     # ----------------------------------------------------------------- description
 
@@ -153,7 +174,7 @@ class CloudModel:
         )
 
     def _describe_module(self, module: Module) -> pb.ModuleInfo:
-        weight = self.model.get_submodule(module.name).weight
+        weight = weight_of(self.model.get_submodule(module.name))
         return pb.ModuleInfo(
             name=module.name,
             out_features=module.out_features,
@@ -176,8 +197,8 @@ class CloudModel:
             max_length=self.limits.max_length,
             max_message_bytes=self.limits.max_message_bytes,
             max_inflight_bytes=self.limits.max_inflight_bytes,
-            bytes_per_token=self.memory.bytes_per_token,
-            bytes_per_token_squared=self.memory.bytes_per_token_squared,
+            bytes_per_token=self.memory.training[0],
+            bytes_per_token_squared=self.memory.training[1],
             cache_bytes_per_token=self.memory.cache_bytes_per_token,
             deep_rollback=self.requests.deep_rollback,
         )
@@ -235,6 +256,8 @@ class CloudModel:
         forward, backward = self.flops(request)
         forward += 2 * running.forward_macs
         backward += 2 * running.backward_macs
+        again = running.layers_again.intersection(self.layers_with_sites)
+        backward += len(again) * attention_of(request, self.model.config)
         probe = [
             running.probe_norms.get((site.index, module), 0.0)
             for site, modules in request.probe
@@ -333,11 +356,15 @@ def _hook(module: nn.Module, site: int, index: int, output_site: int) -> None:
     module.register_forward_hook(after)
 
 
-def _within_model(limits: Limits, model: PreTrainedModel) -> Limits:
-    """The limits with a sequence no longer than the model has positions for."""
+def _within_model(limits: Limits, model: PreTrainedModel, offloaded: bool) -> Limits:
+    """The limits with a sequence no longer than the model has positions for.
+
+    A step must not keep weights that were loaded for it: with those, layers run again in backward.
+    """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     max_length = min(limits.max_length, positions or limits.max_length)
-    return dataclasses.replace(limits, max_length=max_length)
+    recompute = limits.recompute or offloaded
+    return dataclasses.replace(limits, max_length=max_length, recompute=recompute)
 
 
 def _public_config(model: PreTrainedModel) -> str:
@@ -352,6 +379,9 @@ def _fingerprint(config_json: str, model: PreTrainedModel) -> str:
     """SHA-256 over configuration and every weight: equal means the same function."""
     digest = hashlib.sha256(config_json.encode())
     for name, weight in sorted(model.state_dict().items()):
+        if weight.device.type == "meta":  # it is on disk, or in memory beside a GPU
+            path, _, last = name.rpartition(".")
+            weight = weight_of(model.get_submodule(path), last)
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         data = weight.detach().to("cpu").contiguous()
         if data.numel():

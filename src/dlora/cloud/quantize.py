@@ -161,8 +161,8 @@ def check(model: nn.Module) -> None:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of parameters and buffers, shared ones once."""
-    tensors = [*model.parameters(), *model.buffers()]
+    """Bytes of parameters and buffers, shared ones once; those that are offloaded count nothing."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.device.type != "meta"]
     return sum(
         {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
     )

@@ -9,8 +9,8 @@ Shapes: B batch, T tokens, N rows that travel, K kept rows.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -57,6 +57,9 @@ class RequestCheck:
 
     frozen_store: FrozenStore
     device: torch.device
+    """Of what goes in before the first layer."""
+    devices: Mapping[str, torch.device] = field(default_factory=dict)
+    """Of modules that are on another one, by their full names."""
 
     # ----------------------------------------------------------------- a stream's first request
 
@@ -96,12 +99,16 @@ class RequestCheck:
             idle=self._check_idle(message.idle, active, owner, edge_layers),
             probe=self._check_modules(message.probe, edge_layers),
             factored=message.factored,
-            hosted=check_hosted(message, active, self.frozen_store, owner, owner_bytes),
+            rank=message.rank,
+            hosted=check_hosted(
+                message, active, self.frozen_store, owner, owner_bytes, self.devices
+            ),
             cache_length=message.cache_length,
             rollback=message.rollback,
             edge_layers=edge_layers,
             wants_input_grad=message.wants_input_grad,
             drop_input_grads=message.drop_input_grads,
+            recompute=self.limits.recompute and message.training,
         )
         return self._with_tokens(without_tokens, message)
 
@@ -211,7 +218,8 @@ class RequestCheck:
             if not module.allowed or not edge_layers.in_cloud(module.layer):
                 raise UsageError(f"this server does not allow adapters on {module.name}")
 
-            pair = self.frozen_store.get(entry.hash, owner)
+            device = self.devices.get(module.name, self.device)
+            pair = self.frozen_store.get(entry.hash, owner, device)
             if pair is None:
                 raise AdapterMissing(
                     f"the frozen module of {module.name} is not here: put it and try again"
@@ -270,12 +278,7 @@ class RequestCheck:
         if cache_length and past + length > cache_length:
             raise WireError(f"{past + length} tokens do not fit a KV cache of {cache_length}")
 
-        cost = self.memory.of_pass(
-            batch, length, training=stream.training, past=past, cache_length=cache_length
-        )
-        if stream.hosted is not None:
-            cost += stream.hosted.adapter_bytes(training=stream.training)
-            cost += stream.hosted.pass_bytes(tokens, training=stream.training)
+        cost = self.memory.of_stream(stream, batch, length, past)
         if tokens > limits.max_tokens or cost > limits.max_inflight_bytes:
             what = "activations" if not cache_length else "activations and KV cache"
             raise UsageError(

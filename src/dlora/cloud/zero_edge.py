@@ -63,13 +63,17 @@ class ZeroEdge:
 
         elif kind == "hidden":
             self.hidden = frame.hidden.hidden
-            grad = pb.HiddenGrad(grad=_zeros(*self.hidden.shape))
-            self._answers.append(pb.EdgeFrame(hidden_grad=grad))
+            grad = encode(self.hidden_grad(*self.hidden.shape), pb.FP32)
+            self._answers.append(pb.EdgeFrame(hidden_grad=pb.HiddenGrad(grad=grad)))
 
         elif kind == "delta_grads" and (width := self._grad_widths[frame.delta_grads.site]):
             zeros = _zeros(self.request.num_rows, width)
             input_grad = pb.InputGrad(site=frame.delta_grads.site, grad=zeros)
             self._answers.append(pb.EdgeFrame(input_grad=input_grad))
+
+    def hidden_grad(self, rows: int, width: int) -> Tensor:
+        """The gradient of the last hidden states, [rows, width]."""
+        return torch.zeros(rows, width)
 
     def receive(self) -> pb.EdgeFrame:
         """The next answer."""

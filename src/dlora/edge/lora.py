@@ -27,6 +27,7 @@ __all__ = [
     "freeze",
     "layer_flops",
     "product_of",
+    "wire_rank",
 ]
 
 
@@ -80,6 +81,14 @@ def factors(
     if not zs:
         raise WireError("a site without an active adapter was asked for a delta")
     return (zs[0], bs[0]) if len(zs) == 1 else (torch.cat(zs, dim=1), torch.cat(bs, dim=1))
+
+
+def wire_rank(layer: LoraLayer) -> int:
+    """R of `factors`, known before there is an x."""
+    return sum(
+        layer.lora_A[name].out_features + (layer.lora_B[name].bias is not None)
+        for name in active_names(layer)
+    )
 
 
 def _at_rank(

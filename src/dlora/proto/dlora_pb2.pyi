@@ -276,7 +276,7 @@ class Codecs(_message.Message):
     def __init__(self, x: _Optional[_Union[DType, str]] = ..., dx: _Optional[_Union[DType, str]] = ..., deltas: _Optional[_Union[DType, str]] = ..., delta_grads: _Optional[_Union[DType, str]] = ..., ends: _Optional[_Union[DType, str]] = ..., factors: _Optional[_Union[DType, str]] = ...) -> None: ...
 
 class Begin(_message.Message):
-    __slots__ = ("protocol_version", "fingerprint", "wire_dtype", "training", "batch", "length", "attention_mask", "position_ids", "dense", "keep", "sites", "embeddings", "cache_length", "rollback", "factored", "idle", "probe", "edge_first", "edge_last", "wants_input_grad", "hosted", "modules", "dropout_seed", "codecs", "drop_input_grads", "module_frames")
+    __slots__ = ("protocol_version", "fingerprint", "wire_dtype", "training", "batch", "length", "attention_mask", "position_ids", "dense", "keep", "sites", "embeddings", "cache_length", "rollback", "factored", "idle", "probe", "edge_first", "edge_last", "wants_input_grad", "hosted", "modules", "dropout_seed", "codecs", "drop_input_grads", "module_frames", "rank")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -303,6 +303,7 @@ class Begin(_message.Message):
     CODECS_FIELD_NUMBER: _ClassVar[int]
     DROP_INPUT_GRADS_FIELD_NUMBER: _ClassVar[int]
     MODULE_FRAMES_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     fingerprint: str
     wire_dtype: DType
@@ -329,7 +330,8 @@ class Begin(_message.Message):
     codecs: Codecs
     drop_input_grads: bool
     module_frames: int
-    def __init__(self, protocol_version: _Optional[int] = ..., fingerprint: _Optional[str] = ..., wire_dtype: _Optional[_Union[DType, str]] = ..., training: _Optional[bool] = ..., batch: _Optional[int] = ..., length: _Optional[int] = ..., attention_mask: _Optional[bytes] = ..., position_ids: _Optional[_Iterable[int]] = ..., dense: _Optional[bool] = ..., keep: _Optional[_Iterable[int]] = ..., sites: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., embeddings: _Optional[_Union[Tensor, _Mapping]] = ..., cache_length: _Optional[int] = ..., rollback: _Optional[bool] = ..., factored: _Optional[bool] = ..., idle: _Optional[_Iterable[_Union[IdleModule, _Mapping]]] = ..., probe: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., edge_first: _Optional[int] = ..., edge_last: _Optional[int] = ..., wants_input_grad: _Optional[bool] = ..., hosted: _Optional[bool] = ..., modules: _Optional[_Iterable[_Union[HostedModule, _Mapping]]] = ..., dropout_seed: _Optional[int] = ..., codecs: _Optional[_Union[Codecs, _Mapping]] = ..., drop_input_grads: _Optional[bool] = ..., module_frames: _Optional[int] = ...) -> None: ...
+    rank: int
+    def __init__(self, protocol_version: _Optional[int] = ..., fingerprint: _Optional[str] = ..., wire_dtype: _Optional[_Union[DType, str]] = ..., training: _Optional[bool] = ..., batch: _Optional[int] = ..., length: _Optional[int] = ..., attention_mask: _Optional[bytes] = ..., position_ids: _Optional[_Iterable[int]] = ..., dense: _Optional[bool] = ..., keep: _Optional[_Iterable[int]] = ..., sites: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., embeddings: _Optional[_Union[Tensor, _Mapping]] = ..., cache_length: _Optional[int] = ..., rollback: _Optional[bool] = ..., factored: _Optional[bool] = ..., idle: _Optional[_Iterable[_Union[IdleModule, _Mapping]]] = ..., probe: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., edge_first: _Optional[int] = ..., edge_last: _Optional[int] = ..., wants_input_grad: _Optional[bool] = ..., hosted: _Optional[bool] = ..., modules: _Optional[_Iterable[_Union[HostedModule, _Mapping]]] = ..., dropout_seed: _Optional[int] = ..., codecs: _Optional[_Union[Codecs, _Mapping]] = ..., drop_input_grads: _Optional[bool] = ..., module_frames: _Optional[int] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class Extend(_message.Message):
     __slots__ = ("drop", "order", "length", "attention_mask", "position_ids", "dense", "keep", "embeddings")

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlora.proto import dlora_pb2 as pb
+from dlora.protocol.weights import weight_of
 
 __all__ = ["ALLOWED_FILES", "describe_files", "write_edge_files"]
 
@@ -32,10 +33,13 @@ def write_edge_files(
     tokenizer.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    weights = {f"embedding.{name}": _plain(value) for name, value in embedding.named_parameters()}
+    weights = {
+        f"embedding.{name}": _plain(weight_of(embedding, name))
+        for name, _ in embedding.named_parameters()
+    }
     for name, value in head.named_parameters():
         if value is not embedding.weight:
-            weights[f"head.{name}"] = _plain(value)
+            weights[f"head.{name}"] = _plain(weight_of(head, name))
     save_file(weights, folder / "edge.safetensors")
 
     if model.generation_config is not None:

@@ -56,10 +56,11 @@ class ServeSettings:
     """Settings of `dlora serve`."""
 
     GROUPS: ClassVar[dict[str, str]] = {
-        "model": "model model_id device dtype quantize threads allow_modules edge_first edge_last",
+        "model": "model model_id device device_map max_memory dtype quantize threads allow_modules "
+        "edge_first edge_last",
         "address": "host port metrics_port",
         "who may call": "keys tls_cert tls_key client_ca identities insecure access_log",
-        "limits": "max_tokens max_length max_message_mib max_inflight_mib max_streams "
+        "limits": "max_tokens max_length max_message_mib max_inflight_mib recompute max_streams "
         "compute_slots edge_timeout_s",
         "shutdown": "drain_s",
         "replicas": "replicas max_replicas replica_ports ray_address replica_cpus replica_gpus",
@@ -77,6 +78,13 @@ class ServeSettings:
     """Port to listen on; 0 picks a free one."""
     device: str = "cpu"
     """Device of the model, for example cuda."""
+    device_map: str | None = None
+    """In place of `device`: spread the model over several. auto, balanced or sequential find places
+    by each device's memory; a JSON file names modules and their devices. What finds no room stays
+    in memory or on disk and is read for each use."""
+    max_memory: dict[str, str] = field(default_factory=dict)
+    """With device_map: the most that weights may take of each device, such as '{0: 20GiB, 1: 20GiB,
+    cpu: 60GiB}'; default: what is free."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Compute dtype of the model."""
     quantize: Literal["none", "int8", "int4", "nf4"] = "none"
@@ -97,6 +105,9 @@ class ServeSettings:
     """Largest message in MiB."""
     max_inflight_mib: int = Limits.max_inflight_bytes >> 20
     """Activations kept for all micro-batches in flight, in MiB."""
+    recompute: bool = Limits.recompute
+    """Keep of every layer its input and what its edge answered, and run it again in backward: less
+    memory for each micro-batch that waits, more compute. Gradients stay what they are."""
     max_streams: int = ServerOptions.max_streams
     """Micro-batches in flight."""
     compute_slots: int = ServerOptions.compute_slots
