@@ -13,12 +13,12 @@ from typing import Any, Final
 
 from dlora.edge.link import Link
 from dlora.edge.model import SplitModel
-from dlora.training.calibrate import calibrate
+from dlora.training.calibrate import Calibration, calibrate
 from dlora.training.link_speed import HERE, link_speed
 from dlora.training.planner import Prediction, planned_model, predict
 from dlora.training.settings import PlanSettings, TrainSettings
 
-__all__ = ["MIXES", "SEEN", "Row", "advise", "command", "mark", "table"]
+__all__ = ["MIXES", "SEEN", "Row", "advise", "choose", "command", "mark", "table"]
 
 MIXES: Final = (("fp16", "exact"),)
 """(wire dtype, input gradient) of what is advised: those whose accuracy was measured in whole runs,
@@ -67,6 +67,11 @@ def advise(settings: PlanSettings, link: Link) -> list[Row]:
     )
     model = planned_model(base, link)
     measured = calibrate(base, model, [wire_dtype for wire_dtype, _ in MIXES])
+    return choose(base, model, measured)
+
+
+def choose(base: PlanSettings, model: SplitModel, measured: Calibration) -> list[Row]:
+    """Every choice with its prediction, marked; `base` has the link's numbers, `model` all sites."""
     rows = [_row(base, one, predict(one, model, measured)) for one in _choices(base, model)]
     return mark(_best_parts(rows))
 
