@@ -9,8 +9,7 @@ Banking77, LoRA of rank 8; an adapter as it begins, and one that was trained for
 fp16 wire. Each codec is tried alone, where the rest is fp32, and in the mixes that have a name. The
 error is the norm of the difference to the gradients of the fp32 wire over theirs; the cosine is
 that of the worst module, A and B together. Whole runs are those of `kr.py` (Banking77, 150 steps of
-16 rows) and of `paper.py` (ARC-Easy in the form of text, 40 steps of 8 rows), in turns, with three
-seeds. One JSON line each goes to benchmarks/results/codecs.jsonl; what is there is not run again.
+16 rows) and of `paper.py` (ARC-Easy in the form of text, 40 steps of 8 rows), with three seeds. One JSON line each goes to benchmarks/results/codecs.jsonl; what is there is not run again.
 """
 
 from __future__ import annotations
@@ -193,30 +192,46 @@ def errors(want: dict[str, Any], got: dict[str, Any]) -> dict[str, float]:
 
 # ----------------------------------------------------------------- whole runs
 
-# name -> (arm of kr.py, options of the split model)
-ARMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gate,up factored fp16": ("FT gate,up", {"wire_dtype": "fp16"}),
+# name -> (arm of kr.py, options of the split model, tasks); the first have all seeds first
+BOTH, ONE = ("banking77", "arc_easy"), ("banking77",)
+ARMS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "gate,up factored fp16": ("FT gate,up", {"wire_dtype": "fp16"}, BOTH),
     "gate,up factored int4, dx dropped": (
         "FT gate,up",
         {"wire_dtype": "int4", "input_grad": "drop"},
+        BOTH,
     ),
-    "gate,up factored int4": ("FT gate,up", {"wire_dtype": "int4"}),
+    "gate,up hosted int8, rank 2": ("FT gate,up hosted rank 2", {"wire_dtype": "int8"}, ONE),
+    "q,k,v hosted fp16": ("FT hosted", {"wire_dtype": "fp16"}, ONE),
+    "gate,up hosted fp16": ("FT gate,up hosted", {"wire_dtype": "fp16"}, ONE),
+    "gate,up hosted int8, rank 4, 6 of 30 sites": (
+        "spread gate,up hosted rank 4, a fifth",
+        {"wire_dtype": "int8"},
+        ONE,
+    ),
+    "gate,up hosted int8, rank 4, 15 of 30 sites": (
+        "spread gate,up hosted rank 4, a half",
+        {"wire_dtype": "int8"},
+        ONE,
+    ),
+    "gate,up hosted int4, rank 2": ("FT gate,up hosted rank 2", {"wire_dtype": "int4"}, ONE),
+    "gate,up hosted int8": ("FT gate,up hosted", {"wire_dtype": "int8"}, ONE),
+    "q,k,v hosted int8": ("FT hosted", {"wire_dtype": "int8"}, ONE),
+    "gate,up factored int8": ("FT gate,up", {"wire_dtype": "int8"}, ONE),
+    "gate,up factored int4": ("FT gate,up", {"wire_dtype": "int4"}, ONE),
     "gate,up factored fp16, dx dropped": (
         "FT gate,up",
         {"wire_dtype": "fp16", "input_grad": "drop"},
+        ONE,
     ),
-    "gate,up factored int8": ("FT gate,up", {"wire_dtype": "int8"}),
-    "q,k,v hosted fp16": ("FT hosted", {"wire_dtype": "fp16"}),
-    "q,k,v hosted int8": ("FT hosted", {"wire_dtype": "int8"}),
-    "q,k,v hosted int4": ("FT hosted", {"wire_dtype": "int4"}),
-    "q,k,v plain fp16": ("FT", {"wire_dtype": "fp16"}),
+    "q,k,v hosted int4": ("FT hosted", {"wire_dtype": "int4"}, ONE),
 }
-TASKS = ("banking77", "arc_easy")
-ARC = {  # as in paper/smollm2-text.yaml, with all of the eval rows
+TASKS = BOTH
+ARC = {  # as in paper/smollm2-text.yaml, with more eval rows
     "steps": 40,
     "epochs": None,
     "batch_size": 8,
-    "eval_rows": None,
+    "eval_rows": 1000,
     "dtype": "bf16",
     "attention": "eager",
     "wire_dtype": "fp16",
@@ -251,9 +266,9 @@ def whole(data: Path, folder: Path, minutes: float) -> None:
 
 def claim() -> tuple[tuple[str, str, int], FileLock] | None:
     """The next run that nobody has done or is at, and the lock that says so."""
-    for seed in SEEDS:
-        for task in TASKS:
-            for name in ARMS:
+    for name, (*_, tasks) in ARMS.items():
+        for seed in SEEDS:
+            for task in tasks:
                 wanted = (task, name, seed)
                 lock = FileLock(LOCKS / f"codecs-{task}-{name}-{seed}".replace(" ", "_"))
                 if wanted in finished():
@@ -286,7 +301,7 @@ def banking(
         link = dlora.in_process(loaded.model, loaded.tokenizer, model_id=loaded.model_id)
         clouds["banking77"] = link, loaded.tokenizer
     link, tokenizer = clouds["banking77"]
-    arm, options = ARMS[name]
+    arm, options, _ = ARMS[name]
     spec = {"stage": "final", "task": "banking77", "arm": arm, "learning_rate": RATE, "seed": seed}
     return kr.one(spec | {"options": options}, link, tokenizer, data) | {"options": options}
 
@@ -297,7 +312,7 @@ def arc_easy(
     """One run on ARC-Easy, by `paper.py`, which leaves off and goes on at checkpoints."""
     import paper
 
-    arm, options = ARMS[name]
+    arm, options, _ = ARMS[name]
     targets, rank, wire, *_ = kr.ARMS[arm]
     split = {**options, "upload_consent": wire == "hosted"}
     chosen = {"kind": "lora", "r": rank, "learning_rate": ARC_RATE, "targets": targets}

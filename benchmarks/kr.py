@@ -64,6 +64,10 @@ ARMS: dict[str, tuple[list[str], int, str, dict[str, Any] | None, tuple[float, .
     "FT": (QKV, 8, "plain", None, MANY),
     "FT hosted": (QKV, 8, "hosted", None, MANY),
     "FT rank 1": (QKV, 1, "plain", None, (2e-3, 4e-3, 8e-3, 1.6e-2)),
+    "FT gate,up hosted": (MLP, 8, "hosted", None, MANY),
+    "FT gate,up hosted rank 2": (MLP, 2, "hosted", None, MANY),
+    "spread gate,up hosted rank 4, a half": (MLP, 4, "hosted", {**SPREAD, "budget": 0.5}, FEW_MLP),
+    "spread gate,up hosted rank 4, a fifth": (MLP, 4, "hosted", {**SPREAD, "budget": 0.2}, FEW_MLP),
     # an eighth of FT's bytes on q, k, v, plain wire
     "KR": (QKV, 12, "plain", KR, FEW),
     "KR paper": (QKV, 8, "plain", {"preset": "paper", "average": True}, FEW),

@@ -71,7 +71,7 @@ def advise(settings: PlanSettings, link: Link) -> list[Row]:
 
 
 def choose(base: PlanSettings, model: SplitModel, measured: Calibration) -> list[Row]:
-    """Every choice with its prediction, marked; `base` has the link's numbers, `model` all sites."""
+    """Every choice with its prediction, marked; the link's numbers are those of `base`."""
     rows = [_row(base, one, predict(one, model, measured)) for one in _choices(base, model)]
     return mark(_best_parts(rows))
 
