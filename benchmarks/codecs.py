@@ -9,7 +9,8 @@ Banking77, LoRA of rank 8; an adapter as it begins, and one that was trained for
 fp16 wire. Each codec is tried alone, where the rest is fp32, and in the mixes that have a name. The
 error is the norm of the difference to the gradients of the fp32 wire over theirs; the cosine is
 that of the worst module, A and B together. Whole runs are those of `kr.py` (Banking77, 150 steps of
-16 rows) and of `paper.py` (ARC-Easy in the form of text, 40 steps of 8 rows), with three seeds. One JSON line each goes to benchmarks/results/codecs.jsonl; what is there is not run again.
+16 rows) and of `paper.py` (ARC-Easy in the form of text, 40 steps of 8 rows), with three seeds. One
+JSON line each goes to benchmarks/results/codecs.jsonl; what is there is not run again.
 """
 
 from __future__ import annotations
