@@ -26,7 +26,7 @@ import dlora
 from dlora.cli.values import convert
 from dlora.cloud.limits import Limits
 from dlora.cloud.model import CloudModel
-from dlora.edge.choose_parts import CHOICES, best_parts, choose_parts, on_one_machine
+from dlora.edge.choose_parts import CHOICES, best_parts, choose_parts, on_one_machine, stations
 from dlora.edge.in_flight import split
 from dlora.edge.link import RetryPolicy
 from dlora.edge.lora import delta
@@ -484,11 +484,14 @@ def test_rows_are_split_by_their_tokens() -> None:
 
 def test_prediction_follows_waits_and_work() -> None:
     """One part takes the sum; a second helps where most of the time is waiting, and costs a little
-    where none is.
+    where none is. Bytes of one direction pass those of the other.
     """
     assert seconds_in_flight(1, 4.0, (2.0, 1.0)) == 7.0
     assert seconds_in_flight(2, 4.0, (2.0, 1.0)) < 6.0
     assert 3.0 < seconds_in_flight(2, 0.0, (3.0,)) < 3.3
+    one_line, both_ways = (1.0, 1.0, 8.0), stations(1.0, 1.0, 4.0, 4.0, together=False)
+    assert seconds_in_flight(1, 1.0, both_ways) == seconds_in_flight(1, 1.0, one_line)
+    assert seconds_in_flight(4, 1.0, both_ways) < 0.8 * seconds_in_flight(4, 1.0, one_line)
     assert best_parts(16, 0.01, (3.0,))[0] == 1
     assert best_parts(16, 5.0, (4.8,))[0] > 1
     assert best_parts(1, 5.0, (4.8,))[0] == 1

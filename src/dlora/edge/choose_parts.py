@@ -41,7 +41,7 @@ def choose_parts(
     cloud_s, edge_s = 3 * cost.cloud_s, 3 * (seconds - cost.wait_s)
 
     together = on_one_machine(link, rtt_s)
-    work = stations(cloud_s, edge_s, 2 * of_bytes_s, together=together)
+    work = stations(cloud_s, edge_s, of_bytes_s, of_bytes_s, together=together)
     number, expected = best_parts(rows, round_trips * rtt_s, work)
     guesses = ", ".join(f"{parts}: {seconds:.2f} s" for parts, seconds in expected.items())
     return number, (
@@ -68,12 +68,15 @@ def best_parts(
 
 
 def stations(
-    cloud_s: float, edge_s: float, transfer_s: float, *, together: bool
+    cloud_s: float, edge_s: float, *transfers_s: float, together: bool
 ) -> tuple[float, ...]:
-    """Who works for a micro-batch, and how long; halves `together` on a machine are one."""
+    """Who works for a micro-batch, and how long; halves `together` on a machine are one.
+
+    Each direction of a link is one of its own: bytes up and bytes down pass each other.
+    """
     if together:
-        return cloud_s + edge_s, transfer_s
-    return cloud_s, edge_s, transfer_s
+        return cloud_s + edge_s, *transfers_s
+    return cloud_s, edge_s, *transfers_s
 
 
 def on_one_machine(link: Link, rtt_s: float) -> bool:

@@ -118,9 +118,9 @@ def _micro_batch(
     )
     round_trips_s = wire.round_trips * rtt_s
     if hosted:
-        transfer_s = hosted_transfer_s(wire, up_s, down_s, forward_s, backward_s)
+        transfers_s = [hosted_transfer_s(wire, up_s, down_s, forward_s, backward_s)]
     else:
-        transfer_s = wire.sent * up_s + wire.received * down_s
+        transfers_s = [wire.sent * up_s, wire.received * down_s]
 
     # One site stands for all; hosted ones are the cloud's. The input gradients of edge layers cost
     # about what their forward does.
@@ -131,7 +131,7 @@ def _micro_batch(
     # Over another link than the one there is, the halves are on two machines.
     together = settings.rtt_ms is None and measured.together
     cloud_s = forward_s + backward_s
-    work = stations(cloud_s, edge_s + wire_s, transfer_s, together=together)
+    work = stations(cloud_s, edge_s + wire_s, *transfers_s, together=together)
     parts = _parts(settings, round_trips_s, work)
     if parts > 1:
         wire = traffic(settings, model, sites, parts=parts)
@@ -143,7 +143,7 @@ def _micro_batch(
         cloud_s=cloud_s,
         edge_s=edge_s,
         wire_s=wire_s,
-        link_s=round_trips_s + transfer_s,
+        link_s=round_trips_s + sum(transfers_s),
         in_flight=parts,
         seconds=seconds_in_flight(parts, round_trips_s, work),
     )
