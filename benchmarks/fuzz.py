@@ -45,6 +45,7 @@ from dlora.proto import dlora_pb2 as pb
 RESULT = Path(__file__).parent / "results" / "fuzz.json"
 HONEST_EVERY = 500  # mutated frames between two honest streams
 SLOW_S = 10.0  # a stream that takes longer counts as hung
+MOST_GROWTH = 1.05  # of memory, from a tenth of the frames to the last
 INTERESTING = (
     0,
     1,
@@ -404,6 +405,10 @@ def fuzz(direction: str, frames: int, seed: int = 0) -> dict[str, Any]:
             memory.append(resident_mib())
     link.close()
     warm = len(memory) // 10
+    if memory[-1] > MOST_GROWTH * memory[warm]:
+        failures.append(
+            {"seed": str(seed), "error": f"grew from {memory[warm]} to {memory[-1]} MiB"}
+        )
     return {
         "direction": direction,
         "frames": frames,

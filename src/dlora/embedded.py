@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlora.cloud.limits import Limits
 from dlora.cloud.model import CloudModel
-from dlora.errors import DLoRAError, PeerError, PeerLost
+from dlora.errors import DLoRAError, PeerError, PeerLost, clear_frames
 from dlora.files import ScratchFolder
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.files import write_edge_files
@@ -95,6 +95,7 @@ class _QueueStream:
         try:
             cloud.run(cloud.check(pipe.receive().begin), pipe)
         except BaseException as error:  # the edge's thread raises it
+            clear_frames(error)
             self.to_edge.put(error)
 
 

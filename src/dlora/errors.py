@@ -1,16 +1,20 @@
-"""Everything that DLoRA raises on purpose.
+"""Everything that DLoRA raises on purpose, and how a pass is let go of that ended by an error.
 
-DLoRAError ├── UsageError (ValueError)        settings, data or adapter that cannot work; the user
-can mend it │   └── DataError                  a row of a data file; names file and line ├──
-ModelError (ValueError)        a model that cannot be split correctly ├── WireError (ValueError)
-bytes or frames that cannot be what they claim to be ├── PeerError (ConnectionError)    the other
-half said no, and would say no again ├── PeerLost (ConnectionError)     the other half went away or
-is busy; trying again may work │   └── AdapterMissing             the cloud does not hold a frozen
-module; put it there and try again └── DivergedError (ArithmeticError) training produced a value
-that is not finite
+Below DLoRAError stand:
+
+- UsageError (ValueError): settings, data or an adapter that cannot work; the user can mend it
+  - DataError: a row of a data file; names file and line
+- ModelError (ValueError): a model that cannot be split correctly
+- WireError (ValueError): bytes or frames that cannot be what they claim to be
+- PeerError (ConnectionError): the other half said no, and would say no again
+- PeerLost (ConnectionError): the other half went away or is busy; trying again may work
+  - AdapterMissing: the cloud does not hold a frozen module; put it there and try again
+- DivergedError (ArithmeticError): training produced a value that is not finite
 """
 
 from __future__ import annotations
+
+import traceback
 
 __all__ = [
     "AdapterMissing",
@@ -22,6 +26,7 @@ __all__ = [
     "PeerLost",
     "UsageError",
     "WireError",
+    "clear_frames",
 ]
 
 
@@ -65,3 +70,15 @@ class AdapterMissing(PeerLost):
 
 class DivergedError(DLoRAError, ArithmeticError):
     """Training produced a value that is not finite; nothing was updated with it."""
+
+
+def clear_frames(error: BaseException) -> None:
+    """Forget the local variables of what ended by an error; its traceback still has the lines.
+
+    Frames of a pass hold tensors, whose hooks hold the stream, which holds its error: a circle
+    that goes through C++, and that the garbage collector does not see.
+    """
+    one: BaseException | None = error
+    while one is not None:
+        traceback.clear_frames(one.__traceback__)
+        one = one.__cause__ or one.__context__

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import torch
@@ -108,12 +109,24 @@ class HostedAdapter:
                 f"got {end} of {len(self.modules)} modules, and {self._frames} frames are to come"
             )
 
-    def send_grads(self, exchange: Exchange) -> None:
-        """From now on, in backward, send the gradients of each group when the last is there."""
-        for group in self._groups[1:]:  # backward comes to the first group last
-            for module in group:
-                for leaf in module.leaves:
-                    leaf.register_post_accumulate_grad_hook(self._hook(exchange, group, module))
+    @contextmanager
+    def sending_grads(self, exchange: Exchange) -> Iterator[None]:
+        """A backward in which the gradients of each group are sent when the last is there.
+
+        The hooks are taken off whatever happens: a tensor, its hook and the module that has the
+        tensor are a circle that Python's garbage collector does not see.
+        """
+        hooks = [
+            leaf.register_post_accumulate_grad_hook(self._hook(exchange, group, module))
+            for group in self._groups[1:]  # backward comes to the first group last
+            for module in group
+            for leaf in module.leaves
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _hook(self, exchange: Exchange, group: list[_Module], module: _Module) -> object:
         def arrived(_: Tensor) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -105,9 +106,9 @@ class Pass:
         if not request.has_backward:
             return
 
-        if self.hosted is not None:
-            self.hosted.send_grads(self.exchange)
-        hidden_KD.backward(self.exchange.receive_hidden_grad(hidden_KD))
+        hosted = self.hosted
+        with nullcontext() if hosted is None else hosted.sending_grads(self.exchange):
+            hidden_KD.backward(self.exchange.receive_hidden_grad(hidden_KD))
         if request.wants_input_grad:
             grad_BTD = torch.zeros_like(entry_BTD) if entry_BTD.grad is None else entry_BTD.grad
             self.entry_grad = self.exchange.entry_grad(grad_BTD)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from dlora.cloud.model import CloudModel
-from dlora.errors import PeerLost, UsageError, WireError
+from dlora.errors import PeerLost, UsageError, WireError, clear_frames
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.channel import PROTOCOL_VERSION
 from dlora.protocol.files import describe_files
@@ -241,6 +241,7 @@ class Service:
             self.cloud.run(request, pipe)
             return None
         except Exception as error:
+            clear_frames(error)
             # An edge that goes by itself, after an answer or a loss without backward, wants no
             # status.
             return None if isinstance(error, PeerLost) and pipe.has_left else error
