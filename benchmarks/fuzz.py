@@ -405,7 +405,7 @@ def fuzz(direction: str, frames: int, seed: int = 0) -> dict[str, Any]:
             memory.append(resident_mib())
     link.close()
     warm = len(memory) // 10
-    if memory[-1] > MOST_GROWTH * memory[warm]:
+    if warm and memory[-1] > MOST_GROWTH * memory[warm]:
         failures.append(
             {"seed": str(seed), "error": f"grew from {memory[warm]} to {memory[-1]} MiB"}
         )
