@@ -375,15 +375,14 @@ def one(spec: dict[str, Any], link: Any, tokenizer: Any, data: Path) -> dict[str
         measure(model, tokenizer, held) if spec["stage"] == "task" and spec["arm"] == "FT" else {}
     )
     model.train()
-    reviver = None
+    reviver, made = None, batches(rows, tokenizer, steps, size, spec["seed"])
     if options is not None:
-        options = dict(options)
+        options, average = dict(options), average_of(made)
         preset = options.pop("preset", "on")
         if share := options.pop("share_of_ft", None):
-            options["budget"] = budget(model, share)
-        reviver = KillAndRevive(
-            model, from_options(preset, options | {"seed": spec["seed"]}), steps
-        )
+            options["budget"] = budget(model, share, average)
+        chosen = from_options(preset, options | {"seed": spec["seed"]})
+        reviver = KillAndRevive(model, chosen, steps, average)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=spec["learning_rate"],
@@ -392,7 +391,7 @@ def one(spec: dict[str, Any], link: Any, tokenizer: Any, data: Path) -> dict[str
     rate = get_linear_schedule_with_warmup(optimizer, round(0.05 * steps), steps)
     curve: list[dict[str, Any]] = []
     before, start, losses = model.meter.copy(), time.monotonic(), []
-    for step, batch in enumerate(batches(rows, tokenizer, steps, size, spec["seed"])):
+    for step, batch in enumerate(made):
         losses.append(take_step(model, batch, step, optimizer, rate, reviver))
         if spec["stage"] == "length" and (step + 1) % CURVE_STEPS == 0:
             curve.append(point(model, tokenizer, held[:CURVE_ROWS], step + 1, before))
@@ -474,7 +473,16 @@ def sets(reviver: Any) -> list[list[Any]]:
     return [[step, sorted(units)] for step, units in sorted(found.items())]
 
 
-def budget(model: Any, share: float) -> float:
+def average_of(made: list[dict[str, Any]]) -> Any:
+    """What the average of these micro-batches holds, for Kill and Revive's budget."""
+    from dlora.kill_revive.costs import Rows
+
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in made)
+    labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in made)
+    return Rows(tokens / len(made), labels / tokens)
+
+
+def budget(model: Any, share: float, rows: Any) -> float:
     """A share of the bytes of FT on q, k, v over the plain wire, as a share of those of all of this
     model's modules.
     """
@@ -488,7 +496,9 @@ def budget(model: Any, share: float) -> float:
     full = dlora.get_peft_model(
         model.link, LoraConfig(r=8, target_modules=QKV, task_type="CAUSAL_LM")
     )
-    return min(1.0, share * elements(costs_of(full)) / elements(costs_of(model)))
+    return min(
+        1.0, share * elements(costs_of(full, rows=rows)) / elements(costs_of(model, rows=rows))
+    )
 
 
 def elements(costs: Any) -> int:

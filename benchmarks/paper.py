@@ -369,13 +369,12 @@ def one(
         made = training_batches(spec, data, tokenizer)
         options, reviver = arm.get("kr"), None
         if options is not None:
-            options = dict(options)
+            options, average = dict(options), kr.average_of(made)
             preset = options.pop("preset", "on")
             if share := options.pop("share_of_ft", None):
-                options["budget"] = kr.budget(model, share)
-            reviver = KillAndRevive(
-                model, from_options(preset, {"seed": spec["seed"]} | options), len(made)
-            )
+                options["budget"] = kr.budget(model, share, average)
+            chosen = from_options(preset, {"seed": spec["seed"]} | options)
+            reviver = KillAndRevive(model, chosen, len(made), average)
         trained = train(
             model, made, reviver, arm["learning_rate"], folder / f"{digest(spec)}.pt", config, stop
         )

@@ -31,6 +31,7 @@ from dlora.edge.lora import product_of
 from dlora.edge.model import SplitModel
 from dlora.errors import UsageError
 from dlora.kill_revive.config import KillReviveConfig
+from dlora.kill_revive.costs import USUAL, Rows
 from dlora.kill_revive.decide import (
     Decision,
     DecisionLine,
@@ -59,14 +60,17 @@ class KillAndRevive:
     `load_state_dict` make a resumed run equal one that was never stopped.
     """
 
-    def __init__(self, model: SplitModel, config: KillReviveConfig, total_steps: int) -> None:
+    def __init__(
+        self, model: SplitModel, config: KillReviveConfig, total_steps: int, rows: Rows = USUAL
+    ) -> None:
+        """`rows` is what the average micro-batch holds: the budget counts its bytes."""
         if total_steps < 1:
             raise UsageError(
                 f"Kill and Revive wants to know the number of steps, got {total_steps}"
             )
         self.model, self.config, self.total_steps = model, config, total_steps
-        self.units = units_of(model, config.unit)
-        self.costs = costs_of(model, config.cost)
+        self.rows, self.units = rows, units_of(model, config.unit)
+        self.costs = costs_of(model, config.cost, rows)
         self.layers: dict[str, LoraLayer] = {
             name: layer
             for site in model.sites

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Sized
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dlora.edge.labels import IGNORE
 from dlora.edge.model import SplitModel
 from dlora.errors import UsageError
 from dlora.kill_revive.apply import KillAndRevive, Noted
 from dlora.kill_revive.config import KillReviveConfig
+from dlora.kill_revive.costs import USUAL, Rows
 
 __all__ = ["KillReviveCallback"]
+
+_LOOKED_AT: Final = 128
+"""Rows by which the average is taken."""
 
 
 class KillReviveCallback(TrainerCallback):
@@ -46,12 +52,14 @@ class KillReviveCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: Any = None,
+        train_dataloader: Any = None,
         **_: Any,
     ) -> None:
         """Bind to the model; take up the state of the checkpoint that the run continues from."""
         if not isinstance(model, SplitModel):
             raise UsageError(f"Kill and Revive wants a split model, got {type(model).__name__}")
-        self.reviver = KillAndRevive(model, self.config, state.max_steps)
+        rows = _average(train_dataloader, args)
+        self.reviver = KillAndRevive(model, self.config, state.max_steps, rows)
         if state.global_step:
             self.reviver.load(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         self._write(new=True)
@@ -96,3 +104,25 @@ class KillReviveCallback(TrainerCallback):
             for line in lines:
                 file.write(json.dumps(asdict(line)) + "\n")
         self._written = len(self.reviver.decision_log)
+
+
+def _average(dataloader: Any, args: TrainingArguments) -> Rows:
+    """What a micro-batch of this data holds, by a few of evenly spread rows.
+
+    The loader itself is not asked, which would move its random order on. Rows that come as a stream
+    are not looked at.
+    """
+    data, accumulated = getattr(dataloader, "dataset", None), args.gradient_accumulation_steps
+    if not (isinstance(data, Sized) and hasattr(data, "__getitem__") and len(data)):
+        return replace(USUAL, accumulated=accumulated)
+
+    count = min(len(data), _LOOKED_AT)
+    numbers = [int((i + 0.5) * len(data) / count) for i in range(count)]
+    batch = dataloader.collate_fn([data[number] for number in numbers])
+    if not {"input_ids", "attention_mask", "labels"} <= set(batch):
+        return replace(USUAL, accumulated=accumulated)
+    tokens = int(batch["attention_mask"].sum())
+    supervised = int((batch["labels"][:, 1:] != IGNORE).sum())
+    return Rows(
+        max(1.0, args.train_batch_size * tokens / count), supervised / max(1, tokens), accumulated
+    )

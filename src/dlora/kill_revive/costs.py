@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
-__all__ = ["Costs", "Unit", "modules_of"]
+__all__ = ["USUAL", "Costs", "Rows", "Unit", "modules_of"]
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,30 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """What an average micro-batch holds: what travels once for all of it weighs by its tokens."""
+
+    tokens: float
+    """Without padding."""
+    supervised: float
+    """Share of the tokens whose last hidden states travel."""
+    accumulated: int = 1
+    """Micro-batches of an optimizer step."""
+
+
+USUAL: Final = Rows(512, 0.25)
+"""Where nobody knows the rows."""
+
+
+@dataclass(frozen=True)
 class Costs:
     """What a set of modules costs in a training step, as a share of FT."""
 
-    sites: tuple[tuple[int, Mapping[str, int]], ...]
+    sites: tuple[tuple[int, Mapping[str, float]], ...]
     """(input width, elements that each module adds to both directions) of every site, in calling
     order. On the plain wire a module adds its output width; factored r (1 + out / tokens); hosted
     r (in + out) / tokens, and the site itself nothing: its input width is 0."""
-    ends: int = 0
+    ends: float = 0
     """Elements a token that always travel: embeddings up, last hidden states down, their gradient
     up."""
     kind: Literal["bytes", "modules"] = "bytes"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dlora.edge.lora import product_of
 from dlora.edge.model import SplitModel
-from dlora.kill_revive.costs import Costs, Unit
+from dlora.kill_revive.costs import USUAL, Costs, Rows, Unit
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.layers import layer_of
 from dlora.protocol.wire import payload_bytes
@@ -33,13 +33,9 @@ def units_of(model: SplitModel, kind: str) -> list[Unit]:
     return units
 
 
-def costs_of(
-    model: SplitModel, kind: Any = "bytes", tokens: int = 512, supervised: float = 0.25
-) -> Costs:
-    """What sets of modules cost in a step of this many tokens, on the model's wire.
-
-    `supervised` is the share of tokens whose last hidden states travel.
-    """
+def costs_of(model: SplitModel, kind: Any = "bytes", rows: Rows = USUAL) -> Costs:
+    """What sets of modules cost in a step of such micro-batches, on the model's wire."""
+    tokens, supervised = rows.tokens, rows.supervised
     codecs, sites = model.options.codecs, []
     factor = _share(codecs.factors, codecs.x)
     answer = (_share(codecs.deltas, codecs.x) + _share(codecs.delta_grads, codecs.x)) / 2
@@ -49,11 +45,12 @@ def costs_of(
             rank = sum(layer.r[adapter] for adapter in layer.active_adapters if adapter in layer.r)
             out = layer.out_features
             if model.options.wire == "plain":
-                added[name] = round(out * answer)
+                added[name] = out * answer
             elif model.options.wire == "factored":
-                added[name] = max(1, round(rank * (1 + out / tokens) * factor))
-            else:  # A and B, once a micro-batch
-                added[name] = max(1, round(rank * (width + out) / tokens * factor))
+                added[name] = rank * (1 + out / tokens) * factor
+            else:  # A and B once an optimizer step, their gradients with every micro-batch
+                times = (1 + 1 / rows.accumulated) / 2
+                added[name] = rank * (width + out) * times / tokens * factor
         sites.append((0 if model.options.wire == "hosted" else width, added))
 
     # What travels in any case: where the edge holds layers it is hidden states, both ways.
@@ -66,7 +63,7 @@ def costs_of(
     dropped = model.options.input_grad == "drop"
     return Costs(
         tuple(sites),
-        round(ends * _share(codecs.ends, codecs.x)),
+        ends * _share(codecs.ends, codecs.x),
         kind,
         0.0 if dropped else _share(codecs.dx, codecs.x),
     )
