@@ -34,6 +34,10 @@ class InProcessLink:
             cloud.model, cloud.limits.edge_first, cloud.limits.edge_last, Path(self._layers.name)
         )
 
+    def __deepcopy__(self, memo: object) -> InProcessLink:
+        """Copies of a model share its link."""
+        return self
+
     def open(self) -> _QueueStream:
         """Start a micro-batch on a thread of its own."""
         stream = _QueueStream()

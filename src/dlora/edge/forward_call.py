@@ -5,16 +5,18 @@ Shapes: B batch, T tokens, K kept positions, D width.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dlora.edge.labels import HeadRequest
+from dlora.edge.labels import HeadRequest, head_request
 from dlora.edge.passes import PassInput
 from dlora.protocol.layers import LayerRunner
 
-__all__ = ["ForwardCall", "Rows"]
+__all__ = ["ForwardCall", "ForwardCalls", "Rows"]
 
 
 @dataclass(frozen=True)
@@ -80,3 +82,51 @@ class ForwardCall:
             keep_BT,
             attended_BT | keep_BT if everything else keep_BT,
         )
+
+
+class ForwardCalls:
+    """Begins the forward calls of a split model, by hooks, and sees their outputs."""
+
+    def __init__(self, model: Any) -> None:  # the `SplitModel`, whose module imports this one
+        self.current = ForwardCall()
+        self._model = model
+        self._per_token: HeadRequest | None = None
+        self._signature = inspect.signature(model.forward)
+
+    def hook(self, *modules: nn.Module) -> None:
+        """See the calls of these modules; of nested ones, which are one call, the outer counts."""
+        for module in modules:  # bound methods follow a deep copy of the model, closures would not
+            module.register_forward_pre_hook(self._begin, with_kwargs=True)
+            module.register_forward_hook(self._end)
+
+    def runner(self) -> LayerRunner:
+        """What becomes of each decoder layer now."""
+        return self.current.runner
+
+    def _begin(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Begin a forward call: note where hidden states are wanted, gather the labels there."""
+        labels: Tensor | None = kwargs.get("labels")
+        if labels is not None and labels is self.current.request.labels:
+            return args, kwargs  # the outer of the two hooks has been here
+        self.current, self._per_token = ForwardCall(), None  # also where what follows raises
+
+        request = head_request(
+            args,
+            kwargs,
+            self._signature,
+            positions=self._model.options.head_positions,
+            training=self._model.training,
+        )
+        self.current = ForwardCall(request)
+        if request.labels is None:
+            return args, kwargs
+        self._per_token = request if request.per_token else None
+        return args, {**kwargs, "labels": request.labels}
+
+    def _end(self, _: nn.Module, __: Any, output: Any) -> None:
+        """Put what the fused head says of each kept position where its token is."""
+        request, self._per_token = self._per_token, None  # once, of two nested hooks
+        if request is not None:
+            request.put_back(output)

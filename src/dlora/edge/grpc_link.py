@@ -170,6 +170,10 @@ class GrpcLink:
             self.close()
             raise
 
+    def __deepcopy__(self, memo: object) -> GrpcLink:
+        """Copies of a model share its link."""
+        return self
+
     def _find(self, timeout_s: float, *, again: bool = False) -> pb.Description:
         """The description of the first server that answers; where it has replicas, use these."""
         for number, server in enumerate(self._asked):

@@ -21,6 +21,7 @@ from dlora.protocol.wire import content_hash, encode
 __all__ = [
     "FrozenModule",
     "active_names",
+    "adds_nothing",
     "delta",
     "drops_out",
     "factors",
@@ -43,6 +44,15 @@ class FrozenModule:
 def active_names(layer: LoraLayer) -> list[str]:
     """The adapters of this layer that are in use."""
     return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def adds_nothing(layer: LoraLayer) -> bool:
+    """Whether B of every adapter in use is zero, as in one that was never trained."""
+    return not any(
+        bool(parameter.any())
+        for name in active_names(layer)
+        for parameter in layer.lora_B[name].parameters()
+    )
 
 
 def drops_out(layer: LoraLayer) -> bool:

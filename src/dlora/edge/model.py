@@ -8,7 +8,8 @@ whose forward drives a stream to the cloud. Training loops, `Trainer`, `SFTTrain
 One forward call, `model(input_ids=..., labels=...)`:
 
 1. A hook sees the labels before anything runs. It makes a `ForwardCall`, which notes where hidden
-   states are wanted, and hands on the labels of those positions alone (`labels.py`).
+   states are wanted, and hands on the labels of those positions alone (`forward_call.py`,
+   `labels.py`).
 2. The architecture's own forward embeds the ids and calls the decoder, whose forward is
    `remote_forward`. That refuses arguments which would change the result unnoticed, and calls
    `SplitModel.run_decoder`.
@@ -45,11 +46,11 @@ from dlora.edge.adapter_config import checked_config
 from dlora.edge.bottleneck import BottleneckConfig, make_bottleneck, save_bottleneck
 from dlora.edge.cloud_layers import CloudLayers
 from dlora.edge.edge_layers import EdgeDecoder
-from dlora.edge.forward_call import ForwardCall
+from dlora.edge.forward_call import ForwardCall, ForwardCalls
 from dlora.edge.hosted import KeptVersions, check_hosted
 from dlora.edge.in_flight import PartCount
 from dlora.edge.kv_cache import CloudCache, cache_for
-from dlora.edge.labels import head_request, spread, with_zero_row
+from dlora.edge.labels import spread
 from dlora.edge.link import Link
 from dlora.edge.meter import Meter
 from dlora.edge.micro_batch import as_node
@@ -90,7 +91,8 @@ class SplitModel(PeftModelForCausalLM):
         self.active_set = ActiveSet(())
         self._kept_versions = KeptVersions()
         description = link.description
-        self._edge_decoder = EdgeDecoder(base, edge_layers, description, lambda: self._call.runner)
+        self._calls = ForwardCalls(self)
+        self._edge_decoder = EdgeDecoder(base, edge_layers, description, self._calls.runner)
         self._match_sites()
 
         self.meter = Meter()
@@ -104,15 +106,10 @@ class SplitModel(PeftModelForCausalLM):
 
         arguments = inspect.signature(type(decoder_of(base)).forward).parameters
         self.accepts_position_ids = "position_ids" in arguments
-        self._signature = inspect.signature(self.forward)
-        self._call = ForwardCall()
         decoder_of(base).forward = types.MethodType(remote_forward, self)
         # generate() calls the base model and not this one; peft may call the base model's forward
         # and not the model. So hook both.
-        self.register_forward_pre_hook(SplitModel._note_request, with_kwargs=True)
-        base.register_forward_pre_hook(
-            lambda _, args, kwargs: self._note_request(args, kwargs), with_kwargs=True
-        )
+        self._calls.hook(self, base)
 
     # -------------------------------------- options
 
@@ -137,23 +134,6 @@ class SplitModel(PeftModelForCausalLM):
 
     # -------------------------------------- a forward call
 
-    def _note_request(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Begin a forward call: note where hidden states are wanted, gather the labels there."""
-        labels: Tensor | None = kwargs.get("labels")
-        if labels is not None and labels is self._call.request.compact_labels:
-            return args, kwargs  # the outer of the two hooks has been here
-        self._call = ForwardCall()  # also where what follows raises
-
-        positions = self.options.head_positions
-        everywhere = positions == "all" or (positions == "auto" and not self.training)
-        request = head_request(args, kwargs, self._signature, everywhere=everywhere)
-        self._call = ForwardCall(request)
-        if request.compact_labels is None:
-            return args, kwargs
-        return args, {**kwargs, "labels": request.compact_labels}
-
     def run_decoder(
         self,
         embeddings_BTD: Tensor,
@@ -163,14 +143,15 @@ class SplitModel(PeftModelForCausalLM):
     ) -> Tensor:
         """Run the remote decoder; end the forward call.
 
-        Returns hidden states [B, T, D], zero at positions that were not asked for; or
-        [1, K + 1, D] if only those with labels were. With a `cache` the tokens follow those in it,
-        and the mask covers both: [B, P + T].
+        Returns hidden states [B, T, D], zero at positions that were not asked for; or those with
+        labels alone, in the places of `HeadRequest.labels`. With a `cache` the tokens follow those
+        in it, and the mask covers both: [B, P + T].
         """
         try:
-            return self._run_decoder(self._call, embeddings_BTD, mask_BT, position_ids, cache)
+            call = self._calls.current
+            return self._run_decoder(call, embeddings_BTD, mask_BT, position_ids, cache)
         finally:
-            self._call = ForwardCall()
+            self._calls.current = ForwardCall()
 
     def _run_decoder(
         self,
@@ -210,18 +191,19 @@ class SplitModel(PeftModelForCausalLM):
             kept_KD = hidden_BTD[rows.keep_BT.to(hidden_BTD.device)]
 
         kept_KD = kept_KD.to(embeddings_BTD.dtype)
-        compact = call.request.compact_labels is not None
-        head_rows = len(kept_KD) + 1 if compact else batch * length
+        labels = call.request.labels
+        head_rows = batch * length if labels is None else labels.numel()
         training = kept_KD.requires_grad
         self.meter.head_flops += _head_flops(self.get_output_embeddings(), head_rows, training)
-        return with_zero_row(kept_KD) if compact else spread(kept_KD, rows.keep_BT)
+        return call.request.arrange(kept_KD, rows.keep_BT)
 
     def _through_cloud(self, new: PassInput, cache: CloudCache | None) -> Tensor:
         """Run the cloud's layers over new tokens; return the kept hidden states, float32 [K, D]."""
         measures = self.output_squares is not None
         check_hosted(self.options.wire, self.active_set.idle, measures=measures)
-        sites, parameters, wants_input_grad = self.active_set.exchanged(), [], False
-        if torch.is_grad_enabled():
+        with_grad, parameters, wants_input_grad = torch.is_grad_enabled(), [], False
+        sites = self.active_set.exchanged(training=with_grad)
+        if with_grad:
             parameters = [parameter for site in sites for parameter in site.parameters]
             # Trainers let inputs ask for gradients without need: backward would go to the bottom.
             needs_input_grad = self._edge_decoder.trains_before_cloud()
@@ -273,11 +255,11 @@ class SplitModel(PeftModelForCausalLM):
         if not self.edge_layers:
             return exit_ND
         known, no_layer_here = exit_ND[:, None].float(), EdgeLayers(count=self.edge_layers.count)
-        self._call = ForwardCall(layers=CloudBetween(no_layer_here, lambda _: known))
+        self._calls.current = ForwardCall(layers=CloudBetween(no_layer_here, lambda _: known))
         try:
             return self._edge_decoder.finish(len(exit_ND))
         finally:
-            self._call = ForwardCall()
+            self._calls.current = ForwardCall()
 
     # -------------------------------------- active and idle modules
 
@@ -328,8 +310,12 @@ class SplitModel(PeftModelForCausalLM):
             with super().disable_adapter():
                 yield
         finally:
-            if not self.active_set.all_active:
-                self.active_set.train_active_only()
+            self.active_set.train_active_only()
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Use this adapter from now on; idle modules of the one in use before stay idle."""
+        super().set_adapter(adapter_name, inference_mode)
+        self.active_set.train_active_only()
 
     # -------------------------------------- as transformers and peft have it
 
