@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from dlora.embedded import InProcessLink
+from dlora.errors import UsageError
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # its notice would be an error here
 
@@ -37,6 +38,9 @@ _COMPLETED = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in 
 # What differs from run to run, and what looks at logits of padding, which never travels.
 _NOT_COMPARED = ("runtime", "per_second", "step_time", "total_flos", "logits/", "sampling/")
 _ON_POLICY = {"num_generations": 2, "max_completion_length": 6, "beta": 0.1, "temperature": 1.0}
+
+# trainer -> the wire of its split model; plain if it is not here
+_WIRES = {"DPO-ipo": "hosted", "KTO": "factored", "GRPO": "hosted"}
 
 # trainer -> (what its config takes, rows)
 _TRAINERS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
@@ -106,7 +110,9 @@ def test_trainer_logs_and_learns_what_local_peft_does(
     """Three steps of the trainer, with padding: losses, gradient norms, rewards, entropies, token
     accuracies and the adapter's change are those of local peft.
     """
-    local, split = make_local("llama", lora()), make_split(link, lora())
+    wire = _WIRES.get(name, "plain")
+    local = make_local("llama", lora())
+    split = make_split(link, lora(), wire=wire, upload_consent=wire == "hosted")
     start = {key: parameter.detach().clone() for key, parameter in adapter(local).items()}
     want = train(name, local, tokenizer, tmp_path / "local")
     got = train(name, split, tokenizer, tmp_path / "split")
@@ -189,7 +195,6 @@ def test_deep_copy_keeps_what_the_original_was(link: InProcessLink) -> None:
     for parameter in adapter(split).values():
         parameter.data.mul_(1.5)
     assert split(**batch).loss.item() != pytest.approx(before, rel=1e-4)
-    reference.get_base_model()
     loss = reference(**batch).loss
     assert loss.item() == pytest.approx(before, rel=1e-6)
     loss.backward()
@@ -197,6 +202,14 @@ def test_deep_copy_keeps_what_the_original_was(link: InProcessLink) -> None:
     local = make_local("llama", lora())
     local(**batch).loss.backward()
     assert_same_grads(local, reference)
+
+
+def test_copy_as_a_reference_model_is_refused(link: InProcessLink) -> None:
+    """A split model given as `ref_model` is refused by name, and not with trl's traceback."""
+    reference = copy.deepcopy(make_split(link, lora()))
+    add_fused_lm_head(reference)
+    with pytest.raises(UsageError, match="ref_model"):
+        reference(**batches()[0], fused_lm_head=True)
 
 
 @pytest.mark.parametrize("idle", ["drop", "cloud"])

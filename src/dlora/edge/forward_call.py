@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dlora.edge.labels import HeadRequest, head_request
 from dlora.edge.passes import PassInput
+from dlora.errors import UsageError
 from dlora.protocol.layers import LayerRunner
 
 __all__ = ["ForwardCall", "ForwardCalls", "Rows"]
@@ -112,6 +113,11 @@ class ForwardCalls:
             return args, kwargs  # the outer of the two hooks has been here
         self.current, self._per_token = ForwardCall(), None  # also where what follows raises
 
+        if kwargs.get("fused_lm_head") and "forward" not in vars(self._model.get_base_model()):
+            raise UsageError(
+                "a split model cannot be a trainer's ref_model: leave it out, and the reference is "
+                "the model itself with its adapter as it was, or switched off"
+            )
         request = head_request(
             args,
             kwargs,
