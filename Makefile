@@ -36,9 +36,12 @@ help:
 
 demo: .venv-demo/ready
 	.venv-demo/bin/dlora demo
+	@echo; echo "dlora          is in $(CURDIR)/.venv-demo/bin; to have it on the path:"
+	@echo "               . .venv-demo/bin/activate"
 
 test: .venv/ready
 	.venv/bin/pytest
+	@echo; echo "dlora is in $(CURDIR)/.venv/bin; to have it on the path: . .venv/bin/activate"
 
 slow: .venv/ready
 	OMP_NUM_THREADS=$$(nproc) .venv/bin/pytest -m slow -n 0

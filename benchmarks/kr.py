@@ -315,7 +315,8 @@ def measure(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> dict[str,
             output = model(
                 **{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
             )
-            logits = output.logits[0, : len(owners)]
+            kept = torch.arange(output.logits.shape[1]) < (wanted != -100).sum(1, keepdim=True)
+            logits = output.logits[kept.to(output.logits.device)]
             total += output.loss.item() * len(owners)
             count += len(owners)
             for number, row in enumerate(batch["rows"]):

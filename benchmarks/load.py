@@ -2,7 +2,8 @@
 beside one without.
 
     python benchmarks/load.py run      # about a quarter of an hour on 2 cores
-    python benchmarks/load.py table    # the table of docs/benchmarks.md
+    python benchmarks/load.py waiting  # memory of streams that wait, some minutes
+    python benchmarks/load.py table    # the tables of docs/benchmarks.md
 
 Every edge trains its own adapter on its own random tokens, all on this machine beside the server,
 each a process with one thread (32 edges of the tiny model: 8 threads in each of 4). After a first
@@ -16,18 +17,22 @@ import argparse
 import hashlib
 import json
 import os
+import re
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 RESULT = Path(__file__).parent / "results" / "load.json"
+WAITING_RESULT = RESULT.with_name("load_waiting.json")
 COMPARED_STEPS = 3
 # model -> (rows, tokens a row, seconds, numbers of edges, threads of edges in a process)
 LOADS: dict[str, tuple[int, int, float, tuple[int, ...], int]] = {
@@ -291,7 +296,172 @@ def table(result: dict[str, Any]) -> str:
         f"A step through one replica of Ray takes {ray['step_time_ratio']:.2f} of one without "
         f"({shown}).",
     ]
+    if "waiting" in result:
+        lines += ["", "### Edges that wait", "", waiting_table(result["waiting"])]
     return "\n".join(lines)
+
+
+# ----------------------------------------------------------------- edges that wait
+
+
+WAITING = (16, 48)  # rows and tokens a row of a micro-batch of SmolLM2
+TIMED = (8, 48)  # the same where seconds are measured
+WIRES = ("plain", "factored", "hosted")
+MEMORY_MIB = 8192
+ROUND_TRIPS_S = (60.0, 300.0)  # what an edge's line and its own work add to a micro-batch
+
+
+def waiting() -> dict[str, Any]:
+    """What a stream of SmolLM2 that waits for its edge takes, without and with --recompute."""
+    found: dict[str, Any] = {"wires": {}}
+    flags = {"without": ["--threads", "1"], "recompute": ["--threads", "1", "--recompute"]}
+    for wire in WIRES:
+        found["wires"][wire] = {}
+        for name, words in flags.items():  # a fresh server each: none has memory to use again
+            port = free_port()
+            with serving("smollm2", *words, "--metrics_port", str(port)) as (address, pid):
+                found["wires"][wire][name] = held(address, pid, port, wire)
+        print(wire, found["wires"][wire], file=sys.stderr, flush=True)
+    with (
+        serving("smollm2", *flags["without"]) as without,
+        serving("smollm2", *flags["recompute"]) as again,
+    ):
+        found["steps"] = seconds(without, again)
+    return found
+
+
+def split_model(link: Any, wire: Any) -> Any:
+    """An adapter of the paper's modules on SmolLM2."""
+    import torch
+    from peft import LoraConfig
+
+    import dlora
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj"])
+    options = {"wire": wire, "wire_dtype": "fp32", "upload_consent": wire == "hosted"}
+    model = dlora.get_peft_model(link, config, **options)
+    model.set_options(head_positions="supervised")
+    return model
+
+
+def forward(model: Any, seed: int, shape: tuple[int, int] = WAITING) -> Any:
+    """The loss of a micro-batch: its stream waits for backward."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    vocab = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(0, vocab, shape, generator=generator)
+    labels = ids.clone()
+    labels[:, :-8] = -100
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def charged_mib(port: int) -> float:
+    """What all streams of a server are charged now, by its metrics."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as page:
+        text = page.read().decode()
+    found = re.findall(r"^dlora_inflight_bytes\{.*\} (\S+)$", text, re.MULTILINE)
+    return sum(map(float, found)) / 2**20
+
+
+def held(address: str, pid: int, port: int, wire: str) -> dict[str, float]:
+    """MiB of one stream that waits for its loss, by the server's memory, and what it is charged."""
+    import dlora
+
+    link = dlora.connect(address, timeout_s=60)
+    model = split_model(link, wire)
+    forward(model, 0, TIMED).backward()  # what is made once is made
+    sizes = [memory_mib(pid)]
+    losses = []
+    for seed in (1, 2):
+        losses.append(forward(model, seed))
+        sizes.append(memory_mib(pid))
+    charged = charged_mib(port) / len(losses)
+    losses.clear()  # and with them their streams
+    link.close()
+    return {
+        "first_mib": sizes[1] - sizes[0],
+        "next_mib": sizes[2] - sizes[1],
+        "charged_mib": charged,
+    }
+
+
+def cpu_s(pid: int) -> float:
+    """CPU seconds of a process until now."""
+    words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def seconds(without: tuple[str, int], again: tuple[str, int]) -> dict[str, list[float]]:
+    """CPU seconds of the server for a token on the plain wire, in turns."""
+    import dlora
+
+    servers = {"without": without, "recompute": again}
+    links = {name: dlora.connect(address) for name, (address, _) in servers.items()}
+    models = {name: split_model(link, "plain") for name, link in links.items()}
+    found: dict[str, list[float]] = {name: [] for name in models}
+    for seed in range(4):
+        for name, model in models.items():
+            before = cpu_s(servers[name][1])
+            forward(model, seed, TIMED).backward()
+            if seed:  # the first one warms up
+                found[name].append((cpu_s(servers[name][1]) - before) / (TIMED[0] * TIMED[1]))
+    for link in links.values():
+        link.close()
+    return found
+
+
+def waiting_table(result: dict[str, Any]) -> str:
+    """Markdown: memory of a stream that waits, and how many edges that makes."""
+    tokens = WAITING[0] * WAITING[1]
+    cloud_s = {name: tokens * statistics.median(one) for name, one in result["steps"].items()}
+    ratios = [
+        one / other
+        for one, other in zip(result["steps"]["recompute"], result["steps"]["without"], strict=True)
+    ]
+    lines = [
+        f"| wire | | MiB a waiting stream holds | charged | edges in {MEMORY_MIB // 1024} GiB | "
+        + " | ".join(f"tokens/s in all, {wait:.0f} s elsewhere" for wait in ROUND_TRIPS_S)
+        + " |",
+        "|---|---|---|---|---|" + "---|" * len(ROUND_TRIPS_S),
+    ]
+    for wire, both in result["wires"].items():
+        for name, one in both.items():
+            edges = int(MEMORY_MIB // one["charged_mib"])
+            rates = [
+                min(edges * tokens / (cloud_s[name] + wait), tokens / cloud_s[name])
+                for wait in ROUND_TRIPS_S
+            ]
+            shown = " | ".join(f"{rate:.0f}" for rate in rates)
+            kind = "`--recompute`" if name == "recompute" else "without"
+            lines.append(
+                f"| {wire} | {kind} | {one['next_mib']:.0f} | "
+                f"{one['charged_mib']:.0f} | {edges} | {shown} |"
+            )
+    lines += [
+        "",
+        f"A micro-batch of {WAITING[0]} x {WAITING[1]} tokens takes the server "
+        f"{cloud_s['without']:.1f} s of CPU without, and {cloud_s['recompute']:.1f} s with "
+        f"`--recompute`: {statistics.median(ratios):.2f} times as much "
+        f"({', '.join(f'{ratio:.2f}' for ratio in ratios)}).",
+    ]
+    return "\n".join(lines)
+
+
+def load_results() -> dict[str, Any]:
+    """Both files."""
+    found: dict[str, Any] = json.loads(RESULT.read_text())
+    if WAITING_RESULT.exists():
+        found["waiting"] = json.loads(WAITING_RESULT.read_text())
+    return found
 
 
 if __name__ == "__main__":
@@ -299,7 +469,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("run", "table", "edges"))
+    parser.add_argument("what", choices=("run", "waiting", "table", "edges"))
     for flag, kind in (
         ("--address", str),
         ("--seeds", str),
@@ -320,4 +490,9 @@ if __name__ == "__main__":
             **provenance("grpcio", "ray"),
         }
         RESULT.write_text(json.dumps(result, indent=2) + "\n")
-    print(table(json.loads(RESULT.read_text())))
+    if arguments.what == "waiting":
+        from provenance import provenance
+
+        result = waiting() | provenance("grpcio")
+        WAITING_RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    print(table(load_results()))

@@ -248,7 +248,7 @@ def projected_sites(name: str) -> tuple[Any, tuple[Any, ...]]:
     import torch
     import transformers
 
-    from dlora.cloud.trace import trace
+    from dlora.cloud.trace import TracedPass, trace
 
     kind, values, _ = PROJECTED[name]
     config = getattr(transformers, kind)(**values)
@@ -261,9 +261,11 @@ def projected_sites(name: str) -> tuple[Any, tuple[Any, ...]]:
         # from that.
         mask = {"attention_mask": torch.zeros(1, 1, 4, 4)} if kind == "LlamaConfig" else {}
         x = torch.zeros(1, 4, config.hidden_size)
-        found = trace(
-            model, decoder, lambda: decoder(inputs_embeds=x, use_cache=False, **mask), 1, 4
-        )
+
+        def run() -> Any:
+            return decoder(inputs_embeds=x, use_cache=False, **mask)
+
+        found = trace(model, decoder, [TracedPass(run=run, batch=1, length=4)])
     return config, found.sites
 
 

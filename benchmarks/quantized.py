@@ -103,7 +103,9 @@ def train(kind: str, data: Path) -> dict[str, Any]:
     from dlora.cloud.trace import Linear
 
     link, tokenizer = cloud(kind)
-    linears = [module for module in link.cloud.decoder.modules() if isinstance(module, Linear)]
+    linears = [
+        module for module in link.cloud.parts.decoder.modules() if isinstance(module, Linear)
+    ]
     model, optimizer = learner(link)
     rows, held = read(data, CONFIG["task"], "train"), read(data, CONFIG["task"], "eval")
     before = measure(model, tokenizer, held)  # B is zero: the base

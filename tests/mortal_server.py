@@ -1,6 +1,7 @@
 """A server process that comes back when it is killed: loads once, forks one child a life.
 
-Run as: python mortal_server.py MODEL_FOLDER PORT. Prints the child's pid when it serves.
+Run as: python mortal_server.py MODEL_FOLDER PORT [recompute]. Prints the child's pid when it
+serves.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dlora.cloud.model import CloudModel
 from dlora.server.server import Server
 
 
-def main(folder: str, port: int) -> None:
+def main(folder: str, port: int, *words: str) -> None:
     """Serve; after each SIGKILL serve again."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     has_one = Path(folder, "tokenizer.json").exists()
@@ -29,7 +30,7 @@ def main(folder: str, port: int) -> None:
     while True:
         pid = os.fork()
         if pid == 0:
-            limits = Limits(edge_first=1, edge_last=1)
+            limits = Limits(edge_first=1, edge_last=1, recompute="recompute" in words)
             cloud = CloudModel(model, model_id="example-org/llama", limits=limits)
             server = Server(cloud, tokenizer, port=port)
             server.start()
@@ -40,4 +41,4 @@ def main(folder: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

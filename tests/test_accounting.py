@@ -208,7 +208,7 @@ def test_cloud_flops_equal_torchs_count(family: str, first_site: int) -> None:
     ids = sample_ids(base, 3, 13)
     found = []
     for training in (False, True):
-        request = probe_request(base, cloud.sites, ids, training=training)
+        request = probe_request(cloud.parts, cloud.sites, ids, training=training)
         request = dataclasses.replace(request, active=request.active[first_site:])
         with FlopCounterMode(display=False) as counter:
             cloud.run(request, ZeroEdge(request))

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 import dlora
 from dlora.errors import PeerLost
+from dlora.inference.answer import load_for_inference, share_ends
 from dlora.inference.api import ApiServer, build_app
 from dlora.server.server import Server
 
@@ -131,12 +132,15 @@ def test_sampling_follows_the_request(
     """A seed makes samples repeat as local peft's would; without temperature the API samples at
     1.
     """
-    want = local_answer(
-        tokenizer, QUESTION, max_new_tokens=8, do_sample=True, temperature=0.9, top_p=0.8
-    )
+    options = {"max_new_tokens": 8, "do_sample": True, "top_k": 0}
+    want = local_answer(tokenizer, QUESTION, **options, temperature=0.9, top_p=0.8)
     got = client.chat.completions.create(
         model="mine", messages=QUESTION, temperature=0.9, top_p=0.8, seed=5, max_completion_tokens=8
     )
+    assert got.choices[0].message.content == want
+    # At 2 the likeliest 50 tokens are not nearly all.
+    want = local_answer(tokenizer, QUESTION, **options, temperature=2.0)
+    got = client.chat.completions.create(model="mine", messages=QUESTION, temperature=2, seed=5)
     assert got.choices[0].message.content == want
     answers = {
         client.chat.completions.create(model="mine", messages=QUESTION, seed=seed)
@@ -331,3 +335,53 @@ def test_command_serves_until_it_is_told_to_stop(
             timer.cancel()
     want = local_answer(tokenizer, QUESTION, max_new_tokens=4, suppress_tokens=None)
     assert answer.choices[0].message.content == want
+
+
+# ----------------------------------------------------------------- several adapters
+
+
+def test_several_adapters_by_name(
+    link: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """`model` of a request picks an adapter: each answers as it does alone; without a name the
+    first does, and another name is 404. Embedding and head are in memory once."""
+    models: dict[str, Any] = {}
+    for number, name in enumerate(("a", "org/b")):
+        folder = tmp_path / str(number)
+        make_split(link, lora(), seed=number).save_pretrained(str(folder))
+        models[name] = load_for_inference(link, folder, wire_dtype="fp32")
+    share_ends(*models.values())
+    first, second = models.values()
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        ends = [getattr(model, get)().weight for model in (first, second)]
+        assert ends[0] is ends[1]
+
+    app = build_app(first, tokenizer, name="a", others={"org/b": second}, max_new_tokens=6)
+    with (
+        ApiServer(app, "127.0.0.1", 0).running() as url,
+        openai.OpenAI(base_url=url, max_retries=0, **key("none")) as client,
+    ):
+        assert [model.id for model in client.models.list()] == ["a", "org/b"]
+        assert client.models.retrieve("org/b").id == "org/b"
+        answers = {}
+        for name, model in models.items():
+            ids = tokenizer("the desk", return_tensors="pt")
+            told = model.generate(
+                input_ids=ids["input_ids"],
+                attention_mask=ids["attention_mask"],
+                max_new_tokens=6,
+                do_sample=False,
+            )
+            wanted = tokenizer.decode(
+                told[0, ids["input_ids"].shape[1] :], skip_special_tokens=True
+            )
+            got = client.completions.create(model=name, prompt="the desk", temperature=0)
+            assert got.choices[0].text == wanted and got.model == name
+            chat = client.chat.completions.create(model=name, messages=QUESTION, temperature=0)
+            answers[name] = (wanted, chat.choices[0].message.content)
+        assert answers["a"] != answers["org/b"]
+
+        with pytest.raises(openai.NotFoundError, match="the models are 'a', 'org/b', got 'c'"):
+            client.completions.create(model="c", prompt="x")
+        with pytest.raises(openai.NotFoundError, match="the models are"):
+            client.chat.completions.create(model="c", messages=QUESTION)

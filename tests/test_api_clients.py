@@ -6,19 +6,25 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-from conftest import NO_DRAIN, lora, make_split
+import torch
+from conftest import NO_DRAIN, lora, make_local, make_split
 from transformers import PreTrainedTokenizerFast
+from transformers.cli.serving.utils import Modality
 
 import dlora
-from dlora.inference.api import ApiServer, build_app
+from dlora.inference.api import ApiServer, _OneModel, build_app
 from dlora.inference.api_answers import Answers, _Pieces, cut
+from dlora.inference.api_checks import _NUMBERS, _WHOLE, check_messages
+from dlora.inference.api_requests import _NEUTRAL, Chat, Completion
 from dlora.server.server import Server
 
 PROMPTS = ["the desk", "the message of the desk", "message"]
@@ -121,6 +127,29 @@ def test_biases_act_in_both(client: openai.OpenAI, tokenizer: PreTrainedTokenize
     said = complete(client).choices[0].text
     first = tokenizer(said, add_special_tokens=False)["input_ids"][0]
     assert complete(client, logit_bias={str(first): -100.0}).choices[0].text != said
+
+
+def test_penalties_are_those_of_the_api(
+    client: openai.OpenAI, split: Any, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Presence counts once for a token that was said, frequency as often as it was; the prompt
+    does not count.
+    """
+    local = make_local("llama", lora()).eval()
+    silent = split.generation_config.suppress_tokens
+    ids, said = tokenizer("the desk", return_tensors="pt")["input_ids"], list[int]()
+    for _ in range(8):
+        with torch.no_grad():
+            logits_V = local(ids).logits[0, -1]
+        logits_V[silent] = -math.inf
+        for token in set(said):
+            logits_V[token] -= 1.5 + 0.5 * said.count(token)
+        said.append(int(logits_V.argmax()))
+        ids = torch.cat([ids, torch.tensor([said[-1:]])], dim=1)
+    options = {"presence_penalty": 1.5, "frequency_penalty": 0.5}
+    want = tokenizer.decode(said, skip_special_tokens=True)
+    assert complete(client, **options).choices[0].text == want != complete(client).choices[0].text
+    assert texts(complete(client, **options, stream=True))[0] == want
 
 
 def test_a_list_of_prompts_is_one_batch(client: openai.OpenAI, split: Any) -> None:
@@ -231,6 +260,18 @@ def test_messages_as_clients_send_them_back(client: openai.OpenAI) -> None:
     assert chat(client, sent).choices[0].message == chat(client, plain).choices[0].message
 
 
+USER = {"role": "user", "content": "the desk"}
+ANSWER = {"role": "assistant", "content": "of"}
+CALLING = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [
+        {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}},
+    ],
+}
+HALF = b'{"%s": "a\\ud83d b"}'
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -238,12 +279,37 @@ def test_messages_as_clients_send_them_back(client: openai.OpenAI) -> None:
         ({"stop": ["a"] * 17}, "stop: got 17 texts"),
         ({"logit_bias": {"a": 1}}, "logit_bias: want a map"),
         ({"logit_bias": {"1": 101}}, "logit_bias: want values"),
+        ({"logit_bias": {"300": 1}}, "logit_bias: there is no token 300, want ids from 0 to 299"),
+        ({"logit_bias": {"-1": 1}, "stream": True}, "logit_bias: there is no token -1"),
+        ({"top_p": 5}, "top_p: got 5, want a value from 0 to 1"),
+        ({"top_p": 5, "stream": True}, "top_p: got 5, want a value from 0 to 1"),
+        ({"top_p": "0.5"}, "top_p: got '0.5', want a value"),
+        ({"temperature": True}, "temperature: got True, want a value from 0 to 2"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty: got 2.5, want a value from -2 to 2"),
+        ({"presence_penalty": -3}, "presence_penalty: got -3, want a value from -2 to 2"),
+        ({"max_tokens": 2.5}, "max_tokens: got 2.5, want a whole number of at least 1"),
+        ({"seed": 2**63}, "seed: got 9223372036854775808, want a whole number from"),
+        ({"extra_body": {"stream": "yes"}}, "stream: got 'yes', want true or false"),
+        ({"n": 0}, "n=0 is not supported"),
+        ({"logprobs": 0}, "logprobs=0 is not supported"),
         ({"prompt": []}, "prompt: got 0 texts"),
         ({"prompt": ["a", ""]}, "prompt: it has no tokens"),
         ({"prompt": [1, 2]}, "prompt: want a text"),
         ({"prompt": ["a", "b"], "stream": True}, "a list of prompts is not streamed"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "wants a text"),
         ({"messages": [{"role": "user", "content": 3}]}, "only text is read here"),
+        ({"messages": [{"role": "user"}]}, "one of role user has no content"),
+        ({"messages": [{"role": "user", "content": []}]}, "one of role user has no content"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, "has no content"),
+        ({"messages": [{"role": 3, "content": "a"}]}, "want a list of"),
+        ({"messages": [{**USER, "name": "alice"}]}, "template has no place for name"),
+        ({"messages": [USER, CALLING]}, "template has no place for tool_calls"),
+        ({"messages": [USER, CALLING], "stream": True}, "template has no place for tool_calls"),
+        ({"messages": [USER, {**CALLING, "tool_calls": [{}]}]}, "tool_calls: want a list of"),
+        (
+            {"messages": [USER, {**ANSWER, "function_call": {"name": "f"}}]},
+            "function_call is not supported",
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_refused(
@@ -253,3 +319,60 @@ def test_what_cannot_be_meant_is_refused(
     ask = chat if "messages" in options else complete
     with pytest.raises(openai.BadRequestError, match=message):
         ask(client, **options)
+
+
+def test_no_field_is_ignored() -> None:
+    """Every field that the API's schema knows is followed or refused, or changes no answer."""
+    followed = "messages model prompt stream stop logit_bias tools chat_template_kwargs"
+    changes_nothing = (
+        "metadata parallel_tool_calls prompt_cache_key prompt_cache_options safety_identifier "
+        "prompt_cache_retention service_tier store stream_options user"
+    )
+    known = {*followed.split(), *changes_nothing.split(), *_NEUTRAL, *_NUMBERS, *_WHOLE}
+    for handler in (Chat, Completion):
+        assert handler._valid_params_class.__mutable_keys__ - known == set()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "message"),
+    [
+        ("POST", "chat/completions", b"{", 400, "the body is not JSON: Expecting property name"),
+        ("POST", "completions", b"[1]", 400, "the body: want a JSON object"),
+        ("POST", "completions", b"", 400, "the body: want a JSON object"),
+        ("POST", "completions", b"\xff", 400, "error parsing the body"),
+        ("POST", "completions", HALF % b"prompt", 400, "prompt: it has half of a character"),
+        ("POST", "completions", HALF % b"stop", 400, "stop: it has half of a character"),
+        ("POST", "chat/completions", HALF % b"messages", 400, "messages: it has half of a"),
+        ("POST", "chat/completions", HALF % b"n", 400, "n: it has half of a character"),
+        ("POST", "nowhere", b"{}", 404, "Not Found"),
+        ("GET", "completions", None, 405, "Method Not Allowed"),
+    ],
+)
+def test_every_refusal_has_the_form_of_the_api(
+    client: openai.OpenAI, method: str, path: str, body: bytes | None, status: int, message: str
+) -> None:
+    """What is no request at all is refused as a request is, so that clients show the reason."""
+    connection = http.client.HTTPConnection(str(client.base_url).split("/")[2], timeout=30)
+    connection.request(method, f"/v1/{path}", body, {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    error = json.loads(answer.read())["error"]
+    connection.close()
+    assert answer.status == error["code"] == status
+    assert message in error["message"] and error["type"] == "invalid_request_error"
+
+
+def test_what_a_template_shows_is_passed_on(
+    split: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Calls of tools, the text beside them, and names reach a chat template that has a place."""
+    tokenizer.save_pretrained(tmp_path)
+    showing = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    showing.chat_template = (
+        "{% for m in messages %}{{ m.name }}:{{ m.content }}"
+        "{% for call in m.tool_calls %}<{{ call.function.name }}>{% endfor %}{% endfor %}"
+    )
+    handler = Chat(_OneModel("m", split, showing), None)
+    sent = [{**USER, "name": "alice"}, {**CALLING, "content": [{"type": "text", "text": "of"}]}]
+    check_messages(sent)
+    inputs = handler.get_processor_inputs_from_messages(sent, Modality.LLM)
+    assert showing.apply_chat_template(inputs, tokenize=False) == "alice:the desk:of<f>"

@@ -215,6 +215,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         quantised(quant_method="bitsandbytes", load_in_4bit=True, bnb_4bit_quant_type="nf4"),
         "{folder} is quantised in bitsandbytes' 4 bits",
     ),
+    "bitsandbytes in 4 bits, which is not named": (
+        quantised(load_in_4bit=True),
+        "{folder} is quantised in bitsandbytes' 4 bits",
+    ),
     "an adapter inside": (add_adapter, "{folder} holds an adapter (adapter_config.json)"),
     "an adapter alone": (only_adapter, "{folder} holds an adapter (adapter_config.json)"),
     "an empty tokenizer": (
@@ -229,6 +233,17 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         cut("tokenizer.json", 0.5),
         "the tokenizer of {folder} cannot be read: ",
     ),
+    "a chat template that is a pointer": (
+        write("chat_template.jinja", LFS),
+        "{folder}/chat_template.jinja" + POINTER,
+    ),
+    "an empty chat template": (write("chat_template.jinja", ""), "chat_template.jinja is empty"),
+    "a chat template that is cut": (
+        cut("chat_template.jinja", 0.5),
+        "{folder} cannot be served: its chat template is broken in line 1 (",
+    ),
+    "merges that are a pointer": (write("merges.txt", LFS), "{folder}/merges.txt" + POINTER),
+    "an empty vocabulary": (write("vocab.txt", ""), "{folder}/vocab.txt is empty"),
     "more tokens than rows": (
         edit_tokenizer(many_words),
         "behind the embedding's 300 rows",
@@ -309,8 +324,10 @@ def test_the_commands_say_it_in_one_line(
 # ----------------------------------------------------------------- GGUF
 
 
-def write_gguf(file: Path, without: str = " ") -> None:
-    """A tiny Llama as a GGUF file, without the tensors whose name begins so."""
+def write_gguf(
+    file: Path, without: str = " ", extra: tuple[str, ...] = (), scaling: bool = False
+) -> None:
+    """A tiny Llama as a GGUF file, without the tensors whose name begins so, and with others."""
     writer = gguf.GGUFWriter(str(file), "llama")
     writer.add_block_count(2)
     writer.add_context_length(64)
@@ -320,6 +337,8 @@ def write_gguf(file: Path, without: str = " ") -> None:
     writer.add_head_count_kv(4)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(40)
+    if scaling:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
     tokens = ["<unk>", "<s>", "</s>", *(chr(97 + number) for number in range(26)), "Ġ", "ab"]
     tokens += [f"t{number}" for number in range(40 - len(tokens))]
     writer.add_tokenizer_model("gpt2")
@@ -339,6 +358,8 @@ def write_gguf(file: Path, without: str = " ") -> None:
         if not name.startswith(without):
             tensor = torch.randn(shape, generator=generator)
             writer.add_tensor(f"{name}.weight", tensor.numpy())
+    for name in extra:
+        writer.add_tensor(name, torch.ones(32).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -351,14 +372,24 @@ GGUF_LINES = {
     "cut.gguf": "cannot read {file}: ",
     "empty.gguf": "{file} is empty",
     "pointer.gguf": "{file}" + POINTER,
+    "surplus.gguf": "{file} has blk.0.attn_q.bias, blk.2.attn_q.weight, rope_freqs.weight, and ",
+    "scaled.gguf": "{file} has llama.rope.scaling.type = linear, and LlamaForCausalLM",
 }
+SURPLUS = ("blk.0.attn_q.bias", "blk.2.attn_q.weight", "rope_freqs.weight")
 
 
 @pytest.mark.parametrize("name", GGUF_LINES)
 def test_a_broken_gguf_is_refused_and_not_kept(name: str, tmp_path: Path) -> None:
-    """A GGUF in parts, cut, or none at all gets one line, and nothing of it gets into the cache."""
+    """A GGUF in parts, cut, of more than is read, or none at all gets one line, and nothing of it
+    gets into the cache.
+    """
     file, cache = tmp_path / name, tmp_path / "cache"
-    write_gguf(file, without="blk.1." if "00001" in name else " ")
+    write_gguf(
+        file,
+        without="blk.1." if "00001" in name else " ",
+        extra=SURPLUS if name == "surplus.gguf" else (),
+        scaling=name == "scaled.gguf",
+    )
     whole = file.read_bytes()
     content = {
         "header.gguf": whole[:200],
@@ -374,10 +405,12 @@ def test_a_broken_gguf_is_refused_and_not_kept(name: str, tmp_path: Path) -> Non
 
 
 def test_a_whole_gguf_is_served(tmp_path: Path) -> None:
-    """The file that the table breaks is fine before."""
+    """The file that the table breaks is fine before, and what lies beside it is not of it."""
+    add_adapter(tmp_path)
     write_gguf(tmp_path / "whole.gguf")
     loaded = load_model(str(tmp_path / "whole.gguf"), cache=tmp_path / "cache")
     assert loaded.model.config.num_hidden_layers == 2
+    assert not any("lora" in name for name, _ in loaded.model.named_modules())
 
 
 # ----------------------------------------------------------------- adapters
@@ -470,6 +503,20 @@ def test_an_adapter_that_does_not_fit_is_refused(
     assert not output.exists()
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["without weights", "with weights that are cut", "with empty weights", "without tensors"],
+)
+def test_info_refuses_an_adapter_without_weights(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What `load_adapter` could not load is not described as an adapter either."""
+    ADAPTERS[name][0](tmp_path)
+    assert main(["info", "--adapter", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("dlora: ") and said.err.count("\n") == 1
+
+
 # ----------------------------------------------------------------- low bits
 
 
@@ -507,10 +554,12 @@ def served(folder: Path) -> Iterator[Serve]:
         yield serve
 
 
-def altered(tokenizer: PreTrainedTokenizerFast, folder: Path) -> PreTrainedTokenizerFast:
+def altered(
+    tokenizer: PreTrainedTokenizerFast, folder: Path, **changes: Any
+) -> PreTrainedTokenizerFast:
     """A copy that a test may change."""
     tokenizer.save_pretrained(folder)
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder, **changes)
 
 
 def test_an_end_that_a_tokenizer_appends_is_left_out(
@@ -533,10 +582,11 @@ def test_token_types_are_left_out(
     tokenizer: PreTrainedTokenizerFast, folder: Path, served: Serve
 ) -> None:
     """What a tokenizer gives is what a decoder takes."""
-    typed = altered(tokenizer, folder)
-    typed.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
-    assert "token_type_ids" in typed("the desk")
-    ready = dlora.load_tokenizer(served(typed))
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    typed = altered(tokenizer, folder, model_input_names=names)
+    link = served(typed)
+    assert "token_type_ids" in PreTrainedTokenizerFast.from_pretrained(folder)("the desk")
+    ready = dlora.load_tokenizer(link)
     assert set(ready("the desk")) == {"input_ids", "attention_mask"}
 
 

@@ -24,7 +24,7 @@ from dlora.cli.flags import OLD_NAMES, flags_of, groups_of
 from dlora.cli.help import Note
 from dlora.cli.main import main
 from dlora.cli.parser import parse
-from dlora.cli.serve import check_before_loading
+from dlora.cli.serve import check_serve
 from dlora.cli.values import convert
 from dlora.errors import UsageError
 from dlora.server.settings import ServeSettings
@@ -260,6 +260,11 @@ def test_system_prompt_arrives_as_given() -> None:
         (["--target_modules", '["q_proj"]'], "targets", ["q_proj"]),
         (["--target_modules", "all-linear"], "targets", "all-linear"),
         (["--target_modules", r".*\.[qv]_proj"], "targets", r".*\.[qv]_proj"),
+        (["--columns", "prompt=a b,completion=1"], "columns", {"prompt": "a b", "completion": "1"}),
+        (["--columns", "{prompt: 'a, b'}"], "columns", {"prompt": "a, b"}),
+        (["--rank_pattern", "q_proj=4,v=8"], "rank_pattern", {"q_proj": 4, "v": 8}),
+        (["--trainer", "a=1e-3,b=yes,c=x=y"], "trainer", {"a": 1e-3, "b": True, "c": "x=y"}),
+        (["--val_size", "0.1"], "val_size", 0.1),
         (["--trainer", '{"a": 1}'], "trainer", {"a": 1}),
         (["--trainer.a", "1e-3", "--trainer.b", "x"], "trainer", {"a": 1e-3, "b": "x"}),
         (["--rank_pattern", "{model.layers.0: 4}"], "rank_pattern", {"model.layers.0": 4}),
@@ -423,7 +428,7 @@ def test_groups_cover_every_setting_once(name: str) -> None:
     counts = Counter(name for names in groups_of(settings).values() for name in names)
     fields = {field.name for field in dataclasses.fields(settings)}
     old_or_new = {one for pair in OLD_NAMES.get(name, {}).items() for one in pair}
-    assert set(counts.values()) == {1}
+    assert set(counts.values()) <= {1}
     assert fields <= counts.keys() and counts.keys() - fields <= old_or_new
 
 
@@ -480,14 +485,14 @@ def test_the_log_of_calls_has_both_names(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model", "./nowhere"], "no such folder: ./nowhere"),
-        (["--model", "/nowhere"], "no such folder: /nowhere"),
-        (["--model", "~nobody/x"], "no such folder: ~nobody/x"),
-        (["--model", "a/b/c"], "no such folder: a/b/c"),
-        (["--model", "models/"], "no such folder: models/"),
-        (["--model", "nowhere.gguf"], "no such file: nowhere.gguf"),
-        (["--model", "m", "--allow_modules", "["], "allow_modules: '[' is no regular expression"),
-        (["--model", "m", "--host", "no.such.host.invalid", "--insecure"], "cannot listen on"),
+        (["--model", "./nowhere"], "--model: no such folder: ./nowhere"),
+        (["--model", "/nowhere"], "--model: no such folder: /nowhere"),
+        (["--model", "~nobody/x"], "--model: no such folder: ~nobody/x"),
+        (["--model", "a/b/c"], "--model: no such folder: a/b/c"),
+        (["--model", "models/"], "--model: no such folder: models/"),
+        (["--model", "nowhere.gguf"], "--model: no such file: nowhere.gguf"),
+        (["--model", "m", "--allow_modules", "["], "--allow_modules: '[' is no regular expression"),
+        (["--model", "m", "--host", "no.such.host.invalid", "--insecure"], "--port: cannot listen"),
         (["--model", "m", "--keys", "{tmp}/none"], "{tmp}/none/server.key: No such file"),
         (["--model", "m", "--tls_cert", "{tmp}/c", "--tls_key", "{tmp}/open"], "{tmp}/open holds"),
         (["--model", "m", "--tls_cert", "{tmp}/c", "--tls_key", "{tmp}/k"], "{tmp}/c: No such"),
@@ -503,7 +508,7 @@ def test_serve_refuses_before_it_loads(
         (tmp_path / name).chmod(mode)
     assert main(["serve", *(flag.format(tmp=tmp_path) for flag in flags)]) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith(f"dlora: {message.format(tmp=tmp_path)}"), captured.err
+    assert captured.err.startswith(f"dlora: serve: {message.format(tmp=tmp_path)}"), captured.err
     assert captured.err.count("\n") == 1 and captured.out == ""
 
 
@@ -515,15 +520,15 @@ def test_serve_refuses_a_taken_port_before_it_loads(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["serve", "--model", "m", "--port", "0", flag, str(port)]) == 2
-        assert f"cannot listen on 127.0.0.1:{port} (" in capsys.readouterr().err
-    check_before_loading(ServeSettings(model="org/name", port=port))
-    check_before_loading(ServeSettings(model="org/name", port=port))
+        assert f"{flag}: cannot listen on 127.0.0.1:{port} (" in capsys.readouterr().err
+    check_serve(ServeSettings(model="org/name", port=port))
+    check_serve(ServeSettings(model="org/name", port=port))
 
 
 @pytest.mark.parametrize("model", ["smollm2", "org/name", "org/na-me_1.5", "name"])
 def test_a_hub_id_is_not_looked_for_here(model: str) -> None:
     """What may be a hub id is left to the hub."""
-    check_before_loading(ServeSettings(model=model, port=0))
+    check_serve(ServeSettings(model=model, port=0))
 
 
 # ----------------------------------------------------------------- the process around
@@ -554,7 +559,11 @@ def test_commands_take_their_parts_from_the_modules(
         return [output / run.name for run in runs]
 
     monkeypatch.setattr(dlora.training.report, "write_report", write_report)
-    assert main(["report", "a/x", "y", "--output", "r"]) == 0
+    runs = [tmp_path / "a" / "x", tmp_path / "y"]
+    for run in runs:
+        run.mkdir(parents=True)
+        (run / "run.json").write_text("{}")
+    assert main(["report", *map(str, runs), "--output", "r"]) == 0
     assert capsys.readouterr().out == "r/x\nr/y\n"
 
 

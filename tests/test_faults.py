@@ -36,7 +36,7 @@ from dlora.proto import dlora_pb2 as pb
 class Mortal:
     """A server process that can be killed and comes back on the same port."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *words: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -45,6 +45,7 @@ class Mortal:
             str(Path(__file__).with_name("mortal_server.py")),
             str(folder),
             str(self.port),
+            *words,
         ]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, start_new_session=True

@@ -402,19 +402,19 @@ def test_model_without_cache_still_generates(
     assert torch.equal(got, generated(make_local("llama", lora()).eval(), prompts(), **GREEDY))
     assert split.meter.passes == 0
     with torch.no_grad(), pytest.raises(PeerError, match="served without KV cache"):
-        split(**ECHO, use_cache=True)
+        split(**ECHO, past_key_values=dlora.CloudCache())
     link.close()
 
 
 def test_cache_is_refused_where_it_changes_results(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check at load notices a cache that forgets."""
-    import dlora.cloud.load_checks
+    import dlora.cloud.caches
 
     class Forgetful(DynamicCache):
         def update(self, keys: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
             return super().update(keys * 1.01, values, *args, **kwargs)
 
-    monkeypatch.setattr(dlora.cloud.load_checks, "DynamicCache", Forgetful)
+    monkeypatch.setattr(dlora.cloud.caches, "DynamicCache", Forgetful)
     assert CloudModel(make_base("llama"), model_id="x/y").memory.cache_bytes_per_token == 0
 
 
@@ -432,7 +432,7 @@ def test_flops_of_cached_passes_equal_torchs_count(tmp_path: Path) -> None:
         cache = DynamicCache(config=base.config)
         for request in requests:
             embeddings = torch.zeros(request.batch, request.length, 64)
-            link.cloud.decoder(
+            link.cloud.parts.decoder(
                 inputs_embeds=embeddings, attention_mask=request.mask_BT, past_key_values=cache
             )
     assert len(requests) == split.meter.passes
@@ -452,9 +452,9 @@ def test_foreign_caches_are_refused_by_name(links: Links) -> None:
         split.generate(**ECHO, past_key_values=DynamicCache(), **GREEDY)
     with pytest.raises(UsageError, match="cache_implementation='static'"):
         split.generate(**ECHO, cache_implementation="static", **GREEDY)
-    with pytest.raises(UsageError, match=r"keeps no gradients"):
-        split(**ECHO, use_cache=True)
     cache = dlora.CloudCache()
+    with pytest.raises(UsageError, match=r"keeps no gradients"):
+        split(**ECHO, past_key_values=cache)
     generated(split, ECHO, past_key_values=cache, **GREEDY)
     with pytest.raises(UsageError, match="cannot continue a KV cache"):
         generated(split, ECHO, past_key_values=cache, prompt_lookup_num_tokens=2, **GREEDY)

@@ -159,7 +159,7 @@ def test_masks_have_dropouts_distribution(cloud_models: Callable[[str], CloudMod
         begin.modules.add(site=site.index, module=index, rank=site.in_features, dropouts=parts)
         tensors.modules.add(a=encode(identity, pb.FP32), b=encode(b, pb.FP32))
     store = cloud_models("llama").frozen_store
-    request = check_hosted(begin, [(site, (0, 1, 2))], store, "local", None)
+    request = check_hosted(begin, [(site, (0, 1, 2))], store, "local", None, {})
     assert request is not None
     x = torch.ones(4, 500, site.in_features)
     adapter = HostedAdapter(request, store, training=False)

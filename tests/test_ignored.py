@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -24,6 +26,8 @@ from dlora.inference.chat import Chat
 from dlora.inference.evaluate import evaluate
 from dlora.inference.settings import ChatSettings, EvalSettings, GenerateSettings
 from dlora.training.settings import TrainSettings
+from dlora.training.trainer import trainer_arguments
+from dlora.training.trainer_settings import check_trainer
 
 PROMPT = "the desk of the message"
 
@@ -42,8 +46,20 @@ PROMPT = "the desk of the message"
             {"exclude_modules": ["v_proj"], "target_modules": ["q_proj", "v_proj"]},
             "target_modules: 'v_proj' matches no module",
         ),
+        (
+            {"layers_to_transform": [0, 99]},
+            "layers_to_transform: 99 matches no module with an adapter",
+        ),
+        (
+            {"layers_to_transform": [0], "layers_pattern": ["layers", "blocks"]},
+            "layers_pattern: 'blocks' matches no module",
+        ),
+        ({"exclude_modules": ["v_prj"]}, "exclude_modules: 'v_prj' names no module"),
+        ({"exclude_modules": ["layers.0"]}, "exclude_modules: 'layers.0' names no module"),
+        ({"exclude_modules": r".*\.vv_proj"}, "exclude_modules: .*vv_proj' names no module"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:You have passed exclude_modules:UserWarning")
 @pytest.mark.filterwarnings("ignore:The following .* keys did not match:RuntimeWarning")
 def test_targets_that_match_nothing_are_refused(
     links: Callable[[str], Link], options: dict[str, Any], message: str
@@ -60,6 +76,10 @@ def test_targets_that_match_nothing_are_refused(
         {"target_modules": r".*\.[qv]_proj"},
         {"target_modules": "all-linear"},
         {"rank_pattern": {r"layers\.[01]\.self_attn\.q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+        {"layers_to_transform": [0, 2]},
+        {"layers_to_transform": 1, "layers_pattern": "layers"},
+        {"exclude_modules": ["lm_head", "k_proj"], "target_modules": ["q_proj"]},
+        {"exclude_modules": r".*\.0\.self_attn\.q_proj"},
     ],
 )
 def test_targets_that_match_are_taken(
@@ -87,11 +107,51 @@ def test_a_server_whose_modules_nobody_may_adapt_is_refused(model_folder: Path) 
         load_cloud(str(model_folder), allow_modules="qproj", limits=Limits())
 
 
-@pytest.mark.parametrize("steps", [0, -2])
-def test_no_steps_are_no_run(steps: int, tmp_path: Path) -> None:
-    """`--max_steps 0` does not train a step and call it finished."""
-    with pytest.raises(UsageError, match=f"max_steps: got {steps}, want at least 1, or -1"):
-        TrainSettings(server="s", data="d", output=tmp_path / "run", max_steps=steps)
+TWICE = "is a setting of its own: give"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_steps": 0}, "max_steps: got 0, want at least 1, or -1"),
+        ({"max_steps": -2}, "max_steps: got -2, want at least 1, or -1"),
+        ({"epochs": 0.0}, "epochs: got 0.0, want more than 0"),
+        ({"epochs": math.inf}, "epochs: got inf, want more than 0"),
+        ({"trainer": {"max_steps": 0}}, f"trainer: max_steps {TWICE} max_steps"),
+        ({"trainer": {"num_train_epochs": 0}}, f"trainer: num_train_epochs {TWICE} epochs"),
+        ({"learning_rate": math.inf}, "learning_rate: got inf, want a positive number"),
+        ({"warmup_steps": -1.0}, "warmup_steps: got -1.0, want 0 or more"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm: got -1.0, want 0 or more"),
+        ({"weight_decay": -0.1}, "weight_decay: got -0.1, want 0 or more"),
+        ({"save_total_limit": 0}, "save_total_limit: got 0, want at least 1"),
+        ({"lora_alpha": 0}, "lora_alpha: got 0, with which the adapter does nothing"),
+        ({"scale": 0.0}, "scale: got 0, with which the adapter does nothing"),
+        ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern: q_proj: got 0"),
+    ],
+)
+def test_what_trains_nothing_is_no_run(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """`--max_steps 0`, wherever it is given, does not train a step and call it finished; nor does
+    anything else by which nothing could be learnt, or that would count for nothing.
+    """
+    with pytest.raises(UsageError, match=re.escape(message)):
+        TrainSettings(server="s", data="d", output=tmp_path / "run", **changes)
+
+
+def test_nothing_is_given_in_two_places(tmp_path: Path) -> None:
+    """What is a setting cannot be given among `trainer` and `generation` as well, unchecked."""
+    given = trainer_arguments(TrainSettings(server="s", data="d", output=tmp_path))
+    free = "eval_strategy save_strategy metric_for_best_model prediction_loss_only disable_tqdm "
+    free += "logging_nan_inf_filter dataloader_pin_memory"
+    for name in given.keys() - set(free.split()):
+        with pytest.raises(UsageError, match=f"trainer: {name} (cannot be set|{TWICE})"):
+            check_trainer({name: given[name]})
+
+    options = GenerateSettings(server="s", temperature=1.0, prompt_lookup=2, stop="a").options
+    for name in options:
+        with pytest.raises(UsageError, match=f"generation: (give stop|{name} {TWICE})"):
+            GenerateSettings(server="s", stop="b", generation={name: 1})
 
 
 # ----------------------------------------------------------------- the provider's generation config

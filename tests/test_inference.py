@@ -243,8 +243,8 @@ def test_generate_without_adapter_is_the_served_model(
         (["--prompt", "word " * 400], "this server takes sequences of up to 256"),
         (["--prompt", "a", "--temperature", "-1"], "temperature: got -1"),
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
-        (["--prompts", "nowhere.txt"], "No such file"),
-        (["--prompt", "a", "--adapter", "nowhere"], "nowhere holds no adapter"),
+        (["--prompts", "nowhere.txt"], "--prompts: nowhere.txt: no such file"),
+        (["--prompt", "a", "--adapter", "nowhere"], "--adapter: no such folder: nowhere"),
         (
             ["--prompt", "a", "--generation", '{"cache_implementation": "static"}'],
             "'static' is not supported",

@@ -58,7 +58,7 @@ def test_logits_match_local(links: Links, family: str) -> None:
     torch.testing.assert_close(got[seen], want[seen], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_twenty_steps_match_local(links: Links, family: str) -> None:
     """After 20 AdamW steps the change of the adapter differs by at most 1e-4 of its norm."""
     assert_same_after_twenty_steps(

@@ -17,10 +17,11 @@ import dlora
 SOURCE = Path(dlora.__file__).parent
 
 # A room is a folder of src/dlora, or a file beside the folders. Each may import these rooms and
-# whatever they may import; `errors`, `version` and `proto` are open to all.
-OPEN = {"errors", "version", "proto"}
+# whatever they may import; those in `OPEN` are open to all.
+OPEN = {"errors", "extras", "version", "proto"}
 MAY_IMPORT = {
     "errors": set(),
+    "extras": set(),
     "version": set(),
     "proto": set(),
     "files": set(),
@@ -34,7 +35,8 @@ MAY_IMPORT = {
     "runs": {"edge"},
     "privacy": {"runs"},
     "training": {"kill_revive", "privacy"},
-    "embedded": {"cloud", "edge"},
+    "trial": {"cloud", "edge"},
+    "embedded": {"trial"},
     "cli": {"server", "training", "inference", "embedded"},
     "__init__": {"cloud", "edge", "embedded", "kill_revive"},
     "__main__": {"cli"},

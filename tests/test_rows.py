@@ -17,6 +17,9 @@ import dlora
 from dlora.cloud.model import CloudModel
 from dlora.embedded import InProcessLink
 from dlora.errors import DataError, UsageError
+from dlora.inference.answer import load_for_inference
+from dlora.inference.evaluate import evaluate
+from dlora.inference.settings import EvalSettings
 from dlora.training.run import train
 from dlora.training.run_lock import run_lock
 from dlora.training.settings import TrainSettings
@@ -87,15 +90,18 @@ def test_texts_of_one_token_teach_nothing(link: InProcessLink, tmp_path: Path) -
 def test_a_tokenizer_without_end_is_refused(
     cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """No answer could be taught to end: training says so, in place of a TypeError."""
+    """No answer could be taught to end: training and evaluation say so, in place of errors of
+    Python.
+    """
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     endless = PreTrainedTokenizerFast.from_pretrained(tmp_path / "tokenizer", eos_token=None)
     data = write(tmp_path / "a.jsonl", [SHORT] * 2)
-    with (
-        closing(InProcessLink(cloud_models("llama"), endless)) as link,
-        pytest.raises(UsageError, match="has no end token"),
-    ):
-        train(settings(data), link)
+    with closing(InProcessLink(cloud_models("llama"), endless)) as link:
+        with pytest.raises(UsageError, match="has no end token"):
+            train(settings(data), link)
+        model = load_for_inference(link, None)
+        with pytest.raises(UsageError, match="has no end token"):
+            evaluate(EvalSettings(server="s", data=str(data)), model, endless)
 
 
 def test_one_end_is_taught(

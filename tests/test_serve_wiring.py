@@ -254,7 +254,9 @@ Read = Callable[[Seen], Any]
 EVERYWHERE: dict[str, tuple[str, Read, Any]] = {
     "model": ("{root}/same-model", lambda seen: Path(seen.load["name"]).name, "same-model"),
     "model_id": ("me/mine", lambda seen: seen.load["model_id"], "me/mine"),
-    "device": ("meta", lambda seen: seen.load["device"], "meta"),
+    "device": ("cpu:0", lambda seen: seen.load["device"], "cpu:0"),
+    "device_map": ("auto", lambda seen: seen.load["device_map"], "auto"),
+    "max_memory": ("{{cpu: 9GiB}}", lambda seen: seen.load["max_memory"], {"cpu": "9GiB"}),
     "dtype": ("bf16", lambda seen: seen.load["dtype"], "bf16"),
     "quantize": ("int4", lambda seen: seen.load["quantize"], "int4"),
     "allow_modules": ("q_proj$", lambda seen: seen.load["allow_modules"], "q_proj$"),
@@ -264,6 +266,7 @@ EVERYWHERE: dict[str, tuple[str, Read, Any]] = {
     "max_length": ("99", lambda seen: seen.load["limits"].max_length, 99),
     "max_message_mib": ("7", lambda seen: seen.load["limits"].max_message_bytes, 7 * 2**20),
     "max_inflight_mib": ("8", lambda seen: seen.load["limits"].max_inflight_bytes, 8 * 2**20),
+    "recompute": ("true", lambda seen: seen.load["limits"].recompute, True),
     "max_streams": ("5", lambda seen: seen.server["options"].max_streams, 5),
     "compute_slots": ("3", lambda seen: seen.server["options"].compute_slots, 3),
     "edge_timeout_s": ("11.5", lambda seen: seen.server["options"].edge_timeout_s, 11.5),

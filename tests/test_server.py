@@ -326,7 +326,7 @@ def test_measured_cost_covers_what_autograd_saves(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        run_with_zeros(cloud.model, probe_request(cloud.model, cloud.sites, ids, training=True))
+        run_with_zeros(cloud.parts, probe_request(cloud.parts, cloud.sites, ids, training=True))
     assert cloud.memory.of_pass(4, 100, training=True) == pytest.approx(
         sum(saved.values()), rel=0.1
     )

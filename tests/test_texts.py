@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import ast
 import csv
+import dataclasses
 import io
 import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_origin, get_type_hints
 
 import openai
 import pytest
 from transformers import PreTrainedTokenizerFast
+from trl import SFTConfig
 
 import dlora
 from dlora.cli.commands import COMMANDS
@@ -25,8 +27,10 @@ from dlora.cli.use import _standard_input
 from dlora.cli.values import convert, dump_yaml, members
 from dlora.cloud.model import CloudModel
 from dlora.edge.data import check_choices, load_rows, read_rows
+from dlora.edge.grpc_link import Access
 from dlora.embedded import InProcessLink
 from dlora.errors import DataError, UsageError
+from dlora.files import default_cache
 from dlora.inference.answer import complete_file, load_for_inference
 from dlora.inference.api import ApiServer, build_app
 from dlora.inference.evaluate import evaluate
@@ -34,6 +38,7 @@ from dlora.inference.prompts import load_prompts
 from dlora.inference.settings import EvalSettings
 from dlora.training.run import train
 from dlora.training.settings import TrainSettings
+from dlora.training.trainer_settings import TrainerTexts, check_trainer
 
 TEXTS = (
     *("null", "~", "---", "...", "# def f():", "[STOP]", "{a: b}", "yes", "off", "1e3", "0x10"),
@@ -68,6 +73,45 @@ def test_every_flag_that_takes_text_takes_any(name: str) -> None:
         if str in members(flag.kind) and get_origin(flag.kind) is not list:
             for text in TEXTS:
                 assert convert(text, flag.kind, flag.inside) == text, (flag.name, text)
+        if Path in members(flag.kind):
+            for text in (text for text in TEXTS if text != "~"):
+                assert convert(text, flag.kind) == Path(text), (flag.name, text)
+
+
+def test_text_inside_of_a_dictionary() -> None:
+    """A flag for one value of a dictionary takes any text where the value is one; words that are
+    numbers, lists and switches elsewhere still are.
+    """
+    command = ["train", *SERVED, "--data", "d", "--output", "o"]
+    for text in TEXTS:
+        assert read("generate", *SERVED, f"--generation.stop_strings={text}").generation == {
+            "stop_strings": text
+        }
+        for name in ("run_name", "eos_token", "dataset_text_field"):
+            assert read(*command, f"--trainer.{name}", text).trainer == {name: text}
+    several = read("generate", *SERVED, "--generation.stop_strings", '["a", "b"]')
+    assert several.generation == {"stop_strings": ["a", "b"]}
+    words = ["--trainer.save_strategy", "no", "--trainer.data_seed", "3", "--trainer.shuffle", "no"]
+    assert read(*command, *words).trainer == {
+        "save_strategy": "no",
+        "data_seed": 3,
+        "shuffle": False,
+    }
+
+
+def test_every_text_of_the_trainer_is_known() -> None:
+    """No argument of trl that is text is read as YAML."""
+    hints, unknown = get_type_hints(SFTConfig), []
+    for field in dataclasses.fields(SFTConfig):
+        kinds = members(hints[field.name])
+        is_more = any({dict, bool} & {one, get_origin(one)} for one in kinds)
+        if not is_more and {str, list[str]} & set(kinds):
+            try:
+                check_trainer({field.name: "x"})
+                unknown.append(field.name)
+            except UsageError:  # it cannot be given here
+                pass
+    assert set(unknown) == TrainerTexts.__annotations__.keys()
 
 
 def test_text_behind_a_flag_and_in_a_settings_file(tmp_path: Path) -> None:
@@ -126,6 +170,42 @@ def test_a_home_is_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     settings = read("train", "--config", "~/run.yaml")
     assert settings.output == tmp_path / "run"
     assert load_rows(settings.data)[0]["text"] == ["a"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_home_is_one_place_from_python(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every path of every settings class is expanded when the settings are made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given: dict[str, Any] = {}
+    for flag in flags_of(COMMANDS[name]).values():
+        if Path in members(flag.kind):
+            given[flag.name] = Path("~", flag.name)
+        elif flag.kind == list[Path]:
+            given[flag.name] = [Path("~", flag.name)]
+        elif flag.is_required:
+            given[flag.name] = "a:1"
+    given |= {"action": "token", "tenant": "t"} if name == "keys" else {}
+    settings = COMMANDS[name].settings(**given)
+    for one, path in given.items():
+        if isinstance(path, Path | list):
+            want = tmp_path / one
+            assert getattr(settings, one) == (want if isinstance(path, Path) else [want])
+
+
+def test_a_home_is_one_place_in_the_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So are the folder of a cache, and files that say who this is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DLORA_CACHE", "~/cache")
+    assert default_cache() == tmp_path / "cache"
+    assert Access(ca=Path("~/ca.pem")).ca == tmp_path / "ca.pem"
+    with pytest.raises(
+        UsageError, match="output: got '~no-such-user/x', want a path: no such home"
+    ):
+        TrainSettings(server="a:1", data="d", output=Path("~no-such-user/x"))
 
 
 # ----------------------------------------------------------------- files

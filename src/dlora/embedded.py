@@ -11,13 +11,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlora.cloud.limits import Limits
 from dlora.cloud.model import CloudModel
+from dlora.edge.description import read_description
+from dlora.edge.link import shown
 from dlora.errors import DLoRAError, PeerError, PeerLost, clear_frames
 from dlora.files import ScratchFolder
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.files import write_edge_files
 from dlora.protocol.layer_files import write_layer_files
+from dlora.trial import try_model
 
-__all__ = ["InProcessLink", "in_process"]
+__all__ = ["InProcessLink", "in_process", "try_in_process"]
 
 
 class InProcessLink:
@@ -25,14 +28,20 @@ class InProcessLink:
 
     def __init__(self, cloud: CloudModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self.cloud = cloud
-        self.description = cloud.describe()
         self.address = "in process"
+        self.description = read_description(cloud.describe().SerializeToString(), self.address)
         self._folder = ScratchFolder("dlora-edge-")
-        write_edge_files(cloud.model, tokenizer, Path(self._folder.name))
+        write_edge_files(cloud.model, tokenizer, Path(self._folder.name), cloud.called_outside)
         self._layers = ScratchFolder("dlora-layers-")
         write_layer_files(
             cloud.model, cloud.limits.edge_first, cloud.limits.edge_last, Path(self._layers.name)
         )
+
+    __repr__ = shown
+
+    def __deepcopy__(self, memo: object) -> InProcessLink:
+        """Copies of a model share its link."""
+        return self
 
     def open(self) -> _QueueStream:
         """Start a micro-batch on a thread of its own."""
@@ -132,6 +141,15 @@ def in_process(
     model_id: str | None = None,
     limits: Limits | None = None,
 ) -> InProcessLink:
-    """Use a loaded transformers model as the cloud, in this process, in place of `connect`."""
+    """Use a loaded transformers model as the cloud, in this process, in place of `connect`.
+
+    Raises ModelError for a model that cannot be split, or that an edge would get wrong.
+    """
     cloud = CloudModel(model, model_id=model_id or model.name_or_path, limits=limits)
+    try_in_process(cloud)
     return InProcessLink(cloud, tokenizer)
+
+
+def try_in_process(cloud: CloudModel) -> None:
+    """Let an edge in this process train on the model and generate. Raises ModelError."""
+    try_model(cloud, InProcessLink)

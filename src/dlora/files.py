@@ -5,6 +5,7 @@ the machine.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -20,6 +21,7 @@ __all__ = [
     "ScratchFolder",
     "check_private",
     "default_cache",
+    "expand_homes",
     "read_secret",
     "sync_folder",
     "write_json",
@@ -32,7 +34,26 @@ _YOUNG_S: Final = 60.0
 
 def default_cache() -> Path:
     """Where downloads and conversions are kept between runs: $DLORA_CACHE, or ~/.cache/dlora."""
-    return Path(os.environ.get("DLORA_CACHE") or Path.home() / ".cache" / "dlora")
+    return Path(os.environ.get("DLORA_CACHE") or "~/.cache/dlora").expanduser()
+
+
+def expand_homes(settings: Any) -> None:
+    """Let `~` at the beginning of every path of a settings object be the home, in place.
+
+    What is expanded in one place only is two places. Raises UsageError where there is no such home.
+    """
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        paths = value if isinstance(value, list) else [value]
+        if not any(isinstance(path, Path) for path in paths):
+            continue
+        try:
+            homes = [path.expanduser() for path in paths]
+        except RuntimeError:
+            raise UsageError(
+                f"{field.name}: got {str(value)!r}, want a path: no such home"
+            ) from None
+        object.__setattr__(settings, field.name, homes if isinstance(value, list) else homes[0])
 
 
 def check_private(file: Path) -> None:

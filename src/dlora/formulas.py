@@ -24,6 +24,8 @@ __all__ = [
     "step_traffic",
 ]
 
+_NO_ATTENTION: Final = frozenset(("linear_attention", "conv", "mamba", "moe", "mlp", "recurrent"))
+"""Kinds of layers, as configurations name them, that compute no Q K^T."""
 _PART_OVERHEAD: Final = 0.04
 """Share of all work that each part in flight beyond the first adds."""
 
@@ -67,12 +69,30 @@ def backward_flops(sites: Sequence[Site], lowest: int | None, tokens: int, atten
 def attention_flops(config: Any, batch: int, length: int, past: int = 0) -> int:
     """FLOPs of Q K^T and P V of one layer, counted densely (no discount for the causal mask).
 
-    `length` new tokens look at themselves and at `past` cached ones.
+    `length` new tokens look at themselves and at `past` cached ones. Where layers differ it is the
+    mean of all; layers without attention count nothing.
     """
     config = config.get_text_config()
-    heads = config.num_attention_heads
+    layers = list(getattr(config, "per_layer_config", None) or [config])
+    kinds = getattr(config, "layer_types", None) or [""] * len(layers)
+    widths = [
+        _attention_width(layer)
+        for layer, kind in zip(layers, kinds, strict=False)
+        if kind not in _NO_ATTENTION
+    ]
+    return int(2 * batch * length * (past + length) * sum(widths) / max(1, len(layers)))
+
+
+def _attention_width(config: Any) -> int:
+    """Summed widths of all heads' keys and values in a layer."""
+    heads = getattr(config, "num_attention_heads", None) or 0
+    if not isinstance(heads, int) or not heads:
+        return 0
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return int(4 * batch * length * (past + length) * heads * head_dim)
+    key_dim, value_dim = (
+        getattr(config, name, None) or head_dim for name in ("qk_head_dim", "v_head_dim")
+    )
+    return heads * (key_dim + value_dim)
 
 
 def pass_bytes(

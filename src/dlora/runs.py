@@ -1,6 +1,7 @@
 """What a run's folder holds: written by training, read by report, audit and describe.
 
 output/adapter_config.json, adapter_model.safetensors   the adapter, as peft writes it
+output/README.md                      the same run for people, with how to load the adapter
 output/run.json                       the run: settings, versions, costs, how it ended
 output/log.jsonl                      one line for every log entry of the trainer, loss and costs
 output/recording/                     with --record: frames and truth, see privacy/recording.py
@@ -81,6 +82,15 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Folder of the trainer's checkpoints."""
         return self.path / "checkpoints"
+
+    def check_new(self) -> None:
+        """Raises UsageError unless a new run may begin here."""
+        if self.run_file.is_file():
+            raise UsageError(
+                f"{self.path} already holds a run: continue it with --resume, or use another folder"
+            )
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise UsageError(f"{self.path} is not empty: use a new folder")
 
     def read(self) -> dict[str, Any]:
         """The run as run.json has it or, where that is gone, the newest checkpoint; else empty."""

@@ -15,6 +15,7 @@ import textwrap
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Final
 
 __all__ = ["ALIASES", "OLD_NAMES", "Command", "Flag", "flags_of", "groups_of"]
@@ -36,7 +37,9 @@ class Command:
     word: str | None = None
     """The setting that is given without a flag, as `runs` of `dlora report RUN RUN`."""
     inner: Mapping[str, type] = field(default_factory=dict)
-    """Setting -> the settings class that its values belong to, where it is a dictionary."""
+    """Setting -> a class that annotates the types of its values, where it is a dictionary."""
+    check: Callable[[Any], None] | None = None
+    """Raises UsageError for settings that cannot work here, before anything is loaded."""
 
     @property
     def settings(self) -> Any:
@@ -62,7 +65,7 @@ class Flag:
     group: str
     aliases: tuple[str, ...] = ()
     inside: Mapping[str, Any] = field(default_factory=dict)
-    """Key -> type of what a dictionary holds, where a settings class says it."""
+    """Key -> type of what a dictionary holds, where a class says it."""
 
     @property
     def is_required(self) -> bool:
@@ -109,6 +112,7 @@ def _default(setting: dataclasses.Field[Any]) -> Any:
     return setting.default
 
 
+@cache
 def _docstrings(settings: type) -> dict[str, str]:
     """Name -> the docstring under the field, on one line; a subclass may say it anew."""
     return {name: text for base in reversed(settings.__mro__) for name, text in _written(base)}

@@ -79,7 +79,7 @@ def _value(flag: Flag) -> str:
         return "|".join(choices)
     kinds = members(flag.kind)
     main = str if str in kinds else get_origin(kinds[0]) or kinds[0]
-    values = {int: "N", float: "X", Path: "PATH", dict: "'{NAME: VALUE}'", list: "A,B"}
+    values = {int: "N", float: "X", Path: "PATH", dict: "NAME=VALUE,...", list: "A,B"}
     return values.get(main, "TEXT")
 
 

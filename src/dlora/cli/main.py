@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from dlora.cli.commands import COMMANDS
-from dlora.cli.parser import parse
+from dlora.cli.parser import LogLevel, parse
 from dlora.errors import DLoRAError, UsageError
 
 __all__ = ["main"]
@@ -24,6 +24,10 @@ __all__ = ["main"]
 # bitsandbytes also looks, whenever transformers loads it, for kernels that are not needed here.
 _NOISY: Final = ("httpx", "httpcore", "httpx2", "httpcore2", "filelock", "datasets")
 _NOISIER: Final = ("bitsandbytes.backends.cpu.ops",)
+_NO_BARS: Final = (
+    *("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"),
+)
+"""Variables that libraries read when they are loaded, which is later."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     _set_environment(argv)
     _set_up_logging()
-    with _quiet(), _any_character():
+    with _quiet(), _any_character(), _levels_kept():
         return _run(argv)
 
 
@@ -42,8 +46,9 @@ def _run(argv: list[str]) -> int:
         if isinstance(request, str):
             print(request)
             return 0
-        command, settings = request
-        return command.run(settings)
+        _set_level(request.log_level)
+        request.check()
+        return request.command.run(request.settings)
 
     except DLoRAError as error:
         _say(error, str(error))
@@ -70,6 +75,7 @@ def _run(argv: list[str]) -> int:
 
 def _say(error: BaseException, line: str) -> None:
     """One line for an error, and one for every note at it: the last says how to go on."""
+    logging.getLogger("dlora").debug("where it was raised:", exc_info=error)
     for text in (line, *getattr(error, "__notes__", ())):
         print(f"dlora: {text}", file=sys.stderr)
 
@@ -94,6 +100,32 @@ def _set_up_logging() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in _NOISIER:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _set_level(level: LogLevel) -> None:
+    """How much is said. Libraries never say more than usual; quiet goes without bars."""
+    number: int = getattr(logging, level.upper())
+    logging.getLogger("dlora").setLevel(number)
+    logging.getLogger().setLevel(max(number, logging.INFO))
+    if number > logging.INFO:
+        os.environ.update(dict.fromkeys(_NO_BARS, "1"))
+
+
+@contextmanager
+def _levels_kept() -> Iterator[None]:
+    """What `_set_level` changes is put back afterwards."""
+    loggers = [logging.getLogger(), logging.getLogger("dlora")]
+    levels = [logger.level for logger in loggers]
+    variables = {name: os.environ.get(name) for name in _NO_BARS}
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for name, value in variables.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 @contextmanager

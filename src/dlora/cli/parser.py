@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final, NoReturn, get_origin
+from typing import Any, Final, Literal, NamedTuple, NoReturn, get_origin
 
 from dlora.cli.flags import OLD_NAMES, Command, Flag, flags_of
 from dlora.cli.help import Formatter, Note, add_flags
@@ -25,19 +25,48 @@ from dlora.cli.values import convert, dump_yaml, load_yaml
 from dlora.errors import UsageError
 from dlora.version import __version__
 
-__all__ = ["parse"]
+__all__ = ["LogLevel", "Request", "parse"]
 
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+_LEVELS: Final[dict[str, LogLevel]] = {"quiet": "warning", "verbose": "debug"}
+_LOG: Final = "what is said"
+_FILE: Final = "settings file and help"
 _COMMON: Final = tuple(
-    Flag(name=name, kind=kind, default=None, text=text, group="settings file and help")
-    for name, kind, text in (
-        ("config", Path, "YAML file with any of these settings. Flags override it."),
-        ("print_config", bool, "Print the settings as such a file, and do nothing else."),
+    Flag(name=name, kind=kind, default=None, text=text, group=group)
+    for group, name, kind, text in (
+        (_LOG, "quiet", bool, "Warnings, errors and results alone; no progress bars."),
+        (_LOG, "verbose", bool, "More than usual and, with an error, where it was raised."),
+        (_LOG, "log_level", LogLevel, "The same by name. Default: info."),
+        (_FILE, "config", Path, "YAML file with any of these settings. Flags override it."),
+        (_FILE, "print_config", bool, "Print the settings as such a file, and do nothing else."),
     )
 )
 """Flags of every command that are no settings."""
+_NOT_IN_FILES: Final = ("config", "print_config")
 
 
-def parse(argv: list[str], commands: Mapping[str, Command]) -> str | tuple[Command, Any]:
+class Request(NamedTuple):
+    """A command with its settings, checked as far as they are the same everywhere."""
+
+    command: Command
+    settings: Any
+    name: str
+    log_level: LogLevel
+    places: Mapping[str, str]
+    """Setting -> the flag as it was typed, or a file and its key."""
+
+    def check(self) -> None:
+        """Look at files, folders, ports and packages of this place. Raises UsageError."""
+        if self.command.check is None:
+            return
+        try:
+            self.command.check(self.settings)
+        except UsageError as error:
+            raise UsageError(f"{self.name}: {_placed(error, self.places)}") from error
+
+
+def parse(argv: list[str], commands: Mapping[str, Command]) -> str | Request:
     """A text to print, or the command with its settings. Raises UsageError."""
     top = _Parser(
         usage="%(prog)s COMMAND [flags]",
@@ -106,7 +135,7 @@ class _Reader:
             if new in self._flags and old not in self._flags
         }
 
-    def read(self, words: Iterable[str]) -> str | tuple[Command, Any]:
+    def read(self, words: Iterable[str]) -> str | Request:
         """The command with its settings, or these as YAML. Raises UsageError."""
         noted = argparse.Namespace(given=[])
         try:
@@ -125,8 +154,9 @@ class _Reader:
                     self._take(flag, value, where)
 
             given = {name: value for name, (value, _) in self._given.items()}
-            if not given.pop("print_config", False):
-                return self._command, self._settings(given)
+            common = {flag.name: given.pop(flag.name, None) for flag in _COMMON}
+            if not common["print_config"]:
+                return self._request(given, _level(common))
             known = {
                 name: None if flag.is_required else flag.default
                 for name, flag in self._flags.items()
@@ -205,7 +235,7 @@ class _Reader:
         for key, value in content.items():
             name, known = _plain(str(key)), self._flags | self._names
             flag = known.get(name) or self._old.get(name)
-            if flag is None or flag in _COMMON:
+            if flag is None or flag.name in _NOT_IN_FILES:
                 hint = _hint(name, known, self._see)
                 raise UsageError(f"{file}: unknown key {_word(str(key))}{hint}")
             if value is not None or not flag.is_required:  # as --print_config writes it
@@ -220,7 +250,9 @@ class _Reader:
         name, _, key = _plain(where).partition(".") if is_flag else (where.split()[-1], "", "")
         try:
             if key:
-                value = {**self._given.get(flag.name, ({}, ""))[0], key: load_yaml(value)}
+                # A value whose type is known is read as that; another one as YAML.
+                plain = value if key in flag.inside else load_yaml(value)
+                value = {**self._given.get(flag.name, ({}, ""))[0], key: plain}
             self._given[flag.name] = convert(value, flag.kind, flag.inside), where
         except ValueError as error:
             raise UsageError(f"{where}: {error}") from error
@@ -229,7 +261,7 @@ class _Reader:
             new = f"{'--' * is_flag}{flag.name}; the old name works in this version"
             print(f"dlora: {self._name}: {where} is now {new}", file=sys.stderr)
 
-    def _settings(self, given: Mapping[str, Any]) -> Any:
+    def _request(self, given: Mapping[str, Any], level: LogLevel) -> Request:
         """The checked settings. Raises UsageError for what is missing or cannot work together."""
         missing = [
             name.upper() if name == self._command.word else f"--{name}"
@@ -241,15 +273,28 @@ class _Reader:
             names = f"{', '.join(others)} and {last} are" if others else f"{last} is"
             raise UsageError(f"{names} missing; {self._see}")
 
+        places = {name: f"--{name}" for name in self._flags}
+        places |= {name: where for name, (_, where) in self._given.items()}
         try:
-            return self._command.settings(**given)
+            settings = self._command.settings(**given)
         except UsageError as error:
-            # "batch_size: got 0, want ..." is about the flag, or the key, that was given.
-            name, colon, reason = str(error).partition(": ")
-            if not colon or name not in self._flags:
-                raise
-            where = self._given.get(name, (None, f"--{name}"))[1]
-            raise UsageError(f"{where}: {reason}") from error
+            raise UsageError(_placed(error, places)) from error
+        return Request(self._command, settings, self._name, level, places)
+
+
+def _placed(error: UsageError, places: Mapping[str, str]) -> str:
+    """An error at its place: "batch_size: got 0" is about the flag, or the key, that was given."""
+    name, colon, reason = str(error).partition(": ")
+    return f"{places[name]}: {reason}" if colon and name in places else str(error)
+
+
+def _level(common: Mapping[str, Any]) -> LogLevel:
+    """How much is said. Raises UsageError where it is asked for twice."""
+    asked = [name for name in (*_LEVELS, "log_level") if common[name]]
+    if len(asked) > 1:
+        raise UsageError(f"give --{asked[0]} or --{asked[1]}, not both")
+    level: LogLevel = common["log_level"] or "info"
+    return _LEVELS.get(asked[0], level) if asked else level
 
 
 def _plain(typed: str) -> str:

@@ -9,28 +9,26 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-import re
 import signal
-import socket
 import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+from dlora.cli.checks import check_model, check_pattern, check_port
 from dlora.errors import UsageError
+from dlora.extras import check_extra, missing_extra
 from dlora.files import check_private, write_private
-from dlora.protocol.address import is_loopback
+from dlora.protocol.address import LOOPBACK_ADDRESS, is_loopback
+from dlora.protocol.device import check_device_name, try_device
 from dlora.server.settings import KeysSettings, ServeSettings, StatusSettings
 
-__all__ = ["check_before_loading", "keys", "serve", "status"]
-
-_HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")
+__all__ = ["check_keys", "check_serve", "check_status", "keys", "serve", "status"]
 
 
 def serve(settings: ServeSettings) -> int:
     """Cloud: load a model, freeze it, and serve edges until Ctrl-C."""
-    check_before_loading(settings)
     # gRPC's own lines on stderr: strangers could write as many as they like. Read at its import.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     _raise_descriptors()
@@ -38,6 +36,8 @@ def serve(settings: ServeSettings) -> int:
     import torch
     from transformers.utils import logging as transformers_logging
 
+    if settings.ray_address is None:  # else the device is of a machine of the cluster
+        try_device(settings.device)
     transformers_logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
@@ -97,11 +97,13 @@ def _raise_descriptors() -> None:
 
 def _print_served(settings: ServeSettings, cloud: Any, loaded: Any) -> None:
     """What is served, to whom, and what it takes."""
+    from dlora.cloud.placement import places
     from dlora.cloud.quantize import weight_bytes
 
     weights = "" if settings.quantize == "none" else f", {settings.quantize} weights"
+    on = places(loaded.model) or settings.device
     print(
-        f"model      {loaded.model_id}, {settings.dtype}{weights} on {settings.device}, "
+        f"model      {loaded.model_id}, {settings.dtype}{weights} on {on}, "
         f"fingerprint {cloud.fingerprint[:12]}"
     )
 
@@ -111,9 +113,10 @@ def _print_served(settings: ServeSettings, cloud: Any, loaded: Any) -> None:
     identities = _identities(settings)
     who = "none: everybody may use it" if identities is None else str(identities)
     print(f"access     {'TLS' if _tls_files(settings) else 'plaintext'}, identities: {who}")
+    beside = ", beside what its edge answers" if settings.recompute else ""
     print(
         f"memory     {weight_bytes(loaded.model) / 2**20:.0f} MiB of weights, "
-        f"{cloud.memory.bytes_per_token / 2**10:.0f} KiB of activations a training token"
+        f"{cloud.memory.training[0] / 2**10:.0f} KiB of activations a training token{beside}"
     )
 
 
@@ -164,17 +167,22 @@ def _serve_replicas(settings: ServeSettings) -> int:
 
 def _model(settings: ServeSettings) -> dict[str, Any]:
     """Keyword arguments of `load_cloud`, but for the limits."""
+    from dlora.embedded import try_in_process
+
     return {
+        "trial": try_in_process,
         "name": settings.model,
         "model_id": settings.model_id,
         "device": settings.device,
+        "device_map": settings.device_map,
+        "max_memory": settings.max_memory,
         "dtype": settings.dtype,
         "quantize": settings.quantize,
         "allow_modules": settings.allow_modules,
     }
 
 
-def _limits(settings: ServeSettings) -> dict[str, int]:
+def _limits(settings: ServeSettings) -> dict[str, Any]:
     """Keyword arguments of `cloud.Limits`."""
     return {
         "max_tokens": settings.max_tokens,
@@ -183,6 +191,7 @@ def _limits(settings: ServeSettings) -> dict[str, int]:
         "max_inflight_bytes": settings.max_inflight_mib << 20,
         "edge_first": settings.edge_first,
         "edge_last": settings.edge_last,
+        "recompute": settings.recompute,
     }
 
 
@@ -224,32 +233,38 @@ def _identities(settings: ServeSettings) -> Path | None:
 # ----------------------------------------------------------------- before the model is loaded
 
 
-def check_before_loading(settings: ServeSettings) -> None:
+def check_serve(settings: ServeSettings) -> None:
     """Raises UsageError for what would fail after the model was loaded, or in loading it."""
-    try:
-        re.compile(settings.allow_modules)
-    except re.error as error:
-        raise UsageError(
-            f"allow_modules: {settings.allow_modules!r} is no regular expression: {error}"
-        ) from error
-
+    check_pattern("allow_modules", settings.allow_modules)
+    check_device_name(settings.device)
     if settings.ray_address is None:  # else the model is on the machines of the cluster
-        _check_model(settings.model)
+        check_model("model", settings.model)
     _check_files(settings)
+    _check_packages(settings)
 
-    _check_port(settings.host, settings.port, "--port")
+    check_port("port", settings.host, settings.port)
     if settings.metrics_port is not None:
-        _check_port("127.0.0.1", settings.metrics_port, "--metrics_port")
+        check_port("metrics_port", LOOPBACK_ADDRESS, settings.metrics_port)
 
 
-def _check_model(name: str) -> None:
-    """A path has to be there; a hub id is for the hub to know."""
-    path = Path(name).expanduser()
-    if path.suffix.lower() == ".gguf":
-        if not path.is_file():
-            raise UsageError(f"no such file: {name}")
-    elif not path.is_dir() and (name.startswith((".", "~")) or not _HUB_ID.fullmatch(name)):
-        raise UsageError(f"no such folder: {name}")
+def _check_packages(settings: ServeSettings) -> None:
+    """What single settings need is installed."""
+    if settings.quantize in ("int8", "nf4"):
+        check_extra("quantize", f"quantize: {settings.quantize}")
+    if settings.replicas and settings.ray_address is None:
+        check_extra("ray", "replicas: Ray places them, which")
+    if settings.metrics_port is not None:
+        check_extra("server", "metrics_port")
+
+
+def check_keys(settings: KeysSettings) -> None:
+    """Raises UsageError where nothing is installed that makes certificates."""
+    check_extra("server", f"`dlora keys {settings.action}`")
+
+
+def check_status(settings: StatusSettings) -> None:
+    """Raises UsageError where nothing is installed that reads metrics."""
+    check_extra("server", "`dlora status`")
 
 
 def _check_files(settings: ServeSettings) -> None:
@@ -268,20 +283,6 @@ def _check_files(settings: ServeSettings) -> None:
     identities = _identities(settings)
     if identities is not None:
         Identities(identities)
-
-
-def _check_port(host: str, port: int, flag: str) -> None:
-    """The port is free: it is taken for a moment, and given back."""
-    if port == 0:
-        return
-    try:
-        address = (host.strip("[]"), port)
-        family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]
-        socket.create_server(address, family=family).close()
-    except OSError as error:
-        raise UsageError(
-            f"cannot listen on {host}:{port} ({error.strerror}): is it in use? Try another {flag}."
-        ) from error
 
 
 def _warn_if_open(settings: ServeSettings) -> None:
@@ -304,9 +305,7 @@ def keys(settings: KeysSettings) -> int:
     try:
         from dlora.server import keys
     except ImportError as error:
-        raise UsageError(
-            '`dlora keys` makes certificates with cryptography: pip install "dlora[server]"'
-        ) from error
+        raise missing_extra("server", "`dlora keys`") from error
 
     folder, tenant, days = settings.folder, settings.tenant or "", settings.days
     hosts = [host.strip() for host in settings.hosts.split(",")]

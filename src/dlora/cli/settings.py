@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-__all__ = ["DemoSettings", "MergeSettings"]
+from dlora.files import expand_homes
+
+__all__ = ["DemoSettings", "EnvSettings", "MergeSettings"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,15 @@ class MergeSettings:
     """New folder for the full model."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Dtype of the merged weights."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for paths in a home that is not there."""
+        expand_homes(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvSettings:
+    """`dlora env` has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,3 +52,7 @@ class DemoSettings:
     """Seed of the run."""
     examples: int = 8
     """Held-out answers shown side by side."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for paths in a home that is not there."""
+        expand_homes(self)

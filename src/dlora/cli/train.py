@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from dlora.edge.settings import AccessSettings
 from dlora.privacy.settings import AuditSettings
+from dlora.protocol.device import try_device
+from dlora.training.data_settings import DataSettings
 from dlora.training.settings import PlanSettings, ReportSettings, TrainSettings
 
-__all__ = ["audit", "plan", "print_result", "report", "train"]
+__all__ = ["audit", "data", "plan", "print_result", "report", "train"]
 
 
 @contextmanager
@@ -36,6 +38,7 @@ def train(settings: TrainSettings) -> int:
     from dlora.training.run import train
 
     transformers_logging.set_verbosity_error()
+    try_device(settings.device)
     with _connected(settings.server, settings) as link:
         run = train(settings, link)
     print_result(run, settings.output)
@@ -68,6 +71,20 @@ def print_result(run: dict[str, Any], output: Path) -> None:
         print("continue   the same command with --resume")
 
 
+def data(settings: DataSettings) -> int:
+    """Edge: what training would learn from data: rows as tokens, lengths, what an epoch costs."""
+    from transformers.utils import logging as transformers_logging
+
+    from dlora.training.data_report import describe
+
+    transformers_logging.set_verbosity_error()
+    connection = nullcontext() if settings.server is None else _connected(settings.server, settings)
+    with connection as link:
+        for line in describe(settings, link):
+            print(line, flush=True)
+    return 0
+
+
 def _losses(run: dict[str, Any]) -> str:
     """The last losses of a run, as far as there are some."""
     losses = f"loss {run['train_loss']:.4f}" if run["train_loss"] is not None else "no loss yet"
@@ -81,6 +98,7 @@ def plan(settings: PlanSettings) -> int:
     """Edge: bytes, round trips and seconds of a training step, before anything is run."""
     from dlora.training.planner import check, plan
 
+    try_device(settings.device)
     if settings.link is not None:
         return _plan_link(settings, settings.link)
     with _connected(settings.server, settings) as link:

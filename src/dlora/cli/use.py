@@ -18,6 +18,7 @@ from dlora.errors import DataError, DLoRAError
 from dlora.files import write_json
 from dlora.inference.settings import ApiSettings, ChatSettings, EvalSettings, GenerateSettings
 from dlora.protocol.address import is_loopback
+from dlora.protocol.device import try_device
 from dlora.protocol.text import without_controls
 
 __all__ = ["api", "chat", "evaluate", "generate", "info"]
@@ -30,26 +31,33 @@ def _loaded(settings: EdgeSettings, adapter: Path | None) -> Iterator[tuple[Any,
 
     from dlora.edge.grpc_link import Access, connect
     from dlora.edge.load import load_tokenizer
-    from dlora.inference.answer import load_for_inference
 
     transformers_logging.set_verbosity_error()
+    try_device(settings.device)
     link = connect(settings.server, access=Access(**settings.access))
     try:
         tokenizer = load_tokenizer(link)
-        model = load_for_inference(
-            link,
-            adapter,
-            wire=settings.wire,
-            wire_dtype=settings.wire_dtype,
-            upload_consent=settings.upload_consent,
-            give_up_after_s=settings.give_up_after_s,
-            device=settings.device,
-            edge_layers=settings.edge_layers,
-        )
-        model.set_options(noise=settings.noise)
-        yield model, tokenizer
+        yield _model(settings, link, adapter), tokenizer
     finally:
         link.close()
+
+
+def _model(settings: EdgeSettings, link: Any, adapter: Path | None) -> Any:
+    """The served model with an adapter, or as it is."""
+    from dlora.inference.answer import load_for_inference
+
+    model = load_for_inference(
+        link,
+        adapter,
+        wire=settings.wire,
+        wire_dtype=settings.wire_dtype,
+        upload_consent=settings.upload_consent,
+        give_up_after_s=settings.give_up_after_s,
+        device=settings.device,
+        edge_layers=settings.edge_layers,
+    )
+    model.set_options(noise=settings.noise)
+    return model
 
 
 def _write(text: str) -> None:
@@ -231,12 +239,18 @@ def evaluate(settings: EvalSettings) -> int:
 
 
 def api(settings: ApiSettings) -> int:
-    """Edge: an OpenAI-compatible server on loopback, over a private adapter."""
+    """Edge: an OpenAI-compatible server on loopback, over private adapters."""
+    from dlora.inference.answer import share_ends
     from dlora.inference.api import ApiServer, build_app
 
-    with _loaded(settings, settings.adapter) as (model, tokenizer):
-        name = settings.name or (settings.adapter.resolve().name if settings.adapter else None)
-        name = name or model.link.description.model_id
+    first, *more = settings.adapters.items() or [(settings.name, settings.adapter)]
+    name, adapter = first
+    with _loaded(settings, adapter) as (model, tokenizer):
+        name = name or (adapter.resolve().name if adapter else model.link.description.model_id)
+        others = {}
+        for other, folder in more:
+            others[str(other)] = _model(settings, model.link, folder)
+            share_ends(model, others[str(other)])
 
         local = is_loopback(settings.host)
         if not local:
@@ -246,6 +260,7 @@ def api(settings: ApiSettings) -> int:
             model,
             tokenizer,
             name=name,
+            others=others,
             api_key=settings.api_key or os.environ.get("DLORA_API_KEY"),
             max_new_tokens=settings.max_new_tokens,
             prompt_lookup=settings.prompt_lookup,
@@ -256,7 +271,8 @@ def api(settings: ApiSettings) -> int:
         server = ApiServer(app, settings.host, settings.port)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)
-        print(f"model      {name}")
+        for one in (name, *others):
+            print(f"model      {one}")
         print(f"ready      {server.url}", flush=True)
         server.run()
     return 0

@@ -85,7 +85,7 @@ def convert(value: Any, kind: Any, inside: Mapping[str, Any] | None = None) -> A
         if not _is_unicode(value):
             raise ValueError(f"got {ascii(value)[:80]}, want UTF-8 text")
         return _texts(value) if list[str] in kinds else value
-    if value == "null" and NoneType in kinds:
+    if value == "null" and NoneType in kinds and Path not in kinds:  # a file may have that name
         return None
 
     # A word that stands for a value, beside the values themselves.
@@ -152,8 +152,17 @@ def _to_list(value: Any, _: Any) -> list[Any]:
     return value if isinstance(value, list) else _refuse()
 
 
-def _to_dict(value: Any, _: Any) -> dict[Any, Any]:
+def _to_dict(value: Any, kind: Any) -> dict[Any, Any]:
+    """'{name: value}', or name=value,name=value."""
     loaded = load_yaml(value) if isinstance(value, str) else value
+    if isinstance(loaded, str):
+        pairs = [pair.partition("=") for pair in loaded.split(",")]
+        is_text = bool({str, Path}.intersection(members(get_args(kind)[1])))
+        loaded = {
+            name.strip(): text.strip() if is_text else load_yaml(text)
+            for name, equals, text in pairs
+            if (name.strip() and equals) or _refuse()
+        }
     return loaded if isinstance(loaded, dict) else _refuse()
 
 
@@ -197,7 +206,7 @@ def want(kind: Any) -> str:
         *others, last = get_args(main)
         return f"{', '.join(others)} or {last}" if others else str(last)
     if get_origin(main) is dict:
-        return "names and values, such as '{name: value}'"
+        return "names and values, such as name=value,name=value or '{name: value}'"
     words = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path"}
     others = [word for one in kinds[1:] for word in _words(one)]
     return " or ".join([words.get(main, "text"), *others])

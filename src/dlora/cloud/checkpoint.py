@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import re
+import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,19 +19,25 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from dlora.cloud.device_map import Device
+from dlora.cloud.gguf import unused_of_gguf
 from dlora.errors import DLoRAError, ModelError
+from dlora.files import ScratchFolder
+from dlora.protocol.decoder import decoder_of
 
-__all__ = ["check_foreign_kernels", "first_line", "load_checkpoint", "reading"]
+__all__ = ["check_files", "check_foreign_kernels", "first_line", "load_checkpoint", "reading"]
 
 log = logging.getLogger(__name__)
 
-_SUFFIXES: Final = (".safetensors", ".bin", ".gguf", ".json", ".model")
+_SUFFIXES: Final = (".safetensors", ".bin", ".gguf", ".json", ".model", ".jinja", ".tiktoken")
+_TEXTS: Final = ("merges.txt", "vocab.txt")
+_TEMPLATES: Final = "additional_chat_templates/*"
 _POINTER: Final = b"version https://git-lfs.github.com/spec/"
 _SHOWN: Final = 3
 """Names of tensors in a message."""
 _CONSTANT: Final = re.compile(r"(^|\.)(masked_bias|position_ids|rotary_emb\.\w+)$")
 """Constants that older versions saved, and that are no weights."""
-_DRAFTING: Final = re.compile(r"(^|\.)mtp\b")
+_DRAFTING: Final = re.compile(r"(^|\.)(mtp|nextn)\b")
 _LAYER: Final = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 """Heads that draft tokens are modules, or layers behind the last one; no answer needs them."""
 _PART: Final = re.compile(r"-\d{5}-of-\d{5}$")
@@ -62,20 +69,32 @@ def load_checkpoint(
     *,
     dtype: torch.dtype,
     device: str = "cpu",
+    device_map: str | dict[str, Device] | None = None,
+    max_memory: dict[Device, str] | None = None,
     gguf_file: str | None = None,
 ) -> PreTrainedModel:
     """The model in a folder, a hub's repository, or the GGUF file of a folder, on the CPU.
 
+    With `device_map` it is on the devices that this gives its modules, or that are found for them.
     `name` is what messages call it, `device` where it will run. Code of a repository is never run.
     Raises ModelError for files that cannot be read, and unless every tensor of the model, and
     nothing else of its decoder, is in the checkpoint.
     """
-    check_files([Path(source) / gguf_file] if gguf_file else Path(source).glob("*"))
+    folder = Path(source)
+    check_files(
+        [folder / gguf_file] if gguf_file else [*folder.glob("*"), *folder.glob(_TEMPLATES)]
+    )
     if gguf_file is None and (Path(source) / "adapter_config.json").is_file():
         raise _holds_adapter(name)
     what = f"cannot load model {name!r}" if gguf_file is None else f"cannot read {name}"
-    with reading(what):
-        options: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
+    options: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
+    scratch = None if device_map is None else ScratchFolder("dlora-offload-")
+    if scratch is not None:
+        options = {"device_map": device_map, "max_memory": max_memory}
+        options["offload_folder"] = scratch.name
+    with ExitStack() as stack, reading(what):
+        if scratch is not None:
+            stack.callback(scratch.cleanup)
         if gguf_file is None:
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
             _check_quantisation(config, name, device)
@@ -88,17 +107,26 @@ def load_checkpoint(
             output_loading_info=True,
             **options,
         )
+        unused = [] if gguf_file is None else unused_of_gguf(folder / gguf_file, model)
+        # Weights on disk that are in no file of the checkpoint as they are: gone with the model.
+        weakref.finalize(model, stack.pop_all().close)
 
     if getattr(model, "_hf_peft_config_loaded", False):
         raise _holds_adapter(name)
     _check_complete(model, found, name)
+    if unused := [key for key in unused if not _DRAFTING.search(key)]:
+        raise ModelError(
+            f"{name} has {_listed(unused)}, and {type(model).__name__} as it is read from the file "
+            "has no place for that: the model would not be the one that was trained. Serve it from "
+            "safetensors"
+        )
     return model
 
 
 def check_files(files: Iterable[Path]) -> None:
     """Raises ModelError for files of a model that are empty, or not there but for a pointer."""
     for file in files:
-        if not file.is_file() or file.suffix not in _SUFFIXES:
+        if not file.is_file() or (file.suffix not in _SUFFIXES and file.name not in _TEXTS):
             continue
         with file.open("rb") as stream:
             start = stream.read(len(_POINTER))
@@ -152,7 +180,10 @@ def _in_decoder(key: str, model: PreTrainedModel) -> bool:
     layer, extra = _LAYER.search(key), getattr(model.config, "num_nextn_predict_layers", 0)
     if layer and extra and 0 <= int(layer[1]) - model.config.num_hidden_layers < extra:
         return False
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    try:
+        decoder: nn.Module = decoder_of(model)
+    except ModelError:  # which loading it will say
+        decoder = model
     prefix = next((path for path, one in model.named_modules() if path and one is decoder), "")
     children = {name for name, _ in decoder.named_children()}
     return not prefix or key.startswith(f"{prefix}.") or key.partition(".")[0] in children
@@ -174,7 +205,7 @@ def _check_quantisation(config: PreTrainedConfig, name: str, device: str) -> Non
     stored = getattr(config, "quantization_config", None)
     values = stored if isinstance(stored, dict) else getattr(stored, "to_dict", dict)()
     is_4bit = values.get("load_in_4bit") or values.get("_load_in_4bit")
-    if device.startswith("cpu") and values.get("quant_method") == "bitsandbytes" and is_4bit:
+    if device.startswith("cpu") and is_4bit:  # its method need not be named
         raise ModelError(
             f"{name} is quantised in bitsandbytes' 4 bits, whose kernels give wrong results on "
             "CPUs: serve the unquantised model with --quantize nf4, or this one on a GPU"

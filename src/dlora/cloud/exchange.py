@@ -14,10 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dlora.cloud.costs import answer_bytes
 from dlora.cloud.pass_request import PassRequest
 from dlora.errors import WireError
 from dlora.proto import dlora_pb2 as pb
-from dlora.protocol.wire import decode, encode
+from dlora.protocol.wire import decode, encode, payload_bytes
 
 __all__ = ["Exchange", "Pipe"]
 
@@ -51,7 +52,7 @@ class Pipe(Protocol):
 class Exchange:
     """The frames of one pass. Every method that receives raises WireError for what does not fit.
 
-    Tensors that come are put on `device`.
+    What goes in before the first layer is put on `device`.
     """
 
     def __init__(self, request: PassRequest, pipe: Pipe, device: torch.device) -> None:
@@ -59,6 +60,7 @@ class Exchange:
         self.modules = {site.index: modules for site, modules in request.active}
         self.sites = {site.index: site for site, _ in request.active}
         self._resumed = 0.0
+        self._kept: dict[int, pb.SiteDeltas] = {}
 
     def start_clock(self) -> None:
         """From here to the next frame that is sent, the cloud computes."""
@@ -89,7 +91,9 @@ class Exchange:
     def entry(self, width: int, dtype: torch.dtype) -> Tensor:
         """[B, T, width] that came with the request: embeddings, or hidden states of edge layers."""
         shape = (self.request.num_rows, width)
-        return self._scatter(decode(self.request.embeddings, shape, "embeddings").to(dtype))
+        return self._scatter(
+            decode(self.request.embeddings, shape, "embeddings").to(dtype), self.device
+        )
 
     def send_hidden(self, hidden: Tensor, flops: int) -> None:
         """Send the kept rows of the last hidden states."""
@@ -122,12 +126,38 @@ class Exchange:
         x_ND = encode(self._gather(x), self.request.codecs.x)
         self.send(pb.CloudFrame(input=pb.SiteInput(site=site, x=x_ND, wants_input_grad=wants_grad)))
 
-    def receive_deltas(self, site: int) -> tuple[Tensor, ...]:
-        """One delta for each active module, [B, T, O].
+    def receive_deltas(self, site: int, device: torch.device) -> tuple[Tensor, ...]:
+        """One delta for each active module, [B, T, O], on `device`.
 
         Factored: all Z [B, T, R], then all B [O, R].
         """
         message = self._receive("deltas")
+        answers = self._answers(message, site, device)
+        if self.request.recompute:
+            self._keep(message, site)
+        return answers
+
+    def _keep(self, message: pb.SiteDeltas, site: int) -> None:
+        """Keep an answer as it came, in the memory that was reserved for it."""
+        tensors = (*message.deltas, *message.factors)
+        got = sum(payload_bytes(tensor.dtype, *tensor.shape) for tensor in tensors)
+        modules, rows = self.modules[site], self.request.num_rows
+        most = answer_bytes(self.request, self.sites[site], modules, rows)
+        if got > most:
+            raise WireError(
+                f"site {site}: got an answer of {got} bytes, the codec and rank of the request "
+                f"make {most}"
+            )
+        self._kept[site] = message
+
+    def deltas_again(self, site: int, device: torch.device) -> tuple[Tensor, ...]:
+        """What `receive_deltas` gave there, once more; it is forgotten now."""
+        return self._answers(self._kept.pop(site), site, device)
+
+    def _answers(
+        self, message: pb.SiteDeltas, site: int, device: torch.device
+    ) -> tuple[Tensor, ...]:
+        """The tensors of an answer. Raises WireError for what does not fit."""
         modules, factored = self._check_site(message, site), self.request.factored
         widths = [self.sites[site].modules[module].out_features for module in modules]
         if len(message.deltas) != len(modules):
@@ -138,16 +168,16 @@ class Exchange:
             )
 
         if not factored:
-            return self._rows(message.deltas, widths, site)
+            return self._rows(message.deltas, widths, site, device)
 
         ranks = [
             self._rank(z, width, site) for z, width in zip(message.deltas, widths, strict=True)
         ]
         factors = (
-            decode(b, (width, rank), f"factor at site {site}").to(self.device)
+            decode(b, (width, rank), f"factor at site {site}").to(device)
             for b, width, rank in zip(message.factors, widths, ranks, strict=True)
         )
-        return (*self._rows(message.deltas, ranks, site), *factors)
+        return (*self._rows(message.deltas, ranks, site, device), *factors)
 
     def send_delta_grads(self, site: int, grads: tuple[Tensor, ...]) -> None:
         """Send the gradients of what `receive_deltas` gave."""
@@ -158,12 +188,13 @@ class Exchange:
         frame = pb.DeltaGrads(site=site, grads=messages, factor_grads=factors)
         self.send(pb.CloudFrame(delta_grads=frame))
 
-    def receive_input_grad(self, site: int, like: Tensor) -> Tensor:
+    def receive_input_grad(self, site: int, like: Tensor, device: torch.device) -> Tensor:
         """The adapters' part of the gradient of a site's input, in its shape and dtype."""
         message = self._receive("input_grad")
         self._check_site(message, site)
         shape = (self.request.num_rows, self.sites[site].in_features)
-        grad_BTD = self._scatter(decode(message.grad, shape, f"input gradient at site {site}"))
+        grad_ND = decode(message.grad, shape, f"input gradient at site {site}")
+        grad_BTD = self._scatter(grad_ND, device)
         return grad_BTD.view_as(like).to(like.dtype)
 
     def _check_site(self, message: Any, site: int) -> tuple[int, ...]:
@@ -183,23 +214,28 @@ class Exchange:
 
     # ----------------------------------------------------------------- rows that travel
 
-    def _rows(self, messages: Any, widths: list[int], site: int) -> tuple[Tensor, ...]:
+    def _rows(
+        self, messages: Any, widths: list[int], site: int, device: torch.device
+    ) -> tuple[Tensor, ...]:
         """[B, T, width] of each message."""
         return tuple(
-            self._scatter(decode(message, (self.request.num_rows, width), f"delta at site {site}"))
+            self._scatter(
+                decode(message, (self.request.num_rows, width), f"delta at site {site}"), device
+            )
             for message, width in zip(messages, widths, strict=True)
         )
 
     def _gather(self, x: Tensor) -> Tensor:
         """[B, T, D] or [B * T, D] -> [N, D]."""
         flat = x.reshape(-1, x.shape[-1])
-        return flat if self.request.rows_N is None else flat[self.request.rows_N]
+        rows_N = self.request.rows_N
+        return flat if rows_N is None else flat[rows_N.to(flat.device)]
 
-    def _scatter(self, rows: Tensor) -> Tensor:
-        """[N, D] -> [B, T, D], zero where no row travelled."""
-        request, rows = self.request, rows.to(self.device)
+    def _scatter(self, rows: Tensor, device: torch.device) -> Tensor:
+        """[N, D] -> [B, T, D] on `device`, zero where no row travelled."""
+        request, rows = self.request, rows.to(device)
         if request.rows_N is not None:
             full = rows.new_zeros(request.batch * request.length, rows.shape[1])
-            full[request.rows_N] = rows
+            full[request.rows_N.to(device)] = rows
             rows = full
         return rows.view(request.batch, request.length, -1)

@@ -27,7 +27,7 @@ MODULE_BYTES: Final = 2048
 
 
 class FrozenStore:
-    """At most `max_bytes` of float32 pairs (A [r, in], B [out, r]), on the model's device."""
+    """At most `max_bytes` of float32 pairs (A [r, in], B [out, r]), first on the model's device."""
 
     def __init__(self, max_bytes: int, device: torch.device) -> None:
         self.max_bytes, self.device = max_bytes, device
@@ -53,10 +53,23 @@ class FrozenStore:
         self._keep(key, (a.to(self.device), b.to(self.device)), most)
         return key[2]
 
-    def get(self, key: bytes, owner: str = "local") -> tuple[Tensor, Tensor] | None:
-        """The owner's module with this hash, if it is still there."""
-        a, b = self._find((owner, "frozen", key)) or (None, None)
-        return None if a is None or b is None else (a, b)
+    def get(
+        self, key: bytes, owner: str = "local", device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """The owner's module with this hash, if it is still there.
+
+        It moves to `device` and stays there, where the linear is that it sits on.
+        """
+        place = (owner, "frozen", key)
+        a, b = self._find(place) or (None, None)
+        if a is None or b is None:
+            return None
+        if device is not None and a.device != device:
+            a, b = a.to(device), b.to(device)
+            with self._lock:
+                if place in self._modules:
+                    self._modules[place] = (a, b)
+        return a, b
 
     def put_hosted(
         self,

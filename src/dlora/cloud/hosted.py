@@ -45,7 +45,9 @@ class _Module:
         of its own.
         """
         a, b, a_bias, b_bias = (
-            None if tensor is None else tensor.detach().requires_grad_(training)
+            None
+            if tensor is None
+            else tensor.detach().to(self.checked.device).requires_grad_(training)
             for tensor in tensors
         )
         if a is None or b is None:
@@ -60,7 +62,7 @@ class _Module:
 
 
 class HostedAdapter:
-    """The active modules of one stream, on the store's device."""
+    """The active modules of one stream, each on the device of the linear that it sits on."""
 
     def __init__(self, request: HostedRequest, store: FrozenStore, training: bool) -> None:
         self.request, self.store, self.training = request, store, training
@@ -98,7 +100,7 @@ class HostedAdapter:
                 f"{len(self.modules)}"
             )
         for tensors, module in zip(message.modules, self.modules[self._arrived : end], strict=True):
-            decoded = _decoded(tensors, module.checked, self.store.device)
+            decoded = _decoded(tensors, module.checked)
             if module.checked.message.keep:
                 owner, owner_bytes = self.request.owner, self.request.owner_bytes
                 self.store.put_hosted(content_hash(tensors), decoded, owner, owner_bytes)
@@ -182,6 +184,7 @@ class HostedAdapter:
         if module.tensors is None:
             raise AssertionError("a site waits for its tensors")
         a_RD, b_OR, a_bias, b_bias = module.tensors
+        x = x.to(a_RD.device)
         message = module.checked.message
         if any(part.p for part in message.dropouts):
             z_BTR = self._dropped(module.checked, a_RD, x, past)
@@ -212,13 +215,12 @@ class HostedAdapter:
         return torch.cat(parts, dim=-1)
 
 
-def _decoded(
-    message: pb.ModuleTensors, checked: HostedModule, device: torch.device
-) -> HostedTensors:
+def _decoded(message: pb.ModuleTensors, checked: HostedModule) -> HostedTensors:
     """The tensors of a module that came; `decode` checks their bytes first."""
 
     def tensor(name: str, shape: tuple[int, ...]) -> Tensor:
-        return decode(getattr(message, name), shape, f"{name} of {checked.name}").to(device)
+        values = decode(getattr(message, name), shape, f"{name} of {checked.name}")
+        return values.to(checked.device)
 
     for name, shape in zip(_FIELDS, checked.shapes, strict=True):
         if message.HasField(name) != (shape is not None):

@@ -9,16 +9,19 @@ Shapes: D width of what a module reads, R rank, O width of what it adds to.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import torch
 from torch import Tensor
 
 from dlora.cloud.frozen_store import FrozenStore
 from dlora.errors import AdapterMissing, UsageError, WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.activations import activation_of
+from dlora.protocol.layers import layer_of
 from dlora.protocol.sites import Site
 
 __all__ = ["HostedModule", "HostedRequest", "HostedTensors", "check_hosted"]
@@ -40,6 +43,8 @@ class HostedModule:
     rank: int
     out_features: int
 
+    device: torch.device
+    """Where the linear is that it sits on."""
     message: pb.HostedModule
     kept: HostedTensors | None
     """Its tensors, if they are here already."""
@@ -83,22 +88,28 @@ class HostedRequest:
         values = sum(module.numel + module.rank + module.out_features for module in self.modules)
         return _FLOAT_BYTES * values * (2 if training else 1)
 
-    def pass_bytes(self, tokens: int, *, training: bool) -> int:
+    def pass_bytes(self, tokens: int, *, training: bool, recompute: bool = False) -> int:
         """Memory of a pass over so many tokens: what backward needs, and the largest site's work.
 
         A site keeps x in float32; a module x A^T, before and after its activation, and for each
-        mask of dropout the mask and what it leaves. Deltas and their gradients come and go.
+        mask of dropout the mask and what it leaves. Deltas and their gradients come and go. Where
+        layers run again in backward only one keeps anything at a time.
         """
-        kept = most = 0
+        kept: Counter[int] = Counter()
+        most = 0
         for _, group in groupby(self.modules, key=lambda module: module.site):
             site = list(group)
             width = site[0].in_features
             most = max(most, 2 * (width + sum(module.out_features for module in site)))
-            kept += width
+            layer = layer_of(site[0].name)
+            kept[layer] += width
             for module in site:
                 masks = sum(1 for part in module.message.dropouts if part.p)
-                kept += 2 * masks * width + 2 * module.rank
-        return _FLOAT_BYTES * tokens * (most + (kept if training else 0))
+                kept[layer] += 2 * masks * width + 2 * module.rank
+        held = kept.total()
+        if recompute:
+            held = kept.pop(-1, 0) + max(kept.values(), default=0)
+        return _FLOAT_BYTES * tokens * (most + (held if training else 0))
 
 
 def check_hosted(
@@ -107,8 +118,11 @@ def check_hosted(
     store: FrozenStore,
     owner: str,
     owner_bytes: int | None,
+    devices: Mapping[str, torch.device] | None = None,
 ) -> HostedRequest | None:
     """The adapter of a `Begin`; None where the edge computes it.
+
+    `devices` are those of the modules that are not on the store's.
 
     Raises WireError for modules that are not exactly the active ones, or do not fit them, and
     AdapterMissing for a hash that this owner has kept nothing under.
@@ -130,7 +144,8 @@ def check_hosted(
                 f"modules: got {(entry.site, entry.module)}, want {(site.index, index)}: the "
                 "active ones, in order"
             )
-        modules.append(_checked(entry, site, index, store, owner))
+        device = (devices or {}).get(site.modules[index].name, store.device)
+        modules.append(_checked(entry, site, index, store, owner, device))
 
     # Every module has a hash, or comes in one of the frames that are announced.
     coming = sum(1 for module in modules if module.kept is None)
@@ -149,7 +164,12 @@ def check_hosted(
 
 
 def _checked(
-    entry: pb.HostedModule, site: Site, index: int, store: FrozenStore, owner: str
+    entry: pb.HostedModule,
+    site: Site,
+    index: int,
+    store: FrozenStore,
+    owner: str,
+    device: torch.device,
 ) -> HostedModule:
     """One module that fits the linear that it sits on."""
     name, width = site.modules[index].name, site.modules[index].out_features
@@ -170,6 +190,7 @@ def _checked(
         in_features=site.in_features,
         rank=rank,
         out_features=width,
+        device=device,
         message=entry,
         kept=kept,
     )

@@ -10,15 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dlora.cloud.limits import Limits
+from dlora.cloud.parts import Parts
 from dlora.cloud.passes import current_pass
 from dlora.cloud.quantize import quantization
 from dlora.errors import ModelError, UsageError
-from dlora.protocol.layers import LayerRunner, find_layers, first_output, wrap_layers
+from dlora.protocol.layers import LayerRunner, find_layers, first_output, num_layers, wrap_layers
+from dlora.protocol.weights import is_offloaded
 
 __all__ = ["CloudLayers"]
 
@@ -33,20 +34,23 @@ class CloudLayers:
     Raises ModelError or UsageError if edges may run layers and this model cannot give them.
     """
 
-    def __init__(self, model: PreTrainedModel, limits: Limits, ids_BT: Tensor) -> None:
+    def __init__(self, parts: Parts, limits: Limits, ids_BT: Tensor) -> None:
         self.count, self.width, self.in_tuple = 0, 0, False
         self.modules = nn.ModuleList()
         self._runner: LayerRunner | None = None
 
-        count = int(model.config.get_text_config().num_hidden_layers)
-        layers = find_layers(model.get_decoder(), count)
+        model, count = parts.model, num_layers(parts.model.config)
+        layers = find_layers(parts.decoder, parts.lookups.embedding, count)
+        if parts.lookups.tables:  # they feed the layers in between
+            layers = None
         _check_limits(model, limits, count, found=layers is not None)
         if layers is None:
             return
 
-        output = _output_of(model, layers[0], ids_BT)
+        output = _output_of(parts, layers[0], ids_BT)
         self.count, self.modules = count, layers
-        self.in_tuple, self.width = isinstance(output, tuple), first_output(output).shape[-1]
+        self.in_tuple = isinstance(output, tuple | list)
+        self.width = first_output(output).shape[-1]
         wrap_layers(layers, self._decide, self.in_tuple)
 
     def _decide(self) -> LayerRunner | None:
@@ -54,7 +58,9 @@ class CloudLayers:
         if self._runner is not None:
             return self._runner
         current = current_pass()
-        return current if current is not None and current.request.edge_layers else None
+        if current is None or not (current.request.edge_layers or current.request.recompute):
+            return None
+        return current
 
     @contextmanager
     def run_by(self, runner: LayerRunner) -> Iterator[None]:
@@ -69,12 +75,19 @@ class CloudLayers:
 def _check_limits(model: PreTrainedModel, limits: Limits, count: int, *, found: bool) -> None:
     """Raises ModelError or UsageError if edges may run layers that they cannot get."""
     first, last = limits.edge_first, limits.edge_last
+    if not found and limits.recompute:
+        raise ModelError(
+            f"recompute: found no list of {count} layers in {type(model).__name__}: serve it "
+            "without"
+        )
     if not found and (first or last):
         raise ModelError(
             f"edges cannot hold layers of {type(model).__name__}: found no list of {count}"
         )
     if not found:
         return
+    if (first or last) and any(map(is_offloaded, model.modules())):
+        raise UsageError("edge layers need weights that stay on a device: give it more max_memory")
     if (first or last) and quantization(model) is not None:
         raise UsageError(
             "edge layers of a low-bit base are not supported: serve it in full precision"
@@ -86,11 +99,10 @@ def _check_limits(model: PreTrainedModel, limits: Limits, count: int, *, found: 
         )
 
 
-def _output_of(model: PreTrainedModel, layer: nn.Module, ids_BT: Tensor) -> Any:
+def _output_of(parts: Parts, layer: nn.Module, ids_BT: Tensor) -> Any:
     """What a layer returns in a forward over these tokens."""
     outputs: list[Any] = []
     hook = layer.register_forward_hook(lambda module, args, output: outputs.append(output))
-    with hook, torch.no_grad():
-        embeddings = model.get_input_embeddings()(ids_BT)
-        model.get_decoder()(inputs_embeds=embeddings, use_cache=False)
+    with hook:
+        parts.hidden(ids_BT)
     return outputs[0]

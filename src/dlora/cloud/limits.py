@@ -33,3 +33,6 @@ class Limits:
 
     edge_last: int = 0
     """... how many of the last."""
+
+    recompute: bool = False
+    """Keep less of every micro-batch that trains, and run its layers again in backward."""

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import re
 import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,12 +17,21 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dlora.cloud import quantize as low_bit
-from dlora.cloud.checkpoint import check_foreign_kernels, first_line, load_checkpoint, reading
+from dlora.cloud.checkpoint import (
+    check_files,
+    check_foreign_kernels,
+    first_line,
+    load_checkpoint,
+    reading,
+)
+from dlora.cloud.device_map import PLANS, read_device_map, read_max_memory
 from dlora.cloud.limits import Limits
 from dlora.cloud.model import CloudModel
+from dlora.cloud.placement import dispatch
 from dlora.cloud.tokenizer import load_tokenizer
 from dlora.errors import DLoRAError, UsageError
 from dlora.files import default_cache
+from dlora.protocol.device import try_device
 
 __all__ = ["DEMO_MODEL", "DEMO_MODEL_ID", "DTYPES", "LoadedModel", "load_cloud", "load_model"]
 
@@ -49,29 +59,38 @@ def load_model(
     device: str = "cpu",
     dtype: str = "fp32",
     quantize: str = "none",
+    device_map: str | None = None,
+    max_memory: Mapping[str, str] | None = None,
     cache: Path | None = None,
 ) -> LoadedModel:
     """Load `name`: a Hugging Face id, a folder, a .gguf file, or "smollm2" for the demo model.
 
     `model_id` is the public name written into adapters; by default the hub id, or else the
     folder's or file's name. A GGUF file is dequantised once into `cache`. `quantize` is
-    done before the model goes to its device, which then holds the low-bit weights alone.
+    done before the model goes to its device, which then holds the low-bit weights alone. With
+    `device_map` it goes to several, as `device_map.py` reads it and `max_memory`.
     Code from a repository is never run. Raises UsageError or ModelError with the reason.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype: got {dtype!r}, want one of {', '.join(DTYPES)}")
-    if device in ("auto", "balanced", "balanced_low_0", "sequential"):
-        raise UsageError(
-            f"device: got {device!r}, want one device such as cuda or cuda:1. A model is not "
-            "spread over several GPUs: use a smaller dtype, or replicas with a GPU each"
-        )
+    if device in PLANS:
+        raise UsageError(f"device: got {device!r}, want one device; device_map takes {device!r}")
+    placement = _placement(device_map, max_memory, device)
+    try_device(device)
+    if placement and torch.cuda.is_available():
+        device = "cuda"
 
     source, default_id = _source(name, cache)
-    model = load_checkpoint(source, name, dtype=DTYPES[dtype], device=device)
-    if quantize != "none":
+    low = quantize != "none"
+    model = load_checkpoint(
+        source, name, dtype=DTYPES[dtype], device=device, **({} if low else placement)
+    )
+    if low:
         low_bit.quantize(model, quantize)
     try:
-        if model.device != torch.device(device):
+        if low and placement:
+            dispatch(model, placement["device_map"], placement["max_memory"])
+        elif not placement and model.device != torch.device(device):
             model = model.to(device)
         low_bit.check(model)
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -82,13 +101,29 @@ def load_model(
     return LoadedModel(model, load_tokenizer(source, name, model), model_id or default_id)
 
 
+def _placement(
+    device_map: str | None, max_memory: Mapping[str, str] | None, device: str
+) -> dict[str, Any]:
+    """Arguments of `load_checkpoint` for more than one device; none where there is one."""
+    if device_map is None:
+        if max_memory:
+            raise UsageError("max_memory is of device_map: give that as well")
+        return {}
+    if device != "cpu":
+        raise UsageError(f"device: got {device!r} beside device_map: give one of the two")
+    return {
+        "device_map": read_device_map(device_map),
+        "max_memory": read_max_memory(max_memory) if max_memory else None,
+    }
+
+
 def _source(name: str, cache: Path | None) -> tuple[str | Path, str]:
     """What transformers loads for a name, and the public id that goes with it."""
     file = _demo_file() if name == DEMO_MODEL else Path(name).expanduser()
     if file.suffix.lower() == ".gguf":
         if not file.is_file():
             raise UsageError(f"no such file: {file}")
-        folder = _dequantised(file, cache or default_cache())
+        folder = _dequantised(file, (cache or default_cache()).expanduser())
         return folder, DEMO_MODEL_ID if name == DEMO_MODEL else file.stem
 
     if file.is_dir():
@@ -99,12 +134,17 @@ def _source(name: str, cache: Path | None) -> tuple[str | Path, str]:
 
 
 def load_cloud(
-    name: str, *, allow_modules: str, limits: Limits, **options: Any
+    name: str,
+    *,
+    allow_modules: str,
+    limits: Limits,
+    trial: Callable[[CloudModel], None] | None = None,
+    **options: Any,
 ) -> tuple[CloudModel, LoadedModel]:
     """Load a model to serve. `options` are those of `load_model`.
 
-    `allow_modules` is a regular expression that is searched in the full names of modules. Raises
-    UsageError or ModelError with the reason.
+    `allow_modules` is a regular expression that is searched in the full names of modules. `trial`
+    tries an edge's half on it. Raises UsageError or ModelError with the reason.
     """
     try:
         allowed = re.compile(allow_modules)
@@ -126,6 +166,8 @@ def load_cloud(
             f"allow_modules: {allow_modules!r} is in none of the modules' names, so that nobody "
             f"could use an adapter. The first is {modules[0].name}; they end in {', '.join(names)}"
         )
+    if trial is not None:
+        trial(cloud)
     return cloud, loaded
 
 
@@ -142,14 +184,20 @@ def _dequantised(file: Path, cache: Path) -> Path:
     """A transformers folder with the GGUF file's weights in fp32, made once for each content."""
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    folder = cache / "models" / f"{file.stem}-{digest[:16]}-whole"
+    folder = cache / "models" / f"{file.stem}-{digest[:16]}-checked"
     if folder.is_dir():
         return folder
 
     log.info("dequantising %s, once", file.name)
-    with reading(f"cannot read {file}"):
-        model = load_checkpoint(file.parent, str(file), dtype=torch.float32, gguf_file=file.name)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    check_files([file])
+    with (
+        reading(f"cannot read {file}"),
+        tempfile.TemporaryDirectory(prefix="dlora-gguf-") as alone,
+    ):
+        # Alone: an adapter, or another tokenizer, that lies beside the file is not of the model.
+        (Path(alone) / file.name).symlink_to(file.resolve())
+        model = load_checkpoint(alone, str(file), dtype=torch.float32, gguf_file=file.name)
+        tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=file.name)
 
     # Made beside its place and moved there whole: another process may do the same.
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,6 @@ Shapes: B batch, T tokens, D width.
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -17,15 +16,17 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from dlora.cloud.layers import CloudLayers
 from dlora.cloud.limits import Limits
+from dlora.cloud.parts import Parts
 from dlora.cloud.pass_request import PassRequest
+from dlora.cloud.recompute import per_token, saved_by_layer
 from dlora.cloud.zero_edge import probe_request, run_with_zeros, sample_ids
 from dlora.errors import ModelError
 from dlora.proto import dlora_pb2 as pb
+from dlora.protocol.decoder import DecoderOutput, decoder_of, decoders_of
 from dlora.protocol.layers import CloudBetween, EdgeLayers, first_output
 from dlora.protocol.sites import Site
 from dlora.protocol.wire import encode
@@ -34,15 +35,15 @@ __all__ = [
     "check_kind",
     "check_layers",
     "check_split",
+    "gap_between",
     "measure_activations",
-    "measure_cache",
 ]
-
-log = logging.getLogger(__name__)
 
 # Largest difference allowed at load between the full model's results and the split's, as a share
 # of the largest. Equal arithmetic gives 0; 1e-4 leaves room for kernels that depend on shape.
 _SPLIT_TOLERANCE: Final = 1e-4
+_ROUNDED_TOLERANCE: Final = 0.1
+"""The same of a row of hidden states where embeddings are rounded to fp16."""
 
 
 # ----------------------------------------------------------------- checks
@@ -59,54 +60,64 @@ def check_kind(model: PreTrainedModel) -> None:
             "Only decoder-only causal LMs that transformers itself brings can be served."
         )
 
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if decoder is None or decoder is model or getattr(model.config, "is_encoder_decoder", False):
-        raise ModelError(f"{name} is not a decoder-only causal LM")
-    if model.get_output_embeddings() is None:
-        raise ModelError(f"{name} has no LM head: only decoder-only causal LMs can be served")
+    decoder_of(model)
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        raise ModelError(
+            f"{name}: output_router_logits=True adds a loss of the routers, which are in the cloud:"
+            " set it to false in config.json"
+        )
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ModelError(
-            "gradient checkpointing would run every exchange twice: disable it on the served model"
+            f"{name}: gradient checkpointing would run every exchange twice: disable it on the "
+            "served model, and serve with recompute to the same end"
         )
 
 
-def check_split(model: PreTrainedModel, sites: Sequence[Site], ids_BT: Tensor) -> int:
-    """Compare split and full logits on padded input; return the width of the last hidden states.
+def check_split(parts: Parts, sites: Sequence[Site], ids_BT: Tensor) -> int:
+    """Compare split and full logits; return the width of the last hidden states.
 
     Raises ModelError if they differ.
     """
-    decoder, embedding = model.get_decoder(), model.get_input_embeddings()
-    mask_BT = torch.ones_like(ids_BT)
-    mask_BT[-1, ids_BT.shape[1] // 2 :] = 0
+    model = parts.model
     with torch.no_grad():
-        want = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
-
-        # The split's hidden states, where padding is zero, as an edge would have them.
-        request = probe_request(model, sites, ids_BT, mask_BT, training=False)
-        edge = run_with_zeros(model, request)
-        hidden_width = edge.hidden.shape[1]
-        output = decoder(inputs_embeds=embedding(ids_BT), attention_mask=mask_BT, use_cache=False)
-        hidden = output.last_hidden_state
-        hidden = hidden.new_zeros(hidden.shape).reshape(-1, hidden_width)
-        hidden[request.keep_K] = edge.decoded_hidden().to(hidden)
-        output.last_hidden_state = hidden.view(*ids_BT.shape, hidden_width)
+        want = model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT)).logits
+        request = probe_request(parts, sites, ids_BT, training=False)
+        hidden_ND = run_with_zeros(parts, request).decoded_hidden()
 
         # The whole model on top of them: its head, and whatever else it does.
-        with _replaced_forward(decoder, output):
-            got = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
-
-    seen = mask_BT.bool()
-    if gap := _gap((got - want)[seen], want[seen]):
+        hidden_BTD = hidden_ND.to(parts.weight).view(*ids_BT.shape, -1)
+        with ExitStack() as replaced:
+            for decoder in decoders_of(model):
+                output = DecoderOutput(last_hidden_state=hidden_BTD)
+                replaced.enter_context(_replaced_forward(decoder, output))
+            got = model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT)).logits
+    if gap := gap_between(got - want, want):
         raise ModelError(
-            f"{type(model).__name__} cannot be split: its logits differ from the full model's by "
-            f"{gap}. It does more with token ids than embed them, or uses something other than the "
-            "decoder's last hidden states."
+            f"{parts.name} cannot be split: its logits differ from the full model's by {gap}. It "
+            "does more with token ids than embed them, or uses something other than the decoder's "
+            "last hidden states."
         )
-    return int(hidden_width)
+    _check_rounded(parts, sites, ids_BT, hidden_ND)
+    return int(hidden_ND.shape[1])
+
+
+def _check_rounded(parts: Parts, sites: Sequence[Site], ids_BT: Tensor, hidden_ND: Tensor) -> None:
+    """Embeddings may be rounded on the wire. Raises ModelError for a decoder that needs every bit.
+
+    The median row has to stay: a router may send a token elsewhere for a rounded bit.
+    """
+    request = probe_request(parts, sites, ids_BT, training=False, dtype=pb.FP16)
+    rounded_ND = run_with_zeros(parts, request).decoded_hidden()
+    off_N = (rounded_ND - hidden_ND).norm(dim=1) / hidden_ND.norm(dim=1).clamp(min=1e-6)
+    if not off_N.median() <= _ROUNDED_TOLERANCE:
+        raise ModelError(
+            f"{parts.name} cannot be split: with embeddings that are rounded to fp16 its hidden "
+            "states are others: it reads token ids back from them"
+        )
 
 
 def check_layers(
-    model: PreTrainedModel,
+    parts: Parts,
     sites: Sequence[Site],
     layers: CloudLayers,
     limits: Limits,
@@ -120,34 +131,34 @@ def check_layers(
     first, last = limits.edge_first, limits.edge_last
     if not (first or last):
         return
-    entries_BTD, exits_BTD, whole_BTD = _between_layers(model, layers, ids_BT)
-    request = probe_request(model, sites, ids_BT, training=False)
+    entries_BTD, exits_BTD, whole_BTD = _between_layers(parts, layers, ids_BT)
+    request = probe_request(parts, sites, ids_BT, training=False)
 
     splits = {(k, 0) for k in range(1, first + 1)} | {(0, m) for m in range(1, last + 1)}
     for split in sorted(splits | {(first, last)}):
         edge_layers = EdgeLayers(*split, layers.count)
         entry_BTD, exit_BTD = entries_BTD[edge_layers.first], exits_BTD[edge_layers.end - 1]
 
-        edge = run_with_zeros(model, _between(request, edge_layers, entry_BTD), layers.width)
+        edge = run_with_zeros(parts, _between(request, edge_layers, entry_BTD), layers.width)
         got = edge.decoded_hidden().to(exit_BTD)
         known = CloudBetween(edge_layers, partial(_known, exit_BTD))
         with layers.run_by(known):
-            got_whole_BTD = _decode_all(model, ids_BT)
+            got_whole_BTD = parts.hidden(ids_BT)
 
         for half, values, want in (
             ("cloud", got, exit_BTD.flatten(0, 1)),
             ("edge", got_whole_BTD, whole_BTD),
         ):
-            if gap := _gap(values - want, want):
+            if gap := gap_between(values - want, want):
                 raise ModelError(
                     f"edges cannot hold the first {edge_layers.first} and the last "
-                    f"{edge_layers.last} layers of {type(model).__name__}: the {half}'s half "
+                    f"{edge_layers.last} layers of {parts.name}: the {half}'s half "
                     f"differs by {gap}. Its layers share more than hidden states."
                 )
 
 
 def _between_layers(
-    model: PreTrainedModel, layers: CloudLayers, ids_BT: Tensor
+    parts: Parts, layers: CloudLayers, ids_BT: Tensor
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """What goes into each layer of the whole model, what comes out, and the last hidden states."""
     entries_BTD: list[Tensor] = []
@@ -162,7 +173,7 @@ def _between_layers(
                     lambda _, args, output: exits_BTD.append(first_output(output))
                 )
             )
-        return entries_BTD, exits_BTD, _decode_all(model, ids_BT)
+        return entries_BTD, exits_BTD, parts.hidden(ids_BT)
 
 
 def _between(request: PassRequest, edge_layers: EdgeLayers, entry_BTD: Tensor) -> PassRequest:
@@ -183,71 +194,18 @@ def _between(request: PassRequest, edge_layers: EdgeLayers, entry_BTD: Tensor) -
 
 
 def measure_activations(
-    model: PreTrainedModel, sites: Sequence[Site], max_length: int
+    parts: Parts, sites: Sequence[Site], max_length: int
 ) -> tuple[float, float]:
     """Bytes that a training step holds: (per token, per token squared) of a sequence.
 
     Counts what autograd saves in two small steps with every site active, weights excluded.
     """
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    weights |= {b.untyped_storage().data_ptr() for b in model.buffers()}
     lengths = [min(16, max_length), min(64, max_length)]
     sizes = []
     for length in lengths:
-        saved: dict[int, int] = {}
-
-        def keep(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        ids_BT = sample_ids(model, 1, length)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            run_with_zeros(model, probe_request(model, sites, ids_BT, training=True))
-        sizes.append(sum(saved.values()))
-
-    (t0, t1), (s0, s1) = lengths, sizes
-    if t0 == t1:
-        return s0 / t0, 0.0
-    # Solve size = a T + b T^2 from two points; b cannot be negative.
-    b = max(0.0, (s1 / t1 - s0 / t0) / (t1 - t0))
-    return max(s0 / t0, s1 / t1) - b * (t0 if s0 / t0 > s1 / t1 else t1), b
-
-
-def measure_cache(model: PreTrainedModel, ids_BT: Tensor) -> int:
-    """Bytes of a KV cache for each token; 0 where it changes results, or cannot be measured.
-
-    Two passes with the cache are compared with one without. A cache that is not made of keys and
-    values alone is not used either: edges then generate without it.
-    """
-    decoder, embeddings = model.get_decoder(), model.get_input_embeddings()(ids_BT)
-    mask_BT = torch.ones_like(ids_BT)
-    mask_BT[-1, :2] = 0  # on the left, where batches of prompts are padded
-    half = ids_BT.shape[1] // 2
-    cache = DynamicCache(config=model.config)
-    if not half or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
-        return 0
-
-    with torch.no_grad():
-        want = decoder(
-            inputs_embeds=embeddings, attention_mask=mask_BT, use_cache=False
-        ).last_hidden_state
-        for start, end in ((0, half), (half, ids_BT.shape[1])):
-            got = decoder(
-                inputs_embeds=embeddings[:, start:end],
-                attention_mask=mask_BT[:, :end],
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
-    if _gap(got - want[:, half:], want):
-        log.warning("%s is served without KV cache: with it, results differ", type(model).__name__)
-        return 0
-
-    cached_bytes = sum(
-        layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized
-    )
-    return cached_bytes // ids_BT.numel()
+        request = probe_request(parts, sites, sample_ids(parts.model, 1, length), training=True)
+        sizes.append(sum(saved_by_layer(parts, request).values()))
+    return per_token(lengths, sizes)
 
 
 def _known(exit_BTD: Tensor, hidden_BTD: Tensor) -> Tensor:
@@ -255,16 +213,7 @@ def _known(exit_BTD: Tensor, hidden_BTD: Tensor) -> Tensor:
     return exit_BTD
 
 
-def _decode_all(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
-    """The last hidden states of the decoder's own forward, [B, T, D]."""
-    with torch.no_grad():
-        output: Tensor = model.get_decoder()(
-            inputs_embeds=model.get_input_embeddings()(ids_BT), use_cache=False
-        ).last_hidden_state
-    return output
-
-
-def _gap(difference: Tensor, values: Tensor) -> str:
+def gap_between(difference: Tensor, values: Tensor) -> str:
     """How far results are apart, if equal arithmetic does not explain it or one is no number.
 
     Empty where they are near enough.

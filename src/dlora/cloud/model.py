@@ -11,33 +11,43 @@ a pass costs. Then a request is checked (`check`) and computed (`run`).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import inspect
 import json
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from dlora.cloud import load_checks
-from dlora.cloud.costs import MemoryCost, pass_flops
+from dlora.cloud.caches import cached_pass, is_recurrent, measure_cache, new_cache
+from dlora.cloud.costs import attention_of, other_flops, pass_flops
+from dlora.cloud.describe import describe_layers, describe_limits, describe_site, head_width
 from dlora.cloud.exchange import Pipe
 from dlora.cloud.frozen_store import FrozenStore, check_frozen_shape
 from dlora.cloud.hosted import HostedAdapter
 from dlora.cloud.layers import CloudLayers
 from dlora.cloud.limits import Limits
+from dlora.cloud.measure import measure_memory
+from dlora.cloud.parts import Parts
 from dlora.cloud.pass_request import PassRequest
 from dlora.cloud.passes import Pass, current_pass
+from dlora.cloud.placement import device_of, share_offloaded
 from dlora.cloud.quantize import give_back, quantization
 from dlora.cloud.requests import RequestCheck
-from dlora.cloud.trace import trace
+from dlora.cloud.trace import TracedPass, trace
 from dlora.cloud.zero_edge import sample_ids
-from dlora.errors import UsageError, WireError
+from dlora.errors import DLoRAError, ModelError, UsageError, WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.channel import PROTOCOL_VERSION
-from dlora.protocol.sites import Module, output_sites
+from dlora.protocol.decoder import called_outside
+from dlora.protocol.sites import output_sites
+from dlora.protocol.text import clean_text
+from dlora.protocol.weights import weight_of
 from dlora.protocol.wire import WIRE_DTYPES
 
 __all__ = ["CloudModel", "Limits"]
@@ -47,8 +57,8 @@ class CloudModel:
     """A transformers decoder-only model, frozen, hooked, measured and checked.
 
     `model_id` is the public name that edges write into their adapters. `allowed` decides by
-    full module name which modules edges may adapt. Raises ModelError if the split does not
-    give the full model's logits.
+    full module name which modules edges may adapt. Raises ModelError, which names the architecture
+    and the reason, if the split does not give the full model's logits, or anything else fails.
     """
 
     def __init__(
@@ -59,23 +69,34 @@ class CloudModel:
         allowed: Callable[[str], bool] = lambda name: True,
         limits: Limits | None = None,
     ) -> None:
-        load_checks.check_kind(model)
-        self.model = model.eval().requires_grad_(False)
         self.model_id = model_id
-        self.decoder, self.embedding = model.get_decoder(), model.get_input_embeddings()
-        self.limits = _within_model(limits or Limits(), model)
+        self.full_head, self.all_rows = False, False
+        """What a trial of the edge's half has found: `Description` says what they mean."""
+        try:
+            load_checks.check_kind(model)
+            self.model = model.eval().requires_grad_(False)
+            self._prepare(limits or Limits(), allowed)
+        except DLoRAError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"{type(model).__name__} cannot be split: {type(error).__name__}: "
+                f"{clean_text(error)}"
+            ) from error
+
+    def _prepare(self, limits: Limits, allowed: Callable[[str], bool]) -> None:
+        """Trace, hook, check and measure the model."""
+        model = self.model
+        self.limits = _within_model(limits, model, share_offloaded(model))
+        ids_BT = sample_ids(model, 2, min(8, self.limits.max_length))
+        self.parts = parts = Parts.of(model, ids_BT)
+        self.embedding = parts.lookups.embedding
+        self.called_outside = called_outside(model, parts.decoder, ids_BT)
+        self.called_outside |= parts.lookups.tables.keys()
 
         # Where adapters may sit, and the hooks that ask the edge there.
-        batch, length = 2, min(8, self.limits.max_length)
-        ids_BT = sample_ids(model, batch, length)
-        traced = trace(
-            model,
-            self.decoder,
-            lambda: self.decoder(inputs_embeds=self.embedding(ids_BT), use_cache=False),
-            batch,
-            length,
-            allowed,
-        )
+        self.cache_cost = measure_cache(parts, ids_BT)
+        traced = trace(model, parts.decoder, self._traced_passes(ids_BT), allowed)
         self.sites, self.unusable = traced.sites, traced.unusable
         self.all_sites = (*traced.sites, *output_sites(traced.sites))
         # Modules outside the layers, such as OPT's projections of the embedding, have layer -1.
@@ -83,29 +104,57 @@ class CloudModel:
             {module.layer for site in self.sites for module in site.modules} - {-1}
         )
         self._install_hooks()
-        self.layers = CloudLayers(model, self.limits, ids_BT)
+        self.layers = CloudLayers(parts, self.limits, ids_BT)
 
-        self.hidden_width = load_checks.check_split(model, self.sites, ids_BT)
-        self.memory = self._measure(ids_BT)
-        load_checks.check_layers(model, self.sites, self.layers, self.limits, ids_BT)
+        self.hidden_width = load_checks.check_split(parts, self.sites, ids_BT)
+        self.memory = measure_memory(
+            *(parts, self.sites, len(self.layers_with_sites), self.layers),
+            *(self.cache_cost, self.limits, ids_BT),
+        )
+        self.other_flops = other_flops(
+            partial(parts.hidden, ids_BT),
+            ids_BT.shape[0],
+            ids_BT.shape[1],
+            self.sites,
+            len(self.layers_with_sites),
+            model.config,
+        )
+        load_checks.check_layers(parts, self.sites, self.layers, self.limits, ids_BT)
 
         self.config_json = _public_config(model)
         self.fingerprint = _fingerprint(self.config_json, model)
-        self.frozen_store = FrozenStore(self.limits.max_adapter_bytes, self.embedding.weight.device)
+        self.frozen_store = FrozenStore(self.limits.max_adapter_bytes, parts.weight.device)
         self.requests = self._request_check()
         give_back()  # what loading and measuring have left
 
-    def _measure(self, ids_BT: Tensor) -> MemoryCost:
-        """What passes will cost in memory."""
-        per_token, per_token_squared = load_checks.measure_activations(
-            self.model, self.sites, self.limits.max_length
+    def _traced_passes(self, ids_BT: Tensor) -> list[TracedPass]:
+        """Passes to watch: of two shapes, and one behind a cache."""
+        shapes = [ids_BT]
+        if self.limits.max_length > ids_BT.shape[1]:
+            shapes.append(sample_ids(self.model, 1, min(21, self.limits.max_length)))
+        passes = [
+            TracedPass(run=partial(self.parts.run, ids), batch=ids.shape[0], length=ids.shape[1])
+            for ids in shapes
+        ]
+        if self.cache_cost:
+            passes.append(cached_pass(self.parts, self.cache_cost, ids_BT))
+        return passes
+
+    def without_limits(self) -> CloudModel:
+        """The same model for a trial, which is small: without limits on what passes may take."""
+        other = copy.copy(self)
+        other.limits = dataclasses.replace(
+            self.limits, max_tokens=2**20, max_message_bytes=2**30, max_inflight_bytes=2**40
         )
-        return MemoryCost(
-            bytes_per_token=per_token,
-            bytes_per_token_squared=per_token_squared,
-            cache_bytes_per_token=load_checks.measure_cache(self.model, ids_BT),
-            num_layers=len(self.layers_with_sites),
+        other.requests = other._request_check()
+        return other
+
+    def serve_without_cache(self) -> None:
+        """Let edges generate without a KV cache from now on, before anything is served."""
+        self.memory = dataclasses.replace(
+            self.memory, cache_bytes_per_token=0, cache_bytes_per_sequence=0
         )
+        self.requests = self._request_check()
 
     def _request_check(self) -> RequestCheck:
         """What requests are checked against, as plain values."""
@@ -118,68 +167,48 @@ class CloudModel:
             sites=self.sites,
             all_sites=self.all_sites,
             num_layers=self.layers.count,
-            takes_position_ids="position_ids" in inspect.signature(self.decoder.forward).parameters,
-            deep_rollback=not any(DynamicCache(config=self.model.config).is_sliding),
+            takes_position_ids="position_ids"
+            in inspect.signature(type(self.parts.decoder).forward).parameters,
+            deep_rollback=self.memory.has_cache and not any(new_cache(self.model).is_sliding),
+            rollback=self.memory.has_cache and not is_recurrent(self.model),
+            whole_prompts=self.cache_cost.whole_prompts,
             frozen_store=self.frozen_store,
-            device=self.embedding.weight.device,
+            device=self.parts.weight.device,
+            devices=self._other_devices(),
         )
+
+    def _other_devices(self) -> dict[str, torch.device]:
+        """Where modules are that are not with the embedding, by their full names."""
+        places = {
+            module.name: device_of(self.model.get_submodule(module.name))
+            for site in self.sites
+            for module in site.modules
+        }
+        first = self.parts.weight.device
+        return {name: device for name, device in places.items() if device != first}
 
     # ----------------------------------------------------------------- description
 
     def describe(self) -> pb.Description:
         """What `Describe` answers, but for the edge files, which the server adds."""
-        weight, kind = self.embedding.weight, quantization(self.model)
-        dtype = str(weight.dtype).removeprefix("torch.")
-        sites = [
-            pb.SiteInfo(
-                in_features=site.in_features,
-                modules=[self._describe_module(module) for module in site.modules],
-            )
-            for site in self.sites
-        ]
-
+        kind = quantization(self.model)
+        dtype = str(self.parts.weight.dtype).removeprefix("torch.")
         return pb.Description(
             protocol_version=PROTOCOL_VERSION,
             model_id=self.model_id,
             fingerprint=self.fingerprint,
             config_json=self.config_json,
             compute_dtype=f"{dtype}, {kind} weights" if kind else dtype,
-            embedding_width=weight.shape[1],
+            embedding_width=sum(self.parts.lookups.widths),
+            tables=self.parts.lookups.tables,
             hidden_width=self.hidden_width,
-            sites=sites,
+            head_width=head_width(self.model, self.hidden_width),
+            sites=[describe_site(self.model, site) for site in self.sites],
             wire_dtypes=WIRE_DTYPES.values(),
-            layers=self._describe_layers(),
-            limits=self._describe_limits(),
-        )
-
-    def _describe_module(self, module: Module) -> pb.ModuleInfo:
-        weight = self.model.get_submodule(module.name).weight
-        return pb.ModuleInfo(
-            name=module.name,
-            out_features=module.out_features,
-            allowed=module.allowed,
-            weight_norm=weight.float().norm().item(),
-        )
-
-    def _describe_layers(self) -> pb.DecoderLayers:
-        return pb.DecoderLayers(
-            count=self.layers.count,
-            width=self.layers.width,
-            in_tuple=self.layers.in_tuple,
-            max_first=self.limits.edge_first,
-            max_last=self.limits.edge_last,
-        )
-
-    def _describe_limits(self) -> pb.Limits:
-        return pb.Limits(
-            max_tokens=self.limits.max_tokens,
-            max_length=self.limits.max_length,
-            max_message_bytes=self.limits.max_message_bytes,
-            max_inflight_bytes=self.limits.max_inflight_bytes,
-            bytes_per_token=self.memory.bytes_per_token,
-            bytes_per_token_squared=self.memory.bytes_per_token_squared,
-            cache_bytes_per_token=self.memory.cache_bytes_per_token,
-            deep_rollback=self.requests.deep_rollback,
+            layers=describe_layers(self.layers, self.limits),
+            limits=describe_limits(self.limits, self.memory, self.requests),
+            full_head=self.full_head,
+            all_rows=self.all_rows,
         )
 
     # ----------------------------------------------------------------- what edges ask for
@@ -235,6 +264,8 @@ class CloudModel:
         forward, backward = self.flops(request)
         forward += 2 * running.forward_macs
         backward += 2 * running.backward_macs
+        again = running.layers_again.intersection(self.layers_with_sites)
+        backward += len(again) * attention_of(request, self.model.config)
         probe = [
             running.probe_norms.get((site.index, module), 0.0)
             for site, modules in request.probe
@@ -254,7 +285,7 @@ class CloudModel:
 
     def _run_cached(self, request: PassRequest, pipe: Pipe, hosted: HostedAdapter | None) -> None:
         """Pass after pass; `receive` raises when the edge has left."""
-        cache = DynamicCache(config=self.model.config)
+        cache = new_cache(self.model)
         if request.rollback:
             cache.activate_past_recording()
 
@@ -290,8 +321,7 @@ class CloudModel:
         flops: int = 0,
     ) -> Pass:
         return Pass(
-            self.decoder,
-            self.embedding.weight,
+            self.parts,
             request,
             pipe,
             layer_width=self.layers.width,
@@ -302,7 +332,9 @@ class CloudModel:
 
     def flops(self, request: PassRequest) -> tuple[int, int]:
         """(forward, backward) matmul FLOPs of the model in one pass; `pass_flops` says how."""
-        return pass_flops(request, self.sites, self.layers_with_sites, self.model.config)
+        return pass_flops(
+            request, self.sites, self.layers_with_sites, self.model.config, self.other_flops
+        )
 
     # ----------------------------------------------------------------- hooks
 
@@ -315,6 +347,9 @@ class CloudModel:
             for index, info in enumerate(site.modules):
                 module = self.model.get_submodule(info.name)
                 _hook(module, site.index, index, output_site[info.name])
+        if self.parts.lookups.tables:
+            for index, module in enumerate(self.parts.lookups.modules):
+                _hook_lookup(module, index)
 
 
 def _hook(module: nn.Module, site: int, index: int, output_site: int) -> None:
@@ -333,11 +368,25 @@ def _hook(module: nn.Module, site: int, index: int, output_site: int) -> None:
     module.register_forward_hook(after)
 
 
-def _within_model(limits: Limits, model: PreTrainedModel) -> Limits:
-    """The limits with a sequence no longer than the model has positions for."""
+def _hook_lookup(module: nn.Module, index: int) -> None:
+    """Let a pass put what the edge has looked up in the place of what a table gives."""
+
+    def after(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        current = current_pass()
+        return output if current is None else current.looked_up(index, output)
+
+    module.register_forward_hook(after)
+
+
+def _within_model(limits: Limits, model: PreTrainedModel, offloaded: bool) -> Limits:
+    """The limits with a sequence no longer than the model has positions for.
+
+    A step must not keep weights that were loaded for it: with those, layers run again in backward.
+    """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     max_length = min(limits.max_length, positions or limits.max_length)
-    return dataclasses.replace(limits, max_length=max_length)
+    recompute = limits.recompute or offloaded
+    return dataclasses.replace(limits, max_length=max_length, recompute=recompute)
 
 
 def _public_config(model: PreTrainedModel) -> str:
@@ -352,6 +401,9 @@ def _fingerprint(config_json: str, model: PreTrainedModel) -> str:
     """SHA-256 over configuration and every weight: equal means the same function."""
     digest = hashlib.sha256(config_json.encode())
     for name, weight in sorted(model.state_dict().items()):
+        if weight.device.type == "meta":  # it is on disk, or in memory beside a GPU
+            path, _, last = name.rpartition(".")
+            weight = weight_of(model.get_submodule(path), last)
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         data = weight.detach().to("cpu").contiguous()
         if data.numel():

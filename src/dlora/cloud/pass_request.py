@@ -54,6 +54,9 @@ class PassRequest:
     factored: bool = False
     """Deltas come as Z = x A^T and B."""
 
+    rank: int = 0
+    """Factored: the largest rank of any Z; 0: the edge did not say."""
+
     hosted: HostedRequest | None = None
     """The active modules' adapter, which the cloud computes; None: the edge does."""
 
@@ -83,6 +86,9 @@ class PassRequest:
 
     drop_input_grads: bool = False
     """No site asks for its input gradient: what the adapters add to it is left out."""
+
+    recompute: bool = False
+    """Decoder layers run again in backward, with the answers that came: less is kept until then."""
 
     @property
     def num_rows(self) -> int:

@@ -25,6 +25,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dlora.errors import ModelError, UsageError
+from dlora.extras import missing_extra
+from dlora.protocol.decoder import decoder_of
 
 __all__ = [
     "KINDS",
@@ -98,9 +100,7 @@ def quantize(model: PreTrainedModel, kind: str) -> None:
     if getattr(model.config, "quantization_config", None) is not None:
         raise ModelError(f"{name} is quantised already: serve it without quantize")
 
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if decoder is None or decoder is model:
-        raise ModelError(f"{name} is not a decoder-only causal LM")
+    decoder = decoder_of(model)
     if any(isinstance(module, Conv1D) for module in decoder.modules()):
         raise ModelError(
             f"{name} has Conv1D modules in place of linear ones: it can be served in full "
@@ -161,8 +161,8 @@ def check(model: nn.Module) -> None:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of parameters and buffers, shared ones once."""
-    tensors = [*model.parameters(), *model.buffers()]
+    """Bytes of parameters and buffers, shared ones once; those that are offloaded count nothing."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.device.type != "meta"]
     return sum(
         {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
     )
@@ -214,7 +214,5 @@ def _bitsandbytes() -> Any:
     try:
         from bitsandbytes import functional as library
     except ImportError as error:
-        raise UsageError(
-            f"quantize: int8 and nf4 need bitsandbytes ({error}): pip install 'dlora[quantize]'"
-        ) from error
+        raise missing_extra("quantize", f"quantize: int8 and nf4 ({error})") from error
     return library

@@ -9,8 +9,8 @@ Shapes: B batch, T tokens, N rows that travel, K kept rows.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -44,19 +44,21 @@ class RequestCheck:
     limits: Limits
     memory: MemoryCost
 
-    sites: tuple[Site, ...]
-    """Those that read an input."""
+    sites: tuple[Site, ...]  # those that read an input
     all_sites: tuple[Site, ...]
     """The same, and behind them those that read an output."""
     num_layers: int
     """Decoder layers that edges may run some of; 0: they may run none."""
 
     takes_position_ids: bool
-    deep_rollback: bool
-    """The KV cache can give back more than the last pass: no layer attends over a window."""
+    deep_rollback: bool  # of a KV cache more than the last pass: no layer attends over a window
+    rollback: bool = True  # tokens can be given back at all: no layer is recurrent
+    whole_prompts: bool = False  # a cache takes tokens in one pass at first, then one by one
 
     frozen_store: FrozenStore
-    device: torch.device
+    device: torch.device  # of what goes in before the first layer
+    # Of modules that are on another one, by their full names.
+    devices: Mapping[str, torch.device] = field(default_factory=dict)
 
     # ----------------------------------------------------------------- a stream's first request
 
@@ -96,12 +98,16 @@ class RequestCheck:
             idle=self._check_idle(message.idle, active, owner, edge_layers),
             probe=self._check_modules(message.probe, edge_layers),
             factored=message.factored,
-            hosted=check_hosted(message, active, self.frozen_store, owner, owner_bytes),
+            rank=message.rank,
+            hosted=check_hosted(
+                message, active, self.frozen_store, owner, owner_bytes, self.devices
+            ),
             cache_length=message.cache_length,
             rollback=message.rollback,
             edge_layers=edge_layers,
             wants_input_grad=message.wants_input_grad,
             drop_input_grads=message.drop_input_grads,
+            recompute=self.limits.recompute and message.training,
         )
         return self._with_tokens(without_tokens, message)
 
@@ -127,8 +133,10 @@ class RequestCheck:
             raise WireError(
                 "a KV cache is for generation on the plain or hosted wire, not for training"
             )
-        if not self.memory.cache_bytes_per_token:
+        if not self.memory.has_cache:
             raise UsageError(f"{self.class_name} is served without KV cache: use use_cache=False")
+        if message.rollback and not self.rollback:
+            raise WireError("rollback: the cache of this model cannot give tokens back")
         if message.cache_length > self.limits.max_length:
             raise UsageError(
                 f"a KV cache of {message.cache_length} tokens is over this server's limit of "
@@ -211,7 +219,8 @@ class RequestCheck:
             if not module.allowed or not edge_layers.in_cloud(module.layer):
                 raise UsageError(f"this server does not allow adapters on {module.name}")
 
-            pair = self.frozen_store.get(entry.hash, owner)
+            device = self.devices.get(module.name, self.device)
+            pair = self.frozen_store.get(entry.hash, owner, device)
             if pair is None:
                 raise AdapterMissing(
                     f"the frozen module of {module.name} is not here: put it and try again"
@@ -236,6 +245,8 @@ class RequestCheck:
                 f"{before.length}"
             )
 
+        if self.whole_prompts and message.length > 1:
+            raise WireError(f"extend: got {message.length} tokens, this cache takes one at a time")
         # The size is checked before tensors are made that are as large as it says.
         mask_BT, order, batch = before.mask_BT, None, len(message.order) or before.batch
         past = cached - message.drop
@@ -270,12 +281,7 @@ class RequestCheck:
         if cache_length and past + length > cache_length:
             raise WireError(f"{past + length} tokens do not fit a KV cache of {cache_length}")
 
-        cost = self.memory.of_pass(
-            batch, length, training=stream.training, past=past, cache_length=cache_length
-        )
-        if stream.hosted is not None:
-            cost += stream.hosted.adapter_bytes(training=stream.training)
-            cost += stream.hosted.pass_bytes(tokens, training=stream.training)
+        cost = self.memory.of_stream(stream, batch, length, past)
         if tokens > limits.max_tokens or cost > limits.max_inflight_bytes:
             what = "activations" if not cache_length else "activations and KV cache"
             raise UsageError(

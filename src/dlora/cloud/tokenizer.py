@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Final
 
+from jinja2 import TemplateSyntaxError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dlora.cloud.checkpoint import first_line, reading
@@ -53,6 +54,7 @@ def _fit(tokenizer: PreTrainedTokenizerBase, name: str, rows: int) -> None:
     """Let padding have a row of the embedding; ModelError for a tokenizer of another model."""
     if (reason := misfit(tokenizer, rows)) is not None:
         raise ModelError(f"{name} cannot be served: {reason}")
+    _check_template(tokenizer, name)
 
     over = without_row(tokenizer, rows)
     if tokenizer.pad_token in over:
@@ -65,3 +67,20 @@ def _fit(tokenizer: PreTrainedTokenizerBase, name: str, rows: int) -> None:
         log.warning("%s: texts with %s cannot be used: no row", name, ", ".join(sorted(over)[:3]))
     if tokenizer.eos_token_id is None:
         log.warning("%s: its tokenizer has no end token: answers have no end of their own", name)
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raises ModelError for a chat template that is no template, as one that was cut."""
+    given = tokenizer.chat_template
+    for template in given.values() if isinstance(given, dict) else filter(None, [given]):
+        try:
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": "a"}], chat_template=template, tokenize=False
+            )
+        except TemplateSyntaxError as error:
+            raise ModelError(
+                f"{name} cannot be served: its chat template is broken in line {error.lineno} "
+                f"({error.message}): get it again"
+            ) from error
+        except Exception as error:  # it may want other messages than this one
+            log.debug("%s: its chat template refused a short message: %s", name, error)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dlora.cloud.parts import Parts
 from dlora.cloud.pass_request import PassRequest
 from dlora.cloud.passes import Pass
 from dlora.proto import dlora_pb2 as pb
@@ -63,13 +64,17 @@ class ZeroEdge:
 
         elif kind == "hidden":
             self.hidden = frame.hidden.hidden
-            grad = pb.HiddenGrad(grad=_zeros(*self.hidden.shape))
-            self._answers.append(pb.EdgeFrame(hidden_grad=grad))
+            grad = encode(self.hidden_grad(*self.hidden.shape), pb.FP32)
+            self._answers.append(pb.EdgeFrame(hidden_grad=pb.HiddenGrad(grad=grad)))
 
         elif kind == "delta_grads" and (width := self._grad_widths[frame.delta_grads.site]):
             zeros = _zeros(self.request.num_rows, width)
             input_grad = pb.InputGrad(site=frame.delta_grads.site, grad=zeros)
             self._answers.append(pb.EdgeFrame(input_grad=input_grad))
+
+    def hidden_grad(self, rows: int, width: int) -> Tensor:
+        """The gradient of the last hidden states, [rows, width]."""
+        return torch.zeros(rows, width)
 
     def receive(self) -> pb.EdgeFrame:
         """The next answer."""
@@ -77,31 +82,29 @@ class ZeroEdge:
 
 
 def probe_request(
-    model: PreTrainedModel,
+    parts: Parts,
     sites: Sequence[Site],
     ids_BT: Tensor,
-    mask_BT: Tensor | None = None,
     *,
     training: bool,
+    dtype: pb.DType = pb.FP32,
 ) -> PassRequest:
-    """A request for a pass over these tokens with every module of `sites` active, in fp32."""
-    embedding, tokens = model.get_input_embeddings(), ids_BT.numel()
-    if mask_BT is None:
-        rows = torch.arange(tokens, device=ids_BT.device)
-    else:
-        rows = mask_BT.reshape(-1).nonzero()[:, 0]
+    """A request for a pass over these tokens with every module of `sites` active, in fp32.
 
+    `dtype` is the codec of the embeddings.
+    """
+    tokens = ids_BT.numel()
     return PassRequest(
         codecs=MIXES["fp32"],
         training=training,
         batch=ids_BT.shape[0],
         length=ids_BT.shape[1],
-        mask_BT=mask_BT,
+        mask_BT=None,
         position_ids_BT=None,
-        rows_N=rows if len(rows) != tokens else None,
-        keep_K=rows,
+        rows_N=None,
+        keep_K=torch.arange(tokens, device=ids_BT.device),
         active=tuple((site, tuple(range(len(site.modules)))) for site in sites),
-        embeddings=encode(embedding(ids_BT).reshape(tokens, -1)[rows], pb.FP32),
+        embeddings=encode(parts.lookups(ids_BT).reshape(tokens, -1), dtype),
     )
 
 
@@ -113,10 +116,10 @@ def sample_ids(model: PreTrainedModel, batch: int, length: int) -> Tensor:
     return (ids + min(7, vocab - 1)).to(weight.device)
 
 
-def run_with_zeros(model: PreTrainedModel, request: PassRequest, layer_width: int = 0) -> ZeroEdge:
+def run_with_zeros(parts: Parts, request: PassRequest, layer_width: int = 0) -> ZeroEdge:
     """Run a pass with zero adapters; return the edge, which has its hidden states."""
-    edge, weight = ZeroEdge(request), model.get_input_embeddings().weight
-    Pass(model.get_decoder(), weight, request, edge, layer_width=layer_width).run()
+    edge = ZeroEdge(request)
+    Pass(parts, request, edge, layer_width=layer_width).run()
     return edge
 
 

@@ -2,7 +2,9 @@
 
 An active module is trained, and the cloud asks for its delta at every pass. The others are idle:
 "drop" removes them, "cloud" lets the cloud apply them as frozen modules, "edge" exchanges them as
-before without training them. The set may change between any two micro-batches.
+before without training them. The set may change between any two micro-batches. It is of the
+adapters in use when it was chosen: while others are in use, such as the frozen copy that a
+preference loss compares with, all of their modules are exchanged.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Literal
 
 from peft.tuners.lora import LoraLayer
 
-from dlora.edge.lora import FrozenModule, active_names, freeze
+from dlora.edge.lora import FrozenModule, active_names, adds_nothing, freeze
 from dlora.edge.sites import ActiveSite
 from dlora.errors import UsageError
 
@@ -33,6 +35,7 @@ class ActiveSet:
         self.all_active = True
         """Whether no set was ever chosen."""
         self._active: frozenset[str] = frozenset()
+        self._chosen_for: dict[str, list[str]] = {}
         self._frozen: dict[str, FrozenModule] = {}
 
     @property
@@ -48,6 +51,10 @@ class ActiveSet:
     def _is_active(self, name: str) -> bool:
         return self.all_active or name in self._active
 
+    def _is_other(self, name: str, layer: LoraLayer) -> bool:
+        """Whether this layer has other adapters in use than those that the set was chosen for."""
+        return not self.all_active and layer.active_adapters != self._chosen_for[name]
+
     def choose(self, modules: Iterable[str], idle: Idle) -> None:
         """Train and exchange only these modules. Raises UsageError for modules without adapter."""
         active = frozenset(modules)
@@ -58,6 +65,11 @@ class ActiveSet:
             )
 
         self.all_active, self._active, self.idle, self._frozen = False, active, idle, {}
+        self._chosen_for = {
+            name: list(layer.active_adapters)
+            for site in self.sites
+            for name, layer in zip(site.names, site.layers, strict=True)
+        }
         for site in self.sites:
             for name, index, layer in zip(site.names, site.modules, site.layers, strict=True):
                 if name in active:
@@ -71,18 +83,23 @@ class ActiveSet:
         self.train_active_only()
 
     def train_active_only(self) -> None:
-        """Let active modules ask for gradients, and no others."""
+        """Let active modules ask for gradients, and no others; nothing where no set was chosen."""
+        if self.all_active:
+            return
         for site in self.sites:
             for name, layer in zip(site.names, site.layers, strict=True):
+                if self._is_other(name, layer):
+                    continue
                 for adapter in layer.active_adapters:
                     for modules in (layer.lora_A, layer.lora_B):
                         if adapter in modules:
                             modules[adapter].requires_grad_(self._is_active(name))
 
-    def exchanged(self) -> list[ActiveSite]:
+    def exchanged(self, *, training: bool = True) -> list[ActiveSite]:
         """What is exchanged now: active modules, with idle="edge" all; none in `disable_adapter()`.
 
-        Raises UsageError for merged adapters.
+        Outside of `training` also none that add nothing: those of a fresh adapter. Raises
+        UsageError for merged adapters.
         """
         exchanged = []
         for site in self.sites:
@@ -91,7 +108,8 @@ class ActiveSet:
                 for name, module, layer in zip(site.names, site.modules, site.layers, strict=True)
                 if not layer.disable_adapters
                 and active_names(layer)
-                and (self.idle == "edge" or self._is_active(name))
+                and (self.idle == "edge" or self._is_active(name) or self._is_other(name, layer))
+                and (training or not adds_nothing(layer))
             ]
 
             if any(layer.merged for _, layer, _ in used):
@@ -112,7 +130,9 @@ class ActiveSet:
             self._frozen[name]
             for site in self.sites
             for name, layer in zip(site.names, site.layers, strict=True)
-            if name in self._frozen and not layer.disable_adapters
+            if name in self._frozen
+            and not layer.disable_adapters
+            and not self._is_other(name, layer)
         ]
 
 

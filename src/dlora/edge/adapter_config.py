@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from peft import LoraConfig, PeftConfig, TaskType
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from transformers import PreTrainedModel
 
 from dlora.edge.bottleneck import BottleneckConfig, load_bottleneck_config
 from dlora.errors import UsageError
 from dlora.protocol.text import clean_text
 
-__all__ = ["check_matched", "checked_config", "read_adapter_config"]
+__all__ = ["check_matched", "checked_config", "read_adapter_config", "targetable"]
 
 # Options of LoraConfig that need nothing but A and B. Every other option must be at its default.
 _SUPPORTED_OPTIONS: Final = frozenset(
@@ -53,6 +56,11 @@ def checked_config(config: LoraConfig) -> LoraConfig:
         raise UsageError(f"got a {type(config).__name__}, want a peft.LoraConfig")
     config = dataclasses.replace(config, task_type=TaskType.CAUSAL_LM)
 
+    if config.target_parameters:
+        raise UsageError(
+            f"LoraConfig.target_parameters={sorted(config.target_parameters)!r} is not supported: "
+            "fused experts see only their tokens, and stay in the cloud. Use target_modules"
+        )
     plain = type(config)()
     for option in dataclasses.fields(config):
         value = getattr(config, option.name)
@@ -77,22 +85,81 @@ def checked_config(config: LoraConfig) -> LoraConfig:
     return config
 
 
-def check_matched(config: LoraConfig, targeted: Sequence[str], allowed: str) -> None:
-    """Raises UsageError for a target, or a key of a pattern, that is the end of no name.
+def targetable(names: Iterable[str], model: PreTrainedModel) -> list[str]:
+    """Of these modules, by full name, those that peft adapts when it is given their names.
 
-    peft is content if one target matches, and passes over the others. `targeted` are the full names
-    of modules with an adapter, `allowed` is what the message offers.
+    In some mixtures it takes the names of modules that other versions of transformers had for those
+    of fused experts, and adapts these instead; in some recurrent models it refuses a few.
+    """
+
+    def stays(name: str) -> bool:
+        config = LoraConfig(target_modules=[name])
+        try:
+            convert_peft_config_for_transformers(config, model, [])
+            _check_lora_target_modules_mamba(config, model, name.rpartition(".")[2])
+        except ValueError:
+            return False
+        return set(config.target_modules or ()) == {name} and not config.target_parameters
+
+    return [name for name in names if stays(name)]
+
+
+def check_matched(
+    config: LoraConfig, targeted: Sequence[str], modules: Sequence[str], allowed: str
+) -> None:
+    """Raises UsageError for a target, a layer, or a key of a pattern, that matches no module.
+
+    peft is content if one of them matches, and passes over the others. `targeted` are the full
+    names of modules with an adapter, `modules` those of all that could have one, `allowed` is what
+    the message offers.
     """
     targets = () if isinstance(config.target_modules, str) else config.target_modules or ()
-    for what, keys, is_pattern in (
-        ("target_modules", targets, False),
-        ("rank_pattern", config.rank_pattern or (), True),
-        ("alpha_pattern", config.alpha_pattern or (), True),
-    ):
+    checks: tuple[tuple[str, Iterable[Any], Callable[[Any], re.Pattern[str]]], ...] = (
+        ("target_modules", targets, _ends_in),
+        ("rank_pattern", config.rank_pattern or (), _ends_in_pattern),
+        ("alpha_pattern", config.alpha_pattern or (), _ends_in_pattern),
+        ("layers_pattern", _listed(config.layers_pattern), _has_layers),
+        ("layers_to_transform", _listed(config.layers_to_transform), _in_layer(config)),
+    )
+    for what, keys, pattern in checks:
         for key in keys:
-            wanted = re.compile(rf"(.*\.)?({key if is_pattern else re.escape(key)})$")
-            if not any(wanted.match(name) for name in targeted):
+            if not any(pattern(key).match(name) for name in targeted):
                 raise UsageError(
                     f"{what}: {key!r} matches no module with an adapter. This server allows: "
                     f"{allowed}."
                 )
+
+    is_pattern = isinstance(config.exclude_modules, str)
+    for key in _listed(config.exclude_modules):
+        excluded = re.compile(f"({key})$") if is_pattern else _ends_in(key)
+        if not any(excluded.match(name) for name in modules):
+            raise UsageError(
+                f"exclude_modules: {key!r} names no module that could have an adapter. This "
+                f"server allows: {allowed}."
+            )
+
+
+def _listed(given: Any) -> list[Any]:
+    """What may be one, several or none, as peft takes it."""
+    if given is None or isinstance(given, str | int):
+        return [] if given in (None, "") else [given]
+    return list(given)
+
+
+def _ends_in(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({re.escape(key)})$")
+
+
+def _ends_in_pattern(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
+
+
+def _has_layers(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(?:^|.*?\.){pattern}\.\d+\.")
+
+
+def _in_layer(config: LoraConfig) -> Callable[[int], re.Pattern[str]]:
+    """Layers by number; where none of their names is given, peft counts the first in a name."""
+    names = "|".join(map(str, _listed(config.layers_pattern)))
+    before = rf"(.*?\.)?({names})\." if names else r"((?!\d+\.)[^.]+\.)*"
+    return lambda number: re.compile(rf"{before}{number}\.")

@@ -172,6 +172,8 @@ def apply_bottleneck(model: PreTrainedModel, adapter: BottleneckConfig | str | P
 
     Raises UsageError for a folder without one, or one that does not fit.
     """
+    if not isinstance(adapter, BottleneckConfig):
+        adapter = Path(adapter).expanduser()
     config = adapter if isinstance(adapter, BottleneckConfig) else load_bottleneck_config(adapter)
     if config is None:
         raise UsageError(f"{adapter} holds no bottleneck adapter: {CONFIG_FILE} is missing")
@@ -183,7 +185,7 @@ def apply_bottleneck(model: PreTrainedModel, adapter: BottleneckConfig | str | P
 
     if not isinstance(adapter, BottleneckConfig):
         try:
-            result = set_peft_model_state_dict(wrapped, load_file(Path(adapter) / WEIGHTS_FILE))
+            result = set_peft_model_state_dict(wrapped, load_file(adapter / WEIGHTS_FILE))
         except (RuntimeError, OSError) as error:
             raise UsageError(f"the adapter in {adapter} does not fit: {error}") from error
         missing = [name for name in result.missing_keys if "lora_" in name]

@@ -22,7 +22,7 @@ from dlora.edge.hosted import HostedAdapter, KeptVersions
 from dlora.edge.in_flight import InFlight, Part, PartCount
 from dlora.edge.kv_cache import CloudCache
 from dlora.edge.link import Link
-from dlora.edge.lora import FrozenModule, drops_out
+from dlora.edge.lora import FrozenModule, drops_out, wire_rank
 from dlora.edge.meter import Meter
 from dlora.edge.micro_batch import MicroBatch
 from dlora.edge.options import SplitOptions
@@ -132,6 +132,13 @@ class CloudLayers:
         )
         return choose_parts(self.link, new.batch, trips, run)
 
+    def _factored(self, training: bool) -> dict[str, Any]:
+        """Fields of a first frame on the factored wire; none on the others."""
+        if self.options.wire != "factored":
+            return {}
+        ranks = [wire_rank(layer) for site in self.sites for layer in site.layers]
+        return {"factored": True, "rank": max(ranks, default=0) if training else 0}
+
     def _begun(
         self,
         new: PassInput,
@@ -150,7 +157,7 @@ class CloudLayers:
             self.options.codecs,
             training=training,
             batch=new.batch,
-            factored=self.options.wire == "factored",
+            **self._factored(training),
             probe=entries_of(self.link.description, probe_modules),
             wants_input_grad=wants_input_grad,
             drop_input_grads=training and self.options.input_grad == "drop",

@@ -1,70 +1,167 @@
-"""Data on the edge: files or hub data sets, checked row by row, in the forms that trl takes."""
+"""Data on the edge: files or hub data sets, checked row by row, in the forms that trl takes.
+
+source -> rows of its files (`data_files`) -> rows of one form (`data_forms`) -> a `Dataset`: in
+memory, or, where the files are large, in an Arrow file that is mapped into memory.
+"""
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Iterator
+import atexit
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, overload
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Features, List, Value, load_dataset
+from datasets.arrow_writer import ArrowWriter
 
+from dlora.edge.data_files import ROW_FILES, Row, data_files, read_file
+from dlora.edge.data_forms import (
+    WANT,
+    check_messages,
+    check_text,
+    form_of,
+    own_row,
+    renamed,
+)
 from dlora.errors import DataError
+from dlora.files import ScratchFolder
 
 __all__ = [
-    "DATA_FILES",
-    "FORMS",
+    "ROW_FILES",
     "ChoiceRow",
+    "Origins",
     "check_choices",
     "check_messages",
-    "check_rows",
     "check_text",
     "load_rows",
     "read_rows",
 ]
 
-DATA_FILES: Final = (".jsonl", ".json", ".csv")
-FORMS: Final = (("prompt", "completion"), ("messages",), ("text",))
-_WANT: Final = "want columns `prompt` and `completion`, or `messages`, or `text`"
+MOST_IN_MEMORY: Final = 2**26
+"""Bytes of files whose rows are kept in memory; of a text that is about five times as much."""
+_NO_COLUMNS: Final[Mapping[str, str]] = {}
 
 
-def load_rows(source: str) -> tuple[Dataset, list[str]]:
-    """Load a data file or hub data set, for training: rows for trl, and where each came from.
+class Origins(Sequence[str]):
+    """Where each row stands, such as "file.jsonl:3", in 8 bytes a row."""
 
-    Where is, for example, "file.jsonl:3".
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._firsts: list[int] = []
+        self._numbers = array("q")
+
+    def add(self, name: str, number: int) -> None:
+        """Note the next row."""
+        if not self._names or self._names[-1] != name:
+            self._names.append(name)
+            self._firsts.append(len(self._numbers))
+        self._numbers.append(number)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        number = self._numbers[index]
+        file = bisect_right(self._firsts, range(len(self))[index]) - 1
+        return f"{self._names[file]}:{number}"
+
+
+def load_rows(
+    source: str,
+    columns: Mapping[str, str] = _NO_COLUMNS,
+    *,
+    chat: bool = True,
+    limit: int | None = None,
+    refused: list[str] | None = None,
+) -> tuple[Dataset, Origins]:
+    """Load a source's rows, or the first of them, as trl takes them, and where each came from.
+
+    A source is a file, a folder, several of them with commas, or a hub data set. `columns` maps
+    names of ours to the data's. `chat`: the model has a chat template.
     `messages` become prompt (all but the last) and completion (the last, which must be the
     assistant's): the loss is on completions wherever they exist, else on the whole text.
-    Raises DataError, naming file and line.
+    Raises DataError, naming file and line; with a list `refused`, rows that cannot be trained on
+    are noted there and left out.
     """
-    return check_rows(read_rows(source))
+    origins = Origins()
+    located = islice(_located(source, columns), limit)
+    rows = _own_rows(located, origins, chat=chat, refused=refused)
+    size = sum(file.stat().st_size for file in data_files(source) or ())
+    large = limit is None and size > MOST_IN_MEMORY
+    return (_mapped(rows) if large else Dataset.from_list(list(rows))), origins
 
 
-def check_rows(located: list[tuple[str, dict[str, Any]]]) -> tuple[Dataset, list[str]]:
-    """The same for rows that are already read."""
-    where, first = located[0]
-    form = next((form for form in FORMS if all(name in first for name in form)), None)
-    if form is None:
-        raise DataError(f"{where}: got columns {', '.join(first) or 'none'}; {_WANT}")
-    rows = [_check_row(where, row, form) for where, row in located]
-    return Dataset.from_list(rows), [where for where, _ in located]
+def _own_rows(
+    located: Iterable[Row], origins: Origins, *, chat: bool, refused: list[str] | None
+) -> Iterator[dict[str, Any]]:
+    """Rows of the form that the first one has; `origins` takes up where they stand."""
+    form = None
+    for name, number, row in located:
+        where = f"{name}:{number}"
+        form = form or form_of(where, row)
+        try:
+            own = own_row(where, row, form, chat=chat)
+        except DataError as error:
+            if refused is None:
+                raise
+            refused.append(str(error))
+            continue
+        origins.add(name, number)
+        yield own
 
 
-def read_rows(source: str) -> list[tuple[str, dict[str, Any]]]:
-    """Rows of a data file or hub data set, each with where it stands. Raises DataError."""
-    path = Path(source).expanduser() if source.startswith("~") else Path(source)
-    kind = path.suffix.lower()
-    if kind in DATA_FILES or path.exists():
-        if not path.is_file():
-            raise DataError(f"{source}: no such file")
-        reader = _read_csv if kind == ".csv" else _read_jsonl
-        located = list(reader(path))
-    else:
-        located = list(_read_hub(source))
-    if not located:
-        raise DataError(f"{source}: no rows. {_WANT[0].upper() + _WANT[1:]}.")
-    return located
+def _mapped(rows: Iterator[dict[str, Any]]) -> Dataset:
+    """A data set in an Arrow file of this process, which goes with it."""
+    folder = ScratchFolder("dlora-rows-")
+    atexit.register(folder.cleanup)
+    file = Path(folder.name) / "rows.arrow"
+    first = next(rows, None)
+    if first is None:  # all of them were refused
+        return Dataset.from_list([])
+    with ArrowWriter(path=str(file), features=_features(first)) as writer:
+        for row in chain([first], rows):
+            writer.write(row)
+        writer.finalize()
+    return Dataset.from_file(str(file))
+
+
+def _features(row: dict[str, Any]) -> Features:
+    """Types of columns, which no row can change: texts, or lists of messages."""
+    text = Value("string")
+    messages = List({"role": text, "content": text})
+    return Features(
+        {name: messages if isinstance(value, list) else text for name, value in row.items()}
+    )
+
+
+def read_rows(
+    source: str, columns: Mapping[str, str] = _NO_COLUMNS, limit: int | None = None
+) -> list[tuple[str, dict[str, Any]]]:
+    """The first rows of a source as they are, each with where it stands. Raises DataError."""
+    rows = islice(_located(source, columns), limit)
+    return [(f"{name}:{number}", row) for name, number, row in rows]
+
+
+def _located(source: str, columns: Mapping[str, str]) -> Iterator[Row]:
+    """All rows of a source under our names; at least one. Raises DataError."""
+    files, number = data_files(source), 0
+    rows = _read_hub(source) if files is None else chain.from_iterable(map(read_file, files))
+    for name, number, row in rows:
+        yield name, number, renamed(f"{name}:{number}", row, columns) if columns else row
+    if not number:
+        raise DataError(f"{source}: no rows. {WANT[0].upper() + WANT[1:]}.")
 
 
 @dataclass(frozen=True)
@@ -109,46 +206,7 @@ def check_choices(located: list[tuple[str, dict[str, Any]]]) -> list[ChoiceRow]:
     return rows
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig") as file:
-        number = 0
-        try:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise DataError(
-                        f"{path}:{number}: got a {type(row).__name__}, want one JSON object a line"
-                    )
-                yield f"{path}:{number}", row
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}:{number}: not JSON ({error.msg}); want one JSON object a line"
-            ) from None
-        except UnicodeDecodeError:
-            raise DataError(f"{path}:{number + 1}: not UTF-8 text") from None
-
-
-def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    # The module's own limit is 128 KiB a field; a field is in the file, so no longer than that.
-    csv.field_size_limit(max(csv.field_size_limit(), path.stat().st_size))
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    raise DataError(
-                        f"{path}:{reader.line_num}: the row has not as many fields as the header"
-                    )
-                yield f"{path}:{reader.line_num}", row
-        except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: not CSV ({error})") from None
-        except UnicodeDecodeError:
-            raise DataError(f"{path}:{reader.line_num + 1}: not UTF-8 text") from None
-
-
-def _read_hub(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_hub(source: str) -> Iterator[Row]:
     name, _, split = source.partition(":")
     try:
         dataset = load_dataset(name, split=split or "train")
@@ -158,71 +216,4 @@ def _read_hub(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
             f"{source}: no such file, and not loadable as a Hugging Face data set: {reason}"
         ) from error
     for number, row in enumerate(dataset, start=1):
-        yield f"{source}:{number}", row
-
-
-def _check_row(where: str, row: dict[str, Any], form: tuple[str, ...]) -> dict[str, Any]:
-    """The row as trl takes it. Raises DataError."""
-    missing = [name for name in form if row.get(name) in (None, "", [])]
-    if missing:
-        raise DataError(
-            f"{where}: `{missing[0]}` is missing or empty; the first row has {' and '.join(form)}"
-        )
-
-    if form == ("messages",):
-        messages = row["messages"]
-        check_messages(where, messages)
-        if row.get("tools"):
-            raise DataError(f"{where}: `tools` are not supported: put what they say into a message")
-        if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise DataError(f"{where}: the last of at least two messages must have role assistant")
-        if not messages[-1]["content"]:
-            raise DataError(f"{where}: the last message is empty: there is nothing to learn")
-        plain = [{"role": part["role"], "content": part["content"]} for part in messages]
-        return {"prompt": plain[:-1], "completion": plain[-1:]}
-
-    for name in form:
-        if not isinstance(row[name], str):
-            raise DataError(f"{where}: `{name}` is a {type(row[name]).__name__}, want text")
-        check_text(where, name, row[name])
-    return {name: row[name] for name in form}
-
-
-# ----------------------------------------------------------------- texts
-
-
-def check_messages(where: str, messages: Any) -> None:
-    """Raises DataError for what is no list of messages, or has more in it than texts."""
-    fine = isinstance(messages, list) and all(
-        isinstance(message, dict)
-        and isinstance(message.get("role"), str)
-        and (isinstance(message.get("content"), str) or _calls(message))
-        for message in messages
-    )
-    if not fine:
-        raise DataError(
-            f"{where}: `messages` must be a list of {{role, content}} with text in both"
-        )
-    for message in messages:
-        if name := _calls(message):
-            raise DataError(
-                f"{where}: `{name}` of a message is not supported, and would be left out: write "
-                "the call into `content`, as the model's chat template writes it"
-            )
-        check_text(where, "messages", message["content"])
-
-
-def _calls(message: dict[str, Any]) -> str | None:
-    """The field by which a message calls tools; None if it does not."""
-    return next((name for name in ("tool_calls", "function_call") if message.get(name)), None)
-
-
-def check_text(where: str, name: str, text: str) -> None:
-    """Raises DataError for a text that no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: `{name}` has half of a character ({text[error.start]!a} alone, at "
-            f"{error.start}), which no tokenizer takes: take it out"
-        ) from None
+        yield source, number, row

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from dlora.edge.adapter_config import read_adapter_config
 from dlora.edge.bottleneck import BottleneckConfig, is_series
+from dlora.edge.description import has_cache
 from dlora.edge.sites import allowed_names
 from dlora.edge.wall import wall
 from dlora.errors import UsageError
@@ -43,8 +44,10 @@ def describe_server(address: str, description: pb.Description) -> Iterator[tuple
     yield "lengths", f"{limits.max_length} tokens a sequence, {limits.max_tokens} a micro-batch"
     per_token = f"{limits.bytes_per_token / 2**10:.0f} KiB a training token"
     yield "memory", f"{limits.max_inflight_bytes / 2**20:.0f} MiB for all streams; {per_token}"
-    if cache := limits.cache_bytes_per_token:
-        yield "KV cache", f"{cache / 2**10:.1f} KiB a token"
+    if has_cache(limits):
+        states = limits.cache_bytes_per_sequence
+        more = f", {states / 2**10:.1f} KiB a sequence" if states else ""
+        yield "KV cache", f"{limits.cache_bytes_per_token / 2**10:.1f} KiB a token{more}"
     else:
         yield "KV cache", "none: generation computes every token anew"
     offered = set(description.wire_dtypes)
@@ -80,7 +83,13 @@ def describe_adapter(
     """
     config = read_adapter_config(folder)
     shapes = _shapes(folder)
-    names = sorted({name.split(".lora_")[0].removeprefix("base_model.model.") for name in shapes})
+    names = sorted(
+        {
+            name.split(".lora_")[0].removeprefix("base_model.model.")
+            for name in shapes
+            if ".lora_" in name
+        }
+    )
     yield "adapter", f"{folder}, {_kind_of(config)}"
     yield "base", config.base_model_name_or_path or "not named"
 
@@ -170,10 +179,12 @@ def _describe_run(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _widths(shapes: dict[str, tuple[int, ...]], name: str) -> tuple[int, int]:
-    """(in, out) of a module by its two factors."""
-    a = next(shape for key, shape in shapes.items() if key.endswith(f"{name}.lora_A.weight"))
-    b = next(shape for key, shape in shapes.items() if key.endswith(f"{name}.lora_B.weight"))
-    return a[1], b[0]
+    """(in, out) of a module by its two factors; 0 for one that is not there, or no matrix."""
+    found = []
+    for end, side in ((f"{name}.lora_A.weight", 1), (f"{name}.lora_B.weight", 0)):
+        shape = next((shape for key, shape in shapes.items() if key.endswith(end)), ())
+        found.append(shape[side] if len(shape) == 2 else 0)
+    return found[0], found[1]
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -185,8 +196,11 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         )
     try:
         with safe_open(file, framework="numpy") as tensors:
-            return {
+            shapes = {
                 name: tuple(tensors.get_slice(name).get_shape()) for name in list(tensors.keys())
             }
     except SafetensorError as error:
-        raise UsageError(f"{file} cannot be read: {error}") from error
+        raise UsageError(f"{file} cannot be read: {error}; is it a whole file?") from error
+    if not any(".lora_" in name for name in shapes):
+        raise UsageError(f"the adapter in {folder} has no weights: {file.name} holds none of LoRA")
+    return shapes

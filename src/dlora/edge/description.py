@@ -16,7 +16,7 @@ from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.channel import PROTOCOL_VERSION
 from dlora.protocol.text import clean_text
 
-__all__ = ["MAX_DESCRIPTION_BYTES", "MAX_LAYERS", "MAX_WIDTH", "read_description"]
+__all__ = ["MAX_DESCRIPTION_BYTES", "MAX_LAYERS", "MAX_WIDTH", "has_cache", "read_description"]
 
 MAX_DESCRIPTION_BYTES: Final = 4 * 2**20
 """Of one message: a thousand layers with long names take a quarter of it."""
@@ -62,6 +62,11 @@ def read_description(data: bytes, address: str) -> pb.Description:
     return description
 
 
+def has_cache(limits: pb.Limits) -> bool:
+    """Whether the model is served with a KV cache."""
+    return bool(limits.cache_bytes_per_token or limits.cache_bytes_per_sequence)
+
+
 class _Check:
     """The parts of a description, each with what it may be."""
 
@@ -91,17 +96,25 @@ class _Check:
             *("fingerprint", fingerprint, "up to 128 letters and digits"),
         )
 
+        self._want(len(description.tables) <= 8, "tables", len(description.tables), "at most 8")
+        for name in description.tables:
+            self._want(
+                _NAME.fullmatch(name) is not None, "name of a table", name, "letters and dots"
+            )
+
         layers = description.layers
         self._sizes("embedding width", [description.embedding_width])
         self._sizes("hidden width", [description.hidden_width])
-        self._sizes("width between layers", [layers.width])
-        self._sizes("layers", [layers.count], MAX_LAYERS)
+        self._sizes("width of the head", [description.head_width or 1])
+        if layers.count or layers.width:  # none: there is no one list of layers
+            self._sizes("width between layers", [layers.width])
+            self._sizes("layers", [layers.count], MAX_LAYERS)
         offered = max(layers.max_first, layers.max_last)
         self._want(offered <= layers.count, "layers for edges", offered, f"at most {layers.count}")
 
     def sites(self, description: pb.Description) -> None:
         """Numbers of sites and modules, their names and widths."""
-        most = _MAX_SITES_A_LAYER * description.layers.count
+        most = _MAX_SITES_A_LAYER * (description.layers.count or MAX_LAYERS)
         self._want(len(description.sites) <= most, "sites", len(description.sites), f"{most}")
         for site in description.sites:
             self._sizes("width of a site", [site.in_features])
@@ -120,7 +133,10 @@ class _Check:
         """Numbers that the edge computes with."""
         for field in ("max_tokens", "max_length", "max_message_bytes", "max_inflight_bytes"):
             self._sizes(field, [getattr(limits, field)], _MAX_NUMBER)
-        for field in ("bytes_per_token", "bytes_per_token_squared", "cache_bytes_per_token"):
+        for field in (
+            *("bytes_per_token", "bytes_per_token_squared", "cache_bytes_per_token"),
+            "cache_bytes_per_sequence",
+        ):
             value = getattr(limits, field)
             self._want(0 <= value < _MAX_NUMBER, field, value, "a number from 0")
 

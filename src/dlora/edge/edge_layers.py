@@ -23,10 +23,10 @@ from dlora.edge.lora import layer_flops
 from dlora.edge.meter import Meter
 from dlora.edge.micro_batch import check_finite
 from dlora.edge.sites import shared_sites
-from dlora.edge.skeleton import decoder_of
 from dlora.errors import ModelError
 from dlora.formulas import attention_flops, backward_flops, forward_flops
 from dlora.proto import dlora_pb2 as pb
+from dlora.protocol.decoder import decoder_of, last_hidden, run_decoder
 from dlora.protocol.layers import EdgeLayers, LayerRunner, find_layers, layer_of, wrap_layers
 
 __all__ = ["EdgeDecoder"]
@@ -43,7 +43,7 @@ class EdgeDecoder:
         runner: Callable[[], LayerRunner],
     ) -> None:
         self.base, self.decoder = base, decoder_of(base)
-        self.edge_layers = edge_layers
+        self.edge_layers, self.running = edge_layers, False
         self.sites = [
             site
             for site in shared_sites(description)
@@ -52,7 +52,7 @@ class EdgeDecoder:
         self._adapters: Mapping[str, LoraLayer] = {}
 
         if edge_layers:
-            layers = find_layers(self.decoder, edge_layers.count)
+            layers = find_layers(self.decoder, base.get_input_embeddings(), edge_layers.count)
             if layers is None:
                 raise ModelError(
                     f"found no list of {edge_layers.count} layers in {type(self.decoder).__name__}"
@@ -60,6 +60,10 @@ class EdgeDecoder:
             wrap_layers(layers, runner, description.layers.in_tuple)
 
     # -------------------------------------- adapters in edge layers
+
+    def is_running(self) -> bool:
+        """Whether layers that are here run now."""
+        return self.running
 
     def use_adapters(self, adapters: Mapping[str, LoraLayer]) -> None:
         """Take these LoRA layers, by full name; their gradients are checked from now on."""
@@ -101,17 +105,16 @@ class EdgeDecoder:
         What becomes of each layer is asked of the runner. Where anything fails, the cache is left
         as long as it was. `trained_below`: adapters in the cloud's layers are trained.
         """
-        inputs: dict[str, Any] = {"inputs_embeds": embeddings_BTD, "use_cache": cache is not None}
+        inputs: dict[str, Any] = {"inputs_embeds": embeddings_BTD}
         if mask_BT is not None:
             inputs["attention_mask"] = mask_BT.to(embeddings_BTD.device)
         if position_ids is not None:
             inputs["position_ids"] = position_ids
 
         past = 0 if cache is None else cache.get_seq_length()
-        if cache is not None:
-            inputs["past_key_values"] = cache.local_cache(self.base.config)
+        local = None if cache is None else cache.local_cache(self.base.config)
         try:
-            hidden_BTD = self._own_forward(**inputs)
+            hidden_BTD = self._own_forward(local, **inputs)
         except BaseException:
             if cache is not None:
                 cache.restore(past)
@@ -129,30 +132,27 @@ class EdgeDecoder:
         """
         ids_N1 = torch.zeros(num_rows, 1, dtype=torch.int64, device=self.base.device)
         embeddings_N1D = self.base.get_input_embeddings()(ids_N1).detach().float()
-        others = [
-            child
-            for child in self.decoder.children()
-            if not isinstance(child, nn.ModuleList | nn.Embedding)
-        ]
         weights = [
             (module, name, parameter)
-            for child in others
-            for module in child.modules()
+            for module in _outside_layers(self.decoder)
             for name, parameter in module.named_parameters(recurse=False)
         ]
 
         try:
             for module, name, parameter in weights:  # not in place: a backward pass may follow
                 module._parameters[name] = nn.Parameter(parameter.float(), requires_grad=False)
-            return self._own_forward(inputs_embeds=embeddings_N1D, use_cache=False)[:, 0]
+            return self._own_forward(None, inputs_embeds=embeddings_N1D)[:, 0]
         finally:
             for module, name, parameter in weights:
                 module._parameters[name] = parameter
 
-    def _own_forward(self, **inputs: Any) -> Tensor:
+    def _own_forward(self, cache: Any, **inputs: Any) -> Tensor:
         """The forward of the decoder's class, which the split model replaced on the object."""
-        hidden: Tensor = type(self.decoder).forward(self.decoder, **inputs).last_hidden_state
-        return hidden
+        self.running = True
+        try:
+            return last_hidden(run_decoder(self.decoder, cache=cache, as_class=True, **inputs))
+        finally:
+            self.running = False
 
     # -------------------------------------- accounting
 
@@ -198,6 +198,14 @@ class EdgeDecoder:
                     meter.adapter_flops += layer_flops(
                         layer, tokens, training=training, input_grad=site.index != trained[0].index
                     )
+
+
+def _outside_layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a decoder that are in no list of layers and no embedding."""
+    for child in module.children():
+        if not isinstance(child, nn.ModuleList | nn.Embedding):
+            yield child
+            yield from _outside_layers(child)
 
 
 def _check_gradients(parameter: nn.Parameter, name: str) -> None:

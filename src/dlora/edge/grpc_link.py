@@ -21,11 +21,12 @@ from dlora.edge.description import read_description
 from dlora.edge.file_cache import cached_files
 from dlora.edge.grpc_errors import call_error, connect_error
 from dlora.edge.grpc_stream import GrpcStream, StreamServer
+from dlora.edge.link import shown
 from dlora.edge.server_address import check_address, check_replica, proxy_of, target_of
 from dlora.edge.stall import without_stalls
 from dlora.edge.tokenizer_trial import try_tokenizer
 from dlora.errors import PeerError, PeerLost, UsageError, WireError
-from dlora.files import check_private, default_cache, read_secret
+from dlora.files import check_private, default_cache, expand_homes, read_secret
 from dlora.proto import dlora_pb2 as pb
 from dlora.proto import dlora_pb2_grpc as rpc
 from dlora.protocol.address import is_loopback
@@ -59,6 +60,10 @@ class Access:
     """Bearer token; sent over TLS, or to this machine itself, and never else."""
     token_file: Path | None = None
     """Where the token came from. It is read again when a server does not take it any more."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for paths in a home that is not there."""
+        expand_homes(self)
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -139,9 +144,8 @@ def connect(
     addresses = [part.strip() for part in address.split(",")]
     for part in addresses:
         check_address(part)
-    return GrpcLink(
-        addresses, access or Access(), timeout_s, frame_timeout_s, cache or default_cache()
-    )
+    folder = (cache or default_cache()).expanduser()
+    return GrpcLink(addresses, access or Access(), timeout_s, frame_timeout_s, folder)
 
 
 class GrpcLink:
@@ -169,6 +173,12 @@ class GrpcLink:
         except BaseException:
             self.close()
             raise
+
+    __repr__ = shown
+
+    def __deepcopy__(self, memo: object) -> GrpcLink:
+        """Copies of a model share its link."""
+        return self
 
     def _find(self, timeout_s: float, *, again: bool = False) -> pb.Description:
         """The description of the first server that answers; where it has replicas, use these."""

@@ -32,6 +32,7 @@ from dlora.edge.noise import Noise
 from dlora.edge.passes import PassInput
 from dlora.edge.responder import Wait
 from dlora.errors import AdapterMissing, PeerLost
+from dlora.proto import dlora_pb2 as pb
 
 __all__ = ["InFlight", "MakePart", "Part", "PartCount", "split"]
 
@@ -58,6 +59,14 @@ class PartCount:
     def asked(cls, in_flight: int | str) -> PartCount:
         """As an option says it: a number, or "auto"."""
         return cls(0, "auto") if in_flight == "auto" else cls(int(in_flight))
+
+    def wants_all_rows(self, description: pb.Description) -> bool:
+        """Whether padding travels: where it, or how long a part is, changes results.
+
+        A part is as long as its own longest row, unless padding travels.
+        """
+        by_length = description.limits.whole_prompts and self.number != 1
+        return bool(description.all_rows or by_length)
 
     def pick(self, number: int, why: str) -> None:
         """Settle the number for the rest of the run."""

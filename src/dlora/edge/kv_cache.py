@@ -63,6 +63,19 @@ class CloudCache(Cache):
 
     # -------------------------------------- what transformers asks of a cache
 
+    def __bool__(self) -> bool:
+        """True, as that of other caches, which hold layers from the start on."""
+        return True
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether anything is cached."""
+        return bool(self._past)
+
+    def has_previous_state(self, *layer: Any, **state: Any) -> bool:
+        """The same, as recurrent architectures ask it."""
+        return bool(self._past)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """P: tokens of each sequence in the cache."""
         return sum(part.length for part in self._past)
@@ -89,8 +102,14 @@ class CloudCache(Cache):
         self._drop -= tokens_to_remove
         self._forget(-tokens_to_remove)
         self._cut_local(self.get_seq_length())
-        if not self._recording:
+        if not self._rolls_back():
             self.close()
+
+    def _rolls_back(self) -> bool:
+        """Whether the cloud's cache gives tokens back; one that does not is made again."""
+        responder = self._responder
+        keeps = responder is not None and responder.link.description.limits.no_rollback
+        return self._recording and not keeps
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row i continue row `beam_idx[i]`: beams, or several continuations of one prompt."""
@@ -256,7 +275,8 @@ class CloudCache(Cache):
         length = self.get_seq_length() + new.length
         limits = responder.link.description.limits
         too_deep = self._drop > self._last_length and not limits.deep_rollback
-        if responder.stream is not None and (length > self._reserved or too_deep):
+        in_one_pass = limits.whole_prompts and new.length > 1
+        if responder.stream is not None and (length > self._reserved or too_deep or in_one_pass):
             self.close()
 
         whole = new
@@ -265,7 +285,7 @@ class CloudCache(Cache):
             room = length if length <= self.expected_length else 2 * length + _HEADROOM
             room = max(room, self.expected_length)
             self._reserved = max(length, min(room, int(limits.max_length)))
-        step = _slice_length(responder, whole.batch)
+        step = _slice_length(responder, whole.batch, whole.length)
         hidden_KD = self._send_slices(responder, whole, step)
 
         # From here on the cloud has these tokens.
@@ -313,23 +333,30 @@ class CloudCache(Cache):
             responder.codecs,
             batch=part.batch,
             cache_length=self._reserved,
-            rollback=self._recording,
+            rollback=self._rolls_back(),
             **(responder.hosted.fields(training=False) if responder.hosted else {}),
             **fields,
         )
 
 
-def _slice_length(responder: Responder, batch: int) -> int:
+def _slice_length(responder: Responder, batch: int, length: int) -> int:
     """Tokens of each sequence that fit one pass.
 
-    The server limits tokens, and a message is to take half of its largest at most.
+    The server limits tokens, and a message is to take half of its largest at most. Raises
+    UsageError where that is less than `length`, and the cache takes no prompt in parts.
     """
     description = responder.link.description
     widths = [description.embedding_width, responder.hidden_width]
     for site in [] if responder.hosted else responder.sites.values():
         widths += [site.in_features, sum(layer.out_features for layer in site.layers)]
     by_message = description.limits.max_message_bytes // (8 * max(widths))
-    return max(1, min(int(description.limits.max_tokens), by_message) // batch)
+    step = max(1, min(int(description.limits.max_tokens), by_message) // batch)
+    if description.limits.whole_prompts and length > step:
+        raise UsageError(
+            f"{batch} prompts of {length} tokens do not fit one pass of at most {step}, and this "
+            "model's cache takes no prompt in parts: shorten it, or ask for fewer at a time"
+        )
+    return step
 
 
 def cache_for(

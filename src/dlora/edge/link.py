@@ -12,7 +12,7 @@ from typing import Final, Protocol
 from dlora.errors import PeerLost
 from dlora.proto import dlora_pb2 as pb
 
-__all__ = ["Link", "RetryPolicy", "Stream"]
+__all__ = ["Link", "RetryPolicy", "Stream", "shown"]
 
 # Not the global generator: its state is in checkpoints, and a pause must not change what it draws.
 _JITTER: Final = random.Random()
@@ -57,6 +57,15 @@ class Link(Protocol):
 
     def close(self) -> None:
         """Give the connection back."""
+
+
+def shown(link: Link) -> str:
+    """A link as a person wants to see it, for its `repr`."""
+    served = link.description
+    return (
+        f"<link to {link.address}: {served.model_id}, {served.layers.count} layers, "
+        f"{len(served.sites)} sites>"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,16 +7,24 @@ default.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import Unpack
+from typing import Final, Unpack
 
 import torch
 from peft import LoraConfig
 from peft.utils import set_peft_model_state_dict
 from safetensors import safe_open
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
-from dlora.edge.adapter_config import check_matched, checked_config, read_adapter_config
+from dlora.edge.adapter_config import (
+    check_matched,
+    checked_config,
+    read_adapter_config,
+    targetable,
+)
 from dlora.edge.adapter_weights import check_adapter_weights, read_adapter_weights
 from dlora.edge.link import Link
 from dlora.edge.model import SplitModel, check_codecs
@@ -29,6 +37,11 @@ from dlora.errors import DLoRAError, UsageError
 from dlora.protocol.text import clean_text
 
 __all__ = ["get_peft_model", "load_adapter", "load_base", "load_tokenizer"]
+
+log = logging.getLogger(__name__)
+
+_ALL_LINEAR: Final = "all-linear"
+"""peft's word for every linear module but the head."""
 
 
 def get_peft_model(
@@ -48,8 +61,10 @@ def get_peft_model(
     supported, and for targets and patterns that match no module, by name.
     """
     model = _put_on(link, config, device, options)
-    targeted = model.base_model.targeted_module_names
-    check_matched(config, targeted, allowed_names(link.description))
+    tuner = model.base_model
+    # Those that hold others, such as a layer, are excluded by no name.
+    modules = [name for name, one in tuner.model.named_modules() if hasattr(one, "weight")]
+    check_matched(config, tuner.targeted_module_names, modules, allowed_names(link.description))
     return model
 
 
@@ -63,6 +78,8 @@ def _put_on(
     edge_layers = edge_layers_of(link, split_options.edge_layers)
 
     base = build_skeleton(link, edge_layers)
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == _ALL_LINEAR:
+        config.target_modules = _all_linear(base, link)
     config.base_model_name_or_path = link.description.model_id
     try:
         model = SplitModel(base, config, link, split_options, edge_layers)
@@ -78,6 +95,32 @@ def _put_on(
     return model.to(device)
 
 
+def _allowed(link: Link) -> list[str]:
+    """Full names of all modules that this server lets edges adapt."""
+    return [
+        module.name for site in link.description.sites for module in site.modules if module.allowed
+    ]
+
+
+def _all_linear(base: PreTrainedModel, link: Link) -> set[str]:
+    """All modules that this server lets edges adapt; says what peft would have taken beside."""
+    names = set(targetable(_allowed(link), base))
+    head = base.get_output_embeddings()
+    others = [
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and name not in names
+    ]
+    if others:
+        kinds = dict.fromkeys(name.rpartition(".")[2] for name in others)
+        log.warning(
+            "all-linear: %d modules are adapted; %d that this server cannot or does not let edges "
+            "adapt are left out: %s",
+            *(len(names), len(others), ", ".join(kinds)),
+        )
+    return names
+
+
 def load_adapter(
     link: Link,
     folder: str | Path,
@@ -91,6 +134,7 @@ def load_adapter(
     `options` are as for `get_peft_model`. Raises UsageError for a folder that does not fit: another
     kind of adapter, other modules, other shapes.
     """
+    folder = Path(folder).expanduser()
     config = read_adapter_config(folder)
     config.inference_mode = not is_trainable
     weights = read_adapter_weights(folder, device)
@@ -115,9 +159,7 @@ def load_base(
 
     `options` are as for `get_peft_model`.
     """
-    names = [
-        module.name for site in link.description.sites for module in site.modules if module.allowed
-    ]
+    names = _allowed(link)
     if not names:
         raise UsageError(f"{link.address} allows no adapters")
     # peft wants a module to sit on; it is switched off at once.

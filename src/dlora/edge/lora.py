@@ -21,12 +21,14 @@ from dlora.protocol.wire import content_hash, encode
 __all__ = [
     "FrozenModule",
     "active_names",
+    "adds_nothing",
     "delta",
     "drops_out",
     "factors",
     "freeze",
     "layer_flops",
     "product_of",
+    "wire_rank",
 ]
 
 
@@ -43,6 +45,15 @@ class FrozenModule:
 def active_names(layer: LoraLayer) -> list[str]:
     """The adapters of this layer that are in use."""
     return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def adds_nothing(layer: LoraLayer) -> bool:
+    """Whether B of every adapter in use is zero, as in one that was never trained."""
+    return not any(
+        bool(parameter.any())
+        for name in active_names(layer)
+        for parameter in layer.lora_B[name].parameters()
+    )
 
 
 def drops_out(layer: LoraLayer) -> bool:
@@ -80,6 +91,14 @@ def factors(
     if not zs:
         raise WireError("a site without an active adapter was asked for a delta")
     return (zs[0], bs[0]) if len(zs) == 1 else (torch.cat(zs, dim=1), torch.cat(bs, dim=1))
+
+
+def wire_rank(layer: LoraLayer) -> int:
+    """R of `factors`, known before there is an x."""
+    return sum(
+        layer.lora_A[name].out_features + (layer.lora_B[name].bias is not None)
+        for name in active_names(layer)
+    )
 
 
 def _at_rank(

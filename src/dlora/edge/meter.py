@@ -14,7 +14,7 @@ __all__ = ["Meter"]
 _EARLIER: Final = {"held_flops": "edge_layer_flops"}
 
 
-@dataclass
+@dataclass(repr=False)
 class Meter:
     """Counters that only grow. Subtract two snapshots to get the cost of what lies between."""
 
@@ -47,6 +47,16 @@ class Meter:
     """Decoder layers that run on the edge, forward and backward, without their LoRA modules."""
     cloud_forward_flops: int = 0
     cloud_backward_flops: int = 0
+
+    def __repr__(self) -> str:
+        """Traffic, waiting, tokens and FLOPs in a line; `dataclasses.asdict` has all counters."""
+        retries = f", {self.retries} retries" if self.retries else ""
+        return (
+            f"<{self.sent_bytes / 1e6:.3f} MB up, {self.received_bytes / 1e6:.3f} MB down, "
+            f"{self.round_trips} round trips{retries}, {self.wait_s:.1f} s waited; "
+            f"{self.tokens} tokens; edge {self.edge_flops / 1e9:.3f} GFLOP, "
+            f"cloud {self.cloud_flops / 1e9:.3f} GFLOP>"
+        )
 
     @property
     def edge_flops(self) -> int:

@@ -8,7 +8,8 @@ whose forward drives a stream to the cloud. Training loops, `Trainer`, `SFTTrain
 One forward call, `model(input_ids=..., labels=...)`:
 
 1. A hook sees the labels before anything runs. It makes a `ForwardCall`, which notes where hidden
-   states are wanted, and hands on the labels of those positions alone (`labels.py`).
+   states are wanted, and hands on the labels of those positions alone (`forward_call.py`,
+   `labels.py`).
 2. The architecture's own forward embeds the ids and calls the decoder, whose forward is
    `remote_forward`. That refuses arguments which would change the result unnoticed, and calls
    `SplitModel.run_decoder`.
@@ -28,7 +29,6 @@ Shapes: B batch, T tokens, P cached tokens, N rows that travel, K kept positions
 from __future__ import annotations
 
 import inspect
-import types
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,27 +41,30 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dlora.edge.active_set import ActiveSet, Idle
+from dlora.edge.adapter_card import refuse_merging, write_card
 from dlora.edge.adapter_config import checked_config
 from dlora.edge.bottleneck import BottleneckConfig, make_bottleneck, save_bottleneck
 from dlora.edge.cloud_layers import CloudLayers
+from dlora.edge.description import has_cache
 from dlora.edge.edge_layers import EdgeDecoder
-from dlora.edge.forward_call import ForwardCall
+from dlora.edge.forward_call import ForwardCall, ForwardCalls
 from dlora.edge.hosted import KeptVersions, check_hosted
 from dlora.edge.in_flight import PartCount
 from dlora.edge.kv_cache import CloudCache, cache_for
-from dlora.edge.labels import head_request, spread, with_zero_row
+from dlora.edge.labels import spread
 from dlora.edge.link import Link
 from dlora.edge.meter import Meter
 from dlora.edge.micro_batch import as_node
 from dlora.edge.options import OPTION_NAMES, OptionArguments, SplitOptions
 from dlora.edge.passes import PassInput, fill_padding, is_right_padded
-from dlora.edge.remote_forward import remote_forward
+from dlora.edge.remote_forward import stand_in
 from dlora.edge.responder import Wait
 from dlora.edge.sites import ActiveSite, match_sites
-from dlora.edge.skeleton import decoder_of
 from dlora.errors import UsageError
 from dlora.protocol.codecs import MIXES, Codecs, name_of
+from dlora.protocol.decoder import cache_name, decoder_of
 from dlora.protocol.layers import CloudBetween, EdgeLayers
+from dlora.protocol.lookups import Lookups
 
 __all__ = ["SplitModel", "check_codecs"]
 
@@ -90,7 +93,8 @@ class SplitModel(PeftModelForCausalLM):
         self.active_set = ActiveSet(())
         self._kept_versions = KeptVersions()
         description = link.description
-        self._edge_decoder = EdgeDecoder(base, edge_layers, description, lambda: self._call.runner)
+        self._calls = ForwardCalls(self)
+        self._edge_decoder = EdgeDecoder(base, edge_layers, description, self._calls.runner)
         self._match_sites()
 
         self.meter = Meter()
@@ -102,17 +106,13 @@ class SplitModel(PeftModelForCausalLM):
         self.output_squares: dict[tuple[int, int], float] | None = None
         """If not None: sums of squared deltas by (site, module), over finished micro-batches."""
 
+        self.lookups = Lookups.named(base, link.description.tables)
         arguments = inspect.signature(type(decoder_of(base)).forward).parameters
         self.accepts_position_ids = "position_ids" in arguments
-        self._signature = inspect.signature(self.forward)
-        self._call = ForwardCall()
-        decoder_of(base).forward = types.MethodType(remote_forward, self)
+        stand_in(self, base, self._edge_decoder.is_running)
         # generate() calls the base model and not this one; peft may call the base model's forward
         # and not the model. So hook both.
-        self.register_forward_pre_hook(SplitModel._note_request, with_kwargs=True)
-        base.register_forward_pre_hook(
-            lambda _, args, kwargs: self._note_request(args, kwargs), with_kwargs=True
-        )
+        self._calls.hook(self, base)
 
     # -------------------------------------- options
 
@@ -137,23 +137,6 @@ class SplitModel(PeftModelForCausalLM):
 
     # -------------------------------------- a forward call
 
-    def _note_request(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Begin a forward call: note where hidden states are wanted, gather the labels there."""
-        labels: Tensor | None = kwargs.get("labels")
-        if labels is not None and labels is self._call.request.compact_labels:
-            return args, kwargs  # the outer of the two hooks has been here
-        self._call = ForwardCall()  # also where what follows raises
-
-        positions = self.options.head_positions
-        everywhere = positions == "all" or (positions == "auto" and not self.training)
-        request = head_request(args, kwargs, self._signature, everywhere=everywhere)
-        self._call = ForwardCall(request)
-        if request.compact_labels is None:
-            return args, kwargs
-        return args, {**kwargs, "labels": request.compact_labels}
-
     def run_decoder(
         self,
         embeddings_BTD: Tensor,
@@ -163,14 +146,15 @@ class SplitModel(PeftModelForCausalLM):
     ) -> Tensor:
         """Run the remote decoder; end the forward call.
 
-        Returns hidden states [B, T, D], zero at positions that were not asked for; or
-        [1, K + 1, D] if only those with labels were. With a `cache` the tokens follow those in it,
-        and the mask covers both: [B, P + T].
+        Returns hidden states [B, T, D], zero at positions that were not asked for; or those with
+        labels alone, in the places of `HeadRequest.labels`. With a `cache` the tokens follow those
+        in it, and the mask covers both: [B, P + T].
         """
         try:
-            return self._run_decoder(self._call, embeddings_BTD, mask_BT, position_ids, cache)
+            call = self._calls.current
+            return self._run_decoder(call, embeddings_BTD, mask_BT, position_ids, cache)
         finally:
-            self._call = ForwardCall()
+            self._calls.current = ForwardCall()
 
     def _run_decoder(
         self,
@@ -191,10 +175,11 @@ class SplitModel(PeftModelForCausalLM):
         # The last layers look at every token; without any, only what is asked for comes back.
         everything = bool(self.edge_layers.last) or hide_lengths
         rows = call.rows(batch, length, columns_BT, position_ids, everything=everything)
+        all_rows = self.part_count.wants_all_rows(self.link.description)
 
         def cloud(entry_BTD: Tensor) -> Tensor:
             entry_BTD = self.options.noise.on_entry(entry_BTD)
-            return self._through_cloud(rows.pass_input(entry_BTD), cache)
+            return self._through_cloud(rows.pass_input(entry_BTD, all_rows=all_rows), cache)
 
         if not self.edge_layers:
             kept_KD = rows.only_kept(cloud(embeddings_BTD))
@@ -210,39 +195,29 @@ class SplitModel(PeftModelForCausalLM):
             kept_KD = hidden_BTD[rows.keep_BT.to(hidden_BTD.device)]
 
         kept_KD = kept_KD.to(embeddings_BTD.dtype)
-        compact = call.request.compact_labels is not None
-        head_rows = len(kept_KD) + 1 if compact else batch * length
+        labels = call.request.labels
+        head_rows = batch * length if labels is None else labels.numel()
         training = kept_KD.requires_grad
         self.meter.head_flops += _head_flops(self.get_output_embeddings(), head_rows, training)
-        return with_zero_row(kept_KD) if compact else spread(kept_KD, rows.keep_BT)
+        return call.request.arrange(kept_KD, rows.keep_BT)
 
     def _through_cloud(self, new: PassInput, cache: CloudCache | None) -> Tensor:
         """Run the cloud's layers over new tokens; return the kept hidden states, float32 [K, D]."""
         measures = self.output_squares is not None
         check_hosted(self.options.wire, self.active_set.idle, measures=measures)
-        sites, parameters, wants_input_grad = self.active_set.exchanged(), [], False
-        if torch.is_grad_enabled():
+        with_grad, parameters, wants_input_grad = torch.is_grad_enabled(), [], False
+        sites = self.active_set.exchanged(training=with_grad)
+        if with_grad:
             parameters = [parameter for site in sites for parameter in site.parameters]
             # Trainers let inputs ask for gradients without need: backward would go to the bottom.
             needs_input_grad = self._edge_decoder.trains_before_cloud()
             wants_input_grad = new.entry_ND.requires_grad and needs_input_grad
         training = bool(parameters) or wants_input_grad
 
-        cloud = CloudLayers(
-            link=self.link,
-            meter=self.meter,
-            options=self.options,
-            edge_layers=self.edge_layers,
-            sites=sites,
-            frozen=self.active_set.applied_by_cloud(),
-            versions=self._kept_versions,
-            part_count=self.part_count,
-        )
+        cloud = _cloud_layers(self, sites)
         if cache is not None:
             if training:
-                raise UsageError(
-                    "a KV cache in the cloud keeps no gradients: use torch.no_grad(), or no cache"
-                )
+                raise UsageError("a KV cache keeps no gradients: use torch.no_grad(), or no cache")
             return cloud.extend(new, cache, [layer for _, layer in self.edge_layer_adapters()])
 
         micro_batch = cloud.micro_batch(
@@ -262,6 +237,11 @@ class SplitModel(PeftModelForCausalLM):
         """Send the hosted wire's adapter whole the next time, as after an optimizer step."""
         self._kept_versions = KeptVersions()
 
+    @property
+    def has_cache(self) -> bool:
+        """Whether the model is served with a KV cache."""
+        return has_cache(self.link.description.limits)
+
     def last_hidden(self, exit_ND: Tensor) -> Tensor:
         """What the decoder makes of rows that leave the cloud, [N, D], each by itself.
 
@@ -273,11 +253,11 @@ class SplitModel(PeftModelForCausalLM):
         if not self.edge_layers:
             return exit_ND
         known, no_layer_here = exit_ND[:, None].float(), EdgeLayers(count=self.edge_layers.count)
-        self._call = ForwardCall(layers=CloudBetween(no_layer_here, lambda _: known))
+        self._calls.current = ForwardCall(layers=CloudBetween(no_layer_here, lambda _: known))
         try:
             return self._edge_decoder.finish(len(exit_ND))
         finally:
-            self._call = ForwardCall()
+            self._calls.current = ForwardCall()
 
     # -------------------------------------- active and idle modules
 
@@ -328,10 +308,16 @@ class SplitModel(PeftModelForCausalLM):
             with super().disable_adapter():
                 yield
         finally:
-            if not self.active_set.all_active:
-                self.active_set.train_active_only()
+            self.active_set.train_active_only()
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Use this adapter from now on; idle modules of the one in use before stay idle."""
+        super().set_adapter(adapter_name, inference_mode)
+        self.active_set.train_active_only()
 
     # -------------------------------------- as transformers and peft have it
+    merge_and_unload = merge_adapter = staticmethod(refuse_merging)
+    create_or_update_model_card = write_card
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` of transformers, with a KV cache in the cloud that is freed at the end.
@@ -340,11 +326,11 @@ class SplitModel(PeftModelForCausalLM):
         Raises UsageError for cache implementations that need keys and values here.
         """
         config = kwargs.get("generation_config") or self.generation_config
-        cache = cache_for(args, kwargs, config)
+        cache = cache_for(args, kwargs, config) if self.has_cache else None
         if cache is None:
             return super().generate(*args, **kwargs)
         try:
-            return super().generate(*args, **kwargs, past_key_values=cache)
+            return super().generate(*args, **kwargs, **{cache_name(self.get_base_model()): cache})
         finally:
             cache.close()
 
@@ -362,10 +348,24 @@ class SplitModel(PeftModelForCausalLM):
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
         """Write a standard adapter folder. Unlike peft's own default this never asks a hub."""
         if isinstance(self.peft_config["default"], BottleneckConfig):
-            save_bottleneck(self, Path(save_directory))
+            save_bottleneck(self, Path(save_directory).expanduser())
             return
         kwargs.setdefault("save_embedding_layers", False)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(str(Path(save_directory).expanduser()), *args, **kwargs)
+
+
+def _cloud_layers(model: SplitModel, sites: Sequence[ActiveSite]) -> CloudLayers:
+    """The cloud's layers with these sites active, as a call finds them."""
+    return CloudLayers(
+        link=model.link,
+        meter=model.meter,
+        options=model.options,
+        edge_layers=model.edge_layers,
+        sites=sites,
+        frozen=model.active_set.applied_by_cloud(),
+        versions=model._kept_versions,
+        part_count=model.part_count,
+    )
 
 
 def check_codecs(link: Link, codecs: Codecs) -> None:

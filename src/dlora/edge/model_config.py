@@ -105,16 +105,16 @@ def _dtype(value: Any) -> str | None:
 def _check_sizes(config: PreTrainedConfig, description: pb.Description) -> None:
     """Raises PeerError unless layers and widths are those of the description, and can be."""
     text, count = config.get_text_config(), description.layers.count
+    layers = getattr(text, "num_hidden_layers", None)
     for what, value, most in (
-        ("layers", text.num_hidden_layers, MAX_LAYERS),
-        ("width", text.hidden_size, MAX_WIDTH),
-        ("vocabulary", text.vocab_size, _MAX_VOCABULARY),
+        ("layers", layers, MAX_LAYERS),
+        ("width", getattr(text, "hidden_size", None), MAX_WIDTH),
+        ("vocabulary", getattr(text, "vocab_size", None), _MAX_VOCABULARY),
     ):
+        if value is None:  # some architectures call it otherwise
+            continue
         if not isinstance(value, int) or not 0 < value <= most:
             shown = clean_text(value, 40)
             raise PeerError(f"the cloud's configuration: {what}: got {shown}, want 1 to {most}")
-    if text.num_hidden_layers != count:
-        raise PeerError(
-            f"the cloud's configuration has {text.num_hidden_layers} layers, its description "
-            f"{count}"
-        )
+    if count and layers != count:
+        raise PeerError(f"the cloud's configuration has {layers} layers, its description {count}")

@@ -66,8 +66,8 @@ class SplitOptions:
     """
     head_positions: HeadPositions = "auto"
     """Where logits are computed: "supervised" (only where a label asks for it; logits then have
-    shape [1, K + 1, vocab]), "all", or "auto": supervised while training, all otherwise. Without
-    labels it is always all.
+    shape [batch, L + 1, vocab], L the most labels of a row), "all", or "auto": supervised while
+    training, all otherwise. Without labels it is always all.
     """
     edge_layers: tuple[int, int] = (0, 0)
     """This many of the first and of the last decoder layers run here, where the server allows it:

@@ -90,6 +90,7 @@ class PassInput:
             None if self.mask_BT is None else cut(self.mask_BT),
             None if self.position_ids_BT is None else cut(self.position_ids_BT),
             cut(self.keep_BT),
+            self.all_rows,
         )
 
     def sent(self) -> PassInput:
@@ -99,6 +100,7 @@ class PassInput:
             self.mask_BT,
             self.position_ids_BT,
             torch.zeros_like(self.keep_BT),
+            self.all_rows,
         )
 
 
@@ -111,6 +113,7 @@ def joined(passes: Sequence[PassInput]) -> PassInput:
         torch.cat([part.attended_BT for part in passes], dim=1) if masked else None,
         torch.cat(positions, dim=1) if len(positions) == len(passes) else None,
         torch.cat([part.keep_BT for part in passes], dim=1),
+        any(part.all_rows for part in passes),
     )
 
 

@@ -12,7 +12,7 @@ from dlora.edge.link import RetryPolicy
 from dlora.edge.noise import Noise
 from dlora.edge.options import SplitOptions, Wire, check_consent, check_edge_layers
 from dlora.errors import UsageError
-from dlora.files import read_secret
+from dlora.files import expand_homes, read_secret
 
 __all__ = ["AccessSettings", "EdgeSettings", "InfoSettings", "target_names"]
 
@@ -37,6 +37,10 @@ class AccessSettings:
     token_file: Path | None = None
     """File with the token that says who this is; it is read again when the server does not take the
     token any more. The token can also be in $DLORA_TOKEN."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for paths in a home that is not there."""
+        expand_homes(self)
 
     @property
     def access(self) -> dict[str, Any]:
@@ -102,6 +106,7 @@ class EdgeSettings(AccessSettings):
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work with any server."""
+        super().__post_init__()
         check_consent(self.wire, self.upload_consent)
         check_edge_layers(self.edge_first, self.edge_last)
         _ = self.noise  # checks itself
@@ -133,6 +138,7 @@ class InfoSettings(AccessSettings):
 
     def __post_init__(self) -> None:
         """Raises UsageError if there is nothing to look at."""
+        super().__post_init__()
         if self.server is None and self.adapter is None:
             raise UsageError("give --server, --adapter, or both")
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from dlora.edge.bottleneck import is_series
@@ -114,8 +115,16 @@ def match_sites(
             )
 
     if layers:  # those that no site took
+        name, layer = next(iter(layers.items()))
+        if isinstance(layer, ParamWrapper):
+            raise UsageError(
+                f"experts: these targets make peft adapt the fused weight {layer.parameter_name} of"
+                f" {name.removesuffix('.base_layer')}, whose experts see only their tokens; that "
+                "stays in the cloud. Use all-linear, or other target_modules. This server allows: "
+                f"{allowed_names(description)}."
+            )
         raise UsageError(
-            f"target module {next(iter(layers))} cannot be adapted from the edge: it is not a "
+            f"target module {name} cannot be adapted from the edge: it is not a "
             "linear module of the decoder that runs once for each token. This server allows: "
             f"{allowed_names(description)}."
         )

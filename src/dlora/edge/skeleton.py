@@ -7,7 +7,7 @@ peft puts its adapter on the model they have shapes and no memory; afterwards th
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,16 +17,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from dlora.edge.description import has_cache
 from dlora.edge.link import Link
 from dlora.edge.model_config import read_config
 from dlora.edge.options import check_edge_layers
 from dlora.edge.wall import bounded_building, wall
 from dlora.errors import ModelError, UsageError
 from dlora.proto import dlora_pb2 as pb
+from dlora.protocol.decoder import decoder_of
+from dlora.protocol.files import OUTSIDE
 from dlora.protocol.layer_files import check_weights, files_for, fill, values_by_file
 from dlora.protocol.layers import EdgeLayers
 
-__all__ = ["build_skeleton", "decoder_of", "drop_stand_ins", "edge_layers_of"]
+__all__ = ["build_skeleton", "drop_stand_ins", "edge_layers_of"]
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +56,14 @@ def edge_layers_of(link: Link, edge_layers: tuple[int, int]) -> EdgeLayers:
 def build_skeleton(link: Link, edge_layers: EdgeLayers) -> PreTrainedModel:
     """The architecture's own class: real embedding, head and edge layers, the rest without memory.
 
+    What lies between decoder and head is real, too. No random number is drawn: an adapter starts as
+    it would on the full model.
+
     Raises ModelError for a model type or for weights that do not fit, PeerError for what cannot be
     built.
     """
     folder = link.edge_files()
-    with wall("the model", link.address):
+    with wall("the model", link.address), torch.random.fork_rng(devices=[]):
         return _build(link, folder, edge_layers)
 
 
@@ -68,9 +74,10 @@ def _build(link: Link, folder: Path, edge_layers: EdgeLayers) -> PreTrainedModel
         model.generation_config = type(model.generation_config).from_pretrained(
             folder, local_files_only=True
         )
-    if not description.limits.cache_bytes_per_token:
+    if not has_cache(description.limits):
         log.warning("%s is served without KV cache: generation is slow", description.model_id)
         model.generation_config.use_cache = False
+    _without_router_loss(model)
     model.config._name_or_path = description.model_id
     model.name_or_path = description.model_id
 
@@ -80,14 +87,17 @@ def _build(link: Link, folder: Path, edge_layers: EdgeLayers) -> PreTrainedModel
     except SafetensorError as error:
         raise ModelError(f"edge.safetensors from {link.address} cannot be read: {error}") from error
     _fill(embedding, weights, "embedding.")
-    tied = "head.weight" not in weights
-    if tied:
-        head.weight = embedding.weight
-    _fill(head, weights, "head.", skip=("weight",) if tied else ())
-    _check_widths(description, embedding, head)
+    if head is not None:
+        tied = "head.weight" not in weights
+        if tied:
+            head.weight = embedding.weight
+        _fill(head, weights, "head.", skip=("weight",) if tied else ())
 
     dtype = embedding.weight.dtype
-    real = [*embedding.parameters(), *head.parameters()]
+    real = [*embedding.parameters(), *([] if head is None else head.parameters())]
+    real += _fill_outside(link, model, weights)
+    tables = [_table(model, name) for name in description.tables]
+    _check_widths(description, embedding, head, tables)
     if edge_layers:
         real += _fill_edge_layers(link, model, edge_layers, dtype)
     _put_stand_ins(model, {id(parameter) for parameter in real}, dtype)
@@ -104,15 +114,57 @@ def _empty_model(description: pb.Description, *, for_edge_layers: bool) -> PreTr
     return model
 
 
-def _check_widths(description: pb.Description, embedding: nn.Module, head: nn.Module) -> None:
-    """Raises ModelError unless the widths that were described are those of the weights."""
-    for what, module, width in (
-        ("embedding", embedding, description.embedding_width),
-        ("hidden", head, description.hidden_width),
-    ):
-        got = module.get_parameter("weight").shape[-1]
-        if got != width:
-            raise ModelError(f"{what} width: described as {width}, the weights have {got}")
+def _table(model: PreTrainedModel, name: str) -> nn.Module:
+    """A table beside the embedding. Raises ModelError for what is none."""
+    try:
+        table = model.get_submodule(name)
+    except AttributeError:
+        table = None
+    if not isinstance(table, nn.Embedding):
+        raise ModelError(f"the cloud's description names {name!r}, which is no table of this model")
+    return table
+
+
+def _without_router_loss(model: PreTrainedModel) -> None:
+    """Let trainers add no loss of a mixture's routers, which are in the cloud, on their own."""
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "router_aux_loss_coef", None):
+            config.router_aux_loss_coef = 0.0
+
+
+def _fill_outside(
+    link: Link, model: PreTrainedModel, weights: Mapping[str, Tensor]
+) -> list[nn.Parameter]:
+    """Put in what lies between decoder and head; return its parameters."""
+    outside = {
+        name.removeprefix(OUTSIDE): value
+        for name, value in weights.items()
+        if name.startswith(OUTSIDE)
+    }
+    try:
+        return fill(model, outside)
+    except (KeyError, ValueError, AttributeError) as error:
+        raise ModelError(f"edge.safetensors from {link.address} does not fit: {error}") from error
+
+
+def _check_widths(
+    description: pb.Description,
+    embedding: nn.Module,
+    head: nn.Module | None,
+    tables: Sequence[nn.Module],
+) -> None:
+    """Raises ModelError unless the widths that were described are those of the weights.
+
+    Where something lies between decoder and head, the head's width is its own.
+    """
+    got = sum(table.get_parameter("weight").shape[-1] for table in (embedding, *tables))
+    if got != description.embedding_width:
+        raise ModelError(
+            f"embedding width: described as {description.embedding_width}, the weights have {got}"
+        )
+    described = description.head_width or description.hidden_width
+    if head is not None and (got := head.get_parameter("weight").shape[-1]) != described:
+        raise ModelError(f"hidden width: described as {described}, the weights have {got}")
 
 
 def _fill_edge_layers(
@@ -121,7 +173,7 @@ def _fill_edge_layers(
     """Fetch and put in the weights of edge layers; return them."""
     filled: list[nn.Parameter] = []
     names = files_for(edge_layers)
-    files, wanted = link.layer_files(names), values_by_file(model, model.get_decoder())
+    files, wanted = link.layer_files(names), values_by_file(model, decoder_of(model))
     for file in names:
         try:
             layer = load_file(files / file)
@@ -164,9 +216,3 @@ def drop_stand_ins(base: PreTrainedModel) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.untyped_storage().nbytes() < parameter.numel() * parameter.element_size():
                 setattr(module, name, nn.Parameter(parameter.new_empty(0), requires_grad=False))
-
-
-def decoder_of(base: PreTrainedModel) -> nn.Module:
-    """The decoder of a causal LM."""
-    decoder: nn.Module = base.get_decoder()
-    return decoder

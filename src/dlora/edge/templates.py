@@ -1,4 +1,4 @@
-"""Chat templates refuse roles, or their order, with errors of their own: which row was it?"""
+"""Rows and what makes tokens of them: which row did a chat template refuse, and do rows end?"""
 
 from __future__ import annotations
 
@@ -8,13 +8,22 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from dlora.errors import DataError
+from dlora.errors import DataError, UsageError
 from dlora.protocol.text import clean_text
 
-__all__ = ["TOKENISING_ERRORS", "name_refused_row"]
+__all__ = ["TOKENISING_ERRORS", "check_end", "name_refused_row"]
 
 TOKENISING_ERRORS = (RuntimeError, ValueError, TypeError, TemplateError)
 """What tokenising rows raises where a row, a template or a tokenizer does not suit."""
+
+
+def check_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UsageError for a tokenizer without an end token, which trl puts behind every row."""
+    if tokenizer.eos_token is None:
+        raise UsageError(
+            "this model's tokenizer has no end token (eos_token), so that no row, and no answer "
+            "learnt from it, has an end: name one in the served model's tokenizer_config.json"
+        )
 
 
 def name_refused_row(

@@ -35,6 +35,7 @@ __all__ = [
     "cost_line",
     "generate",
     "load_for_inference",
+    "share_ends",
 ]
 
 _KEPT_OF_SERVED: Final = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
@@ -73,6 +74,19 @@ def load_for_inference(
     kept = {name: getattr(served, name) for name in _KEPT_OF_SERVED}
     model.get_base_model().generation_config = GenerationConfig(**kept)
     return model
+
+
+def share_ends(model: SplitModel, other: SplitModel) -> None:
+    """Let two models of the same served one hold a single embedding and head, as both are frozen.
+
+    A second adapter then takes no more memory than its own.
+    """
+    for kept, twin in (
+        (model.get_input_embeddings(), other.get_input_embeddings()),
+        (model.get_output_embeddings(), other.get_output_embeddings()),
+    ):
+        for name, parameter in kept.named_parameters(recurse=False):
+            setattr(twin, name, parameter)
 
 
 def complete(

@@ -12,8 +12,10 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from jinja2 import TemplateError
@@ -21,29 +23,30 @@ from transformers import PreTrainedTokenizerBase
 
 from dlora.edge.model import SplitModel
 from dlora.errors import DLoRAError, UsageError
+from dlora.extras import missing_extra
 from dlora.protocol.address import LOOPBACK
 
 try:
     import uvicorn
     from fastapi import FastAPI, HTTPException, Request
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, Response
+    from starlette.exceptions import HTTPException as AnyHTTPException
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from transformers.cli.serving.utils import Modality
 
     from dlora.inference.api_answers import Answers, ClientLeft
+    from dlora.inference.api_checks import check_messages, check_texts
     from dlora.inference.api_requests import (
         BodyLimit,
         Chat,
         Completion,
-        check_messages,
         largest_body,
         prompts_of,
         refused,
     )
 except ImportError as error:
-    raise UsageError(
-        f'the API server needs more packages: pip install "dlora[api]" ({error})'
-    ) from error
+    raise missing_extra("api", "the API server") from error
 
 __all__ = ["ApiServer", "build_app"]
 
@@ -82,11 +85,21 @@ class _Ours:
         return self.answers
 
 
+@dataclass(frozen=True)
+class _Served:
+    """One model's answers, and who takes the requests for them."""
+
+    answers: Answers
+    chat: Chat
+    completion: Completion
+
+
 def build_app(
     model: SplitModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
     name: str,
+    others: Mapping[str, SplitModel] = MappingProxyType({}),
     api_key: str | None = None,
     hosts: tuple[str, ...] = LOOPBACK,
     max_new_tokens: int = 1024,
@@ -94,8 +107,10 @@ def build_app(
 ) -> FastAPI:
     """The application: chat completions, completions, models, health.
 
-    Requests that come together are answered together, where they may. `hosts` are the names under
-    which it may be addressed, so that no web page can reach it under a name of its own.
+    Requests that come together are answered together, where they may. `others` are more models
+    with the same tokenizer, by name: a request's `model` picks one, and `name` is the first.
+    `hosts` are the names under which it may be addressed, so that no web page can reach it under a
+    name of its own.
     """
     app = FastAPI(title="dlora api", docs_url=None, redoc_url=None, openapi_url=None)
     context = int(model.link.description.limits.max_length)
@@ -104,15 +119,37 @@ def build_app(
     _require_key(app, api_key)
     _answer_errors(app)
 
-    answers = app.state.answers = Answers(model, tokenizer)
-    manager, state = _OneModel(name, model, tokenizer), _Ours(answers)
-    chat, completion = Chat(manager, state), Completion(manager, state)
-    for handler in (chat, completion):
-        handler.max_new_tokens, handler.prompt_lookup = max_new_tokens, prompt_lookup
-    _serve_chat(app, chat, tokenizer)
-    _serve_completions(app, completion, answers, tokenizer)
-    _serve_names(app, name)
+    served: dict[str, _Served] = {}
+    for one, its_model in {name: model, **others}.items():
+        answers = Answers(its_model, tokenizer)
+        manager, state = _OneModel(one, its_model, tokenizer), _Ours(answers)
+        served[one] = _Served(answers, Chat(manager, state), Completion(manager, state))
+        for handler in (served[one].chat, served[one].completion):
+            handler.max_new_tokens, handler.prompt_lookup = max_new_tokens, prompt_lookup
+    app.state.answers = served[name].answers
+    _serve_chat(app, served, tokenizer)
+    _serve_completions(app, served, tokenizer)
+    _serve_names(app, list(served))
     return app
+
+
+def _asked(served: dict[str, _Served], body: dict[str, Any]) -> _Served:
+    """The model that a request names; without a name, or where there is one alone, the first.
+
+    What is no model of a single one is for its handler to refuse. Raises HTTPException.
+    """
+    names, wanted = list(served), body.get("model")
+    if wanted is None or len(served) == 1:
+        return served[names[0]]
+    if not isinstance(wanted, str) or wanted not in served:
+        raise _no_model(names, wanted)
+    return served[wanted]
+
+
+def _no_model(names: list[str], wanted: Any) -> HTTPException:
+    listed = ", ".join(map(repr, names))
+    are = "model is" if len(names) == 1 else "models are"
+    return HTTPException(404, f"the {are} {listed}, got {wanted!r}")
 
 
 def _require_key(app: FastAPI, api_key: str | None) -> None:
@@ -133,9 +170,16 @@ def _answer_errors(app: FastAPI) -> None:
     async def on_error(_: Request, error: DLoRAError) -> JSONResponse:
         return refused(400 if isinstance(error, UsageError) else 502, str(error))
 
-    @app.exception_handler(HTTPException)
-    async def on_refusal(_: Request, error: HTTPException) -> JSONResponse:
+    @app.exception_handler(AnyHTTPException)  # also of addresses that are not there
+    async def on_refusal(_: Request, error: AnyHTTPException) -> JSONResponse:
         return refused(error.status_code, str(error.detail))
+
+    @app.exception_handler(RequestValidationError)
+    async def on_bad_body(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return refused(400, f"the body is not JSON: {first['ctx']['error']}")
+        return refused(400, "the body: want a JSON object, as content type application/json")
 
     @app.exception_handler(ValueError)
     @app.exception_handler(TypeError)
@@ -155,35 +199,41 @@ def _answer_errors(app: FastAPI) -> None:
         return refused(500, f"{type(error).__name__}: {error}")
 
 
-def _serve_chat(app: FastAPI, chat: Chat, tokenizer: PreTrainedTokenizerBase) -> None:
+def _serve_chat(
+    app: FastAPI, served: dict[str, _Served], tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Messages, and the next one."""
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: dict[str, Any]) -> Any:
         if not tokenizer.chat_template:
             raise HTTPException(400, "this model has no chat template: use /v1/completions")
+        check_texts(body)
         check_messages(body.get("messages"))
-        return await chat.handle_request(body, _request_id("chatcmpl"))
+        return await _asked(served, body).chat.handle_request(body, _request_id("chatcmpl"))
 
 
 def _serve_completions(
-    app: FastAPI, completion: Completion, answers: Answers, tokenizer: PreTrainedTokenizerBase
+    app: FastAPI, served: dict[str, _Served], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Texts, and what follows each."""
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: dict[str, Any]) -> Any:
+        check_texts(body)
         prompts, number = prompts_of(body, tokenizer), _request_id("cmpl")
+        asked = _asked(served, body)
         bodies = [body | {"prompt": prompt} for prompt in prompts]
         if len(prompts) == 1:
-            return await completion.handle_request(bodies[0], number)
+            return await asked.completion.handle_request(bodies[0], number)
         if body.get("stream"):
             raise HTTPException(400, "a list of prompts is not streamed: ask for one at a time")
 
         # A turn of the event loop, and all of them wait for their answer.
-        with answers.held():
+        with asked.answers.held():
             tasks = [
-                asyncio.ensure_future(completion.handle_request(one, number)) for one in bodies
+                asyncio.ensure_future(asked.completion.handle_request(one, number))
+                for one in bodies
             ]
             await asyncio.sleep(0)
         try:
@@ -205,21 +255,23 @@ def _joined(answers: list[JSONResponse]) -> JSONResponse:
     return JSONResponse(whole)
 
 
-def _serve_names(app: FastAPI, name: str) -> None:
-    """The list of models, which holds one, and a sign of life."""
+def _serve_names(app: FastAPI, names: list[str]) -> None:
+    """The list of models, each of them, and a sign of life."""
     started = int(time.time())
-
-    model = {"id": name, "object": "model", "created": started, "owned_by": "you"}
+    listed = {
+        name: {"id": name, "object": "model", "created": started, "owned_by": "you"}
+        for name in names
+    }
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": list(listed.values())}
 
     @app.get("/v1/models/{wanted:path}")
     async def one_model(wanted: str) -> dict[str, Any]:
-        if wanted != name:
-            raise HTTPException(404, f"the model is {name!r}, got {wanted!r}")
-        return model
+        if wanted not in listed:
+            raise _no_model(names, wanted)
+        return listed[wanted]
 
     @app.get("/health")
     async def health() -> dict[str, str]:

@@ -23,11 +23,17 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+)
 from transformers.cli.serving.utils import DirectStreamer, ReasoningText, _StreamError
-from transformers.generation import StoppingCriteriaList
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from dlora.edge.description import has_cache
 from dlora.edge.model import SplitModel
 from dlora.errors import DLoRAError
 from dlora.inference.answer import Continuing, check_room
@@ -112,6 +118,7 @@ class _Answer:
         self.ends = set(ends if isinstance(ends, list) else [ends])
         # Rows that end early are filled with padding, which these would count.
         penalties = (config.repetition_penalty or 1.0) != 1.0 or config.no_repeat_ngram_size
+        penalties = penalties or any(getattr(config, "request_penalties", ()))
         alone = config.do_sample or config.prompt_lookup_num_tokens or (config.num_beams or 1) > 1
         self.key = None if alone or penalties else _settings_of(config)
         """Answers of the same key may share a batch; None: it takes its turn alone."""
@@ -183,6 +190,23 @@ class _Rows(BaseStreamer, StoppingCriteria):
                     answer.take(token)
             self.length = input_ids.shape[1]
         return torch.tensor([answer.is_done for answer in self.answers], device=input_ids.device)
+
+
+class _Penalties(LogitsProcessor):
+    """OpenAI's penalties: tokens of the answer so far lower their own logits.
+
+    `presence` once, `frequency` as often as they were said; `start` is where the answer begins.
+    """
+
+    def __init__(self, presence: float, frequency: float, start: int) -> None:
+        self.presence, self.frequency, self.start = presence, frequency, start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Any:
+        """Lower logits, [B, V]."""
+        said = input_ids[:, self.start :]
+        ones = torch.ones_like(said, dtype=scores.dtype)
+        counts_BV = torch.zeros_like(scores).scatter_add_(1, said, ones)
+        return scores - self.frequency * counts_BV - self.presence * (counts_BV > 0)
 
 
 class Answers:
@@ -299,7 +323,6 @@ class Answers:
     def _fits(self, answers: list[_Answer]) -> bool:
         """Whether the server takes them as one batch."""
         description = self.model.link.description
-        per_token = int(description.limits.cache_bytes_per_token)
         longest = max(len(answer.ids) for answer in answers)
         length = longest + max(answer.most for answer in answers)
         rows, limits = len(answers), description.limits
@@ -307,7 +330,9 @@ class Answers:
             rows <= _MOST_ROWS
             and length <= limits.max_length
             and rows * longest <= limits.max_tokens
-            and 0 < rows * length * per_token <= limits.max_inflight_bytes // 2
+            and has_cache(limits)
+            and rows * (length * limits.cache_bytes_per_token + limits.cache_bytes_per_sequence)
+            <= limits.max_inflight_bytes // 2
         )
 
     def _generate(self, answers: list[_Answer]) -> None:
@@ -326,12 +351,15 @@ class Answers:
 
         drafts = bool(config.prompt_lookup_num_tokens)
         rows = _Rows(answers, length, drafts=drafts)
+        presence, frequency = getattr(config, "request_penalties", (0.0, 0.0))
+        processors = [_Penalties(presence, frequency, length)] if presence or frequency else []
         with torch.no_grad():
             self.turns.generate(
                 ids_BT.to(self.model.device),
                 attention_mask=mask_BT.to(self.model.device),
                 generation_config=config,
                 streamer=rows if drafts else None,
+                logits_processor=LogitsProcessorList(processors),
                 stopping_criteria=StoppingCriteriaList([rows]),
                 tokenizer=self.tokenizer,
             )

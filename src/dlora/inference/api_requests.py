@@ -21,12 +21,12 @@ from transformers.cli.serving.completion import CompletionHandler
 
 from dlora.inference.answer import check_room
 from dlora.inference.api_answers import CLIENT_LEFT
+from dlora.inference.api_checks import check_numbers, check_places
 
 __all__ = [
     "BodyLimit",
     "Chat",
     "Completion",
-    "check_messages",
     "largest_body",
     "prompts_of",
     "refused",
@@ -40,7 +40,6 @@ _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "echo": (None, False),
     "logprobs": (None, False),
     "top_logprobs": (None, 0),
-    "presence_penalty": (None, 0, 0.0),
     "response_format": (None, {"type": "text"}),
     "tool_choice": (None, "none", "auto"),
     "audio": (None,),
@@ -48,6 +47,8 @@ _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "prediction": (None,),
     "modalities": (None, ["text"]),
     "reasoning_effort": (None,),
+    "verbosity": (None,),
+    "moderation": (None,),
     "function_call": (None, "none", "auto"),
     "web_search_options": (None,),
     "generation_config": (None,),
@@ -140,24 +141,28 @@ class Strict:
 
     max_new_tokens: int
     prompt_lookup: int
+    model_manager: Any
 
     def _validate_request(self, body: dict[str, Any]) -> None:
         super()._validate_request(body)  # type: ignore[misc]
 
         for name, neutral in _NEUTRAL.items():
-            if name in body and body[name] not in neutral:
-                raise HTTPException(400, f"{name}={body[name]!r} is not supported")
-        for name in ("max_tokens", "max_completion_tokens"):
-            if body.get(name) is not None and int(body[name]) < 1:
-                raise HTTPException(400, f"{name}: got {body[name]}, want at least 1")
+            given = body.get(name)
+            # 0 and False are equal, and 0 log-probabilities are not none.
+            if not any(given == one and type(given) is type(one) for one in neutral):
+                raise HTTPException(400, f"{name}={given!r} is not supported")
+        check_numbers(body)
         if body.get("tools"):
             raise HTTPException(400, "tools are not supported")
 
         stops_of(body)
-        biases_of(body)
-        temperature = body.get("temperature")
-        if temperature is not None and not 0 <= float(temperature) <= 2:
-            raise HTTPException(400, f"temperature: got {temperature}, want a value from 0 to 2")
+        biases_of(body, self._vocabulary)
+
+    @property
+    def _vocabulary(self) -> int:
+        """Tokens that a logit is made for."""
+        base = self.model_manager.model.get_base_model()
+        return int(base.get_output_embeddings().weight.shape[0])
 
     def _streaming(
         self,
@@ -180,23 +185,27 @@ class Strict:
         self, body: dict[str, Any], model_config: GenerationConfig, **options: Any
     ) -> Any:
         # Seeded when its turn comes, not now: another answer may be under way.
-        # Stop strings are ours: transformers leaves them in the text.
-        ours = ("seed", "stop", "logit_bias")
+        # Stop strings and penalties are ours: transformers leaves the ones in the text, and takes
+        # the others for something else.
+        ours = ("seed", "stop", "logit_bias", "frequency_penalty", "presence_penalty")
         theirs = {name: value for name, value in body.items() if name not in ours}
         config = super()._build_generation_config(  # type: ignore[misc]
             theirs, copy.deepcopy(model_config), **options
         )
         config.request_seed, config.request_stops = body.get("seed"), stops_of(body)
-        if biases := biases_of(body):
+        names = ("presence_penalty", "frequency_penalty")
+        config.request_penalties = tuple(float(body.get(name) or 0) for name in names)
+        if biases := biases_of(body, self._vocabulary):
             config.sequence_bias = biases
         given = body.get("max_completion_tokens") or body.get("max_tokens") or self.max_new_tokens
         config.max_new_tokens = int(given)
 
-        # The API's default temperature is 1.
+        # The API's defaults: temperature 1, and any token.
         temperature = body.get("temperature")
         config.do_sample = temperature is None or float(temperature) > 0
         if temperature is None:
             config.temperature = 1.0
+        config.top_k = 0  # a limit that the API does not have
         if not config.do_sample:
             config.temperature = config.top_p = config.top_k = None
 
@@ -207,6 +216,21 @@ class Strict:
 
 class Chat(Strict, ChatCompletionHandler):
     """/v1/chat/completions."""
+
+    def get_processor_inputs_from_messages(  # there it is static
+        self, messages: list[dict[str, Any]], modality: Any
+    ) -> list[dict[str, Any]]:
+        """Messages as the chat template gets them. HTTPException for what it would not show."""
+        inputs = super().get_processor_inputs_from_messages(messages, modality)
+        # Names, and text beside calls, are left out there.
+        for message, given in zip(inputs, messages, strict=True):
+            if "name" in given:
+                message["name"] = given["name"]
+            if "tool_calls" in given and (content := given.get("content")):
+                parts = [content] if isinstance(content, str) else [one["text"] for one in content]
+                message["content"] = " ".join(parts)
+        check_places(self.model_manager.tokenizer, inputs)
+        return list(inputs)
 
 
 class Completion(Strict, CompletionHandler):
@@ -224,7 +248,7 @@ def stops_of(body: dict[str, Any]) -> list[str]:
     return [text for text in stops if text]
 
 
-def biases_of(body: dict[str, Any]) -> dict[tuple[int, ...], float]:
+def biases_of(body: dict[str, Any], vocabulary: int) -> dict[tuple[int, ...], float]:
     """What is added to the logits of single tokens. Raises HTTPException for what is none."""
     given = body.get("logit_bias") or {}
     try:
@@ -235,6 +259,10 @@ def biases_of(body: dict[str, Any]) -> dict[tuple[int, ...], float]:
         raise HTTPException(400, "logit_bias: want a map of token ids to numbers") from None
     if not all(-100 <= value <= 100 for value in biases.values()):
         raise HTTPException(400, "logit_bias: want values from -100 to 100")
+    if unknown := [token for (token,) in biases if not 0 <= token < vocabulary]:
+        raise HTTPException(
+            400, f"logit_bias: there is no token {unknown[0]}, want ids from 0 to {vocabulary - 1}"
+        )
     return biases
 
 
@@ -249,32 +277,6 @@ def prompts_of(body: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list
     if not all(tokenizer(text)["input_ids"] for text in prompts):
         raise HTTPException(400, "prompt: it has no tokens")
     return prompts
-
-
-def check_messages(messages: Any) -> None:
-    """Raises HTTPException for what is not a list of messages with text.
-
-    Fields without a value, which clients send back as they got them, are taken away.
-    """
-    if (
-        not isinstance(messages, list)
-        or not messages
-        or not all(isinstance(message, dict) and "role" in message for message in messages)
-    ):
-        raise HTTPException(400, "messages: want a list of {role, content}")
-
-    for message in messages:
-        for name in ("tool_calls", "function_call", "tool_call_id"):
-            if not message.get(name):
-                message.pop(name, None)
-        parts = message.get("content")
-        parts = [] if parts is None or isinstance(parts, str) else parts
-        if not isinstance(parts, list) or any(
-            not isinstance(part, dict) or part.get("type") != "text" for part in parts
-        ):
-            raise HTTPException(400, "messages: only text is read here")
-        if not all(isinstance(part.get("text"), str) for part in parts):
-            raise HTTPException(400, "messages: a part of type text wants a text")
 
 
 async def _finished(events: AsyncIterator[str]) -> AsyncIterator[str]:

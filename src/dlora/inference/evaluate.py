@@ -7,7 +7,6 @@ N tokens that are asked for, V vocabulary.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -18,13 +17,12 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
-from trl import SFTConfig, SFTTrainer
 
-from dlora.edge.data import ChoiceRow, check_choices, check_rows, read_rows
+from dlora.edge.data import ChoiceRow, check_choices, load_rows, read_rows
 from dlora.edge.kv_cache import CloudCache
 from dlora.edge.labels import IGNORE
 from dlora.edge.model import SplitModel
-from dlora.edge.templates import TOKENISING_ERRORS, name_refused_row
+from dlora.edge.tokenise import tokenising_trainer
 from dlora.errors import DataError, UsageError
 from dlora.inference.answer import complete
 from dlora.inference.prompts import pad_token
@@ -37,16 +35,24 @@ def evaluate(
     settings: EvalSettings, model: SplitModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     """Measure what the data's rows allow; return plain numbers, with the cost. Raises DataError."""
-    rows = read_rows(settings.data)[: settings.limit]
+    ((_, first),) = read_rows(settings.data, settings.columns, limit=1)
     before = model.meter.copy()
-    if "choices" in rows[0][1]:
+    if "choices" in first:
         if settings.exact_match:
             raise UsageError(
                 "exact_match: rows with choices are scored by log-likelihood; leave it out"
             )
+        rows = read_rows(settings.data, settings.columns, limit=settings.limit)
+        number = len(rows)
         measures = _choices(model, tokenizer, check_choices(rows), settings.batch_size)
     else:
-        data, origins = check_rows(rows)
+        data, origins = load_rows(
+            settings.data,
+            settings.columns,
+            chat=bool(tokenizer.chat_template),
+            limit=settings.limit,
+        )
+        number = len(data)
         measures = _loss(model, tokenizer, data, origins, settings.batch_size)
         if settings.exact_match:
             measures |= _exact_match(model, tokenizer, data, settings)
@@ -54,7 +60,7 @@ def evaluate(
     return {
         "model_id": model.link.description.model_id,
         "data": settings.data,
-        "rows": len(rows),
+        "rows": number,
         **measures,
         "cost": asdict(model.meter - before),
     }
@@ -80,7 +86,7 @@ def _loss(
     model: SplitModel,
     tokenizer: PreTrainedTokenizerBase,
     data: Dataset,
-    origins: list[str],
+    origins: Sequence[str],
     batch_size: int,
 ) -> dict[str, Any]:
     """Mean loss over all supervised tokens, tokenised and batched as in training."""
@@ -107,32 +113,12 @@ def _batches(
     model: SplitModel,
     tokenizer: PreTrainedTokenizerBase,
     data: Dataset,
-    origins: list[str],
+    origins: Sequence[str],
     batch_size: int,
 ) -> Sequence[dict[str, Tensor]]:
     """What the trainer would feed the model: trl tokenises and collates."""
-    with tempfile.TemporaryDirectory(prefix="dlora-eval-") as scratch:
-        arguments = SFTConfig(
-            output_dir=scratch,
-            per_device_eval_batch_size=batch_size,
-            max_length=None,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            use_cpu=model.device.type == "cpu",
-            dataloader_pin_memory=False,
-        )
-
-        try:
-            trainer = SFTTrainer(
-                model=model, args=arguments, train_dataset=data, processing_class=tokenizer
-            )
-        except TOKENISING_ERRORS as error:
-            name_refused_row(tokenizer, data, origins)
-            raise UsageError(
-                f"the data cannot be tokenised: {str(error).splitlines()[0]}"
-            ) from error
-        return list(trainer.get_eval_dataloader(trainer.train_dataset))
+    trainer = tokenising_trainer(model, tokenizer, data, origins, batch_size)
+    return list(trainer.get_eval_dataloader(trainer.train_dataset))
 
 
 def _exact_match(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dlora.edge.data import DATA_FILES, check_messages, check_text, read_rows
+from dlora.edge.data import ROW_FILES, check_messages, check_text, read_rows
 from dlora.errors import DataError, UsageError
 from dlora.protocol.text import clean_text
 
@@ -30,7 +30,7 @@ def load_prompts(file: Path) -> list[Prompt]:
 
     Raises DataError, naming file and line.
     """
-    if file.suffix.lower() not in DATA_FILES:
+    if file.suffix.lower() not in ROW_FILES:
         return _read_lines(file)
 
     prompts: list[Prompt] = []

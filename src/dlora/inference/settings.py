@@ -4,12 +4,41 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final, TypedDict
 
+from dlora.edge.data_forms import check_columns
 from dlora.edge.settings import EdgeSettings
 from dlora.errors import UsageError
 
-__all__ = ["ApiSettings", "ChatSettings", "EvalSettings", "GenerateSettings", "SamplingSettings"]
+__all__ = [
+    "ApiSettings",
+    "ChatSettings",
+    "EvalSettings",
+    "GenerateSettings",
+    "GenerationTexts",
+    "SamplingSettings",
+]
+
+_SETTINGS: Final = {
+    "max_new_tokens": "max_new_tokens",
+    "max_length": "max_new_tokens",
+    "do_sample": "temperature",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "repetition_penalty": "repetition_penalty",
+    "prompt_lookup_num_tokens": "prompt_lookup",
+}
+"""Options of `generation` that are settings of their own -> the setting."""
+
+
+class GenerationTexts(TypedDict, total=False):
+    """Options of `generation` that are text, whatever the text looks like."""
+
+    stop_strings: list[str] | str
+    cache_implementation: str | None
+    num_assistant_tokens_schedule: str
+    speculation_type: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +91,15 @@ class SamplingSettings(EdgeSettings):
         for name in ("top_k", "prompt_lookup"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}: got {getattr(self, name)}, want 0 or more")
+
+        # Of two values for one thing one would count for nothing, and settings alone are checked.
+        if twice := sorted(_SETTINGS.keys() & self.generation.keys()):
+            name = twice[0]
+            raise UsageError(
+                f"generation: {name} is a setting of its own: give {_SETTINGS[name]} instead"
+            )
+        if self.stop and "stop_strings" in self.generation:
+            raise UsageError("generation: give stop or stop_strings, not both")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -140,16 +178,17 @@ class EvalSettings(EdgeSettings):
     GROUPS: ClassVar[dict[str, str]] = {
         "connection": EdgeSettings.GROUPS["connection"],
         "adapter": "adapter",
-        "data": "data limit batch_size",
+        "data": "data columns limit batch_size",
         "result": "exact_match max_new_tokens output",
         "privacy": EdgeSettings.GROUPS["privacy"],
         "computing": EdgeSettings.GROUPS["computing"],
     }
 
     data: str
-    """A .jsonl or .csv file, or a Hugging Face data set id (org/name or org/name:split). Rows as
-    for training, or with `prompt`, `choices` and `answer` (the right choice, as text or as a number
-    from 0)."""
+    """Files, or a Hugging Face data set, as for training. Rows as there, or with `prompt`,
+    `choices` and `answer` (the right choice, as text or as a number from 0)."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Names of columns in the data, as for training: prompt=question,answer=label."""
     adapter: Path | None = None
     """Adapter folder, as `dlora train` or peft writes it; default: the served model as it is."""
     exact_match: bool = False
@@ -166,6 +205,7 @@ class EvalSettings(EdgeSettings):
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
         super().__post_init__()
+        check_columns(self.columns)
         for name in ("batch_size", "max_new_tokens", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -178,7 +218,7 @@ class ApiSettings(EdgeSettings):
 
     GROUPS: ClassVar[dict[str, str]] = {
         "connection": EdgeSettings.GROUPS["connection"],
-        "adapter": "adapter",
+        "adapter": "adapter adapters",
         "the API": "name host port api_key max_new_tokens prompt_lookup",
         "privacy": EdgeSettings.GROUPS["privacy"],
         "computing": EdgeSettings.GROUPS["computing"],
@@ -186,6 +226,8 @@ class ApiSettings(EdgeSettings):
 
     adapter: Path | None = None
     """Adapter folder, as `dlora train` or peft writes it; default: the served model as it is."""
+    adapters: dict[str, Path] = field(default_factory=dict)
+    """Several adapters by name instead, name=folder,name=folder: `model` of a request picks one."""
     name: str | None = None
     """Model name that apps use. Default: the adapter's folder name, or the served model's id."""
     host: str = "127.0.0.1"
@@ -203,6 +245,8 @@ class ApiSettings(EdgeSettings):
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
         super().__post_init__()
+        if self.adapters and (self.adapter is not None or self.name is not None):
+            raise UsageError("adapters: they have names; leave adapter and name out")
         if not 0 <= self.port < 65536:
             raise UsageError(f"port: got {self.port}, want 0 to 65535")
         if self.max_new_tokens < 1:

@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
-from dlora.errors import UsageError
+from dlora.extras import missing_extra
 from dlora.files import write_json
 
 __all__ = ["check_drawing", "draw_recovery", "write_audit"]
@@ -25,9 +25,7 @@ def check_drawing() -> None:
         import jinja2  # noqa: F401
         import matplotlib
     except ImportError as error:
-        raise UsageError(
-            '`dlora audit` draws with matplotlib: pip install "dlora[report]"'
-        ) from error
+        raise missing_extra("report", "`dlora audit`") from error
     matplotlib.use("agg")
 
 

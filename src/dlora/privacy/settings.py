@@ -48,6 +48,7 @@ class AuditSettings(AccessSettings):
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
+        super().__post_init__()
         for name in ("rows", "sites"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: got {getattr(self, name)}, want at least 1")

@@ -86,7 +86,7 @@ class FileInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ..., sha256: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_tokens", "max_length", "max_message_bytes", "max_inflight_bytes", "bytes_per_token", "bytes_per_token_squared", "cache_bytes_per_token", "deep_rollback")
+    __slots__ = ("max_tokens", "max_length", "max_message_bytes", "max_inflight_bytes", "bytes_per_token", "bytes_per_token_squared", "cache_bytes_per_token", "deep_rollback", "cache_bytes_per_sequence", "no_rollback", "whole_prompts")
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -95,6 +95,9 @@ class Limits(_message.Message):
     BYTES_PER_TOKEN_SQUARED_FIELD_NUMBER: _ClassVar[int]
     CACHE_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     DEEP_ROLLBACK_FIELD_NUMBER: _ClassVar[int]
+    CACHE_BYTES_PER_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    NO_ROLLBACK_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_PROMPTS_FIELD_NUMBER: _ClassVar[int]
     max_tokens: int
     max_length: int
     max_message_bytes: int
@@ -103,10 +106,13 @@ class Limits(_message.Message):
     bytes_per_token_squared: float
     cache_bytes_per_token: int
     deep_rollback: bool
-    def __init__(self, max_tokens: _Optional[int] = ..., max_length: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_inflight_bytes: _Optional[int] = ..., bytes_per_token: _Optional[float] = ..., bytes_per_token_squared: _Optional[float] = ..., cache_bytes_per_token: _Optional[int] = ..., deep_rollback: _Optional[bool] = ...) -> None: ...
+    cache_bytes_per_sequence: int
+    no_rollback: bool
+    whole_prompts: bool
+    def __init__(self, max_tokens: _Optional[int] = ..., max_length: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_inflight_bytes: _Optional[int] = ..., bytes_per_token: _Optional[float] = ..., bytes_per_token_squared: _Optional[float] = ..., cache_bytes_per_token: _Optional[int] = ..., deep_rollback: _Optional[bool] = ..., cache_bytes_per_sequence: _Optional[int] = ..., no_rollback: _Optional[bool] = ..., whole_prompts: _Optional[bool] = ...) -> None: ...
 
 class Description(_message.Message):
-    __slots__ = ("protocol_version", "software_version", "model_id", "fingerprint", "config_json", "compute_dtype", "embedding_width", "hidden_width", "sites", "wire_dtypes", "limits", "edge_files", "replicas", "layers")
+    __slots__ = ("protocol_version", "software_version", "model_id", "fingerprint", "config_json", "compute_dtype", "embedding_width", "hidden_width", "sites", "wire_dtypes", "limits", "edge_files", "replicas", "layers", "head_width", "full_head", "all_rows", "tables")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
@@ -121,6 +127,10 @@ class Description(_message.Message):
     EDGE_FILES_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_WIDTH_FIELD_NUMBER: _ClassVar[int]
+    FULL_HEAD_FIELD_NUMBER: _ClassVar[int]
+    ALL_ROWS_FIELD_NUMBER: _ClassVar[int]
+    TABLES_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     software_version: str
     model_id: str
@@ -135,7 +145,11 @@ class Description(_message.Message):
     edge_files: _containers.RepeatedCompositeFieldContainer[FileInfo]
     replicas: _containers.RepeatedScalarFieldContainer[str]
     layers: DecoderLayers
-    def __init__(self, protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., model_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., config_json: _Optional[str] = ..., compute_dtype: _Optional[str] = ..., embedding_width: _Optional[int] = ..., hidden_width: _Optional[int] = ..., sites: _Optional[_Iterable[_Union[SiteInfo, _Mapping]]] = ..., wire_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., edge_files: _Optional[_Iterable[_Union[FileInfo, _Mapping]]] = ..., replicas: _Optional[_Iterable[str]] = ..., layers: _Optional[_Union[DecoderLayers, _Mapping]] = ...) -> None: ...
+    head_width: int
+    full_head: bool
+    all_rows: bool
+    tables: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., model_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., config_json: _Optional[str] = ..., compute_dtype: _Optional[str] = ..., embedding_width: _Optional[int] = ..., hidden_width: _Optional[int] = ..., sites: _Optional[_Iterable[_Union[SiteInfo, _Mapping]]] = ..., wire_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., edge_files: _Optional[_Iterable[_Union[FileInfo, _Mapping]]] = ..., replicas: _Optional[_Iterable[str]] = ..., layers: _Optional[_Union[DecoderLayers, _Mapping]] = ..., head_width: _Optional[int] = ..., full_head: _Optional[bool] = ..., all_rows: _Optional[bool] = ..., tables: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DecoderLayers(_message.Message):
     __slots__ = ("count", "width", "in_tuple", "max_first", "max_last", "files")
@@ -276,7 +290,7 @@ class Codecs(_message.Message):
     def __init__(self, x: _Optional[_Union[DType, str]] = ..., dx: _Optional[_Union[DType, str]] = ..., deltas: _Optional[_Union[DType, str]] = ..., delta_grads: _Optional[_Union[DType, str]] = ..., ends: _Optional[_Union[DType, str]] = ..., factors: _Optional[_Union[DType, str]] = ...) -> None: ...
 
 class Begin(_message.Message):
-    __slots__ = ("protocol_version", "fingerprint", "wire_dtype", "training", "batch", "length", "attention_mask", "position_ids", "dense", "keep", "sites", "embeddings", "cache_length", "rollback", "factored", "idle", "probe", "edge_first", "edge_last", "wants_input_grad", "hosted", "modules", "dropout_seed", "codecs", "drop_input_grads", "module_frames")
+    __slots__ = ("protocol_version", "fingerprint", "wire_dtype", "training", "batch", "length", "attention_mask", "position_ids", "dense", "keep", "sites", "embeddings", "cache_length", "rollback", "factored", "idle", "probe", "edge_first", "edge_last", "wants_input_grad", "hosted", "modules", "dropout_seed", "codecs", "drop_input_grads", "module_frames", "rank")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -303,6 +317,7 @@ class Begin(_message.Message):
     CODECS_FIELD_NUMBER: _ClassVar[int]
     DROP_INPUT_GRADS_FIELD_NUMBER: _ClassVar[int]
     MODULE_FRAMES_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     fingerprint: str
     wire_dtype: DType
@@ -329,7 +344,8 @@ class Begin(_message.Message):
     codecs: Codecs
     drop_input_grads: bool
     module_frames: int
-    def __init__(self, protocol_version: _Optional[int] = ..., fingerprint: _Optional[str] = ..., wire_dtype: _Optional[_Union[DType, str]] = ..., training: _Optional[bool] = ..., batch: _Optional[int] = ..., length: _Optional[int] = ..., attention_mask: _Optional[bytes] = ..., position_ids: _Optional[_Iterable[int]] = ..., dense: _Optional[bool] = ..., keep: _Optional[_Iterable[int]] = ..., sites: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., embeddings: _Optional[_Union[Tensor, _Mapping]] = ..., cache_length: _Optional[int] = ..., rollback: _Optional[bool] = ..., factored: _Optional[bool] = ..., idle: _Optional[_Iterable[_Union[IdleModule, _Mapping]]] = ..., probe: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., edge_first: _Optional[int] = ..., edge_last: _Optional[int] = ..., wants_input_grad: _Optional[bool] = ..., hosted: _Optional[bool] = ..., modules: _Optional[_Iterable[_Union[HostedModule, _Mapping]]] = ..., dropout_seed: _Optional[int] = ..., codecs: _Optional[_Union[Codecs, _Mapping]] = ..., drop_input_grads: _Optional[bool] = ..., module_frames: _Optional[int] = ...) -> None: ...
+    rank: int
+    def __init__(self, protocol_version: _Optional[int] = ..., fingerprint: _Optional[str] = ..., wire_dtype: _Optional[_Union[DType, str]] = ..., training: _Optional[bool] = ..., batch: _Optional[int] = ..., length: _Optional[int] = ..., attention_mask: _Optional[bytes] = ..., position_ids: _Optional[_Iterable[int]] = ..., dense: _Optional[bool] = ..., keep: _Optional[_Iterable[int]] = ..., sites: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., embeddings: _Optional[_Union[Tensor, _Mapping]] = ..., cache_length: _Optional[int] = ..., rollback: _Optional[bool] = ..., factored: _Optional[bool] = ..., idle: _Optional[_Iterable[_Union[IdleModule, _Mapping]]] = ..., probe: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., edge_first: _Optional[int] = ..., edge_last: _Optional[int] = ..., wants_input_grad: _Optional[bool] = ..., hosted: _Optional[bool] = ..., modules: _Optional[_Iterable[_Union[HostedModule, _Mapping]]] = ..., dropout_seed: _Optional[int] = ..., codecs: _Optional[_Union[Codecs, _Mapping]] = ..., drop_input_grads: _Optional[bool] = ..., module_frames: _Optional[int] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class Extend(_message.Message):
     __slots__ = ("drop", "order", "length", "attention_mask", "position_ids", "dense", "keep", "embeddings")

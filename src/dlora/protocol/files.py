@@ -12,8 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlora.proto import dlora_pb2 as pb
+from dlora.protocol.decoder import decoder_of, edge_parameters
+from dlora.protocol.weights import weight_of
 
-__all__ = ["ALLOWED_FILES", "describe_files", "write_edge_files"]
+__all__ = ["ALLOWED_FILES", "OUTSIDE", "describe_files", "write_edge_files"]
+
+OUTSIDE: Final = "outside."
+"""Before the names of what is neither embedding nor head, and runs on the edge."""
 
 # Written by save_pretrained of tokenizers, minus everything that can carry code or pickles.
 ALLOWED_FILES: Final = frozenset(
@@ -24,18 +29,32 @@ ALLOWED_FILES: Final = frozenset(
 
 
 def write_edge_files(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    called: set[str] | None = None,
 ) -> None:
     """Write what an edge needs beside decoder layers.
 
-    That is `edge.safetensors` (embedding.*, and head.* where not tied), generation config and
-    tokenizer.
+    That is `edge.safetensors` (embedding.*, head.* where not tied, and outside.* for all else that
+    one forward calls outside the decoder), generation config and tokenizer. `called`: names of the
+    modules that one forward calls there; None: whatever is there.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    weights = {f"embedding.{name}": _plain(value) for name, value in embedding.named_parameters()}
-    for name, value in head.named_parameters():
+    weights = {
+        f"embedding.{name}": _plain(weight_of(embedding, name))
+        for name, _ in embedding.named_parameters()
+    }
+    written = {id(value) for value in embedding.parameters()}
+    for name, value in [] if head is None else head.named_parameters():
         if value is not embedding.weight:
-            weights[f"head.{name}"] = _plain(value)
+            weights[f"head.{name}"] = _plain(weight_of(head, name))
+        written.add(id(value))
+    for name, value in edge_parameters(model, decoder_of(model), called):
+        if id(value) not in written:
+            place, _, own = name.rpartition(".")
+            weights[f"{OUTSIDE}{name}"] = _plain(weight_of(model.get_submodule(place), own))
+            written.add(id(value))
     save_file(weights, folder / "edge.safetensors")
 
     if model.generation_config is not None:

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dlora.protocol.layers import EdgeLayers, layer_of
+from dlora.protocol.decoder import decoder_of, prefix_of
+from dlora.protocol.layers import EdgeLayers, layer_of, num_layers
 
 __all__ = [
     "check_weights",
@@ -59,14 +60,11 @@ def values_by_file(model: nn.Module, decoder: nn.Module) -> dict[str, dict[str, 
 
     Returns file name -> {name in the model: tensor}.
     """
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
     inputs: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
     embedding = {id(parameter) for parameter in inputs.parameters()}
 
     files: dict[str, dict[str, Tensor]] = {}
-    for name, value in decoder.state_dict(
-        prefix=f"{prefix}." if prefix else "", keep_vars=True
-    ).items():
+    for name, value in decoder.state_dict(prefix=prefix_of(model, decoder), keep_vars=True).items():
         if id(value) not in embedding:
             layer = layer_of(name)
             files.setdefault(DECODER_FILE if layer < 0 else layer_file(layer), {})[name] = value
@@ -97,8 +95,8 @@ def write_layer_files(model: PreTrainedModel, first: int, last: int, folder: Pat
     Writes nothing where edges may run none.
     """
     if first or last:
-        count = model.config.get_text_config().num_hidden_layers
-        for name, weights in layer_weights(model, model.get_decoder(), count, first, last).items():
+        count = num_layers(model.config)
+        for name, weights in layer_weights(model, decoder_of(model), count, first, last).items():
             save_file(weights, folder / name)
 
 

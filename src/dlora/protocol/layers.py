@@ -26,6 +26,7 @@ __all__ = [
     "find_layers",
     "first_output",
     "layer_of",
+    "num_layers",
     "without_dropout",
     "wrap_layers",
 ]
@@ -74,19 +75,32 @@ def layer_of(name: str) -> int:
     return int(match.group(1)) if match else -1
 
 
-def find_layers(decoder: nn.Module, count: int) -> nn.ModuleList | None:
-    """The decoder's one list of `count` layers; None where there is not exactly one."""
-    lists = [
+def num_layers(config: Any) -> int:
+    """Decoder layers of a configuration; 0 where it does not say."""
+    count = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    return count if isinstance(count, int) else 0
+
+
+def find_layers(decoder: nn.Module, embedding: nn.Module, count: int) -> nn.ModuleList | None:
+    """The decoder's one list of `count` layers; None where there is not exactly one.
+
+    It stands beside the token embedding, or beside a module that holds that.
+    """
+    beside = [
         child
-        for child in decoder.children()
-        if isinstance(child, nn.ModuleList) and len(child) == count
+        for module in decoder.modules()
+        if any(inner is embedding for inner in module.modules())
+        for child in module.children()
+    ]
+    lists = [
+        child for child in beside if isinstance(child, nn.ModuleList) and 0 < count == len(child)
     ]
     return lists[0] if len(lists) == 1 else None
 
 
 def first_output(output: Any) -> Tensor:
-    """The hidden states of a layer's output, which is a tensor or a tuple."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    """The hidden states of a layer's output, which is a tensor, a tuple or a list."""
+    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden
 
 
@@ -125,7 +139,7 @@ def wrap_layers(
 
             def run(hidden_BTD: Tensor) -> Any:
                 output = own(hidden_BTD, *args, **kwargs)
-                _check_output(isinstance(output, tuple) == in_tuple, index, in_tuple)
+                _check_output(isinstance(output, tuple | list) == in_tuple, index, in_tuple)
                 return output
 
             return current.run_layer(index, hidden_BTD, run, skip)

@@ -15,6 +15,7 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from dlora.errors import PeerLost, UsageError
+from dlora.extras import missing_extra
 from dlora.protocol.address import LOOPBACK_ADDRESS
 from dlora.server.tenants import Tenancy, Tenant
 
@@ -117,9 +118,7 @@ def serve_metrics(server: Any, port: int) -> Iterator[int]:
     try:
         from prometheus_client import CollectorRegistry, make_wsgi_app
     except ImportError as error:
-        raise UsageError(
-            'metrics_port needs prometheus_client: pip install "dlora[server]"'
-        ) from error
+        raise missing_extra("server", "metrics_port") from error
 
     registry = CollectorRegistry()
     registry.register(
@@ -203,9 +202,7 @@ def _by_tenant(text: str) -> tuple[dict[str, dict[str, float]], float]:
     try:
         from prometheus_client.parser import text_string_to_metric_families
     except ImportError as error:
-        raise UsageError(
-            '`dlora status` needs prometheus_client: pip install "dlora[server]"'
-        ) from error
+        raise missing_extra("server", "`dlora status`") from error
 
     tenants: dict[str, dict[str, float]] = {}
     queue_length = 0.0

@@ -24,7 +24,7 @@ class ReplicaSettings:
 
     load: dict[str, Any]
     """Arguments of `load_cloud`, but for the limits."""
-    limits: dict[str, int]
+    limits: dict[str, Any]
     """Arguments of `cloud.Limits`."""
     options: ServerOptions
     host: str

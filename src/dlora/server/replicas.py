@@ -18,7 +18,8 @@ from typing import Any, Final
 import grpc
 from google.protobuf.message import DecodeError
 
-from dlora.errors import DLoRAError, PeerLost, UsageError
+from dlora.errors import DLoRAError, PeerLost
+from dlora.extras import missing_extra
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.address import LOOPBACK_ADDRESS, is_loopback
 from dlora.protocol.channel import MAX_MESSAGE_BYTES
@@ -78,7 +79,7 @@ class Front:
         try:
             import ray
         except ImportError as error:
-            raise UsageError('replicas are placed by Ray: pip install "dlora[ray]"') from error
+            raise missing_extra("ray", "replicas: Ray places them, which") from error
         self.ray, self.settings, self.scaling = ray, settings, scaling
         self.host, self.port, self.ray_address = host, port, ray_address
         self.replicas: list[_Known] = []

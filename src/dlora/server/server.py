@@ -65,7 +65,7 @@ class Server:
         self._folder = ScratchFolder("dlora-served-")
         self._layers = ScratchFolder("dlora-served-")
         folders = Path(self._folder.name), Path(self._layers.name)
-        write_edge_files(cloud.model, tokenizer, folders[0])
+        write_edge_files(cloud.model, tokenizer, folders[0], cloud.called_outside)
         write_layer_files(cloud.model, cloud.limits.edge_first, cloud.limits.edge_last, folders[1])
 
         self._service = Service(cloud, folders, self.options, identities, lines)

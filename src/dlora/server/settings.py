@@ -14,6 +14,7 @@ from typing import ClassVar, Final, Literal
 
 from dlora.cloud.limits import Limits
 from dlora.errors import UsageError
+from dlora.files import expand_homes
 from dlora.protocol.address import LOOPBACK_ADDRESS, LOOPBACK_NAME, is_loopback
 
 __all__ = ["KeysSettings", "ServeSettings", "ServerOptions", "StatusSettings"]
@@ -56,10 +57,11 @@ class ServeSettings:
     """Settings of `dlora serve`."""
 
     GROUPS: ClassVar[dict[str, str]] = {
-        "model": "model model_id device dtype quantize threads allow_modules edge_first edge_last",
+        "model": "model model_id device device_map max_memory dtype quantize threads allow_modules "
+        "edge_first edge_last",
         "address": "host port metrics_port",
         "who may call": "keys tls_cert tls_key client_ca identities insecure access_log",
-        "limits": "max_tokens max_length max_message_mib max_inflight_mib max_streams "
+        "limits": "max_tokens max_length max_message_mib max_inflight_mib recompute max_streams "
         "compute_slots edge_timeout_s",
         "shutdown": "drain_s",
         "replicas": "replicas max_replicas replica_ports ray_address replica_cpus replica_gpus",
@@ -77,6 +79,13 @@ class ServeSettings:
     """Port to listen on; 0 picks a free one."""
     device: str = "cpu"
     """Device of the model, for example cuda."""
+    device_map: str | None = None
+    """In place of `device`: spread the model over several. auto, balanced or sequential find places
+    by each device's memory; a JSON file names modules and their devices. What finds no room stays
+    in memory or on disk and is read for each use."""
+    max_memory: dict[str, str] = field(default_factory=dict)
+    """With device_map: the most that weights may take of each device, such as '{0: 20GiB, 1: 20GiB,
+    cpu: 60GiB}'; default: what is free."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Compute dtype of the model."""
     quantize: Literal["none", "int8", "int4", "nf4"] = "none"
@@ -97,6 +106,9 @@ class ServeSettings:
     """Largest message in MiB."""
     max_inflight_mib: int = Limits.max_inflight_bytes >> 20
     """Activations kept for all micro-batches in flight, in MiB."""
+    recompute: bool = Limits.recompute
+    """Keep of every layer its input and what its edge answered, and run it again in backward: less
+    memory for each micro-batch that waits, more compute. Gradients stay what they are."""
     max_streams: int = ServerOptions.max_streams
     """Micro-batches in flight."""
     compute_slots: int = ServerOptions.compute_slots
@@ -157,6 +169,7 @@ class ServeSettings:
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
+        expand_homes(self)
         self._check_replicas()
         self._check_protection()
         self._check_numbers()
@@ -219,6 +232,8 @@ class ServeSettings:
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: got {getattr(self, name)}, want at least 1")
 
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"threads: got {self.threads}, want at least 1")
         if not 0 <= self.port < 65536:
             raise UsageError(f"port: got {self.port}, want 0 to 65535")
         if self.max_message_mib > 2047:
@@ -255,6 +270,7 @@ class KeysSettings:
 
     def __post_init__(self) -> None:
         """Raises UsageError for actions that lack what they need."""
+        expand_homes(self)
         if self.action in ("tenant", "token", "certificate") and self.tenant is None:
             raise UsageError(f"keys {self.action} needs --tenant NAME")
         if self.output is not None and self.action != "token":

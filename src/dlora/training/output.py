@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +21,7 @@ from dlora.errors import UsageError
 from dlora.runs import KEPT_FILE, RunFolder, read_kept
 from dlora.training.settings import TrainSettings
 
-__all__ = ["check_output", "first_values", "no_folders_if_refused"]
+__all__ = ["began", "check_output", "first_values"]
 
 log = logging.getLogger(__name__)
 
@@ -33,17 +31,11 @@ _PACKAGES: Final = ("dlora", "torch", "transformers", "peft", "trl", "grpcio")
 def check_output(settings: TrainSettings, link: Link) -> None:
     """Raises UsageError for an output folder that this run may not use. Writes nothing."""
     folder = RunFolder(settings.output)
-    if folder.run_file.is_file():
-        if not settings.resume:
-            raise UsageError(
-                f"{folder.path} already holds a run: continue it with --resume, or use another "
-                "folder"
-            )
-        _check_same_run(_read(folder.run_file), folder.run_file, settings, link)
-        return
     if not settings.resume:
-        if folder.path.is_dir() and any(folder.path.iterdir()):
-            raise UsageError(f"{folder.path} is not empty: use a new folder")
+        folder.check_new()
+        return
+    if folder.run_file.is_file():
+        _check_same_run(_read(folder.run_file), folder.run_file, settings, link)
         return
 
     # run.json is gone; every checkpoint keeps one.
@@ -94,23 +86,6 @@ def began(folder: RunFolder, checkpoint: Path | None) -> dict[str, str]:
     if not kept and checkpoint is not None and folder.run_file.is_file():
         kept = _read(folder.run_file)
     return {"started": kept["started"]} if "started" in kept else {}
-
-
-@contextmanager
-def no_folders_if_refused(folder: RunFolder) -> Iterator[None]:
-    """Take away again, if the body raises, the empty folders that it made.
-
-    The trainer's constructor makes the folder for checkpoints, before all is checked.
-    """
-    inside_out = (folder.checkpoints, folder.path, *folder.path.parents)
-    missing = [path for path in inside_out if not path.exists()]
-    try:
-        yield
-    except BaseException:
-        for path in missing:
-            with suppress(OSError):  # it was never made, or it is not empty
-                path.rmdir()
-        raise
 
 
 def first_values(settings: TrainSettings, link: Link) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from dlora.errors import UsageError
+from dlora.extras import missing_extra
 from dlora.runs import Run, load_run
 
 __all__ = ["write_report"]
@@ -35,9 +35,7 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
     try:
         import matplotlib
     except ImportError as error:
-        raise UsageError(
-            '`dlora report` draws with matplotlib: pip install "dlora[report]"'
-        ) from error
+        raise missing_extra("report", "`dlora report`") from error
     matplotlib.use("agg")
     from jinja2 import Environment
     from matplotlib import pyplot

@@ -4,24 +4,56 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import random
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
+from dlora.edge.data import load_rows
 from dlora.edge.labels import IGNORE
 from dlora.errors import DataError, UsageError
 from dlora.runs import RunFolder
 from dlora.training.settings import TrainSettings
 
-__all__ = ["check_same_rows", "digest", "fit_rows"]
+__all__ = ["check_same_rows", "digest", "fit_rows", "rows_of"]
 
 log = logging.getLogger(__name__)
 
 _PER_TOKEN: Final = ("input_ids", "completion_mask", "assistant_masks", "labels")
 
 
-def fit_rows(rows: Dataset, origins: list[str], settings: TrainSettings) -> Dataset:
+def rows_of(
+    settings: TrainSettings, tokenizer: PreTrainedTokenizerBase
+) -> tuple[tuple[Dataset, Sequence[str]], tuple[Dataset | None, Sequence[str]]]:
+    """Rows to train on and rows to evaluate, each with where they stand. Raises DataError."""
+    chat = bool(tokenizer.chat_template)
+    rows, origins = load_rows(settings.data, settings.columns, chat=chat)
+    if settings.eval_data is not None:
+        return (rows, origins), load_rows(settings.eval_data, settings.columns, chat=chat)
+    if not settings.val_size:
+        return (rows, origins), (None, [])
+
+    number = settings.val_size if settings.val_size >= 1 else settings.val_size * len(rows)
+    held_out = max(1, round(number))
+    if held_out >= len(rows):
+        raise DataError(
+            f"{settings.data}: val_size {settings.val_size:g} holds out {held_out} of {len(rows)} "
+            "rows: nothing is left to learn"
+        )
+
+    # A choice of its own seed, in the order of the data.
+    chosen = sorted(random.Random(settings.seed).sample(range(len(rows)), held_out))
+    rest = sorted(set(range(len(rows))).difference(chosen))
+    train, held = (
+        (rows.select(indices), [origins[index] for index in indices]) for indices in (rest, chosen)
+    )
+    return train, held
+
+
+def fit_rows(rows: Dataset, origins: Sequence[str], settings: TrainSettings) -> Dataset:
     """Apply `max_length` to trl's rows, and look whether they have labels.
 
     `origins` says where each row came from. Raises DataError for rows that are too long, where
@@ -32,7 +64,7 @@ def fit_rows(rows: Dataset, origins: list[str], settings: TrainSettings) -> Data
     if over:
         _refuse_or_warn(over, lengths, origins, settings)
 
-    kept = list(range(len(rows)))
+    kept: Sequence[int] = range(len(rows))
     if over and settings.overlong == "drop":
         kept = [index for index, length in enumerate(lengths) if length <= settings.max_length]
         if not kept:
@@ -42,12 +74,12 @@ def fit_rows(rows: Dataset, origins: list[str], settings: TrainSettings) -> Data
         rows = rows.select(kept)
     elif over:
         rows = _truncated(rows, settings.max_length)
-    _check_labels(rows, [origins[index] for index in kept], truncated=set(over) & set(kept))
+    _check_labels(rows, origins, kept, truncated=set(over).intersection(kept))
     return rows
 
 
 def _refuse_or_warn(
-    over: list[int], lengths: list[int], origins: list[str], settings: TrainSettings
+    over: list[int], lengths: list[int], origins: Sequence[str], settings: TrainSettings
 ) -> None:
     """What there is to say about rows that are too long."""
     if settings.overlong == "error":
@@ -68,10 +100,13 @@ def _truncated(rows: Dataset, limit: int) -> Dataset:
     return rows.map(lambda row: {name: row[name][:limit] for name in columns}, desc="Truncating")
 
 
-def _check_labels(rows: Dataset, origins: list[str], truncated: set[int]) -> None:
+def _check_labels(
+    rows: Dataset, origins: Sequence[str], kept: Sequence[int], truncated: set[int]
+) -> None:
     """Warn of rows that teach nothing; DataError if that is all of them.
 
-    The first token is predicted from nothing, so its label counts for nothing.
+    `kept` has the rows' places among `origins`. The first token is predicted from nothing, so its
+    label counts for nothing.
     """
     if "labels" not in rows.column_names:
         return
@@ -87,10 +122,9 @@ def _check_labels(rows: Dataset, origins: list[str], truncated: set[int]) -> Non
     if truncated.intersection(empty):
         why += ", as max_length cuts before the completion begins"
     if len(empty) == len(rows):
-        raise DataError(f"{origins[0]}: like all {len(rows)} rows it has {why}")
-    log.warning(
-        "%d of %d rows have %s; the first is %s", len(empty), len(rows), why, origins[empty[0]]
-    )
+        raise DataError(f"{origins[kept[0]]}: like all {len(rows)} rows it has {why}")
+    first = origins[kept[empty[0]]]
+    log.warning("%d of %d rows have %s; the first is %s", len(empty), len(rows), why, first)
 
 
 # ----------------------------------------------------------------- the same rows

@@ -23,8 +23,9 @@ from dlora.edge.model import SplitModel
 from dlora.errors import PeerLost
 from dlora.privacy.recording import Recorder
 from dlora.runs import RunFolder, step_of
+from dlora.training.card import write_run_card
 from dlora.training.ending import failure, results, way_on
-from dlora.training.output import began, check_output, first_values, no_folders_if_refused
+from dlora.training.output import began, check_output, first_values
 from dlora.training.parts import follow_parts
 from dlora.training.run_lock import alone_in_output
 from dlora.training.settings import TrainSettings
@@ -48,13 +49,12 @@ def train(settings: TrainSettings, link: Link) -> dict[str, Any]:
 
     # What can be refused is refused here: until it is over nothing is written into the folder.
     check_output(settings, link)
-    with no_folders_if_refused(folder):
-        set_seed(settings.seed)
-        tokenizer = load_tokenizer(link)
-        recorder = Recorder(folder.recording, settings.record) if settings.record else None
-        model = _build_model(settings, link if recorder is None else recorder.link(link))
-        trainer = build_trainer(settings, model, tokenizer)
-        trainer.add_callback(SayWaiting(settings, model))  # after Kill and Revive has decided
+    set_seed(settings.seed)
+    tokenizer = load_tokenizer(link)
+    recorder = Recorder(folder.recording, settings.record) if settings.record else None
+    model = _build_model(settings, link if recorder is None else recorder.link(link))
+    trainer = build_trainer(settings, model, tokenizer)
+    trainer.add_callback(SayWaiting(settings, model))  # after Kill and Revive has decided
 
     checkpoint = folder.last_checkpoint() if settings.resume else None
     if settings.resume:
@@ -87,6 +87,7 @@ def train(settings: TrainSettings, link: Link) -> dict[str, Any]:
     run["status"] = "interrupted" if trainer.stop.asked else "finished"
     run |= results(trainer)
     folder.write(run)
+    write_run_card(folder, run)
     return run
 
 

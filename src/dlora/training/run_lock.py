@@ -13,6 +13,7 @@ from typing import Any
 
 from dlora.edge.link import Link
 from dlora.errors import UsageError
+from dlora.runs import RunFolder
 from dlora.training.settings import TrainSettings
 
 __all__ = ["alone_in_output", "run_lock"]
@@ -24,10 +25,13 @@ log = logging.getLogger(__name__)
 def run_lock(folder: Path) -> Iterator[None]:
     """Hold a run's folder, and make it if need be; what was made and is empty goes afterwards.
 
+    The trainer makes the folder for checkpoints, before all is checked.
+
     The system gives the lock back whatever ends the process. Raises UsageError if another process
     holds it.
     """
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    inside_out = (RunFolder(folder).checkpoints, folder, *folder.parents)
+    missing = [path for path in inside_out if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -36,7 +40,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     finally:
         os.close(handle)
         for path in missing:
-            with suppress(OSError):  # it holds something by now
+            with suppress(OSError):  # it was never made, or it holds something by now
                 path.rmdir()
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
+from dlora.edge.data_forms import check_columns
 from dlora.edge.noise import Noise
 from dlora.edge.options import (
     InFlight,
@@ -18,17 +19,12 @@ from dlora.edge.options import (
 )
 from dlora.edge.settings import AccessSettings, EdgeSettings, target_names
 from dlora.errors import UsageError
+from dlora.files import expand_homes
 from dlora.kill_revive.config import KillReviveConfig, from_options
 from dlora.training.link_speed import link_speed
+from dlora.training.trainer_settings import check_trainer
 
 __all__ = ["PlanSettings", "ReportSettings", "TrainSettings"]
-
-# Given to the trainer by `trainer_arguments`, or fixed because the split needs it.
-_RESERVED: Final = frozenset(
-    "output_dir fp16 bf16 gradient_checkpointing packing padding_free max_length push_to_hub "
-    "remove_unused_columns resume_from_checkpoint completion_only_loss assistant_only_loss "
-    "dataloader_num_workers".split()
-)
 
 _OF_THE_TABLE: Final = (
     *("wire", "wire_dtype", "input_grad", "in_flight", "sites"),
@@ -43,7 +39,7 @@ class TrainSettings(EdgeSettings):
 
     GROUPS: ClassVar[dict[str, str]] = {
         "connection": f"{EdgeSettings.GROUPS['connection']} input_grad in_flight",
-        "data": "data max_length overlong batch_size",
+        "data": "data columns val_size max_length overlong batch_size",
         "adapter": "adapter kind r lora_alpha lora_dropout target_modules use_rslora rank_pattern "
         "alpha_pattern activation scale",
         "optimizer": "learning_rate epochs max_steps gradient_accumulation_steps optim "
@@ -57,8 +53,13 @@ class TrainSettings(EdgeSettings):
     }
 
     data: str
-    """Training data: a .jsonl or .csv file, or a Hugging Face data set id (org/name or
-    org/name:split). Rows have `prompt` and `completion`, or `messages`, or `text`."""
+    """Training data: JSON lines or an array, .csv, .tsv, .parquet or .txt; several files with
+    commas, or a folder; or a Hugging Face data set (org/name or org/name:split). Rows have `prompt`
+    and `completion`, `messages`, `text`, or the columns of Alpaca or ShareGPT."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Names of columns in the data, where they are others: prompt=question,completion=answer."""
+    val_size: float = 0.0
+    """Rows of `data` to hold out in place of eval_data: a share (under 1), or a number."""
     output: Path
     """Folder for the adapter, run.json and checkpoints."""
     in_flight: InFlight = SplitOptions.in_flight
@@ -158,7 +159,7 @@ class TrainSettings(EdgeSettings):
     `output`/recording, with the text it came from: the folder holds private data. 24 batches of 16
     rows are enough."""
     trainer: dict[str, Any] = field(default_factory=dict)
-    """More arguments for trl.SFTConfig, by name."""
+    """More arguments for trl.SFTConfig, by name; what is a setting is given as one."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work, all checks here and nowhere else."""
@@ -167,15 +168,20 @@ class TrainSettings(EdgeSettings):
         check_in_flight(self.in_flight, self.wire)
         self._check_adapter()
         self._check_amounts()
+        self._check_data()
         self._check_evaluation()
         self._check_kill_revive()
         if self.output.exists() and not self.output.is_dir():
             raise UsageError(f"output: {self.output} is a file, want a folder")
-        if reserved := sorted(_RESERVED & self.trainer.keys()):
-            raise UsageError(f"trainer: {', '.join(reserved)} cannot be set here")
+        check_trainer(self.trainer)
 
     def _check_adapter(self) -> None:
         self._check_least("r", 1)
+        for name in ("lora_alpha", "scale"):
+            if getattr(self, name) == 0:
+                raise UsageError(f"{name}: got 0, with which the adapter does nothing")
+        if zero := [key for key, alpha in self.alpha_pattern.items() if alpha == 0]:
+            raise UsageError(f"alpha_pattern: {zero[0]}: got 0, with which it does nothing")
         if not 0 <= self.lora_dropout < 1:
             raise UsageError(f"lora_dropout: got {self.lora_dropout}, want a value in [0, 1)")
         if self.kind == "lora":
@@ -211,23 +217,42 @@ class TrainSettings(EdgeSettings):
 
         if self.max_steps < 1 and self.max_steps != -1:
             raise UsageError(f"max_steps: got {self.max_steps}, want at least 1, or -1 for epochs")
-        if self.max_steps < 1 and self.epochs <= 0:
-            raise UsageError("give epochs or max_steps: both are zero or negative")
-        if self.learning_rate <= 0:
+        if self.max_steps < 1 and not 0 < self.epochs < math.inf:
+            raise UsageError(f"epochs: got {self.epochs}, want more than 0, or give max_steps")
+        if not 0 < self.learning_rate < math.inf:
             raise UsageError(f"learning_rate: got {self.learning_rate}, want a positive number")
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm"):
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"{name}: got {getattr(self, name)}, want 0 or more")
+
+    def _check_data(self) -> None:
+        """Names of columns, and what is held out."""
+        check_columns(self.columns)
+        if self.val_size < 0 or (self.val_size > 1 and self.val_size % 1):
+            raise UsageError(
+                f"val_size: got {self.val_size:g}, want a share under 1 or a whole number of rows"
+            )
+        if self.val_size and self.eval_data is not None:
+            raise UsageError("val_size: rows are held out in place of eval_data: give one of them")
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there are held-out rows."""
+        return self.eval_data is not None or self.val_size > 0
 
     def _check_evaluation(self) -> None:
         """Evaluations, the checkpoints that go with them, and stopping by them."""
         self._check_least("eval_steps", 1)
         self._check_least("save_steps", 1)
+        self._check_least("save_total_limit", 1)
         if not 0 <= self.save_minutes < math.inf:
             raise UsageError(f"save_minutes: got {self.save_minutes}, want 0 or more")
         self._check_least("early_stopping_patience", 1)
-        if self.early_stopping_patience is not None and self.eval_data is None:
-            raise UsageError("early_stopping_patience needs eval_data")
+        if self.early_stopping_patience is not None and not self.evaluates:
+            raise UsageError("early_stopping_patience needs eval_data or val_size")
 
         # The best adapter can only be kept of evaluations at which one is saved.
-        if self.eval_data is None or not self.keep_best or not self.save_steps:
+        if not self.evaluates or not self.keep_best or not self.save_steps:
             return
         if self.eval_steps is None or self.save_steps % self.eval_steps:
             raise UsageError(
@@ -286,7 +311,10 @@ class TrainSettings(EdgeSettings):
         free |= {"save_minutes"}
         free |= {field.name for field in dataclasses.fields(AccessSettings)}
         # A run of an earlier version lacks what came later, and ran as the default says.
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        defaults = {
+            one.name: one.default if one.default_factory is MISSING else one.default_factory()
+            for one in dataclasses.fields(self)
+        }
         return [
             name
             for name, value in self.as_dict().items()
@@ -392,3 +420,7 @@ class ReportSettings:
     """Folders of runs, as `dlora train` writes them. Others are compared with the first."""
     output: Path = Path("report")
     """Folder for report.html and the figures as PNG files."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for paths in a home that is not there."""
+        expand_homes(self)

@@ -18,9 +18,8 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
-from dlora.edge.data import load_rows
 from dlora.edge.model import SplitModel
-from dlora.edge.templates import TOKENISING_ERRORS, name_refused_row
+from dlora.edge.templates import TOKENISING_ERRORS, check_end, name_refused_row
 from dlora.errors import UsageError
 from dlora.files import write_json
 from dlora.formulas import pass_bytes
@@ -36,7 +35,7 @@ from dlora.training.checkpoints import (
     sync_checkpoint,
 )
 from dlora.training.last_finished import LastFinished
-from dlora.training.rows import check_same_rows, digest, fit_rows
+from dlora.training.rows import check_same_rows, digest, fit_rows, rows_of
 from dlora.training.settings import TrainSettings
 
 __all__ = ["SplitTrainer", "build_trainer"]
@@ -154,6 +153,9 @@ class SplitTrainer(SFTTrainer):
             kept={folder} | ({Path(best)} if best else set()),
         )
 
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """None beside the checkpoints: the run writes one, of what it was and cost."""
+
     def save_finished(self) -> bool:
         """On any ending: save the last finished step, where it is not yet; whether it is saved."""
         return save_finished(self, self.finished)
@@ -176,14 +178,13 @@ def build_trainer(
 
     Raises UsageError for arguments, and DataError for rows, that cannot work.
     """
-    rows, origins = load_rows(settings.data)
-    eval_rows, eval_origins = load_rows(settings.eval_data) if settings.eval_data else (None, [])
+    (rows, origins), (eval_rows, eval_origins) = rows_of(settings, tokenizer)
     try:
         arguments = SFTConfig(**trainer_arguments(settings))
     except (TypeError, ValueError, ImportError) as error:
         raise UsageError(f"training arguments: {str(error).splitlines()[0]}") from error
 
-    _check_end(tokenizer)
+    check_end(tokenizer)
     folder, config = RunFolder(settings.output), settings.kill_revive
     patience = settings.early_stopping_patience
     early_stopping = None if patience is None else EarlyStoppingCallback(patience)
@@ -219,15 +220,6 @@ def build_trainer(
     return trainer
 
 
-def _check_end(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UsageError for a tokenizer without an end token, which trl needs."""
-    if tokenizer.eos_token is None:
-        raise UsageError(
-            "this model's tokenizer has no end token (eos_token), so that no answer could be "
-            "taught to end: name one in the served model's tokenizer_config.json"
-        )
-
-
 def _digests(trainer: SplitTrainer) -> dict[str, dict[str, Any]]:
     """What the rows are, by the setting that they come from."""
     rows = {"data": trainer.train_dataset, "eval_data": trainer.eval_dataset}
@@ -236,8 +228,7 @@ def _digests(trainer: SplitTrainer) -> dict[str, dict[str, Any]]:
 
 def trainer_arguments(settings: TrainSettings) -> dict[str, Any]:
     """These settings as arguments of trl.SFTConfig."""
-    evaluates = settings.eval_data is not None
-    eval_steps = settings.eval_steps
+    evaluates, eval_steps = settings.evaluates, settings.eval_steps
     save_steps = settings.save_steps or eval_steps
     return {
         # Optimizer and schedule.
@@ -273,6 +264,8 @@ def trainer_arguments(settings: TrainSettings) -> dict[str, Any]:
         # Length is checked by `fit_rows`, with file and line.
         "max_length": None,
         "completion_only_loss": None,
+        # The routers of a mixture are in the cloud: their own loss cannot be added here.
+        "router_aux_loss_coef": 0.0,
         # Half precision is the cloud's choice; the adapter trains in fp32. There are no layers here
         # to checkpoint, and worker processes must not be forked while a gRPC channel is open.
         "use_cpu": settings.device == "cpu",
@@ -311,7 +304,6 @@ def _check_room(rows: Dataset, arguments: SFTConfig, limits: pb.Limits, *, train
             "and set overlong to drop or truncate" + (", or lower pad_to" if pad_to else "")
         )
 
-    # What the trainer really uses counts, not the setting: `trainer` may have changed it.
     size = arguments.per_device_train_batch_size
     batch = min(size if training else arguments.per_device_eval_batch_size, len(rows))
     tokens, needed = batch * padded, 0.0

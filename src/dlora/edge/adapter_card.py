@@ -1,0 +1,70 @@
+"""What the README of an adapter's folder says, and what is said where adapters would be merged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NoReturn
+
+from huggingface_hub import ModelCardData
+from peft import PeftModel
+
+from dlora.errors import UsageError
+
+__all__ = ["card_head", "how_to_load", "refuse_merging", "write_card"]
+
+
+def write_card(model: PeftModel, output_dir: str) -> None:
+    """Write README.md of an adapter's folder: base, kind, how to load it. One that is there stays.
+
+    Takes the place of peft's method, whose template asks for what nobody has filled in.
+    """
+    file = Path(output_dir) / "README.md"
+    if file.exists():
+        return
+    base = model.get_base_model().name_or_path
+    config = model.active_peft_config
+    text = (
+        f"{card_head(base)}\n# A LoRA adapter for {base}\n\n"
+        f"Rank {config.r}, alpha {config.lora_alpha}, on {_targets(config.target_modules)}. Made "
+        f"with DLoRA.\n\n{how_to_load(base, Path(output_dir).name)}"
+    )
+    file.write_text(text, encoding="utf-8")
+
+
+def card_head(base: str) -> str:
+    """The lines that programs read: base, library, task."""
+    data = ModelCardData(
+        base_model=base,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["dlora", "lora"],
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def how_to_load(base: str, folder: str, *, bottleneck: bool = False) -> str:
+    """The section on using an adapter, with the base at hand and without."""
+    library, call = "from peft import PeftModel", "PeftModel.from_pretrained"
+    if bottleneck:  # which peft does not know
+        library, call = "import dlora", "dlora.apply_bottleneck"
+    return (
+        "## How to load it\n\nWhere the base model is:\n\n```python\n"
+        f"{library}\nfrom transformers import AutoModelForCausalLM\n\n"
+        f"base = AutoModelForCausalLM.from_pretrained({base!r})\n"
+        f"model = {call}(base, {folder!r})\n```\n\n"
+        "With the base model in the cloud, and text and adapter here:\n\n```\n"
+        f"dlora generate --server HOST:PORT --adapter {folder} --prompt ...\n```\n"
+    )
+
+
+def _targets(targets: Any) -> str:
+    return ", ".join(sorted(targets)) if isinstance(targets, set | list) else str(targets)
+
+
+def refuse_merging(*_: Any, **__: Any) -> NoReturn:
+    """In place of peft's `merge_and_unload` and `merge_adapter`. Raises UsageError."""
+    raise UsageError(
+        "the base weights are in the cloud, so that nothing can be merged here: save the adapter "
+        "and use `dlora merge --model BASE --adapter FOLDER --output NEW` where the base is, or "
+        "peft's merge_and_unload there"
+    )

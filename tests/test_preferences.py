@@ -1,0 +1,236 @@
+"""trl's trainers, unchanged, on the split model: every figure that they log is local peft's."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import adapter, batches, lora, make_local, make_split
+from datasets import Dataset
+from helpers import assert_same_grads
+from transformers import PreTrainedTokenizerFast
+from trl.trainer.utils import add_fused_lm_head, use_adapter
+
+from dlora.embedded import InProcessLink
+from dlora.errors import UsageError
+
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # its notice would be an error here
+
+_PAIRS = [
+    {
+        "prompt": f"message {'of the desk ' * (n % 3)}{n}",
+        "chosen": f" desk {n}",
+        "rejected": " the" * n,
+    }
+    for n in range(1, 5)
+]
+_RATED = [
+    {"prompt": row["prompt"], "completion": row["chosen"], "label": bool(n % 2)}
+    for n, row in enumerate(_PAIRS)
+]
+_PROMPTS = [{"prompt": row["prompt"]} for row in _PAIRS]
+_COMPLETED = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in _PAIRS]
+
+# What differs from run to run, and what looks at logits of padding, which never travels.
+_NOT_COMPARED = ("runtime", "per_second", "step_time", "total_flos", "logits/", "sampling/")
+_ON_POLICY = {"num_generations": 2, "max_completion_length": 6, "beta": 0.1, "temperature": 1.0}
+
+# trainer -> the wire of its split model; plain if it is not here
+_WIRES = {"DPO-ipo": "hosted", "KTO": "factored", "GRPO": "hosted"}
+
+# trainer -> (what its config takes, rows)
+_TRAINERS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "SFT": ({}, _COMPLETED),
+    "DPO": ({"beta": 0.5}, _PAIRS),
+    "DPO-ipo": ({"beta": 0.5, "loss_type": "ipo"}, _PAIRS),
+    "DPO-precomputed": ({"precompute_ref_log_probs": True}, _PAIRS),
+    "KTO": ({"beta": 0.5}, _RATED),
+    "ORPO": ({"beta": 0.5, "max_length": 64}, _PAIRS),
+    "CPO": ({"beta": 0.5, "max_length": 64}, _PAIRS),
+    "GRPO": (_ON_POLICY, _PROMPTS),
+    "RLOO": (_ON_POLICY, _PROMPTS),
+}
+
+
+def distinct(completions: list[str], **_: Any) -> list[float]:
+    """A reward: how many different characters were written."""
+    return [float(len(set(text))) for text in completions]
+
+
+def train(
+    name: str, model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path
+) -> list[dict[str, Any]]:
+    """Three steps of plain SGD, so that the adapter moves by its gradients; what was logged."""
+    options, rows = _TRAINERS[name]
+    kind = name.partition("-")[0]
+    if kind in ("ORPO", "CPO"):
+        import trl.experimental.cpo as cpo
+        import trl.experimental.orpo as orpo
+
+        module: Any = {"ORPO": orpo, "CPO": cpo}[kind]
+    else:
+        import trl
+
+        module = trl
+    arguments = getattr(module, f"{kind}Config")(
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        max_steps=3,
+        learning_rate=0.05,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        bf16=False,
+        use_cpu=True,
+        disable_tqdm=True,
+        **options,
+    )
+    rewards = {"reward_funcs": distinct} if rows is _PROMPTS else {}
+    trainer = getattr(module, f"{kind}Trainer")(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=copy.deepcopy(tokenizer),
+        **rewards,
+    )
+    trainer.train()
+    return trainer.state.log_history
+
+
+@pytest.mark.parametrize("name", _TRAINERS)
+def test_trainer_logs_and_learns_what_local_peft_does(
+    link: InProcessLink, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, name: str
+) -> None:
+    """Three steps of the trainer, with padding: losses, gradient norms, rewards, entropies, token
+    accuracies and the adapter's change are those of local peft.
+    """
+    wire = _WIRES.get(name, "plain")
+    local = make_local("llama", lora())
+    split = make_split(link, lora(), wire=wire, upload_consent=wire == "hosted")
+    start = {key: parameter.detach().clone() for key, parameter in adapter(local).items()}
+    want = train(name, local, tokenizer, tmp_path / "local")
+    got = train(name, split, tokenizer, tmp_path / "split")
+
+    assert len(want) == len(got) == 4
+    for one, other in zip(want, got, strict=True):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            if not any(part in key for part in _NOT_COMPARED):
+                assert other[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+    assert sum(entry.get("grad_norm", 0) for entry in want) > 0
+    for key in start:
+        moved = (adapter(local)[key] - start[key]).detach()
+        assert moved.any(), key
+        difference = (adapter(split)[key] - adapter(local)[key]).detach()
+        assert difference.norm() <= 1e-3 * moved.norm(), key
+
+
+def test_supervised_positions_stay_in_their_rows(link: InProcessLink) -> None:
+    """Row b of the logits holds local peft's at the supervised positions of row b, in order."""
+    local, split = make_local("llama", lora()), make_split(link, lora())
+    batch = batches(rows=4)[0]
+    batch["labels"][2] = -100
+    kept_BT = batch["labels"][:, 1:] != -100
+    want, got = local(**batch).logits[:, :-1], split(**batch).logits
+    assert got.shape[:2] == (4, int(kept_BT.sum(1).max()) + 1)
+    for row, kept_T in enumerate(kept_BT):
+        mine = got[row, : int(kept_T.sum())]
+        torch.testing.assert_close(mine, want[row, kept_T], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_fused_head_gives_each_token_its_value(link: InProcessLink, training: bool) -> None:
+    """What trl's fused head says of each token is local peft's, through the model and through its
+    base; and no more hidden states come back than have labels, in evaluation too.
+    """
+    local, split = make_local("llama", lora()), make_split(link, lora())
+    batch = batches(rows=4)[0]
+    for model in (local, split):
+        model.train(training)
+        add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
+
+    want = local(**batch, fused_lm_head=True)
+    for model in (split, split.get_base_model()):
+        before = split.meter.head_flops
+        got = model(**batch, fused_lm_head=True)
+        assert got.keys() == want.keys()
+        for name, values in want.items():
+            torch.testing.assert_close(got[name], values, rtol=1e-5, atol=1e-5)
+        rows = int((batch["labels"][:, 1:] != -100).sum()) + 1
+        assert split.meter.head_flops - before == 2 * rows * 64 * 300 * 2
+        got.loss.backward()
+
+
+def test_reference_beside_a_fresh_adapter_is_one_round_trip(link: InProcessLink) -> None:
+    """A pass without gradients exchanges nothing for an adapter that adds nothing, be it the
+    model's own or the frozen copy of trl's trainers; one that adds something is exchanged.
+    """
+    split = make_split(link, lora(init_lora_weights=True)).eval()
+    split.add_adapter("ref", split.peft_config["default"])
+    batch = batches()[0]
+    with torch.no_grad():
+        for name in ("default", "ref"):
+            with use_adapter(split, name):
+                split(**batch)
+        assert split.meter.round_trips == 2
+        adapter(split).popitem()[1].data.fill_(0.1)  # a B, the last of the adapter's tensors
+        split(**batch)
+        assert split.meter.round_trips == 4
+
+
+def test_deep_copy_keeps_what_the_original_was(link: InProcessLink) -> None:
+    """A copied model has the loss of the original at that time, learns by itself, and leaves the
+    original's gradients alone.
+    """
+    split = make_split(link, lora())
+    batch = batches()[0]
+    before = split(**batch).loss.item()
+    reference = copy.deepcopy(split)
+    for parameter in adapter(split).values():
+        parameter.data.mul_(1.5)
+    assert split(**batch).loss.item() != pytest.approx(before, rel=1e-4)
+    loss = reference(**batch).loss
+    assert loss.item() == pytest.approx(before, rel=1e-6)
+    loss.backward()
+    assert all(parameter.grad is None for parameter in adapter(split).values())
+    local = make_local("llama", lora())
+    local(**batch).loss.backward()
+    assert_same_grads(local, reference)
+
+
+def test_copy_as_a_reference_model_is_refused(link: InProcessLink) -> None:
+    """A split model given as `ref_model` is refused by name, and not with trl's traceback."""
+    reference = copy.deepcopy(make_split(link, lora()))
+    add_fused_lm_head(reference)
+    with pytest.raises(UsageError, match="ref_model"):
+        reference(**batches()[0], fused_lm_head=True)
+
+
+@pytest.mark.parametrize("idle", ["drop", "cloud"])
+def test_active_set_is_of_the_adapter_that_it_was_chosen_for(
+    link: InProcessLink, idle: Any
+) -> None:
+    """While the frozen copy of an adapter is in use all of its modules count; afterwards the idle
+    modules are idle, and untrained, as before.
+    """
+    split = make_split(link, lora()).eval()
+    split.add_adapter("ref", lora())
+    for name, parameter in split.named_parameters():
+        if ".default." in name:
+            split.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    batch = batches()[0]
+    with torch.no_grad():
+        want = split(**batch).loss.item()
+        split.set_active(split.adapted_modules[:2], idle=idle)
+        chosen, trained = split(**batch).loss.item(), adapter(split).keys()
+        with use_adapter(split, "ref"):
+            assert split(**batch).loss.item() == pytest.approx(want, rel=1e-6)
+        assert split(**batch).loss.item() == pytest.approx(chosen, rel=1e-6)
+    assert adapter(split).keys() == trained
+    assert len(trained) == 4
