@@ -467,8 +467,8 @@ def test_no_message_is_read_that_nobody_has_a_reason_to_send(
     stay with the peer. Edges learn the limit, and send what is under it.
     """
     limit = bob.description.limits.max_message_bytes
-    before = resident_mib()
     message = bytes(limit + 1)
+    before = resident_mib()
     for name in ("Step", "PutAdapter"):
         code, text = status(alice.call(name, message))
         assert code == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text, text

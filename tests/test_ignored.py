@@ -143,7 +143,7 @@ def test_nothing_is_given_in_two_places(tmp_path: Path) -> None:
     """What is a setting cannot be given among `trainer` and `generation` as well, unchecked."""
     given = trainer_arguments(TrainSettings(server="s", data="d", output=tmp_path))
     free = "eval_strategy save_strategy metric_for_best_model prediction_loss_only disable_tqdm "
-    free += "logging_nan_inf_filter dataloader_pin_memory"
+    free += "logging_nan_inf_filter dataloader_pin_memory router_aux_loss_coef"
     for name in given.keys() - set(free.split()):
         with pytest.raises(UsageError, match=f"trainer: {name} (cannot be set|{TWICE})"):
             check_trainer({name: given[name]})

@@ -132,6 +132,11 @@ def check_layers(
     if not (first or last):
         return
     entries_BTD, exits_BTD, whole_BTD = _between_layers(parts, layers, ids_BT)
+    if entries_BTD[first].dim() != 3:
+        raise ModelError(
+            f"edges cannot hold layers of {parts.name}: between them are tensors of shape "
+            f"{list(entries_BTD[first].shape)}, not one row for each token"
+        )
     request = probe_request(parts, sites, ids_BT, training=False)
 
     splits = {(k, 0) for k in range(1, first + 1)} | {(0, m) for m in range(1, last + 1)}
