@@ -472,7 +472,7 @@ def test_no_message_is_read_that_nobody_has_a_reason_to_send(
     for name in ("Step", "PutAdapter"):
         code, text = status(alice.call(name, message))
         assert code == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text, text
-    assert limit < 32 * MIB and resident_mib() - before < 40
+    assert limit < 32 * MIB and resident_mib() - before < 60  # the copies of this peer
 
 
 def test_announced_frames_share_what_was_announced(secured: Server) -> None:

@@ -168,20 +168,18 @@ def test_fused_head_gives_each_token_its_value(link: InProcessLink, training: bo
 
 
 def test_reference_beside_a_fresh_adapter_is_one_round_trip(link: InProcessLink) -> None:
-    """A pass without gradients exchanges nothing for an adapter that adds nothing, be it the
-    model's own or the frozen copy of trl's trainers; one that adds something is exchanged.
+    """A pass without gradients exchanges nothing for a frozen copy of a fresh adapter, as trl's
+    trainers make one; an adapter that may learn, or that adds something, is exchanged.
     """
     split = make_split(link, lora(init_lora_weights=True)).eval()
     split.add_adapter("ref", split.peft_config["default"])
     batch = batches()[0]
     with torch.no_grad():
-        for name in ("default", "ref"):
-            with use_adapter(split, name):
-                split(**batch)
-        assert split.meter.round_trips == 2
-        adapter(split).popitem()[1].data.fill_(0.1)  # a B, the last of the adapter's tensors
+        with use_adapter(split, "ref"):
+            split(**batch)
+        assert split.meter.round_trips == 1
         split(**batch)
-        assert split.meter.round_trips == 4
+        assert split.meter.round_trips > 1 + len(split.sites)
 
 
 def test_deep_copy_keeps_what_the_original_was(link: InProcessLink) -> None:

@@ -98,8 +98,8 @@ class ActiveSet:
     def exchanged(self, *, training: bool = True) -> list[ActiveSite]:
         """What is exchanged now: active modules, with idle="edge" all; none in `disable_adapter()`.
 
-        Outside of `training` also none that add nothing: those of a fresh adapter. Raises
-        UsageError for merged adapters.
+        Outside of `training` also none that add nothing: those of a fresh adapter that is frozen,
+        such as a preference loss's reference. Raises UsageError for merged adapters.
         """
         exchanged = []
         for site in self.sites:

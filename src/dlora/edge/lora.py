@@ -48,9 +48,9 @@ def active_names(layer: LoraLayer) -> list[str]:
 
 
 def adds_nothing(layer: LoraLayer) -> bool:
-    """Whether B of every adapter in use is zero, as in one that was never trained."""
+    """Whether B of every adapter in use is zero and stays so: a frozen copy of a fresh adapter."""
     return not any(
-        bool(parameter.any())
+        parameter.requires_grad or bool(parameter.any())
         for name in active_names(layer)
         for parameter in layer.lora_B[name].parameters()
     )
