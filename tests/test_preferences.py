@@ -167,21 +167,6 @@ def test_fused_head_gives_each_token_its_value(link: InProcessLink, training: bo
         got.loss.backward()
 
 
-def test_reference_beside_a_fresh_adapter_is_one_round_trip(link: InProcessLink) -> None:
-    """A pass without gradients exchanges nothing for a frozen copy of a fresh adapter, as trl's
-    trainers make one; an adapter that may learn, or that adds something, is exchanged.
-    """
-    split = make_split(link, lora(init_lora_weights=True)).eval()
-    split.add_adapter("ref", split.peft_config["default"])
-    batch = batches()[0]
-    with torch.no_grad():
-        with use_adapter(split, "ref"):
-            split(**batch)
-        assert split.meter.round_trips == 1
-        split(**batch)
-        assert split.meter.round_trips > 2
-
-
 def test_deep_copy_keeps_what_the_original_was(link: InProcessLink) -> None:
     """A copied model has the loss of the original at that time, learns by itself, and leaves the
     original's gradients alone.

@@ -15,7 +15,7 @@ from typing import Literal
 
 from peft.tuners.lora import LoraLayer
 
-from dlora.edge.lora import FrozenModule, active_names, adds_nothing, freeze
+from dlora.edge.lora import FrozenModule, active_names, freeze
 from dlora.edge.sites import ActiveSite
 from dlora.errors import UsageError
 
@@ -95,11 +95,10 @@ class ActiveSet:
                         if adapter in modules:
                             modules[adapter].requires_grad_(self._is_active(name))
 
-    def exchanged(self, *, training: bool = True) -> list[ActiveSite]:
+    def exchanged(self) -> list[ActiveSite]:
         """What is exchanged now: active modules, with idle="edge" all; none in `disable_adapter()`.
 
-        Outside of `training` also none that add nothing: those of a fresh adapter that is frozen,
-        such as a preference loss's reference. Raises UsageError for merged adapters.
+        Raises UsageError for merged adapters.
         """
         exchanged = []
         for site in self.sites:
@@ -109,7 +108,6 @@ class ActiveSet:
                 if not layer.disable_adapters
                 and active_names(layer)
                 and (self.idle == "edge" or self._is_active(name) or self._is_other(name, layer))
-                and (training or not adds_nothing(layer))
             ]
 
             if any(layer.merged for _, layer, _ in used):

@@ -21,7 +21,6 @@ from dlora.protocol.wire import content_hash, encode
 __all__ = [
     "FrozenModule",
     "active_names",
-    "adds_nothing",
     "delta",
     "drops_out",
     "factors",
@@ -45,15 +44,6 @@ class FrozenModule:
 def active_names(layer: LoraLayer) -> list[str]:
     """The adapters of this layer that are in use."""
     return [name for name in layer.active_adapters if name in layer.lora_A]
-
-
-def adds_nothing(layer: LoraLayer) -> bool:
-    """Whether B of every adapter in use is zero and stays so: a frozen copy of a fresh adapter."""
-    return not any(
-        parameter.requires_grad or bool(parameter.any())
-        for name in active_names(layer)
-        for parameter in layer.lora_B[name].parameters()
-    )
 
 
 def drops_out(layer: LoraLayer) -> bool:

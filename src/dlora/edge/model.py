@@ -206,7 +206,7 @@ class SplitModel(PeftModelForCausalLM):
         measures = self.output_squares is not None
         check_hosted(self.options.wire, self.active_set.idle, measures=measures)
         with_grad, parameters, wants_input_grad = torch.is_grad_enabled(), [], False
-        sites = self.active_set.exchanged(training=with_grad)
+        sites = self.active_set.exchanged()
         if with_grad:
             parameters = [parameter for site in sites for parameter in site.parameters]
             # Trainers let inputs ask for gradients without need: backward would go to the bottom.

@@ -25,7 +25,6 @@ from dlora.privacy.scores import token_scores
 
 __all__ = ["attack_by_matching", "match_rows"]
 
-_NEXT_TO_NOTHING: Final = 1e-20
 _CANDIDATES: Final = 8  # of the inverter, and as many of the model's own
 
 
@@ -84,11 +83,6 @@ def match_rows(
         link, lambda edge, cloud: seen.append(CloudView(edge, cloud)), training=False
     )
     model.eval()
-
-    # Outside of training nothing is sent to modules that add nothing: let these add next to it.
-    for name, parameter in model.named_parameters():
-        if ".lora_B." in name and not parameter.any():
-            parameter.data.fill_(_NEXT_TO_NOTHING)
 
     chosen_N = torch.zeros_like(row_N)
     expected: dict[int, Tensor] = {}  # by row: what the model expects next
