@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from dlora.cloud.model import CloudModel
 from dlora.cloud.zero_edge import sample_ids
 from dlora.edge.adapter_config import targetable
+from dlora.edge.labels import IGNORE
 from dlora.edge.link import Link
 from dlora.edge.load import get_peft_model
 from dlora.edge.model import SplitModel
@@ -41,7 +42,6 @@ _RANK: Final = 1
 _SCALE: Final = 0.02
 """Of B: enough to show in every gradient."""
 _NEW_TOKENS: Final = 3
-_IGNORE: Final = -100
 
 
 class ClosableLink(Link, Protocol):
@@ -180,8 +180,8 @@ class _Trial:
             mask_BT[-1, half:] = 0
         else:
             mask_BT[-1, :half] = 0
-        labels = self.ids_BT.masked_fill(mask_BT == 0, _IGNORE)
-        labels[0, :half] = _IGNORE
+        labels = self.ids_BT.masked_fill(mask_BT == 0, IGNORE)
+        labels[0, :half] = IGNORE
         # Some models look at which ids are padding, and not at the mask alone.
         ids_BT = self.ids_BT.masked_fill(mask_BT == 0, self._pad_id())
         return {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from jinja2 import TemplateError
@@ -11,13 +12,34 @@ from transformers import PreTrainedTokenizerBase
 from dlora.errors import DataError, UsageError
 from dlora.protocol.text import clean_text
 
-__all__ = ["TOKENISING_ERRORS", "check_end", "name_refused_row"]
+__all__ = ["tokenising"]
 
-TOKENISING_ERRORS = (RuntimeError, ValueError, TypeError, TemplateError)
+_ERRORS = (RuntimeError, ValueError, TypeError, TemplateError)
 """What tokenising rows raises where a row, a template or a tokenizer does not suit."""
 
 
-def check_end(tokenizer: PreTrainedTokenizerBase) -> None:
+@contextmanager
+def tokenising(
+    tokenizer: PreTrainedTokenizerBase,
+    *data: tuple[Iterable[dict[str, Any]] | None, Iterable[str]],
+    refused: str,
+) -> Iterator[None]:
+    """A trainer is made, which tokenises `data`: pairs of rows and where each row stands.
+
+    Raises DataError for the first row that the chat template refuses, and UsageError, which begins
+    with `refused`, for all else, a tokenizer without an end token included.
+    """
+    _check_end(tokenizer)
+    try:
+        yield
+    except _ERRORS as error:
+        # Roles that a template refuses; a logger that is not installed, no chat template.
+        for rows, origins in data:
+            _name_refused_row(tokenizer, rows or [], origins)
+        raise UsageError(f"{refused}: {str(error).splitlines()[0]}") from error
+
+
+def _check_end(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises UsageError for a tokenizer without an end token, which trl puts behind every row."""
     if tokenizer.eos_token is None:
         raise UsageError(
@@ -26,7 +48,7 @@ def check_end(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def name_refused_row(
+def _name_refused_row(
     tokenizer: PreTrainedTokenizerBase, rows: Iterable[dict[str, Any]], origins: Iterable[str]
 ) -> None:
     """Raises DataError for the first row whose messages the model's chat template refuses.

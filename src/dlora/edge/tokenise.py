@@ -10,8 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from dlora.edge.model import SplitModel
-from dlora.edge.templates import TOKENISING_ERRORS, check_end, name_refused_row
-from dlora.errors import UsageError
+from dlora.edge.templates import tokenising
 
 __all__ = ["tokenising_trainer"]
 
@@ -27,7 +26,6 @@ def tokenising_trainer(
 
     Raises DataError for a row that the chat template refuses, and UsageError for others.
     """
-    check_end(tokenizer)
     with tempfile.TemporaryDirectory(prefix="dlora-eval-") as scratch:
         arguments = SFTConfig(
             output_dir=scratch,
@@ -39,11 +37,7 @@ def tokenising_trainer(
             use_cpu=model.device.type == "cpu",
             dataloader_pin_memory=False,
         )
-        try:
+        with tokenising(tokenizer, (rows, origins), refused="the data cannot be tokenised"):
             return SFTTrainer(
                 model=model, args=arguments, train_dataset=rows, processing_class=tokenizer
             )
-        except TOKENISING_ERRORS as error:
-            name_refused_row(tokenizer, rows, origins)
-            reason = str(error).splitlines()[0]
-            raise UsageError(f"the data cannot be tokenised: {reason}") from error

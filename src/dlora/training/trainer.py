@@ -19,7 +19,7 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Progres
 from trl import SFTConfig, SFTTrainer
 
 from dlora.edge.model import SplitModel
-from dlora.edge.templates import TOKENISING_ERRORS, check_end, name_refused_row
+from dlora.edge.templates import tokenising
 from dlora.errors import UsageError
 from dlora.files import write_json
 from dlora.formulas import pass_bytes
@@ -184,12 +184,12 @@ def build_trainer(
     except (TypeError, ValueError, ImportError) as error:
         raise UsageError(f"training arguments: {str(error).splitlines()[0]}") from error
 
-    check_end(tokenizer)
     folder, config = RunFolder(settings.output), settings.kill_revive
     patience = settings.early_stopping_patience
     early_stopping = None if patience is None else EarlyStoppingCallback(patience)
     kill_revive = None if config is None else KillReviveCallback(config, folder.decisions_file)
-    try:
+    data = (rows, origins), (eval_rows, eval_origins)
+    with tokenising(tokenizer, *data, refused="the trainer refused"):
         trainer = SplitTrainer(
             model=model,
             args=arguments,
@@ -202,11 +202,6 @@ def build_trainer(
             log_file=folder.log_file,
             save_minutes=settings.save_minutes,
         )
-    except TOKENISING_ERRORS as error:
-        # Roles that a template refuses; a logger that is not installed, no chat template.
-        name_refused_row(tokenizer, rows, origins)
-        name_refused_row(tokenizer, eval_rows or [], eval_origins)
-        raise UsageError(f"the trainer refused: {str(error).splitlines()[0]}") from error
 
     _check_optimizer(trainer)
     limits = model.link.description.limits
