@@ -1,13 +1,15 @@
 """Everything that DLoRA raises on purpose.
 
-DLoRAError ├── UsageError (ValueError)        settings, data or adapter that cannot work; the user
-can mend it │   └── DataError                  a row of a data file; names file and line ├──
-ModelError (ValueError)        a model that cannot be split correctly ├── WireError (ValueError)
-bytes or frames that cannot be what they claim to be ├── PeerError (ConnectionError)    the other
-half said no, and would say no again ├── PeerLost (ConnectionError)     the other half went away or
-is busy; trying again may work │   └── AdapterMissing             the cloud does not hold a frozen
-module; put it there and try again └── DivergedError (ArithmeticError) training produced a value
-that is not finite
+DLoRAError
+├── UsageError (ValueError)        settings, data or adapter that cannot work
+│   └── DataError                  a row of a data file; names file and line
+├── ModelError (ValueError)        a model that cannot be split correctly
+├── WireError (ValueError)         bytes or frames that cannot be what they claim to be
+├── PeerError (ConnectionError)    the other half said no, and would say no again
+├── PeerLost (ConnectionError)     the other half went away or is busy; trying again may work
+│   └── AdapterMissing             a frozen module is not in the cloud; put it there, try again
+│       └── PrefixMissing          nor a sequence that was named; send the micro-batch whole
+└── DivergedError (ArithmeticError)  training produced a value that is not finite
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ __all__ = [
     "ModelError",
     "PeerError",
     "PeerLost",
+    "PrefixMissing",
     "UsageError",
     "WireError",
 ]
@@ -61,6 +64,10 @@ class PeerLost(DLoRAError, ConnectionError):
 
 class AdapterMissing(PeerLost):
     """The cloud does not hold a frozen module that a step refers to: put it there and try again."""
+
+
+class PrefixMissing(AdapterMissing):
+    """The cloud does not hold what a step refers to by a sequence's name: send the step whole."""
 
 
 class DivergedError(DLoRAError, ArithmeticError):

@@ -54,7 +54,9 @@ class CloudLayers:
         if self._runner is not None:
             return self._runner
         current = current_pass()
-        return current if current is not None and current.request.edge_layers else None
+        if current is None or not (current.request.edge_layers or current.request.prefixes):
+            return None
+        return current
 
     @contextmanager
     def run_by(self, runner: LayerRunner) -> Iterator[None]:

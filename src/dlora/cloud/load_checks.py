@@ -31,6 +31,7 @@ from dlora.protocol.sites import Site
 from dlora.protocol.wire import encode
 
 __all__ = [
+    "can_begin_at_layers",
     "check_kind",
     "check_layers",
     "check_split",
@@ -146,8 +147,39 @@ def check_layers(
                 )
 
 
+def can_begin_at_layers(model: PreTrainedModel, layers: CloudLayers, ids_BT: Tensor) -> bool:
+    """Whether hidden states of attended tokens are all that goes from layer to layer.
+
+    Each layer runs alone, on what enters it in the whole model and on zeros for padding, on both
+    sides; what leaves it has to be the whole model's. And what leaves one is what enters the next.
+    """
+    if layers.count < 2:
+        return False
+    mask_BT, quarter = torch.ones_like(ids_BT), ids_BT.shape[1] // 4
+    mask_BT[0, ids_BT.shape[1] - quarter :] = 0
+    mask_BT[-1, :quarter] = 0
+    request = probe_request(model, (), ids_BT, mask_BT, training=False)
+
+    # A model that cannot may fail in any way: it is served all the same, without prefixes.
+    try:
+        entries_BTD, exits_BTD, _ = _between_layers(model, layers, ids_BT, mask_BT)
+        for index, (entry_BTD, exit_BTD) in enumerate(zip(entries_BTD, exits_BTD, strict=True)):
+            alone = EdgeLayers(index, layers.count - 1 - index, layers.count)
+            edge = run_with_zeros(model, _between(request, alone, entry_BTD), layers.width)
+            want = exit_BTD.flatten(0, 1)[request.keep_K]
+            if gap := _gap(edge.decoded_hidden().to(want) - want, want):
+                raise ModelError(f"layer {index} alone differs by {gap}")
+            for next_BTD in entries_BTD[index + 1 : index + 2]:
+                if not torch.equal(next_BTD.flatten(0, 1)[request.keep_K], want):
+                    raise ModelError(f"behind layer {index} more is done than in layers")
+    except Exception as error:
+        log.warning("%s is served without kept prefixes: %s", type(model).__name__, error)
+        return False
+    return True
+
+
 def _between_layers(
-    model: PreTrainedModel, layers: CloudLayers, ids_BT: Tensor
+    model: PreTrainedModel, layers: CloudLayers, ids_BT: Tensor, mask_BT: Tensor | None = None
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """What goes into each layer of the whole model, what comes out, and the last hidden states."""
     entries_BTD: list[Tensor] = []
@@ -162,7 +194,7 @@ def _between_layers(
                     lambda _, args, output: exits_BTD.append(first_output(output))
                 )
             )
-        return entries_BTD, exits_BTD, _decode_all(model, ids_BT)
+        return entries_BTD, exits_BTD, _decode_all(model, ids_BT, mask_BT)
 
 
 def _between(request: PassRequest, edge_layers: EdgeLayers, entry_BTD: Tensor) -> PassRequest:
@@ -175,7 +207,7 @@ def _between(request: PassRequest, edge_layers: EdgeLayers, entry_BTD: Tensor) -
             for site, modules in request.active
             if edge_layers.in_cloud(site.modules[0].layer)
         ),
-        embeddings=encode(entry_BTD.flatten(0, 1), pb.FP32),
+        embeddings=encode(entry_BTD.flatten(0, 1)[request.keep_K], pb.FP32),
     )
 
 
@@ -255,11 +287,13 @@ def _known(exit_BTD: Tensor, hidden_BTD: Tensor) -> Tensor:
     return exit_BTD
 
 
-def _decode_all(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
+def _decode_all(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
     """The last hidden states of the decoder's own forward, [B, T, D]."""
     with torch.no_grad():
         output: Tensor = model.get_decoder()(
-            inputs_embeds=model.get_input_embeddings()(ids_BT), use_cache=False
+            inputs_embeds=model.get_input_embeddings()(ids_BT),
+            attention_mask=mask_BT,
+            use_cache=False,
         ).last_hidden_state
     return output
 

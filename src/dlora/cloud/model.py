@@ -92,6 +92,7 @@ class CloudModel:
         self.config_json = _public_config(model)
         self.fingerprint = _fingerprint(self.config_json, model)
         self.frozen_store = FrozenStore(self.limits.max_adapter_bytes, self.embedding.weight.device)
+        self.prefix_store = self._prefix_store(ids_BT)
         self.requests = self._request_check()
         give_back()  # what loading and measuring have left
 
@@ -107,6 +108,17 @@ class CloudModel:
             num_layers=len(self.layers_with_sites),
         )
 
+    def _prefix_store(self, ids_BT: Tensor) -> FrozenStore | None:
+        """Where prefixes are kept; None for a model that cannot begin with them, or no room."""
+        most_bytes = self.limits.max_prefix_bytes
+        can = most_bytes and load_checks.can_begin_at_layers(self.model, self.layers, ids_BT)
+        return FrozenStore(most_bytes, torch.device("cpu")) if can else None
+
+    @property
+    def stores(self) -> list[FrozenStore]:
+        """Where anything is kept for an owner from one request to the next."""
+        return [self.frozen_store, *([self.prefix_store] if self.prefix_store else [])]
+
     def _request_check(self) -> RequestCheck:
         """What requests are checked against, as plain values."""
         return RequestCheck(
@@ -121,6 +133,7 @@ class CloudModel:
             takes_position_ids="position_ids" in inspect.signature(self.decoder.forward).parameters,
             deep_rollback=not any(DynamicCache(config=self.model.config).is_sliding),
             frozen_store=self.frozen_store,
+            prefix_store=self.prefix_store,
             device=self.embedding.weight.device,
         )
 
@@ -180,6 +193,7 @@ class CloudModel:
             bytes_per_token_squared=self.memory.bytes_per_token_squared,
             cache_bytes_per_token=self.memory.cache_bytes_per_token,
             deep_rollback=self.requests.deep_rollback,
+            prefix_bytes=0 if self.prefix_store is None else self.prefix_store.max_bytes,
         )
 
     # ----------------------------------------------------------------- what edges ask for
@@ -210,7 +224,7 @@ class CloudModel:
 
         `owner_bytes`: what the owner may keep here, as for `put_adapter`.
         Raises UsageError for what the edge's user can mend, WireError for a broken edge,
-        AdapterMissing for frozen modules that are not here.
+        AdapterMissing for frozen modules, and PrefixMissing for sequences, that are not here.
         """
         return self.requests.begin(begin, owner, owner_bytes)
 

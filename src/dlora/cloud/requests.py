@@ -20,6 +20,7 @@ from dlora.cloud.frozen_store import FrozenStore
 from dlora.cloud.hosted_request import check_hosted
 from dlora.cloud.limits import Limits
 from dlora.cloud.pass_request import PassRequest
+from dlora.cloud.prefixes import check_prefixes
 from dlora.errors import AdapterMissing, UsageError, WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.channel import PROTOCOL_VERSION
@@ -56,6 +57,7 @@ class RequestCheck:
     """The KV cache can give back more than the last pass: no layer attends over a window."""
 
     frozen_store: FrozenStore
+    prefix_store: FrozenStore | None = None
     device: torch.device
 
     # ----------------------------------------------------------------- a stream's first request
@@ -103,7 +105,9 @@ class RequestCheck:
             wants_input_grad=message.wants_input_grad,
             drop_input_grads=message.drop_input_grads,
         )
-        return self._with_tokens(without_tokens, message)
+        request = self._with_tokens(without_tokens, message)
+        prefixes = check_prefixes(message, active, edge_layers, self.prefix_store, owner)
+        return dataclasses.replace(request, prefixes=prefixes)
 
     def _check_peer(self, message: pb.Begin) -> None:
         """Both halves have to speak the same protocol about the same model."""

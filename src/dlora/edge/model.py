@@ -43,7 +43,7 @@ from transformers import PreTrainedModel
 from dlora.edge.active_set import ActiveSet, Idle
 from dlora.edge.adapter_config import checked_config
 from dlora.edge.bottleneck import BottleneckConfig, make_bottleneck, save_bottleneck
-from dlora.edge.cloud_layers import CloudLayers
+from dlora.edge.cloud_layers import CloudLayers, Kept
 from dlora.edge.edge_layers import EdgeDecoder
 from dlora.edge.forward_call import ForwardCall
 from dlora.edge.hosted import KeptVersions, check_hosted
@@ -63,7 +63,7 @@ from dlora.errors import UsageError
 from dlora.protocol.codecs import MIXES, Codecs, name_of
 from dlora.protocol.layers import CloudBetween, EdgeLayers
 
-__all__ = ["SplitModel", "check_codecs"]
+__all__ = ["SplitModel", "check_options"]
 
 
 class SplitModel(PeftModelForCausalLM):
@@ -88,7 +88,7 @@ class SplitModel(PeftModelForCausalLM):
         """Decoder layers that run here; their adapters need no exchange and are always trained."""
 
         self.active_set = ActiveSet(())
-        self._kept_versions = KeptVersions()
+        self._kept = Kept()
         description = link.description
         self._edge_decoder = EdgeDecoder(base, edge_layers, description, lambda: self._call.runner)
         self._match_sites()
@@ -124,7 +124,7 @@ class SplitModel(PeftModelForCausalLM):
         if "edge_layers" in changes:
             raise UsageError("edge_layers are loaded when the model is built: build another one")
         options = self.options.changed(**changes)
-        check_codecs(self.link, options.codecs)
+        check_options(self.link, options)
         self.options = options
         if {"in_flight", "wire"} & changes.keys():
             self.part_count = PartCount.asked(options.in_flight)
@@ -235,7 +235,7 @@ class SplitModel(PeftModelForCausalLM):
             edge_layers=self.edge_layers,
             sites=sites,
             frozen=self.active_set.applied_by_cloud(),
-            versions=self._kept_versions,
+            kept=self._kept,
             part_count=self.part_count,
         )
         if cache is not None:
@@ -260,7 +260,7 @@ class SplitModel(PeftModelForCausalLM):
 
     def forget_kept(self) -> None:
         """Send the hosted wire's adapter whole the next time, as after an optimizer step."""
-        self._kept_versions = KeptVersions()
+        self._kept.versions = KeptVersions()
 
     def last_hidden(self, exit_ND: Tensor) -> Tensor:
         """What the decoder makes of rows that leave the cloud, [N, D], each by itself.
@@ -368,8 +368,18 @@ class SplitModel(PeftModelForCausalLM):
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
-def check_codecs(link: Link, codecs: Codecs) -> None:
-    """Raises UsageError for codecs that the server does not know."""
+def check_options(link: Link, options: SplitOptions) -> None:
+    """Raises UsageError for options that the server cannot serve."""
+    _check_codecs(link, options.codecs)
+    if options.cache_prefix and not link.description.limits.prefix_bytes:
+        raise UsageError(
+            f"cache_prefix: {link.address} keeps no prefixes: it was started with prefix_mib 0, is "
+            "of an earlier version, or its model's layers share more than hidden states. Leave "
+            "cache_prefix out, or use another server"
+        )
+
+
+def _check_codecs(link: Link, codecs: Codecs) -> None:
     offered = set(link.description.wire_dtypes)
     if not codecs.dtypes <= offered:
         known = [name for name, named in MIXES.items() if named.dtypes <= offered]

@@ -59,7 +59,7 @@ class ServeSettings:
         "model": "model model_id device dtype quantize threads allow_modules edge_first edge_last",
         "address": "host port metrics_port",
         "who may call": "keys tls_cert tls_key client_ca identities insecure access_log",
-        "limits": "max_tokens max_length max_message_mib max_inflight_mib max_streams "
+        "limits": "max_tokens max_length max_message_mib max_inflight_mib prefix_mib max_streams "
         "compute_slots edge_timeout_s",
         "shutdown": "drain_s",
         "replicas": "replicas max_replicas replica_ports ray_address replica_cpus replica_gpus",
@@ -97,6 +97,10 @@ class ServeSettings:
     """Largest message in MiB."""
     max_inflight_mib: int = Limits.max_inflight_bytes >> 20
     """Activations kept for all micro-batches in flight, in MiB."""
+    prefix_mib: int = Limits.max_prefix_bytes >> 20
+    """What the layers below all adapters made of rows, in MiB of the host's memory, kept for edges
+    that train with cache_prefix. When it is full the longest unused goes, of whoever has most. 0:
+    nothing is kept."""
     max_streams: int = ServerOptions.max_streams
     """Micro-batches in flight."""
     compute_slots: int = ServerOptions.compute_slots
@@ -218,6 +222,8 @@ class ServeSettings:
         ):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: got {getattr(self, name)}, want at least 1")
+        if self.prefix_mib < 0:
+            raise UsageError(f"prefix_mib: got {self.prefix_mib}, want 0 or more")
 
         if not 0 <= self.port < 65536:
             raise UsageError(f"port: got {self.port}, want 0 to 65535")
