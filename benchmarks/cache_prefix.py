@@ -28,7 +28,7 @@ CONFIG: dict[str, Any] = {
     "batch_size": 8,
     "length": 64,
     "supervised_tokens_per_row": 16,
-    "batches": 3,
+    "batches": 1,
     "rounds": 3,
     "r": 8,
     "target_modules": ["q_proj", "k_proj", "v_proj"],
@@ -36,9 +36,9 @@ CONFIG: dict[str, Any] = {
     "compute_dtype": "fp32",
     "arms": {
         "last 8 layers, hosted": {"wire": "hosted", "layers": list(range(22, 30))},
-        "all 30 layers, hosted": {"wire": "hosted", "layers": list(range(30))},
         # As many sites as Kill and Revive has active at 1/8 of the bytes, evenly spread.
         "an eighth of the sites, plain": {"wire": "plain", "layers": [3, 11, 18, 26]},
+        "all 30 layers, hosted": {"wire": "hosted", "layers": list(range(30))},
     },
     "seed": 0,
 }
@@ -129,14 +129,14 @@ def run() -> None:
                 env=os.environ | SHARED_CORES,
             )
             arms[name] = json.loads(done.stdout.splitlines()[-1])
-    record = {
-        "command": "python benchmarks/cache_prefix.py run",
-        "config": CONFIG,
-        **provenance("grpcio"),
-        "arms": arms,
-    }
-    RESULT.write_text(json.dumps(record, indent=1) + "\n")
-    print(table(record))
+            record = {
+                "command": "python benchmarks/cache_prefix.py run",
+                "config": CONFIG,
+                **provenance("grpcio"),
+                "arms": arms,
+            }
+            RESULT.write_text(json.dumps(record, indent=1) + "\n")  # after each, as it takes a while
+            print(table(record))
 
 
 def table(record: dict[str, Any]) -> str:
