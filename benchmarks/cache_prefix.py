@@ -1,7 +1,7 @@
 """What `cache_prefix` saves: a second epoch over the same rows against the first.
 
     python benchmarks/cache_prefix.py run      # some minutes on 2 slow cores
-    python benchmarks/cache_prefix.py table    # the table of docs/slow-link.md
+    python benchmarks/cache_prefix.py table    # its result as a table
 
 SmolLM2-135M-Instruct, batches of 8 rows of 64 random tokens, forward and backward without an
 optimizer step, so that the losses of both epochs have to be equal. Every round has rows of its own:

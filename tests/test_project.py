@@ -78,7 +78,6 @@ def test_every_promise_of_the_threat_model_names_its_evidence() -> None:
         ("links", "benchmarks"),
         ("plan", "benchmarks"),
         ("quantized", "benchmarks"),
-        ("cache_prefix", "slow-link"),
         ("privacy", "privacy"),
         ("attacks", "security"),
         ("hostile_clouds", "security"),
