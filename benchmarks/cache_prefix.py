@@ -135,7 +135,8 @@ def run() -> None:
                 **provenance("grpcio"),
                 "arms": arms,
             }
-            RESULT.write_text(json.dumps(record, indent=1) + "\n")  # after each, as it takes a while
+            # After each, as all of them take a while.
+            RESULT.write_text(json.dumps(record, indent=1) + "\n")
             print(table(record))
 
 
