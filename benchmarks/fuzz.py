@@ -5,11 +5,11 @@ otherwise afterwards.
     python benchmarks/fuzz.py table                   # the table of docs/security.md
 
 Frames are those of real streams with a tiny Llama: training on the plain wire, on the factored wire
-with idle modules and a probe, on the hosted wire with dropout, with a layer on the edge, and
-generation with a KV cache that is rolled back. One frame of a stream is changed, in its bytes or in
-a field, or takes another's place; the rest follows as recorded. A half may refuse with an error of
-its own, or go on where the change is within what it must accept (another number). All else is a
-failure and is kept with its seed.
+with idle modules and a probe, on the hosted wire with dropout, with a layer on the edge, with
+prefixes that are kept and that are named, and generation with a KV cache that is rolled back. One
+frame of a stream is changed, in its bytes or in a field, or takes another's place; the rest follows
+as recorded. A half may refuse with an error of its own, or go on where the change is within what it
+must accept (another number). All else is a failure and is kept with its seed.
 """
 
 from __future__ import annotations
@@ -160,6 +160,7 @@ class Scene:
             target_modules=["q_proj", "v_proj", "up_proj"],
             init_lora_weights=False,
             lora_dropout=0.1 if name == "hosted" else 0.0,
+            layers_to_transform=[1] if name in ("kept", "named") else None,
         )
         wire: Any = name if name in ("factored", "hosted") else "plain"
         dtype = {"factored": "fp32", "hosted": "fp32", "int8": "int8", "int4": "int4"}.get(
@@ -174,12 +175,16 @@ class Scene:
             input_grad="drop" if name == "int4" else "exact",
             retry=RetryPolicy(give_up_after_s=0.0),
             edge_layers=(1, 0) if name == "held" else (0, 0),
+            cache_prefix=name in ("kept", "named"),
         )
         self.model.eval() if name == "generation" else self.model.train()
         if name == "factored":
             names = self.model.adapted_modules
             self.model.set_active(names[:2], "cloud")
             self.model.probe_modules = list(names)
+        if name == "named":  # what it is kept by
+            self.run()
+            self.recorder.streams, self.recorder.cloud = [], []
         self.honest = self.run()
         # The cloud gets the longest stream; the edge goes through all, also those that had to begin
         # again.
@@ -238,7 +243,10 @@ def scenes() -> tuple[InProcessLink, list[Scene]]:
     link = InProcessLink(cloud)
     return link, [
         Scene(name, link)
-        for name in ("plain", "factored", "hosted", "held", "generation", "int8", "int4")
+        for name in (
+            *("plain", "factored", "hosted", "held", "generation", "int8", "int4"),
+            *("kept", "named"),
+        )
     ]
 
 

@@ -563,7 +563,7 @@ def test_modules_take_what_they_take_and_go_with_their_owner(
     assert store.stored_bytes - before == 2 * MODULE_BYTES + 4 * 3 * 128
     keys.revoke(folder, "alice")
     wait_until(lambda: store.stored_bytes <= before)
-    assert not [owner for owner, _ in store._modules if owner == "alice"]
+    assert "alice" not in store.owned_bytes()
     link.close()
 
 

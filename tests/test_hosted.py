@@ -317,7 +317,7 @@ def test_with_accumulation_the_adapter_travels_once_a_step(own: Watched) -> None
     others refer to it, and the gradients are those of a run that always sends it.
     """
     split, other = hosted(own, lora()), hosted(own, lora())
-    other._kept_versions._misses = 99  # it believes that nothing is ever kept
+    other._kept.versions._misses = 99  # it believes that nothing is ever kept
     train(split, steps=3, accumulation=3)
     assert own.how_modules_went() == ["whole"] * 3 + ["keep", "hash", "hash"] * 2
     train(other, steps=3, accumulation=3)

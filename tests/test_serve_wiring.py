@@ -267,6 +267,7 @@ EVERYWHERE: dict[str, tuple[str, Read, Any]] = {
     "max_message_mib": ("7", lambda seen: seen.load["limits"].max_message_bytes, 7 * 2**20),
     "max_inflight_mib": ("8", lambda seen: seen.load["limits"].max_inflight_bytes, 8 * 2**20),
     "recompute": ("true", lambda seen: seen.load["limits"].recompute, True),
+    "prefix_mib": ("9", lambda seen: seen.load["limits"].max_prefix_bytes, 9 * 2**20),
     "max_streams": ("5", lambda seen: seen.server["options"].max_streams, 5),
     "compute_slots": ("3", lambda seen: seen.server["options"].compute_slots, 3),
     "edge_timeout_s": ("11.5", lambda seen: seen.server["options"].edge_timeout_s, 11.5),

@@ -9,6 +9,7 @@ Below DLoRAError stand:
 - PeerError (ConnectionError): the other half said no, and would say no again
 - PeerLost (ConnectionError): the other half went away or is busy; trying again may work
   - AdapterMissing: the cloud does not hold a frozen module; put it there and try again
+    - PrefixMissing: nor a sequence that was named; send the micro-batch whole
 - DivergedError (ArithmeticError): training produced a value that is not finite
 """
 
@@ -24,6 +25,7 @@ __all__ = [
     "ModelError",
     "PeerError",
     "PeerLost",
+    "PrefixMissing",
     "UsageError",
     "WireError",
     "clear_frames",
@@ -66,6 +68,10 @@ class PeerLost(DLoRAError, ConnectionError):
 
 class AdapterMissing(PeerLost):
     """The cloud does not hold a frozen module that a step refers to: put it there and try again."""
+
+
+class PrefixMissing(AdapterMissing):
+    """The cloud does not hold what a step refers to by a sequence's name: send the step whole."""
 
 
 class DivergedError(DLoRAError, ArithmeticError):

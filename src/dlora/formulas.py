@@ -136,6 +136,7 @@ def step_traffic(
     hosted: bool = False,
     input_grad: bool = False,
     drop_input_grads: bool = False,
+    by_name: bool = False,
 ) -> tuple[int, int]:
     """(sent, received) payload bytes of one training micro-batch, as the edge sees them.
 
@@ -144,7 +145,8 @@ def step_traffic(
     the plain wire a module sends deltas of width o and gets their gradients; factored it sends Z of
     width r and B once, and gets the gradients of both. Hosted, A and B of every module go up and
     their gradients come back, and sites send nothing. With `drop_input_grads` no site sends one.
-    Each kind of tensor has its own codec. Framing adds under 1 % from some hundred tokens on.
+    With `by_name` the cloud has the prefixes of all sequences, and no embeddings are sent. Each
+    kind of tensor has its own codec. Framing adds under 1 % from some hundred tokens on.
 
     Where the edge runs layers, `embedding_width` and `hidden_width` are those between layers,
     `kept` is all rows if it runs the last, and `input_grad` means that adapters in the first want
@@ -156,7 +158,7 @@ def step_traffic(
 
     # Embeddings and last hidden states, and their gradients.
     entry, exit = size(codecs.ends, rows, embedding_width), size(codecs.ends, kept, hidden_width)
-    sent, received = entry + exit, exit + (entry if input_grad else 0)
+    sent, received = exit + (0 if by_name else entry), exit + (entry if input_grad else 0)
 
     if hosted:  # as much both ways
         adapter = sum(

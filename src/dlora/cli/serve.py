@@ -189,6 +189,7 @@ def _limits(settings: ServeSettings) -> dict[str, Any]:
         "max_length": settings.max_length,
         "max_message_bytes": settings.max_message_mib << 20,
         "max_inflight_bytes": settings.max_inflight_mib << 20,
+        "max_prefix_bytes": settings.prefix_mib << 20,
         "edge_first": settings.edge_first,
         "edge_last": settings.edge_last,
         "recompute": settings.recompute,

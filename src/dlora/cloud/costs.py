@@ -150,8 +150,13 @@ def pass_flops(
     Backward goes down to the lowest active site and computes input gradients only: the weights
     are frozen. Attention counts densely, its backward as twice its forward.
     """
-    in_cloud = request.edge_layers.in_cloud
     tokens = request.batch * request.length
+
+    def in_cloud(layer: int) -> bool:
+        """What is outside the layers is computed below named prefixes too, on zeros."""
+        below = 0 <= layer < request.first_layer
+        return not below and request.edge_layers.in_cloud(layer)
+
     attention = attention_of(request, config)
     sites = [site for site in sites if in_cloud(site.modules[0].layer)]
 

@@ -61,4 +61,5 @@ def describe_limits(limits: Limits, memory: MemoryCost, requests: RequestCheck) 
         deep_rollback=requests.deep_rollback,
         no_rollback=not requests.rollback,
         whole_prompts=requests.whole_prompts,
+        prefix_bytes=requests.prefix_store.max_bytes if requests.prefix_store else 0,
     )

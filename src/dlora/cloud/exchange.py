@@ -89,11 +89,23 @@ class Exchange:
     # ----------------------------------------------------------------- the two ends of the cloud
 
     def entry(self, width: int, dtype: torch.dtype) -> Tensor:
-        """[B, T, width] that came with the request: embeddings, or hidden states of edge layers."""
+        """[B, T, width] that came with the request: embeddings, or hidden states of edge layers.
+
+        Where it names prefixes, [B, T, D] of these.
+        """
+        prefixes = self.request.prefixes
+        if prefixes is not None and prefixes.kept is not None:
+            return self._scatter(torch.cat(prefixes.kept), self.device)
         shape = (self.request.num_rows, width)
         return self._scatter(
             decode(self.request.embeddings, shape, "embeddings").to(dtype), self.device
         )
+
+    def keep_prefixes(self, entry_BTD: Tensor) -> None:
+        """Keep what enters the layer of the request's prefixes, if that is what they are for."""
+        prefixes = self.request.prefixes
+        if prefixes is not None and prefixes.kept is None:
+            prefixes.keep(self._gather(entry_BTD))
 
     def send_hidden(self, hidden: Tensor, flops: int) -> None:
         """Send the kept rows of the last hidden states."""

@@ -1,6 +1,7 @@
-"""Modules that edges let the cloud keep, by the hash of their content.
+"""What edges let the cloud keep: modules by the hash of their content, prefixes by name.
 
-Frozen ones that the cloud applies, and active ones that several requests refer to ("hosted").
+Frozen modules that the cloud applies, active ones that several requests refer to ("hosted"), and
+what enters a layer for a sequence that comes again ("prefix").
 
 Each belongs to its owner alone. The longest unused are dropped: an owner's own beyond its share,
 and beyond the whole those of whoever holds most.
@@ -23,19 +24,23 @@ from dlora.protocol.wire import content_hash, decode, largest
 __all__ = ["MODULE_BYTES", "FrozenStore", "check_frozen_shape"]
 
 MODULE_BYTES: Final = 2048
-"""What a module takes beside its numbers: two tensors, its key, its entry."""
+"""What a module, or a prefix, takes beside its numbers: tensors, key, entry."""
+
+_Entries = OrderedDict[tuple[str, bytes], tuple[Tensor | None, ...]]
+"""By kind and hash or name, the longest unused first: nothing is taken for one of another kind."""
 
 
 class FrozenStore:
-    """At most `max_bytes` of float32 pairs (A [r, in], B [out, r]), first on the model's device."""
+    """At most `max_bytes` of tensors: float32 pairs (A [r, in], B [out, r]) on the model's device.
+
+    Prefixes are in a store of their own, with a limit of its own.
+    """
 
     def __init__(self, max_bytes: int, device: torch.device) -> None:
         self.max_bytes, self.device = max_bytes, device
         self.stored_bytes = 0
-        # By owner, kind and hash: a module is never taken for one of the other kind.
-        self._modules: OrderedDict[tuple[str, str, bytes], tuple[Tensor | None, ...]] = (
-            OrderedDict()
-        )
+        # By owner: whoever has to give is not searched for among the entries of all others.
+        self._modules: dict[str, _Entries] = {}
         self._owned: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -67,8 +72,8 @@ class FrozenStore:
         if device is not None and a.device != device:
             a, b = a.to(device), b.to(device)
             with self._lock:
-                if place in self._modules:
-                    self._modules[place] = (a, b)
+                if place[1:] in self._modules.get(owner, ()):
+                    self._modules[owner][place[1:]] = (a, b)
         return a, b
 
     def put_hosted(
@@ -90,44 +95,60 @@ class FrozenStore:
         a, b, a_bias, b_bias = self._find((owner, "hosted", key)) or (None, None, None, None)
         return None if a is None or b is None else (a, b, a_bias, b_bias)
 
+    def put_prefix(self, layer: int, name: bytes, prefix_TD: Tensor, owner: str) -> None:
+        """Keep what enters a layer for a sequence, if it is not here and there is room for it."""
+        key = (owner, f"prefix {layer}", name)
+        if self._find(key) is None and _size([prefix_TD]) <= self.max_bytes:
+            self._keep(key, (prefix_TD.to(self.device, copy=True),), self.max_bytes)
+
+    def get_prefix(self, layer: int, name: bytes, owner: str) -> Tensor | None:
+        """What the owner's sequence of this name gives before a layer, if it is still there."""
+        (prefix_TD,) = self._find((owner, f"prefix {layer}", name)) or (None,)
+        return prefix_TD
+
+    def owned_bytes(self) -> dict[str, int]:
+        """What is kept, by owner."""
+        with self._lock:
+            return dict(self._owned)
+
     def _keep(
         self, key: tuple[str, str, bytes], tensors: tuple[Tensor | None, ...], most: int
     ) -> None:
         """Keep tensors, and drop what is then too much."""
-        owner = key[0]
+        owner, kind, name = key
         with self._lock:
-            if key not in self._modules:
-                self._modules[key] = tensors
+            entries = self._modules.setdefault(owner, OrderedDict())
+            if (kind, name) not in entries:
+                entries[kind, name] = tensors
                 self.stored_bytes += _size(tensors)
                 self._owned[owner] = self._owned.get(owner, 0) + _size(tensors)
-            self._modules.move_to_end(key)
+            entries.move_to_end((kind, name))
 
             while self._owned[owner] > most:
-                self._drop(next(other for other in self._modules if other[0] == owner))
+                self._drop_oldest(owner)
             while self.stored_bytes > self.max_bytes:
-                largest_owner = max(self._owned, key=lambda name: self._owned[name])
-                self._drop(next(other for other in self._modules if other[0] == largest_owner))
+                self._drop_oldest(max(self._owned, key=lambda one: self._owned[one]))
 
     def _find(self, key: tuple[str, str, bytes]) -> tuple[Tensor | None, ...] | None:
+        owner, kind, name = key
         with self._lock:
-            tensors = self._modules.get(key)
-            if tensors is not None:
-                self._modules.move_to_end(key)
-            return tensors
+            entries = self._modules.get(owner)
+            if entries is None or (kind, name) not in entries:
+                return None
+            entries.move_to_end((kind, name))
+            return entries[kind, name]
 
     def keep_owners(self, owners: Collection[str]) -> None:
-        """Drop the modules of everybody else: they have nobody left who could ask for them."""
+        """Drop what everybody else had: they have nobody left who could ask for it."""
         with self._lock:
-            gone = self._owned.keys() - owners
-            for key in [key for key in self._modules if key[0] in gone]:
-                self._drop(key)
-            for owner in gone:
-                del self._owned[owner]
+            for owner in self._owned.keys() - owners:
+                self.stored_bytes -= self._owned.pop(owner)
+                del self._modules[owner]
 
-    def _drop(self, key: tuple[str, str, bytes]) -> None:
-        size = _size(self._modules.pop(key))
-        self.stored_bytes -= size
-        self._owned[key[0]] -= size
+    def _drop_oldest(self, owner: str) -> None:
+        _, tensors = self._modules[owner].popitem(last=False)
+        self.stored_bytes -= _size(tensors)
+        self._owned[owner] -= _size(tensors)
 
 
 def check_frozen_shape(message: pb.FrozenModule, widths: Collection[tuple[int, int]]) -> None:

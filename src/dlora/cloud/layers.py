@@ -58,7 +58,10 @@ class CloudLayers:
         if self._runner is not None:
             return self._runner
         current = current_pass()
-        if current is None or not (current.request.edge_layers or current.request.recompute):
+        if current is None:
+            return None
+        request = current.request
+        if not (request.edge_layers or request.recompute or request.prefixes):
             return None
         return current
 

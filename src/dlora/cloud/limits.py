@@ -28,6 +28,10 @@ class Limits:
     max_adapter_bytes: int = 2**30
     """Frozen modules that edges let the cloud apply; the longest unused go first."""
 
+    max_prefix_bytes: int = 2**30
+    """Prefixes of sequences that come again, in the memory of the host; the longest unused go
+    first. 0: none are kept."""
+
     edge_first: int = 0
     """How many of the first decoder layers edges may get and run themselves, and ..."""
 

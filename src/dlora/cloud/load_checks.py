@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, D width.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
+from dlora.cloud.frozen_store import FrozenStore
 from dlora.cloud.layers import CloudLayers
 from dlora.cloud.limits import Limits
 from dlora.cloud.parts import Parts
@@ -37,7 +39,10 @@ __all__ = [
     "check_split",
     "gap_between",
     "measure_activations",
+    "prefix_store",
 ]
+
+log = logging.getLogger(__name__)
 
 # Largest difference allowed at load between the full model's results and the split's, as a share
 # of the largest. Equal arithmetic gives 0; 1e-4 leaves room for kernels that depend on shape.
@@ -162,8 +167,48 @@ def check_layers(
                 )
 
 
+def prefix_store(
+    parts: Parts, layers: CloudLayers, limits: Limits, ids_BT: Tensor
+) -> FrozenStore | None:
+    """Where prefixes are kept; None for a model that cannot begin with them, or no room."""
+    most_bytes = limits.max_prefix_bytes
+    can = most_bytes and _can_begin_at_layers(parts, layers, ids_BT)
+    return FrozenStore(most_bytes, torch.device("cpu")) if can else None
+
+
+def _can_begin_at_layers(parts: Parts, layers: CloudLayers, ids_BT: Tensor) -> bool:
+    """Whether hidden states of attended tokens are all that goes from layer to layer.
+
+    Each layer runs alone, on what enters it in the whole model and on zeros for padding, on both
+    sides; what leaves it has to be the whole model's. And what leaves one is what enters the next.
+    """
+    if layers.count < 2:
+        return False
+    mask_BT, quarter = torch.ones_like(ids_BT), ids_BT.shape[1] // 4
+    mask_BT[0, ids_BT.shape[1] - quarter :] = 0
+    mask_BT[-1, :quarter] = 0
+    request = probe_request(parts, (), ids_BT, mask_BT, training=False)
+
+    # A model that cannot may fail in any way: it is served all the same, without prefixes.
+    try:
+        entries_BTD, exits_BTD, _ = _between_layers(parts, layers, ids_BT, mask_BT)
+        for index, (entry_BTD, exit_BTD) in enumerate(zip(entries_BTD, exits_BTD, strict=True)):
+            alone = EdgeLayers(index, layers.count - 1 - index, layers.count)
+            edge = run_with_zeros(parts, _between(request, alone, entry_BTD), layers.width)
+            want = exit_BTD.flatten(0, 1)[request.keep_K]
+            if gap := gap_between(edge.decoded_hidden().to(want) - want, want):
+                raise ModelError(f"layer {index} alone differs by {gap}")
+            for next_BTD in entries_BTD[index + 1 : index + 2]:
+                if not torch.equal(next_BTD.flatten(0, 1)[request.keep_K], want):
+                    raise ModelError(f"behind layer {index} more is done than in layers")
+    except Exception as error:
+        log.info("%s is served without kept prefixes: %s", parts.name, error)
+        return False
+    return True
+
+
 def _between_layers(
-    parts: Parts, layers: CloudLayers, ids_BT: Tensor
+    parts: Parts, layers: CloudLayers, ids_BT: Tensor, mask_BT: Tensor | None = None
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """What goes into each layer of the whole model, what comes out, and the last hidden states."""
     entries_BTD: list[Tensor] = []
@@ -178,7 +223,7 @@ def _between_layers(
                     lambda _, args, output: exits_BTD.append(first_output(output))
                 )
             )
-        return entries_BTD, exits_BTD, parts.hidden(ids_BT)
+        return entries_BTD, exits_BTD, parts.hidden(ids_BT, mask=mask_BT)
 
 
 def _between(request: PassRequest, edge_layers: EdgeLayers, entry_BTD: Tensor) -> PassRequest:
@@ -191,7 +236,7 @@ def _between(request: PassRequest, edge_layers: EdgeLayers, entry_BTD: Tensor) -
             for site, modules in request.active
             if edge_layers.in_cloud(site.modules[0].layer)
         ),
-        embeddings=encode(entry_BTD.flatten(0, 1), pb.FP32),
+        embeddings=encode(entry_BTD.flatten(0, 1)[request.keep_K], pb.FP32),
     )
 
 

@@ -124,6 +124,8 @@ class CloudModel:
         self.config_json = _public_config(model)
         self.fingerprint = _fingerprint(self.config_json, model)
         self.frozen_store = FrozenStore(self.limits.max_adapter_bytes, parts.weight.device)
+        self.prefix_store = load_checks.prefix_store(parts, self.layers, self.limits, ids_BT)
+        self.stores = [store for store in (self.frozen_store, self.prefix_store) if store]
         self.requests = self._request_check()
         give_back()  # what loading and measuring have left
 
@@ -173,6 +175,7 @@ class CloudModel:
             rollback=self.memory.has_cache and not is_recurrent(self.model),
             whole_prompts=self.cache_cost.whole_prompts,
             frozen_store=self.frozen_store,
+            prefix_store=self.prefix_store,
             device=self.parts.weight.device,
             devices=self._other_devices(),
         )
@@ -239,7 +242,7 @@ class CloudModel:
 
         `owner_bytes`: what the owner may keep here, as for `put_adapter`.
         Raises UsageError for what the edge's user can mend, WireError for a broken edge,
-        AdapterMissing for frozen modules that are not here.
+        AdapterMissing for frozen modules, and PrefixMissing for sequences, that are not here.
         """
         return self.requests.begin(begin, owner, owner_bytes)
 

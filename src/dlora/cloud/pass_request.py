@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from dlora.cloud.hosted_request import HostedRequest
+from dlora.cloud.prefixes import PrefixRequest
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.codecs import Codecs
 from dlora.protocol.layers import EdgeLayers
@@ -89,11 +90,20 @@ class PassRequest:
 
     recompute: bool = False
     """Decoder layers run again in backward, with the answers that came: less is kept until then."""
+    prefixes: PrefixRequest | None = None
+    """What enters a layer: to be kept, or kept already, in place of `embeddings`."""
 
     @property
     def num_rows(self) -> int:
         """N: the rows that travel in every tensor but the last hidden states."""
         return self.batch * self.length if self.rows_N is None else len(self.rows_N)
+
+    @property
+    def first_layer(self) -> int:
+        """The first decoder layer that the cloud computes."""
+        if self.prefixes is not None and self.prefixes.kept is not None:
+            return self.prefixes.layer
+        return self.edge_layers.first
 
     @property
     def has_backward(self) -> bool:

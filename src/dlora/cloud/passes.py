@@ -104,7 +104,8 @@ class Pass:
         self._deltas: dict[int, tuple[Tensor, ...]] = {}
         # Where there are tables beside the embedding: what the edge has looked up in each.
         self._looked_up: list[Tensor] = []
-        # With edge layers: what goes into the cloud's first layer, and what comes out of its last.
+        # What goes into the cloud's first layer, where that is not the embedding; and, with edge
+        # layers, what comes out of its last.
         self._entry_BTD: Tensor | None = None
         self._exit_BTD: Tensor | None = None
         # Frozen weights ask for no gradient: the lowest exchange needs an input that does.
@@ -148,11 +149,13 @@ class Pass:
     def _forward(self, entry_BTD: Tensor) -> Tensor:
         """The kept rows of the last hidden states, or of what comes out of the cloud's last layer.
 
-        With edge layers the decoder runs on zeros until `run_layer` puts the entry in.
+        With edge layers or named prefixes the decoder runs on zeros until `run_layer` puts the
+        entry in.
         """
         request = self.request
         inputs: dict[str, Any] = {"inputs_embeds": entry_BTD}
-        if request.edge_layers:
+        is_named = request.prefixes is not None and request.prefixes.kept is not None
+        if request.edge_layers or is_named:
             self._entry_BTD = entry_BTD
             inputs["inputs_embeds"] = self.embedding.new_zeros(
                 request.batch, request.length, self.embedding.shape[1]
@@ -183,14 +186,19 @@ class Pass:
         run: Callable[[Tensor], Any],
         skip: Callable[[Tensor], Any],
     ) -> Any:
-        """Skip the edge's layers; put the entry in before the others, and note what comes out."""
-        edge_layers = self.request.edge_layers
-        if not edge_layers.in_cloud(index):
+        """Skip the edge's layers, and those below named prefixes; put the entry in before the
+        others, and note what comes out. Keep prefixes that have names.
+        """
+        request, edge_layers = self.request, self.request.edge_layers
+        if index < request.first_layer or not edge_layers.in_cloud(index):
             return skip(hidden_BTD)
 
-        if index == edge_layers.first and self._entry_BTD is not None:
+        if index == request.first_layer and self._entry_BTD is not None:
             hidden_BTD, self._entry_BTD = self._entry_BTD, None
-        if self.request.recompute:
+        if request.prefixes is not None and index == request.prefixes.layer:
+            self.exchange.keep_prefixes(hidden_BTD)
+
+        if request.recompute:
             output = checkpoint(
                 run,
                 hidden_BTD,

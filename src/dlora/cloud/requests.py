@@ -20,6 +20,7 @@ from dlora.cloud.frozen_store import FrozenStore
 from dlora.cloud.hosted_request import check_hosted
 from dlora.cloud.limits import Limits
 from dlora.cloud.pass_request import PassRequest
+from dlora.cloud.prefixes import check_prefixes
 from dlora.errors import AdapterMissing, UsageError, WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.channel import PROTOCOL_VERSION
@@ -56,9 +57,11 @@ class RequestCheck:
     whole_prompts: bool = False  # a cache takes tokens in one pass at first, then one by one
 
     frozen_store: FrozenStore
+    prefix_store: FrozenStore | None = None
     device: torch.device  # of what goes in before the first layer
-    # Of modules that are on another one, by their full names.
-    devices: Mapping[str, torch.device] = field(default_factory=dict)
+    devices: Mapping[str, torch.device] = field(
+        default_factory=dict
+    )  # of modules elsewhere, by name
 
     # ----------------------------------------------------------------- a stream's first request
 
@@ -75,12 +78,7 @@ class RequestCheck:
 
         edge_layers = self._check_edge_layers(message)
         active = self._check_modules(message.sites, edge_layers)
-        if message.probe and not (message.training and active):
-            raise WireError("probe: wants a training step with an active site")
-        if message.wants_input_grad and not message.training:
-            raise WireError("wants_input_grad: wants a training step")
-        if message.drop_input_grads and not (message.training and not message.hosted):
-            raise WireError("drop_input_grads: wants a training step, plain or factored")
+        _check_gradients(message)
 
         without_tokens = PassRequest(
             codecs=codecs,
@@ -109,7 +107,9 @@ class RequestCheck:
             drop_input_grads=message.drop_input_grads,
             recompute=self.limits.recompute and message.training,
         )
-        return self._with_tokens(without_tokens, message)
+        request = self._with_tokens(without_tokens, message)
+        prefixes = check_prefixes(message, active, edge_layers, self.prefix_store, owner)
+        return dataclasses.replace(request, prefixes=prefixes)
 
     def _check_peer(self, message: pb.Begin) -> None:
         """Both halves have to speak the same protocol about the same model."""
@@ -353,3 +353,13 @@ def _joined_mask(
     cached = ones[:, :past] if cached_BP is None else cached_BP
     new = ones[:, past:] if new_BT is None else new_BT
     return torch.cat([cached, new], dim=1)
+
+
+def _check_gradients(message: pb.Begin) -> None:
+    """Raises WireError for gradients that no training step has."""
+    if message.probe and not (message.training and message.sites):
+        raise WireError("probe: wants a training step with an active site")
+    if message.wants_input_grad and not message.training:
+        raise WireError("wants_input_grad: wants a training step")
+    if message.drop_input_grads and (message.hosted or not message.training):
+        raise WireError("drop_input_grads: wants a training step, plain or factored")

@@ -85,6 +85,7 @@ def probe_request(
     parts: Parts,
     sites: Sequence[Site],
     ids_BT: Tensor,
+    mask_BT: Tensor | None = None,
     *,
     training: bool,
     dtype: pb.DType = pb.FP32,
@@ -93,18 +94,19 @@ def probe_request(
 
     `dtype` is the codec of the embeddings.
     """
-    tokens = ids_BT.numel()
+    tokens, everywhere_BT = ids_BT.numel(), torch.ones_like(ids_BT)
+    rows = (everywhere_BT if mask_BT is None else mask_BT).reshape(-1).nonzero()[:, 0]
     return PassRequest(
         codecs=MIXES["fp32"],
         training=training,
         batch=ids_BT.shape[0],
         length=ids_BT.shape[1],
-        mask_BT=None,
+        mask_BT=mask_BT,
         position_ids_BT=None,
-        rows_N=None,
-        keep_K=torch.arange(tokens, device=ids_BT.device),
+        rows_N=rows if len(rows) != tokens else None,
+        keep_K=rows,
         active=tuple((site, tuple(range(len(site.modules)))) for site in sites),
-        embeddings=encode(parts.lookups(ids_BT).reshape(tokens, -1), dtype),
+        embeddings=encode(parts.lookups(ids_BT).reshape(tokens, -1)[rows], dtype),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,12 +27,22 @@ from dlora.edge.meter import Meter
 from dlora.edge.micro_batch import MicroBatch
 from dlora.edge.options import SplitOptions
 from dlora.edge.passes import PassInput
+from dlora.edge.prefixes import KnownPrefixes, Prefixes, about, layer_below
 from dlora.edge.responder import Responder, begin
 from dlora.edge.sites import ActiveSite, entries_of
 from dlora.formulas import round_trips
 from dlora.protocol.layers import EdgeLayers
 
-__all__ = ["CloudLayers"]
+__all__ = ["CloudLayers", "Kept"]
+
+
+@dataclass
+class Kept:
+    """What a cloud is believed to have kept for a model."""
+
+    versions: KeptVersions = field(default_factory=KeptVersions)
+    """Of the adapter, on the hosted wire."""
+    prefixes: KnownPrefixes = field(default_factory=KnownPrefixes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +55,7 @@ class CloudLayers:
     edge_layers: EdgeLayers
     sites: Sequence[ActiveSite]
     frozen: Sequence[FrozenModule]
-    versions: KeptVersions
-    """Which adapter a cloud has kept, on the hosted wire."""
+    kept: Kept
     part_count: PartCount
     """How many parts of a micro-batch go at once."""
 
@@ -55,7 +64,17 @@ class CloudLayers:
         if self.options.wire != "hosted":
             return None
         most_bytes = self.link.description.limits.max_message_bytes // 2
-        return HostedAdapter(self.sites, self.options.codecs.factors, self.versions, most_bytes)
+        versions = self.kept.versions
+        return HostedAdapter(self.sites, self.options.codecs.factors, versions, most_bytes)
+
+    def _prefixes(self, new: PassInput) -> Prefixes | None:
+        """What these tokens are called below the lowest site, where the cloud is to keep that."""
+        layer = layer_below(self.sites)
+        if not self.options.cache_prefix or layer < 0 or new.dense:
+            return None
+        depends_on = about(self.link.description, layer, self.edge_layers, self.frozen)
+        ends = self.options.codecs.ends
+        return Prefixes.of(new, layer, depends_on, self.kept.prefixes, ends)
 
     def extend(self, new: PassInput, cache: CloudCache, here: Iterable[LoraLayer]) -> Tensor:
         """Run tokens behind those of a KV cache; return kept hidden states, float32 [K, D].
@@ -148,7 +167,10 @@ class CloudLayers:
         probe_modules: Iterable[str] = (),
     ) -> dict[str, Any]:
         """Arguments of a `MicroBatch` that runs these tokens, with its first frame."""
-        hosted = self._hosted()
+        hosted, probe = self._hosted(), entries_of(self.link.description, probe_modules)
+        # Where gradients go further down, they need what would be left out.
+        is_all_above = training and not wants_input_grad and not probe
+        prefixes = self._prefixes(new) if is_all_above else None
         first = begin(
             self.link,
             self.sites,
@@ -158,11 +180,11 @@ class CloudLayers:
             training=training,
             batch=new.batch,
             **self._factored(training),
-            probe=entries_of(self.link.description, probe_modules),
+            probe=probe,
             wants_input_grad=wants_input_grad,
             drop_input_grads=training and self.options.input_grad == "drop",
             **(hosted.fields(training=training) if hosted else {}),
-            **new.fields(self.options.codecs.ends),
+            **(prefixes.fields() if prefixes else new.fields(self.options.codecs.ends)),
         )
 
         return {
@@ -175,4 +197,5 @@ class CloudLayers:
             "frozen": self.frozen,
             "edge_layers": self.edge_layers,
             "hosted": hosted,
+            "prefixes": prefixes,
         }

@@ -7,8 +7,8 @@ from typing import Any, Final
 
 import grpc
 
-from dlora.errors import AdapterMissing, PeerError, PeerLost
-from dlora.protocol.channel import RETRY_AFTER_KEY
+from dlora.errors import AdapterMissing, PeerError, PeerLost, PrefixMissing
+from dlora.protocol.channel import MISSING_KEY, MISSING_PREFIX, RETRY_AFTER_KEY
 from dlora.protocol.text import clean_text
 
 __all__ = ["call_error", "connect_error"]
@@ -76,13 +76,15 @@ def call_error(error: Any, address: str) -> PeerError | PeerLost:
     """What any later failed call means: try again, or not."""
     code, details = error.code(), clean_text(error.details() or "")
     message = f"{address}: {details or code.name}"
+    trailing = dict(error.trailing_metadata() or ())
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
-        hint = _pause_s(dict(error.trailing_metadata() or ()).get(RETRY_AFTER_KEY))
+        hint = _pause_s(trailing.get(RETRY_AFTER_KEY))
         if hint is not None:
             return PeerLost(message, retry_after_s=hint)
         return PeerError(f"{message}. Use a smaller batch or shorter sequences.")
     if code == grpc.StatusCode.NOT_FOUND:
-        return AdapterMissing(message)
+        is_prefix = trailing.get(MISSING_KEY) == MISSING_PREFIX
+        return PrefixMissing(message) if is_prefix else AdapterMissing(message)
     if code in _TRY_AGAIN or "RST_STREAM" in details:
         return PeerLost(message)
     return PeerError(message)

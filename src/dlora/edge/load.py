@@ -1,8 +1,8 @@
 """Building a split model: a fresh adapter, a folder's, or none, on a model that is elsewhere.
 
 All three take the fields of `SplitOptions` as keyword arguments: `wire`, `in_flight`, `wire_dtype`,
-`retry`, `noise`, `hide_lengths`, `head_positions` and `edge_layers`. None, or nothing, is the
-default.
+`retry`, `noise`, `hide_lengths`, `head_positions`, `cache_prefix` and `edge_layers`. None, or
+nothing, is the default.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dlora.edge.adapter_config import (
 )
 from dlora.edge.adapter_weights import check_adapter_weights, read_adapter_weights
 from dlora.edge.link import Link
-from dlora.edge.model import SplitModel, check_codecs
+from dlora.edge.model import SplitModel, check_options
 from dlora.edge.options import OptionArguments, SplitOptions
 from dlora.edge.sites import allowed_names
 from dlora.edge.skeleton import build_skeleton, drop_stand_ins, edge_layers_of
@@ -73,7 +73,7 @@ def _put_on(
 ) -> SplitModel:
     """A fresh adapter on the cloud's model, with those targets that match."""
     split_options = SplitOptions().changed(**options)
-    check_codecs(link, split_options.codecs)
+    check_options(link, split_options)
     config = checked_config(config)
     edge_layers = edge_layers_of(link, split_options.edge_layers)
 

@@ -24,12 +24,14 @@ from dlora.edge.link import Link, RetryPolicy
 from dlora.edge.lora import FrozenModule
 from dlora.edge.meter import Meter
 from dlora.edge.noise import Noise
+from dlora.edge.prefixes import Prefixes
 from dlora.edge.responder import Responder, SiteForward, Wait
 from dlora.edge.sites import ActiveSite, names_of
-from dlora.errors import AdapterMissing, PeerError, PeerLost, WireError
+from dlora.errors import AdapterMissing, PeerError, PeerLost, PrefixMissing, WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.codecs import codecs_of
 from dlora.protocol.layers import EdgeLayers
+from dlora.protocol.prefixes import num_rows
 from dlora.protocol.wire import encode, largest
 
 __all__ = ["MicroBatch", "Node", "add_squares", "as_node", "check_finite"]
@@ -55,6 +57,7 @@ class MicroBatch(Responder):
         frozen: Sequence[FrozenModule] = (),
         edge_layers: EdgeLayers | None = None,
         hosted: HostedAdapter | None = None,
+        prefixes: Prefixes | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(
@@ -69,7 +72,7 @@ class MicroBatch(Responder):
             hosted=hosted,
         )
         self.retry, self.begin = retry, begin
-        self.generator = generator
+        self.prefixes, self.generator = prefixes, generator
         self.conditions, self.repeats = Conditions(device, generator), False
         self.input_grad: Tensor | None = None
         """After backward, where `begin` asks for it: gradient of what went in, [N, D]."""
@@ -142,8 +145,14 @@ class MicroBatch(Responder):
                 return self._forward_once()
             except AdapterMissing as missing:
                 # Each is done a few times at most.
-                if not (self.hosted and self.hosted.send_whole(self.begin)):
+                if not self._send_whole(missing):
                     self.put_frozen(missing)
+
+    def _send_whole(self, missing: AdapterMissing) -> bool:
+        """Send what was only named the next time; false if nothing of that kind was."""
+        if isinstance(missing, PrefixMissing):
+            return self.prefixes is not None and self.prefixes.send_whole(self.begin)
+        return self.hosted is not None and self.hosted.send_whole(self.begin)
 
     def _forward_once(self) -> Tensor:
         self.close()
@@ -154,9 +163,11 @@ class MicroBatch(Responder):
         self.stream = self.link.open()
         try:
             self.opened()
-            rows, kept = int(self.begin.embeddings.shape[0]), len(self.begin.keep)
+            rows, kept = num_rows(self.begin), len(self.begin.keep)
             frame = pb.EdgeFrame(begin=self.begin)
             hidden, _ = self.ask(frame, rows, kept, training=self.begin.training)
+            if self.prefixes is not None:
+                self.prefixes.found()
             has_backward = bool(self.sites) or self.begin.wants_input_grad
             if not (self.begin.training and has_backward):
                 self._finish()

@@ -44,7 +44,7 @@ from dlora.edge.active_set import ActiveSet, Idle
 from dlora.edge.adapter_card import refuse_merging, write_card
 from dlora.edge.adapter_config import checked_config
 from dlora.edge.bottleneck import BottleneckConfig, make_bottleneck, save_bottleneck
-from dlora.edge.cloud_layers import CloudLayers
+from dlora.edge.cloud_layers import CloudLayers, Kept
 from dlora.edge.description import has_cache
 from dlora.edge.edge_layers import EdgeDecoder
 from dlora.edge.forward_call import ForwardCall, ForwardCalls
@@ -66,7 +66,7 @@ from dlora.protocol.decoder import cache_name, decoder_of
 from dlora.protocol.layers import CloudBetween, EdgeLayers
 from dlora.protocol.lookups import Lookups
 
-__all__ = ["SplitModel", "check_codecs"]
+__all__ = ["SplitModel", "check_options"]
 
 
 class SplitModel(PeftModelForCausalLM):
@@ -91,7 +91,7 @@ class SplitModel(PeftModelForCausalLM):
         """Decoder layers that run here; their adapters need no exchange and are always trained."""
 
         self.active_set = ActiveSet(())
-        self._kept_versions = KeptVersions()
+        self._kept = Kept()
         description = link.description
         self._calls = ForwardCalls(self)
         self._edge_decoder = EdgeDecoder(base, edge_layers, description, self._calls.runner)
@@ -124,7 +124,7 @@ class SplitModel(PeftModelForCausalLM):
         if "edge_layers" in changes:
             raise UsageError("edge_layers are loaded when the model is built: build another one")
         options = self.options.changed(**changes)
-        check_codecs(self.link, options.codecs)
+        check_options(self.link, options)
         self.options = options
         if {"in_flight", "wire"} & changes.keys():
             self.part_count = PartCount.asked(options.in_flight)
@@ -235,7 +235,7 @@ class SplitModel(PeftModelForCausalLM):
 
     def forget_kept(self) -> None:
         """Send the hosted wire's adapter whole the next time, as after an optimizer step."""
-        self._kept_versions = KeptVersions()
+        self._kept.versions = KeptVersions()
 
     @property
     def has_cache(self) -> bool:
@@ -363,13 +363,23 @@ def _cloud_layers(model: SplitModel, sites: Sequence[ActiveSite]) -> CloudLayers
         edge_layers=model.edge_layers,
         sites=sites,
         frozen=model.active_set.applied_by_cloud(),
-        versions=model._kept_versions,
+        kept=model._kept,
         part_count=model.part_count,
     )
 
 
-def check_codecs(link: Link, codecs: Codecs) -> None:
-    """Raises UsageError for codecs that the server does not know."""
+def check_options(link: Link, options: SplitOptions) -> None:
+    """Raises UsageError for options that the server cannot serve."""
+    _check_codecs(link, options.codecs)
+    if options.cache_prefix and not link.description.limits.prefix_bytes:
+        raise UsageError(
+            f"cache_prefix: {link.address} keeps no prefixes: it was started with prefix_mib 0, is "
+            "of an earlier version, or its model's layers share more than hidden states. Leave "
+            "cache_prefix out, or use another server"
+        )
+
+
+def _check_codecs(link: Link, codecs: Codecs) -> None:
     offered = set(link.description.wire_dtypes)
     if not codecs.dtypes <= offered:
         known = [name for name, named in MIXES.items() if named.dtypes <= offered]

@@ -16,6 +16,7 @@ __all__ = [
     "InputGrad",
     "OptionArguments",
     "SplitOptions",
+    "check_cache_prefix",
     "check_consent",
     "check_edge_layers",
     "check_in_flight",
@@ -69,6 +70,12 @@ class SplitOptions:
     shape [batch, L + 1, vocab], L the most labels of a row), "all", or "auto": supervised while
     training, all otherwise. Without labels it is always all.
     """
+    cache_prefix: bool = False
+    """In training let the cloud keep what its layers below the lowest active site make of a
+    sequence. When every sequence of a micro-batch has been there before, only their names travel in
+    place of embeddings, and these layers are not computed again. Results are the same up to
+    rounding. Not with noise on what enters, nor with `hide_lengths`: nothing would come again.
+    """
     edge_layers: tuple[int, int] = (0, 0)
     """This many of the first and of the last decoder layers run here, where the server allows it:
     less of what leaves can be read. Fixed when the model is built.
@@ -86,6 +93,7 @@ class SplitOptions:
             raise UsageError(
                 f"head_positions: got {self.head_positions!r}, want auto, supervised or all"
             )
+        check_cache_prefix(self.cache_prefix, self.noise, fills_padding=self.hide_lengths)
         check_edge_layers(*self.edge_layers)
 
     @property
@@ -111,6 +119,7 @@ class OptionArguments(TypedDict, total=False):
     noise: Noise
     hide_lengths: bool
     head_positions: HeadPositions
+    cache_prefix: bool
     edge_layers: tuple[int, int]
 
 
@@ -148,6 +157,25 @@ def check_in_flight(in_flight: int | str, wire: str) -> None:
         raise UsageError(
             f"in_flight: got {in_flight} with wire=hosted, where a micro-batch waits twice and the "
             "adapter would travel with every part: use in_flight=1, or wire=factored or plain"
+        )
+
+
+def check_cache_prefix(
+    cache_prefix: bool, noise: Noise, *, fills_padding: bool, record: bool = False
+) -> None:
+    """Raises UsageError where no sequence would enter the cloud twice as it was, or a record lack
+    rows.
+    """
+    why = "noise_entry" if noise.entry else "pad_to (hide_lengths)" if fills_padding else ""
+    if cache_prefix and why:
+        raise UsageError(
+            f"cache_prefix with {why}: what enters the cloud is drawn anew each time, and nothing "
+            "kept would be found again: leave one of the two out"
+        )
+    if cache_prefix and record:
+        raise UsageError(
+            "record keeps all that crosses the wire: with cache_prefix rows would be missing that "
+            "travel as names. Leave one of the two out"
         )
 
 

@@ -61,16 +61,17 @@ class PassInput:
         rows_BT = torch.ones_like(self.attended_BT) if self.dense else self.attended_BT
         return self.entry_BTD[rows_BT.to(self.entry_BTD.device)]
 
-    def fields(self, dtype: pb.DType) -> dict[str, Any]:
-        """The fields that `Begin` and `Extend` share."""
+    def fields(self, dtype: pb.DType | None) -> dict[str, Any]:
+        """The fields that `Begin` and `Extend` share; without a dtype no embeddings."""
         positions = self.position_ids_BT
+        embeddings = {} if dtype is None else {"embeddings": encode(self.entry_ND, dtype)}
         return {
             "length": self.length,
             "attention_mask": pack_mask(self.mask_BT),
             "position_ids": [] if positions is None else positions.reshape(-1).tolist(),
             "dense": self.dense,
             "keep": self.keep_BT.reshape(-1).nonzero()[:, 0].tolist(),
-            "embeddings": encode(self.entry_ND, dtype),
+            **embeddings,
         }
 
     def columns(self, columns: slice) -> PassInput:

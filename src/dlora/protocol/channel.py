@@ -9,6 +9,8 @@ from typing import Final
 
 __all__ = [
     "MAX_MESSAGE_BYTES",
+    "MISSING_KEY",
+    "MISSING_PREFIX",
     "PROTOCOL_VERSION",
     "RETRY_AFTER_KEY",
     "TOKEN_KEY",
@@ -22,6 +24,10 @@ MAX_MESSAGE_BYTES: Final = 256 * 2**20
 
 RETRY_AFTER_KEY: Final = "retry-after-ms"
 """Trailing metadata beside RESOURCE_EXHAUSTED: the server is busy, and when to ask again."""
+
+MISSING_KEY: Final = "missing"
+MISSING_PREFIX: Final = "prefix"
+"""Trailing metadata beside NOT_FOUND, where it is no module that is missing."""
 
 MODULE_FRAMES: Final = 8
 """In which a hosted adapter travels, if it has so many modules, and its gradients come back: the

@@ -12,6 +12,7 @@ from dlora.errors import WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.channel import PUT_BYTES
 from dlora.protocol.message_parts import MODULE, ONCE, TENSOR, VALUE_BYTES, Most, Rules
+from dlora.protocol.prefixes import NAME_BYTES
 
 __all__ = ["Awaited", "largest_message", "rules_of"]
 
@@ -58,6 +59,7 @@ def rules_of(description: pb.Description) -> _Rules:
         17: sites,
         22: Most(modules, inside={9: Most(_MOST_DROPOUTS)}),
         24: Most(1, inside={1: ONCE}),
+        27: Most(1, inside={1: ONCE}),
     }
     extend = {2: Most(tokens, tokens), 5: Most(tokens, tokens), 7: Most(tokens, tokens), 8: TENSOR}
 
@@ -126,9 +128,9 @@ class Awaited:
         self._is_training = self._is_factored = self._has_cache = False
 
     def entry_bytes(self, tokens: int) -> int:
-        """A `Begin` or `Extend` of so many tokens: rows, and mask, position, kept and order."""
+        """A `Begin` or `Extend` of so many tokens: rows, and mask, position, kept, order, name."""
         listed = sum(_SITE_BYTES + VALUE_BYTES * len(outs) for _, outs in self._sites)
-        entry = tokens * (4 * self._entry_width + _ROW_BYTES + 1 + 3 * VALUE_BYTES)
+        entry = tokens * (4 * self._entry_width + _ROW_BYTES + 1 + 3 * VALUE_BYTES + NAME_BYTES)
         return entry + 2 * listed + _IDLE_BYTES * self._num_modules + _FIXED_BYTES
 
     def _hosted_bytes(self, begin: pb.Begin) -> int:

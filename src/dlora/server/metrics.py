@@ -52,9 +52,10 @@ class _Collector:
         tenancy: Tenancy,
         queue_length: Callable[[], int],
         lost_log_lines: Callable[[], int],
+        kept_bytes: Callable[[], dict[str, int]],
     ) -> None:
         self.tenancy, self.queue_length = tenancy, queue_length
-        self.lost_log_lines = lost_log_lines
+        self.lost_log_lines, self.kept_bytes = lost_log_lines, kept_bytes
 
     def collect(self) -> Iterator[Any]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -79,6 +80,12 @@ class _Collector:
                     family.add_metric([tenant.name, key], count)
             yield family
 
+        kept = GaugeMetricFamily(
+            "dlora_kept_bytes", "Modules and prefixes kept for later.", labels=["tenant"]
+        )
+        for owner, size in self.kept_bytes().items():
+            kept.add_metric([owner], size)
+        yield kept
         yield GaugeMetricFamily(
             "dlora_queue_length", "Streams that wait for a slot.", value=self.queue_length()
         )
@@ -122,7 +129,12 @@ def serve_metrics(server: Any, port: int) -> Iterator[int]:
 
     registry = CollectorRegistry()
     registry.register(
-        _Collector(server.tenancy, lambda: server.queue_length, lambda: server.lost_log_lines)
+        _Collector(
+            server.tenancy,
+            lambda: server.queue_length,
+            lambda: server.lost_log_lines,
+            lambda: server.kept_bytes,
+        )
     )
     metrics = make_wsgi_app(registry)
 
@@ -163,8 +175,8 @@ def read_status(port: int) -> list[str]:
     tenants, queue_length = _by_tenant(text)
     lines = [
         f"{ready}, {queue_length:.0f} streams wait for a compute slot",
-        f"{'tenant':20} {'streams':>7} {'MiB held':>9} {'tokens':>11} {'compute s':>10} "
-        f"{'MB in, out':>17} refused",
+        f"{'tenant':20} {'streams':>7} {'MiB held':>9} {'kept':>7} {'tokens':>11} "
+        f"{'compute s':>10} {'MB in, out':>17} refused",
     ]
 
     for tenant, values in sorted(tenants.items()):
@@ -174,6 +186,7 @@ def read_status(port: int) -> list[str]:
         lines.append(
             f"{tenant:20} {values.get('dlora_streams', 0):7.0f} "
             f"{values.get('dlora_inflight_bytes', 0) / 2**20:9.0f} "
+            f"{values.get('dlora_kept_bytes', 0) / 2**20:7.0f} "
             f"{values.get('dlora_tokens_total', 0):11.0f} "
             f"{values.get('dlora_compute_seconds_total', 0):10.1f} {traffic:>17} "
             f"{values.get('dlora_refusals_total', 0):.0f}"

@@ -10,8 +10,15 @@ import grpc
 import torch
 from google.protobuf.message import DecodeError
 
-from dlora.errors import AdapterMissing, ModelError, PeerLost, UsageError, WireError
-from dlora.protocol.channel import RETRY_AFTER_KEY
+from dlora.errors import (
+    AdapterMissing,
+    ModelError,
+    PeerLost,
+    PrefixMissing,
+    UsageError,
+    WireError,
+)
+from dlora.protocol.channel import MISSING_KEY, MISSING_PREFIX, RETRY_AFTER_KEY
 from dlora.server.calls import Call
 from dlora.server.tenants import Busy
 
@@ -35,10 +42,14 @@ class Refusal:
     """Says whether to try again: see docs/wire-protocol.md."""
     text: str
     wait_s: float | None = None
+    missing: str = ""
+    """What is not here, if it is no module."""
 
     @property
     def trailing(self) -> tuple[tuple[str, str], ...]:
-        """Metadata that says when to try again."""
+        """Metadata that says when to try again, or with what."""
+        if self.missing:
+            return ((MISSING_KEY, self.missing),)
         return () if self.wait_s is None else ((RETRY_AFTER_KEY, str(int(1000 * self.wait_s))),)
 
 
@@ -55,6 +66,8 @@ def refusal_of(error: BaseException, call: Call, *, is_stopping: bool) -> Refusa
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         log.error("out of memory: lower max_inflight_mib", exc_info=error)
         return Refusal(code, "no memory left for this micro-batch", _OUT_OF_MEMORY_S)
+    if isinstance(error, PrefixMissing):
+        return Refusal(code, str(error), missing=MISSING_PREFIX)
     return Refusal(code, str(error))
 
 

@@ -92,6 +92,12 @@ class Server:
         return self._service.tenancy
 
     @property
+    def kept_bytes(self) -> dict[str, int]:
+        """By tenant: modules and prefixes that are kept for later requests."""
+        kept = [store.owned_bytes() for store in self._service.cloud.stores]
+        return {name: sum(one.get(name, 0) for one in kept) for one in kept for name in one}
+
+    @property
     def queue_length(self) -> int:
         """Streams that wait for a compute slot."""
         return self._service.slots.queue_length

@@ -350,7 +350,8 @@ class Service:
             if not identities.is_valid(call.credential):
                 call.is_revoked = True
                 call.close("this identity is no longer valid")
-        self.cloud.frozen_store.keep_owners(identities.tenants())
+        for store in self.cloud.stores:
+            store.keep_owners(identities.tenants())
 
     def _cut_unchecked(self, identities: Identities) -> None:
         """Where nobody knows any longer who was revoked, nobody goes on."""

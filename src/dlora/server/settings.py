@@ -61,7 +61,8 @@ class ServeSettings:
         "edge_first edge_last",
         "address": "host port metrics_port",
         "who may call": "keys tls_cert tls_key client_ca identities insecure access_log",
-        "limits": "max_tokens max_length max_message_mib max_inflight_mib recompute max_streams "
+        "limits": "max_tokens max_length max_message_mib max_inflight_mib recompute prefix_mib "
+        "max_streams "
         "compute_slots edge_timeout_s",
         "shutdown": "drain_s",
         "replicas": "replicas max_replicas replica_ports ray_address replica_cpus replica_gpus",
@@ -109,6 +110,10 @@ class ServeSettings:
     recompute: bool = Limits.recompute
     """Keep of every layer its input and what its edge answered, and run it again in backward: less
     memory for each micro-batch that waits, more compute. Gradients stay what they are."""
+    prefix_mib: int = Limits.max_prefix_bytes >> 20
+    """What the layers below all adapters made of rows, in MiB of the host's memory, kept for edges
+    that train with cache_prefix. When it is full the longest unused goes, of whoever has most. 0:
+    nothing is kept."""
     max_streams: int = ServerOptions.max_streams
     """Micro-batches in flight."""
     compute_slots: int = ServerOptions.compute_slots
@@ -231,6 +236,8 @@ class ServeSettings:
         ):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: got {getattr(self, name)}, want at least 1")
+        if self.prefix_mib < 0:
+            raise UsageError(f"prefix_mib: got {self.prefix_mib}, want 0 or more")
 
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"threads: got {self.threads}, want at least 1")

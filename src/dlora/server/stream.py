@@ -24,6 +24,7 @@ from google.protobuf.message import DecodeError
 from dlora.errors import DLoRAError, PeerLost, WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.message_parts import Rules, check_message
+from dlora.protocol.prefixes import num_rows
 from dlora.server.calls import Call
 from dlora.server.frames import Awaited
 from dlora.server.place import Place
@@ -218,9 +219,8 @@ class StreamPipe:
 
         # The first frame of a pass: its rows are counted as tokens when the pass is done.
         if self._awaited.received(frame, len(message)):
-            kind = frame.WhichOneof("kind")
-            shape = (frame.begin if kind == "begin" else frame.extend).embeddings.shape
-            self._rows = int(shape[0]) if len(shape) else 0
+            is_begin = frame.WhichOneof("kind") == "begin"
+            self._rows = num_rows(frame.begin if is_begin else frame.extend)
             self._entry_bytes, self._is_in_pass = len(message), True
         return frame
 

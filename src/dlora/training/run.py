@@ -104,6 +104,7 @@ def _build_model(settings: TrainSettings, link: Link) -> SplitModel:
         "noise": settings.noise,
         "hide_lengths": settings.pad_to > 0,
         "head_positions": "supervised",
+        "cache_prefix": settings.cache_prefix,
     }
     if settings.adapter is not None:
         return load_adapter(link, settings.adapter, **options)

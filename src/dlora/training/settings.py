@@ -14,6 +14,7 @@ from dlora.edge.options import (
     InFlight,
     InputGrad,
     SplitOptions,
+    check_cache_prefix,
     check_in_flight,
     check_input_grad,
 )
@@ -38,7 +39,7 @@ class TrainSettings(EdgeSettings):
     """Settings of `dlora train`."""
 
     GROUPS: ClassVar[dict[str, str]] = {
-        "connection": f"{EdgeSettings.GROUPS['connection']} input_grad in_flight",
+        "connection": f"{EdgeSettings.GROUPS['connection']} input_grad in_flight cache_prefix",
         "data": "data columns val_size max_length overlong batch_size",
         "adapter": "adapter kind r lora_alpha lora_dropout target_modules use_rslora rank_pattern "
         "alpha_pattern activation scale",
@@ -66,6 +67,10 @@ class TrainSettings(EdgeSettings):
     """Parts of a micro-batch that travel at the same time, so that their waits for a distant server
     overlap. Each takes one of the streams that the server allows. auto: 1, 2 or 4, as the link and
     two passes over the first micro-batch say."""
+    cache_prefix: bool = SplitOptions.cache_prefix
+    """Let the cloud keep what its layers below all adapters make of each row. From the second epoch
+    on rows that it still has travel as names, and these layers are not computed again; results are
+    the same up to rounding. It helps most where adapters sit in the upper layers."""
     eval_data: str | None = None
     """Held-out data in the same forms, measured every `eval_steps`."""
     adapter: Path | None = None
@@ -166,6 +171,9 @@ class TrainSettings(EdgeSettings):
         super().__post_init__()
         check_input_grad(self.wire, self.input_grad)
         check_in_flight(self.in_flight, self.wire)
+        check_cache_prefix(
+            self.cache_prefix, self.noise, fills_padding=self.pad_to > 0, record=bool(self.record)
+        )
         self._check_adapter()
         self._check_amounts()
         self._check_data()
