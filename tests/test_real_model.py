@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import openai
@@ -61,6 +62,14 @@ def test_real_model_matches_local(link: GrpcLink) -> None:
     got.backward()
     assert_same_grads(local, split)
     assert split.peft_config["default"].base_model_name_or_path == DEMO_MODEL_ID
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_real_model_is_served_in_16_bits(dtype: str) -> None:
+    """What 16 bits round in 30 layers is not taken for a wrong split."""
+    loaded = load_model(DEMO_MODEL, dtype=dtype)
+    with closing(dlora.in_process(loaded.model, loaded.tokenizer)) as link:
+        assert link.description.sites
 
 
 def test_real_generation_matches_local(link: GrpcLink) -> None:

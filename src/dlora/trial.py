@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final, Protocol
@@ -35,9 +36,12 @@ __all__ = ["try_model"]
 log = logging.getLogger(__name__)
 
 # Largest differences to the whole model, as a share of the largest value or of a gradient's norm:
-# in fp32, and where the model computes in 16 bits, so that kernels may round by shape.
+# in fp32, and where the model computes in 16 bits, so that kernels may round by shape. There single
+# gradients, which may be small, are off by more than all of them together are (in bf16 one of
+# SmolLM2's by 17 %, all by 4 %). What is wrong, and not rounded, is off by half and more.
 _TOLERANCE: Final = 1e-3
 _COARSE_TOLERANCE: Final = 0.1
+_COARSE_MODULE_TOLERANCE: Final = 0.5
 _RANK: Final = 1
 _SCALE: Final = 0.02
 """Of B: enough to show in every gradient."""
@@ -84,6 +88,7 @@ class _Trial:
         self.whole = cloud.model
         coarse = cloud.embedding.get_parameter("weight").dtype != torch.float32
         self.tolerance = _COARSE_TOLERANCE if coarse else _TOLERANCE
+        self.module_tolerance = _COARSE_MODULE_TOLERANCE if coarse else _TOLERANCE
         self.ids_BT = sample_ids(self.whole, 2, min(8, cloud.limits.max_length))
         generator = torch.Generator().manual_seed(0)
         self.factors = {name: self._factors(name, generator) for name in names}
@@ -219,14 +224,17 @@ class _Trial:
             for part in (layers[name].lora_A, layers[name].lora_B)
         ]
         scale = max((grad.norm().item() for grad in grads if grad is not None), default=0.0)
+        offs, norms = [], []
         for index, (mine, whole) in enumerate(zip(found, grads, strict=True)):
             what = f"gradient of {self.names[index // 2]}"
             one = torch.zeros(()) if whole is None else whole.detach().cpu()
             other = torch.zeros_like(one) if mine is None else mine
-            off = (other - one).norm().item()
-            if not off <= self.tolerance * max(one.norm().item(), 0.01 * scale):
-                return f"{what} is off by {off:.2g}, its norm is {one.norm().item():.2g}"
-        return ""
+            offs.append((other - one).norm().item())
+            norms.append(one.norm().item())
+            if not offs[-1] <= self.module_tolerance * max(norms[-1], 0.01 * scale):
+                return f"{what} is off by {offs[-1]:.2g}, its norm is {norms[-1]:.2g}"
+        off, norm = math.hypot(*offs), math.hypot(*norms)
+        return "" if off <= self.tolerance * norm else f"gradients are off by {off / norm:.2g}"
 
     @torch.no_grad()
     def _padding_differs(self, split: SplitModel) -> str:
