@@ -27,7 +27,10 @@ import math
 import os
 import random
 import re
+import signal
 import statistics
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -40,6 +43,7 @@ import yaml
 from filelock import FileLock, Timeout
 from paper_data import as_text
 from provenance import provenance
+from tqdm import tqdm
 
 HERE = Path(__file__).parent
 
@@ -375,9 +379,12 @@ def one(
                 options["budget"] = kr.budget(model, share, average)
             chosen = from_options(preset, {"seed": spec["seed"]} | options)
             reviver = KillAndRevive(model, chosen, len(made), average)
-        trained = train(
-            model, made, reviver, arm["learning_rate"], folder / f"{digest(spec)}.pt", config, stop
-        )
+        steps = tqdm(total=len(made), desc=f"{spec['task']}, {spec['arm']}", disable=None)
+        with steps:
+            trained = train(
+                *(model, made, reviver, arm["learning_rate"]),
+                *(folder / f"{digest(spec)}.pt", config, stop, steps),
+            )
         if trained is None:
             return None
         cost = trained
@@ -406,6 +413,7 @@ def train(
     checkpoint: Path,
     config: Config,
     stop: Callable[[], bool],
+    shown: tqdm,
 ) -> dict[str, Any] | None:
     """Train over all batches, from the checkpoint on if there is one: what it cost; None if it was
     stopped.
@@ -437,6 +445,7 @@ def train(
             reviver.load_state_dict(*state["reviver"])
     model.train()
     before, began = model.meter.copy(), time.monotonic()
+    shown.update(start)
     for step in range(start, len(made)):
         stopped = stop()
         if stopped or (step > start and step % config.checkpoint_steps == 0):
@@ -456,6 +465,7 @@ def train(
         if stopped:
             return None
         losses.append(round(kr.take_step(model, made[step], step, optimizer, rate, reviver), 5))
+        shown.update()
     spent = spent + (model.meter - before)
     checkpoint.unlink(missing_ok=True)
     parts = {
@@ -514,6 +524,38 @@ def run(
             lock.release()
 
 
+def run_all(config: Config, data: Path, result: Path, minutes: float) -> None:
+    """Runs until all are done, the time is up or Ctrl-C; a line for each, with what is left."""
+    began, before, asked = time.monotonic(), len(finished(config, result)), threading.Event()
+
+    def ask(*_: object) -> None:
+        """Ctrl-C: the first ends after the step, with a checkpoint; the second at once."""
+        asked.set()
+        signal.signal(signal.SIGINT, ordinary)
+        print("\nends after this step; Ctrl-C again: at once", file=sys.stderr, flush=True)
+
+    def stop() -> bool:
+        return asked.is_set() or time.monotonic() > began + 60 * minutes
+
+    total, ordinary = len(specs(config)), signal.signal(signal.SIGINT, ask)
+    try:
+        print(f"{before} of {total} runs are done", flush=True)
+        for found in run(config, data, result, stop):
+            done = len(finished(config, result))
+            left_s = (total - done) * (time.monotonic() - began) / max(1, done - before)
+            print(
+                {name: found[name] for name in ("model", "task", "arm", "seed")},
+                f"accuracy {found['accuracy']:.3f}, {found.get('seconds', 0):.0f} s; {done} of "
+                f"{total}, about {tqdm.format_interval(left_s)} left",
+                flush=True,
+            )
+    finally:
+        signal.signal(signal.SIGINT, ordinary)
+    if stop():
+        print("stopped; the same command goes on where it was")
+    print(f"{len(finished(config, result))} of {total} runs are done")
+
+
 def main(words: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(
@@ -545,15 +587,7 @@ def main(words: list[str] | None = None) -> None:
 
         if config.threads:
             torch.set_num_threads(config.threads)
-        end = time.monotonic() + 60 * given.minutes
-        for found in run(config, given.data, result, lambda: time.monotonic() > end):
-            shown = {name: found[name] for name in ("model", "task", "arm", "seed")}
-            print(
-                shown,
-                f"accuracy {found['accuracy']:.3f}, {found.get('seconds', 0):.0f} s",
-                flush=True,
-            )
-        print(f"{len(finished(config, result))} of {len(specs(config))} runs are done")
+        run_all(config, given.data, result, given.minutes)
     elif given.what == "table":
         print(paper_tables.tables(config, specs(config), finished(config, result)))
     elif given.what == "figures":

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -172,6 +173,39 @@ def test_a_stopped_run_goes_on_to_the_same_result(
         times += 1
     assert times == 3 and not list(folder.iterdir())
     assert whole | {"seconds": 0} == found | {"seconds": 0}
+
+
+def test_ctrl_c_ends_after_a_step_and_loses_none(
+    paper: ModuleType,
+    setting: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Ctrl-C in the middle of a step ends the command in order; the same command goes on to the
+    losses of a run that was never stopped, and says how much is left.
+    """
+    words = setting("llama", runs=[{"arms": ["FT"], "tasks": ["boolq", "arc_easy"]}], steps=3)
+    paper.main(["run", *words])
+    whole = runs(tmp_path)
+    assert "1 of 2, about 00:0" in capsys.readouterr().out
+    (tmp_path / "runs.jsonl").unlink()
+
+    take_step, taken = paper.kr.take_step, []
+
+    def interrupted(*args: Any) -> float:
+        taken.append(args[2])
+        if len(taken) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return take_step(*args)
+
+    monkeypatch.setattr(paper.kr, "take_step", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    paper.main(["run", *words])
+    assert "goes on where it was\n0 of 2 runs" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is before
+    paper.main(["run", *words])
+    assert taken == [0, 1, 2, 0, 1, 2] and runs(tmp_path) == whole
 
 
 def test_the_product_default_trains_the_spread_set(
