@@ -415,7 +415,7 @@ def one(spec: dict[str, Any], link: Any, tokenizer: Any, data: Path) -> dict[str
             | {
                 "steps": steps,
                 "batch_size": size,
-                "base_dtype": "bf16",
+                "base_dtype": str(link.cloud.model.dtype).removeprefix("torch."),
                 "attention": link.cloud.model.config._attn_implementation,
             },
             **provenance(),
