@@ -58,6 +58,8 @@ class Relay:
             sink.shutdown(socket.SHUT_WR)
         except OSError:
             pass
+        finally:
+            source.close()
 
 
 @contextmanager
