@@ -78,7 +78,9 @@ class Walk:
             if interrupt and interrupt[1] in said:
                 os.killpg(process.pid, signal.SIGINT)
                 interrupt = None
-            if command[-1] == "&" and re.search(r"^(ready|serving|.*Uvicorn running).*\n", said, re.M):
+            if command[-1] == "&" and re.search(
+                r"^(ready|serving|.*Uvicorn running).*\n", said, re.M
+            ):
                 return
 
     def plain(self, said: str) -> str:
@@ -130,7 +132,7 @@ def test_the_first_hour(tmp_path: Path) -> None:
 if __name__ == "__main__":  # the page as it comes out in this folder
     walk, page = Walk(clone(Path(sys.argv[1]))), PAGE.read_text()
     try:
-        for command, want in commands(page):
+        for command, _ in commands(page):
             code, said = walk.run(command)
             print(f"$ {command}\n{said.strip()}\n[{code}]", flush=True)
     finally:
