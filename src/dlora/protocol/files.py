@@ -15,7 +15,7 @@ from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.decoder import decoder_of, edge_parameters
 from dlora.protocol.weights import weight_of
 
-__all__ = ["ALLOWED_FILES", "OUTSIDE", "describe_files", "write_edge_files"]
+__all__ = ["ALLOWED_FILES", "OUTSIDE", "describe_files", "edge_weights", "write_edge_files"]
 
 OUTSIDE: Final = "outside."
 """Before the names of what is neither embedding nor head, and runs on the edge."""
@@ -28,17 +28,12 @@ ALLOWED_FILES: Final = frozenset(
 )
 
 
-def write_edge_files(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    folder: Path,
-    called: set[str] | None = None,
-) -> None:
-    """Write what an edge needs beside decoder layers.
+def edge_weights(model: PreTrainedModel, called: set[str] | None = None) -> dict[str, Tensor]:
+    """What an edge holds of a model, on the CPU, where it is there already without a copy.
 
-    That is `edge.safetensors` (embedding.*, head.* where not tied, and outside.* for all else that
-    one forward calls outside the decoder), generation config and tokenizer. `called`: names of the
-    modules that one forward calls there; None: whatever is there.
+    That is embedding.*, head.* where not tied, and outside.* for all else that one forward calls
+    outside the decoder. `called`: names of the modules that one forward calls there; None: whatever
+    is there.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     weights = {
@@ -55,7 +50,20 @@ def write_edge_files(
             place, _, own = name.rpartition(".")
             weights[f"{OUTSIDE}{name}"] = _plain(weight_of(model.get_submodule(place), own))
             written.add(id(value))
-    save_file(weights, folder / "edge.safetensors")
+    return weights
+
+
+def write_edge_files(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    called: set[str] | None = None,
+) -> None:
+    """Write what an edge needs beside decoder layers.
+
+    That is `edge.safetensors`, with what `edge_weights` says, generation config and tokenizer.
+    """
+    save_file(edge_weights(model, called), folder / "edge.safetensors")
 
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
