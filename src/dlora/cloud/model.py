@@ -20,7 +20,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from dlora.cloud import load_checks
@@ -35,13 +35,14 @@ from dlora.cloud.describe import (
 )
 from dlora.cloud.exchange import Pipe
 from dlora.cloud.frozen_store import FrozenStore, check_frozen_shape
+from dlora.cloud.hooks import install_hooks
 from dlora.cloud.hosted import HostedAdapter
 from dlora.cloud.layers import CloudLayers
 from dlora.cloud.limits import Limits
 from dlora.cloud.measure import measure_memory
 from dlora.cloud.parts import Parts
 from dlora.cloud.pass_request import PassRequest
-from dlora.cloud.passes import Pass, current_pass
+from dlora.cloud.passes import Pass
 from dlora.cloud.placement import device_of, share_offloaded
 from dlora.cloud.quantize import give_back, quantization
 from dlora.cloud.requests import RequestCheck
@@ -110,7 +111,7 @@ class CloudModel:
         self.layers_with_sites = sorted(
             {module.layer for site in self.sites for module in site.modules} - {-1}
         )
-        self._install_hooks()
+        install_hooks(model, self.sites, self.all_sites, parts.lookups)
         self.layers = CloudLayers(parts, self.limits, ids_BT)
 
         with FlopCount() as count:
@@ -339,47 +340,6 @@ class CloudModel:
         return pass_flops(
             request, self.sites, self.layers_with_sites, self.model.config, self.other_flops
         )
-
-    # ----------------------------------------------------------------- hooks
-
-    def _install_hooks(self) -> None:
-        """One pair of hooks a module, which ask the pass of their thread, if there is one."""
-        output_site = {
-            site.modules[0].name: site.index for site in self.all_sites if site.reads_output
-        }
-        for site in self.sites:
-            for index, info in enumerate(site.modules):
-                module = self.model.get_submodule(info.name)
-                _hook(module, site.index, index, output_site[info.name])
-        if self.parts.lookups.tables:
-            for index, module in enumerate(self.parts.lookups.modules):
-                _hook_lookup(module, index)
-
-
-def _hook(module: nn.Module, site: int, index: int, output_site: int) -> None:
-    """Hook the module number `index` of a site."""
-
-    def before(module: nn.Module, args: tuple[Tensor]) -> None:
-        if (current := current_pass()) is not None:
-            current.before(site, index, args[0])
-
-    def after(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-        if (current := current_pass()) is None:
-            return output
-        return current.after(site, index, args[0], output, output_site)
-
-    module.register_forward_pre_hook(before)
-    module.register_forward_hook(after)
-
-
-def _hook_lookup(module: nn.Module, index: int) -> None:
-    """Let a pass put what the edge has looked up in the place of what a table gives."""
-
-    def after(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-        current = current_pass()
-        return output if current is None else current.looked_up(index, output)
-
-    module.register_forward_hook(after)
 
 
 def _within_model(limits: Limits, model: PreTrainedModel, offloaded: bool) -> Limits:
