@@ -348,7 +348,9 @@ def _within_model(limits: Limits, model: PreTrainedModel, offloaded: bool) -> Li
     A step must not keep weights that were loaded for it: with those, layers run again in backward.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    max_length = min(limits.max_length, positions or limits.max_length)
+    if not isinstance(positions, int) or positions < 1:  # some say -1 for any number
+        positions = limits.max_length
+    max_length = min(limits.max_length, positions)
     recompute = limits.recompute or offloaded
     return dataclasses.replace(limits, max_length=max_length, recompute=recompute)
 

@@ -214,7 +214,8 @@ def _fill(
         if value is None or value.shape != parameter.shape:
             got = "nothing" if value is None else list(value.shape)
             raise ModelError(f"edge file {prefix}{name}: got {got}, want {list(parameter.shape)}")
-        setattr(module, name, nn.Parameter(value, requires_grad=False))
+        place, _, own = name.rpartition(".")  # an embedding may have a norm of its own
+        setattr(module.get_submodule(place), own, nn.Parameter(value, requires_grad=False))
 
 
 def drop_stand_ins(base: PreTrainedModel) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlora.proto import dlora_pb2 as pb
@@ -37,18 +37,17 @@ def edge_weights(model: PreTrainedModel, called: set[str] | None = None) -> dict
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     weights = {
-        f"embedding.{name}": _plain(weight_of(embedding, name))
+        f"embedding.{name}": _plain(_inner_weight(embedding, name))
         for name, _ in embedding.named_parameters()
     }
     written = {id(value) for value in embedding.parameters()}
     for name, value in [] if head is None else head.named_parameters():
         if value is not embedding.weight:
-            weights[f"head.{name}"] = _plain(weight_of(head, name))
+            weights[f"head.{name}"] = _plain(_inner_weight(head, name))
         written.add(id(value))
     for name, value in edge_parameters(model, decoder_of(model), called):
         if id(value) not in written:
-            place, _, own = name.rpartition(".")
-            weights[f"{OUTSIDE}{name}"] = _plain(weight_of(model.get_submodule(place), own))
+            weights[f"{OUTSIDE}{name}"] = _plain(_inner_weight(model, name))
             written.add(id(value))
     return weights
 
@@ -74,6 +73,12 @@ def write_edge_files(
             for file in Path(scratch).iterdir():
                 if file.name in ALLOWED_FILES:
                     (folder / file.name).write_bytes(file.read_bytes())
+
+
+def _inner_weight(module: nn.Module, name: str) -> Tensor:
+    """A tensor of a module, or of one inside it."""
+    place, _, own = name.rpartition(".")
+    return weight_of(module.get_submodule(place), own)
 
 
 def _plain(value: Tensor) -> Tensor:
