@@ -20,6 +20,7 @@ from test_faults import PHASES, FaultyLink, Mortal, run
 
 import dlora
 from dlora.cloud.limits import Limits
+from dlora.cloud.model import CloudModel
 from dlora.edge.cloud_layers import CloudLayers
 from dlora.errors import ModelError, UsageError
 from dlora.trial import _Trial
@@ -72,6 +73,8 @@ MORE = [
     "minimax_m2",
     "mamba2",
     "bert",
+    "inkling_text",
+    "bigbird_pegasus",
 ]
 
 
@@ -140,6 +143,31 @@ def test_what_differs_from_the_whole_model_is_refused(monkeypatch: pytest.Monkey
         dlora.in_process(make_base("llama"), model_id="x/y")
 
 
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [
+        ("deepseek_v4", "cannot be split: its decoder .* looks at token ids as well"),
+        ("roberta", "cannot be served: .* Without padding they do not: it sees by token ids"),
+        ("xlnet", "cannot be split: it has no linear module .* not one row for each token"),
+    ],
+)
+def test_refusal_says_the_reason_in_words_of_our_own(
+    families: Any, architecture: str, reason: str
+) -> None:
+    """One line has the architecture, what it does that cannot be split, and what to do instead."""
+    base = import_module("tiny_models").build(architecture)
+    with pytest.raises(ModelError, match=f"^{type(base).__name__} {reason}.*Serve another model"):
+        dlora.in_process(base, model_id="x/y")
+
+
+def test_model_that_cannot_read_text_alone_is_refused() -> None:
+    """Where transformers itself cannot run the model, that is the reason."""
+    base = make_base("llama")
+    base.model.rotary_emb = torch.nn.Identity()
+    with pytest.raises(ModelError, match="the whole model cannot run .* text alone either"):
+        CloudModel(base, model_id="x/y")
+
+
 def test_whatever_fails_in_the_trial_names_architecture_and_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -149,7 +177,7 @@ def test_whatever_fails_in_the_trial_names_architecture_and_reason(
         raise KeyError("no such thing")
 
     monkeypatch.setattr(CloudLayers, "micro_batch", broken)
-    with pytest.raises(ModelError, match="LlamaForCausalLM .*trial.*KeyError: 'no such thing'"):
+    with pytest.raises(ModelError, match="LlamaForCausalLM .*tried it .*KeyError: 'no such thing'"):
         dlora.in_process(make_base("llama"), model_id="x/y")
 
 

@@ -25,13 +25,14 @@ from torch import Tensor, nn
 
 from dlora.cloud.describe import Findings
 from dlora.cloud.model import CloudModel
+from dlora.cloud.reasons import why_not
 from dlora.cloud.zero_edge import sample_ids
 from dlora.edge.adapter_config import targetable
 from dlora.edge.labels import IGNORE
 from dlora.edge.link import Link
 from dlora.edge.load import get_peft_model
 from dlora.edge.model import SplitModel
-from dlora.errors import ModelError
+from dlora.errors import INSTEAD, ModelError
 from dlora.protocol.text import clean_text
 
 __all__ = ["try_model"]
@@ -83,8 +84,8 @@ def try_model(cloud: CloudModel, connect: Callable[[CloudModel], ClosableLink]) 
         raise
     except Exception as error:
         raise ModelError(
-            f"{type(cloud.model).__name__} cannot be served: the trial of an edge failed: "
-            f"{type(error).__name__}: {clean_text(error)}"
+            f"{type(cloud.model).__name__} cannot be served: an edge that tried it failed: "
+            f"{why_not(cloud.model, error)}"
         ) from error
     vars(cloud.model)[_NOTE] = {**noted, tried: cloud.findings}
 
@@ -131,8 +132,9 @@ class _Trial:
             split = stack.enter_context(self._split())
             mends = [Findings(all_rows=True), Findings(full_head=True)]
             mends.append(Findings(all_rows=True, full_head=True))
-            what = "loss, logits or gradients, with padding,"
-            split = self._compare(what, self._step_differs, mends, split, stack)
+            split = self._compare(
+                "loss, logits or gradients", self._step_differs, mends, split, stack
+            )
 
             if self.ids_BT.shape[1] + _NEW_TOKENS <= self.cloud.limits.max_length:
                 mends = [dataclasses.replace(self.cloud.findings, no_cache=True)]
@@ -158,7 +160,8 @@ class _Trial:
         name = type(self.whole).__name__
         if gap:
             raise ModelError(
-                f"{name} cannot be served: {what} of the split differ from the whole model's: {gap}"
+                f"{name} cannot be served: {what} of the split differ from the whole model's: "
+                f"{gap}. {self._reason(split, what)}{INSTEAD}"
             )
         if first:
             log.info("%s: %s; edges do otherwise", name, first)
@@ -203,10 +206,11 @@ class _Trial:
             yield
 
     def _batch(self, padded: str) -> dict[str, Tensor]:
-        """Two rows of tokens: half of the last is padding or, on "each" side, of both."""
+        """Two rows of tokens, with padding in the last, on "each" side in both, or in "none"."""
         half = self.ids_BT.shape[1] // 2
         mask_BT = torch.ones_like(self.ids_BT)
-        mask_BT[-1, :half] = 0
+        if padded != "none":
+            mask_BT[-1, :half] = 0
         if padded == "each":
             mask_BT[0, -(half // 2 or 1) :] = 0
         labels = self.ids_BT.masked_fill(mask_BT == 0, IGNORE)
@@ -271,6 +275,23 @@ class _Trial:
             logits = split.eval()(**inputs).logits
         seen = inputs["attention_mask"].bool()
         return self._gap("logits", logits[seen], want.logits.cpu()[seen])
+
+    def _reason(self, split: SplitModel, what: str) -> str:
+        """A sentence that says why they differ, where that is known."""
+        with torch.no_grad():
+            if what == "answers":
+                batch, options = self._prompts[0], {**_greedy(_FEW_TOKENS), "use_cache": False}
+                with self._adapted(self.few):
+                    logits = self.whole.generate(**batch, **options).logits
+                if self._wanted_alone and self._answers_gap(logits, self._wanted_alone):
+                    return "Its own answers with a cache are not those without one. "
+                return ""
+            batch = self._batch("none")
+            with self._adapted(self.factors):
+                want = self.whole(**batch).loss
+            if not self._gap("loss", split.train()(**_here(batch)).loss, want):
+                return "Without padding they do not: it sees by token ids what is padding. "
+        return ""
 
     # ----------------------------------------------------------------- answers
 

@@ -23,7 +23,7 @@ from dlora.cloud.parts import Parts
 from dlora.cloud.pass_request import PassRequest
 from dlora.cloud.recompute import per_token, saved_by_layer
 from dlora.cloud.zero_edge import probe_request, run_with_zeros, sample_ids
-from dlora.errors import ModelError
+from dlora.errors import INSTEAD, ModelError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.decoder import decoder_of
 from dlora.protocol.layers import CloudBetween, EdgeLayers, first_output
@@ -85,7 +85,7 @@ def check_rounded(parts: Parts, ids_BT: Tensor, hidden_BTD: Tensor) -> None:
     if not off_N.median() <= _ROUNDED_TOLERANCE:
         raise ModelError(
             f"{parts.name} cannot be split: with embeddings that are rounded to fp16 its hidden "
-            "states are others: it reads token ids back from them"
+            f"states are others: it reads token ids back from them. {INSTEAD}"
         )
 
 

@@ -45,6 +45,7 @@ from dlora.cloud.pass_request import PassRequest
 from dlora.cloud.passes import Pass
 from dlora.cloud.placement import device_of, share_offloaded
 from dlora.cloud.quantize import give_back, quantization
+from dlora.cloud.reasons import why_not
 from dlora.cloud.requests import RequestCheck
 from dlora.cloud.trace import TracedPass, trace
 from dlora.cloud.zero_edge import sample_ids
@@ -53,7 +54,6 @@ from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.channel import PROTOCOL_VERSION
 from dlora.protocol.decoder import called_outside
 from dlora.protocol.sites import output_sites
-from dlora.protocol.text import clean_text
 from dlora.protocol.weights import weight_of
 from dlora.protocol.wire import WIRE_DTYPES
 
@@ -86,10 +86,8 @@ class CloudModel:
         except DLoRAError:
             raise
         except Exception as error:
-            raise ModelError(
-                f"{type(model).__name__} cannot be split: {type(error).__name__}: "
-                f"{clean_text(error)}"
-            ) from error
+            name = type(model).__name__
+            raise ModelError(f"{name} cannot be split: {why_not(model, error)}") from error
 
     def _prepare(self, limits: Limits, allowed: Callable[[str], bool]) -> None:
         """Trace, hook, check and measure the model."""
