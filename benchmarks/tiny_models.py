@@ -20,6 +20,8 @@ __all__ = ["VOCAB", "NotBuilt", "architectures", "build"]
 VOCAB = 300
 MOST_PARAMETERS = 4_000_000
 LAYERS = 3
+_UNUSED_ID = 3
+"""Of special tokens: low ids are in no text of the checks."""
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 # What a field is, by its name: the first pattern that is found decides. A number shrinks to the
@@ -169,6 +171,8 @@ def _one(name: str, value: Any, num_layers: int, changes: dict[str, Any]) -> Any
     if isinstance(value, bool) or not isinstance(value, int):
         return value
 
+    if re.search(r"token_(id|index)$", name) and value >= VOCAB:  # of images and sounds
+        return _UNUSED_ID
     for pattern, size in _SIZES:
         if re.search(pattern, name):
             if size == LAYERS and "layer" in pattern:

@@ -5,6 +5,7 @@ What a record is checked for stands in `benchmarks/families.py`, which also make
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -13,13 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_base
-from peft import LoraConfig
+from conftest import adapter, batches, lora, make_base, make_split
+from peft import LoraConfig, get_peft_model
 from test_faults import PHASES, FaultyLink, Mortal, run
 
 import dlora
+from dlora.cloud.limits import Limits
+from dlora.cloud.model import CloudModel
 from dlora.edge.cloud_layers import CloudLayers
 from dlora.errors import ModelError, UsageError
+from dlora.trial import _Trial
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -69,6 +73,8 @@ MORE = [
     "minimax_m2",
     "mamba2",
     "bert",
+    "inkling_text",
+    "bigbird_pegasus",
 ]
 
 
@@ -133,8 +139,33 @@ def test_what_differs_from_the_whole_model_is_refused(monkeypatch: pytest.Monkey
         return micro_batch
 
     monkeypatch.setattr(CloudLayers, "micro_batch", skewed)
-    with pytest.raises(ModelError, match="LlamaForCausalLM cannot be served: loss or gradients"):
+    with pytest.raises(ModelError, match="LlamaForCausalLM cannot be served: .*gradient of"):
         dlora.in_process(make_base("llama"), model_id="x/y")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [
+        ("deepseek_v4", "cannot be split: its decoder .* looks at token ids as well"),
+        ("roberta", "cannot be served: .* Without padding they do not: it sees by token ids"),
+        ("xlnet", "cannot be split: it has no linear module .* not one row for each token"),
+    ],
+)
+def test_refusal_says_the_reason_in_words_of_our_own(
+    families: Any, architecture: str, reason: str
+) -> None:
+    """One line has the architecture, what it does that cannot be split, and what to do instead."""
+    base = import_module("tiny_models").build(architecture)
+    with pytest.raises(ModelError, match=f"^{type(base).__name__} {reason}.*Serve another model"):
+        dlora.in_process(base, model_id="x/y")
+
+
+def test_model_that_cannot_read_text_alone_is_refused() -> None:
+    """Where transformers itself cannot run the model, that is the reason."""
+    base = make_base("llama")
+    base.model.rotary_emb = torch.nn.Identity()
+    with pytest.raises(ModelError, match="the whole model cannot run .* text alone either"):
+        CloudModel(base, model_id="x/y")
 
 
 def test_whatever_fails_in_the_trial_names_architecture_and_reason(
@@ -146,8 +177,54 @@ def test_whatever_fails_in_the_trial_names_architecture_and_reason(
         raise KeyError("no such thing")
 
     monkeypatch.setattr(CloudLayers, "micro_batch", broken)
-    with pytest.raises(ModelError, match="LlamaForCausalLM .*trial.*KeyError: 'no such thing'"):
+    with pytest.raises(ModelError, match="LlamaForCausalLM .*tried it .*KeyError: 'no such thing'"):
         dlora.in_process(make_base("llama"), model_id="x/y")
+
+
+def test_model_is_tried_once_and_served_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second link to the same model, or a copy, costs no trial and computes the same; other
+    weights are tried.
+    """
+    runs: list[str] = []
+    own = _Trial.run
+    monkeypatch.setattr(_Trial, "run", lambda self: (runs.append("tried"), own(self))[1])
+    base = make_base("llama")
+    first = dlora.in_process(base, model_id="x/y")
+    again = dlora.in_process(base, model_id="x/y", limits=Limits(recompute=True))
+    other = dlora.in_process(copy.deepcopy(base), model_id="x/y")
+    assert len(runs) == 1
+
+    losses = []
+    for link in (first, again, other):
+        torch.manual_seed(1)
+        split = make_split(link, lora(init_lora_weights=False))
+        losses.append(split(**batches()[0]).loss)
+        losses[-1].backward()
+        grads = [parameter.grad for parameter in adapter(split).values()]
+        assert all(grad is not None and grad.any() for grad in grads)
+    assert losses[0].item() == losses[1].item() == losses[2].item()
+
+    with torch.no_grad():
+        base.model.norm.weight.mul_(2)
+    dlora.in_process(base, model_id="x/y")
+    assert len(runs) == 2
+
+
+def test_what_a_trial_found_holds_for_the_next_link(families: Any) -> None:
+    """A model whose loss needs all hidden states is served with them by a second link as well."""
+    base = import_module("tiny_models").build("bart")
+    found = [dlora.in_process(base, model_id="x/y").description.full_head for _ in range(2)]
+    assert found == [True, True]
+
+
+def test_copy_of_a_served_model_is_a_model_of_its_own() -> None:
+    """A deep copy runs its own layers: an adapter that local peft puts on it is used."""
+    base = make_base("llama")
+    dlora.in_process(base, model_id="x/y")
+    local = get_peft_model(copy.deepcopy(base), lora(init_lora_weights=False))
+    with local.disable_adapter():
+        want = local(**batches()[0]).loss
+    assert local(**batches()[0]).loss.item() != want.item()
 
 
 @pytest.mark.slow

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import queue
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dlora.cloud.limits import Limits
 from dlora.cloud.model import CloudModel
@@ -16,7 +18,7 @@ from dlora.edge.link import shown
 from dlora.errors import DLoRAError, PeerError, PeerLost, clear_frames
 from dlora.files import ScratchFolder
 from dlora.proto import dlora_pb2 as pb
-from dlora.protocol.files import write_edge_files
+from dlora.protocol.files import edge_weights, write_edge_files
 from dlora.protocol.layer_files import write_layer_files
 from dlora.trial import try_model
 
@@ -30,12 +32,9 @@ class InProcessLink:
         self.cloud = cloud
         self.address = "in process"
         self.description = read_description(cloud.describe().SerializeToString(), self.address)
-        self._folder = ScratchFolder("dlora-edge-")
-        write_edge_files(cloud.model, tokenizer, Path(self._folder.name), cloud.called_outside)
-        self._layers = ScratchFolder("dlora-layers-")
-        write_layer_files(
-            cloud.model, cloud.limits.edge_first, cloud.limits.edge_last, Path(self._layers.name)
-        )
+        self._tokenizer = tokenizer
+        self._files: ScratchFolder | None = None
+        self._layers: ScratchFolder | None = None
 
     __repr__ = shown
 
@@ -61,18 +60,35 @@ class InProcessLink:
     def ping(self) -> None:
         """Nothing is in between."""
 
+    def edge_weights(self) -> dict[str, Tensor]:
+        """Embedding, head, and what else the edge runs, in the cloud's own memory."""
+        return edge_weights(self.cloud.model, self.cloud.called_outside)
+
+    def generation_config(self) -> GenerationConfig | None:
+        """A copy of the model's."""
+        return copy.deepcopy(self.cloud.model.generation_config)
+
     def edge_files(self) -> Path:
-        """The folder with embedding, head and tokenizer."""
-        return Path(self._folder.name)
+        """The folder with embedding, head and tokenizer; written on first use."""
+        if self._files is None:
+            self._files = ScratchFolder("dlora-edge-")
+            cloud, folder = self.cloud, Path(self._files.name)
+            write_edge_files(cloud.model, self._tokenizer, folder, cloud.called_outside)
+        return Path(self._files.name)
 
     def layer_files(self, names: Sequence[str]) -> Path:
-        """The folder with all layers that the edge may run."""
+        """The folder with all layers that the edge may run; written on first use."""
+        if self._layers is None:
+            self._layers = ScratchFolder("dlora-layers-")
+            model, limits, folder = self.cloud.model, self.cloud.limits, Path(self._layers.name)
+            write_layer_files(model, limits.edge_first, limits.edge_last, folder)
         return Path(self._layers.name)
 
     def close(self) -> None:
         """Remove the folders."""
-        self._folder.cleanup()
-        self._layers.cleanup()
+        for folder in (self._files, self._layers):
+            if folder is not None:
+                folder.cleanup()
 
 
 class _QueueStream:

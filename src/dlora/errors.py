@@ -16,8 +16,10 @@ Below DLoRAError stand:
 from __future__ import annotations
 
 import traceback
+from typing import Final
 
 __all__ = [
+    "INSTEAD",
     "AdapterMissing",
     "DLoRAError",
     "DataError",
@@ -30,6 +32,10 @@ __all__ = [
     "WireError",
     "clear_frames",
 ]
+
+
+INSTEAD: Final = "Serve another model, or tune this one with local peft."
+"""What to do about an architecture that cannot be split."""
 
 
 class DLoRAError(Exception):

@@ -5,11 +5,13 @@ Shapes: B batch, T tokens.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -22,9 +24,10 @@ from dlora.cloud.load_checks import gap_between
 from dlora.cloud.parts import Parts
 from dlora.cloud.passes import seen_mask
 from dlora.cloud.trace import TracedPass
+from dlora.protocol.decoder import last_hidden
 from dlora.protocol.text import clean_text
 
-__all__ = ["CacheCost", "cached_pass", "is_recurrent", "measure_cache", "new_cache"]
+__all__ = ["CacheCost", "is_recurrent", "measure_cache", "new_cache"]
 
 log = logging.getLogger(__name__)
 
@@ -55,42 +58,57 @@ class CacheCost:
         return bool(self.bytes_per_token or self.bytes_per_sequence)
 
 
-def measure_cache(parts: Parts, ids_BT: Tensor) -> CacheCost:
+def measure_cache(parts: Parts, ids_BT: Tensor) -> tuple[CacheCost, TracedPass | None]:
     """What a KV cache takes; nothing where it changes results, or cannot be used.
+
+    And a pass behind a cache, to be watched.
 
     Passes with the cache are compared with one without: first two of several tokens, and where
     those differ one of all tokens but two, and those one by one.
     """
     length = ids_BT.shape[1]
     if length < 4:
-        return CacheCost()
+        return CacheCost(), None
     reason: object = "with it, results differ"
     attempts = ((length // 2, length), False), ((length - 2, length - 1, length), True)
     for ends, whole_prompts in attempts:
         try:
-            cost = _cache_cost(parts, ids_BT, ends)
+            cost, last = _cache_cost(parts, ids_BT, ends)
         except Exception as error:  # caches of twenty kinds fail in as many ways
             reason = f"{type(error).__name__}: {clean_text(error)}"
             continue
         if cost:
-            return dataclasses.replace(
-                cost, whole_prompts=whole_prompts or _rotates_by_length(parts.model.config)
-            )
+            whole_prompts = whole_prompts or _rotates_by_length(parts.model.config)
+            return dataclasses.replace(cost, whole_prompts=whole_prompts), last
     log.warning("%s is served without KV cache: %s", parts.name, reason)
-    return CacheCost()
+    return CacheCost(), None
 
 
-def _cache_cost(parts: Parts, ids_BT: Tensor, ends: Sequence[int]) -> CacheCost:
-    """What a cache takes if passes that end there agree with one over all tokens."""
+def _cache_cost(
+    parts: Parts, ids_BT: Tensor, ends: Sequence[int]
+) -> tuple[CacheCost, TracedPass | None]:
+    """What a cache takes if passes that end there agree with one over all tokens.
+
+    And the last of them, to be run once more.
+    """
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[-1, :2] = 0  # on the left, where batches of prompts are padded
     cache, want = new_cache(parts.model), parts.hidden(ids_BT, mask=mask_BT)
+    again = None
     for start, end in pairwise((0, *ends)):
         seen_BT = seen_mask(mask_BT[:, :end], cache, end - start)
-        got = parts.hidden(ids_BT[:, start:end], cache=cache, mask=seen_BT)
+        run = partial(parts.run, ids_BT[:, start:end], mask=seen_BT)
+        if end == ends[-1]:  # a cache takes tokens once
+            again = TracedPass(
+                run=partial(run, cache=copy.deepcopy(cache)),
+                batch=len(ids_BT),
+                length=end - start,
+            )
+        with torch.no_grad():
+            got = last_hidden(run(cache=cache))
         if start and gap_between(got - want[:, start:end], want):
-            return CacheCost()
-    return _bytes_of(cache, ids_BT)
+            return CacheCost(), None
+    return _bytes_of(cache, ids_BT), again
 
 
 def _bytes_of(cache: DynamicCache, ids_BT: Tensor) -> CacheCost:
@@ -116,14 +134,3 @@ def _rotates_by_length(config: Any) -> bool:
     values = getattr(config.get_text_config(), "rope_parameters", None) or {}
     nested = [values, *(value for value in values.values() if isinstance(value, dict))]
     return any(one.get("rope_type") in ("longrope", "dynamic") for one in nested)
-
-
-def cached_pass(parts: Parts, cost: CacheCost, ids_BT: Tensor) -> TracedPass:
-    """The pass over the last of these tokens, behind a cache of those before."""
-    batch, length = ids_BT.shape
-    first = length - 1 if cost.whole_prompts else length // 2
-    cache = new_cache(parts.model)
-    parts.hidden(ids_BT[:, :first], cache=cache)
-    return TracedPass(
-        run=lambda: parts.run(ids_BT[:, first:], cache=cache), batch=batch, length=length - first
-    )

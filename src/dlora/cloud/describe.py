@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from transformers import PreTrainedModel
 
 from dlora.cloud.costs import MemoryCost
@@ -12,7 +14,17 @@ from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.sites import Site
 from dlora.protocol.weights import weight_of
 
-__all__ = ["describe_layers", "describe_limits", "describe_site", "head_width"]
+__all__ = ["Findings", "describe_layers", "describe_limits", "describe_site", "head_width"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What edges have to do otherwise for a model; the first two as `Description` says."""
+
+    full_head: bool = False
+    all_rows: bool = False
+    no_cache: bool = False
+    """Generate without a KV cache."""
 
 
 def describe_site(model: PreTrainedModel, site: Site) -> pb.SiteInfo:

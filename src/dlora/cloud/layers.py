@@ -102,10 +102,19 @@ def _check_limits(model: PreTrainedModel, limits: Limits, count: int, *, found: 
         )
 
 
+class _Seen(Exception):
+    """A layer's output is known: the rest of the forward is not needed."""
+
+
 def _output_of(parts: Parts, layer: nn.Module, ids_BT: Tensor) -> Any:
     """What a layer returns in a forward over these tokens."""
-    outputs: list[Any] = []
-    hook = layer.register_forward_hook(lambda module, args, output: outputs.append(output))
-    with hook:
-        parts.hidden(ids_BT)
-    return outputs[0]
+
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
+        raise _Seen(output)
+
+    with layer.register_forward_hook(stop):
+        try:
+            parts.hidden(ids_BT)
+        except _Seen as seen:
+            return seen.args[0]
+    raise ModelError(f"the first layer of {parts.name} does not run in a forward")

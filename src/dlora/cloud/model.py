@@ -5,8 +5,8 @@
 The model's own code runs untouched. Hooks on its linear modules call the edge at active
 sites and return at once everywhere else. Knows nothing of data, adapters or training.
 
-At load: trace the sites, put the hooks on, compare the split with the whole model, measure what
-a pass costs. Then a request is checked (`check`) and computed (`run`).
+At load: trace the sites, put the hooks on, measure what a pass costs. Whoever serves the model lets
+an edge try it (`trial.py`). Then a request is checked (`check`) and computed (`run`).
 """
 
 from __future__ import annotations
@@ -20,24 +20,32 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from dlora.cloud import load_checks
-from dlora.cloud.caches import cached_pass, is_recurrent, measure_cache, new_cache
-from dlora.cloud.costs import attention_of, other_flops, pass_flops
-from dlora.cloud.describe import describe_layers, describe_limits, describe_site, head_width
+from dlora.cloud.caches import is_recurrent, measure_cache, new_cache
+from dlora.cloud.costs import FlopCount, attention_of, other_flops, pass_flops
+from dlora.cloud.describe import (
+    Findings,
+    describe_layers,
+    describe_limits,
+    describe_site,
+    head_width,
+)
 from dlora.cloud.exchange import Pipe
 from dlora.cloud.frozen_store import FrozenStore, check_frozen_shape
+from dlora.cloud.hooks import install_hooks
 from dlora.cloud.hosted import HostedAdapter
 from dlora.cloud.layers import CloudLayers
 from dlora.cloud.limits import Limits
 from dlora.cloud.measure import measure_memory
 from dlora.cloud.parts import Parts
 from dlora.cloud.pass_request import PassRequest
-from dlora.cloud.passes import Pass, current_pass
+from dlora.cloud.passes import Pass
 from dlora.cloud.placement import device_of, share_offloaded
 from dlora.cloud.quantize import give_back, quantization
+from dlora.cloud.reasons import why_not
 from dlora.cloud.requests import RequestCheck
 from dlora.cloud.trace import TracedPass, trace
 from dlora.cloud.zero_edge import sample_ids
@@ -46,7 +54,6 @@ from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.channel import PROTOCOL_VERSION
 from dlora.protocol.decoder import called_outside
 from dlora.protocol.sites import output_sites
-from dlora.protocol.text import clean_text
 from dlora.protocol.weights import weight_of
 from dlora.protocol.wire import WIRE_DTYPES
 
@@ -58,7 +65,7 @@ class CloudModel:
 
     `model_id` is the public name that edges write into their adapters. `allowed` decides by
     full module name which modules edges may adapt. Raises ModelError, which names the architecture
-    and the reason, if the split does not give the full model's logits, or anything else fails.
+    and the reason, for a model that cannot be split.
     """
 
     def __init__(
@@ -70,8 +77,8 @@ class CloudModel:
         limits: Limits | None = None,
     ) -> None:
         self.model_id = model_id
-        self.full_head, self.all_rows = False, False
-        """What a trial of the edge's half has found: `Description` says what they mean."""
+        self.findings = Findings()
+        """Of a trial of the edge's half."""
         try:
             load_checks.check_kind(model)
             self.model = model.eval().requires_grad_(False)
@@ -79,10 +86,8 @@ class CloudModel:
         except DLoRAError:
             raise
         except Exception as error:
-            raise ModelError(
-                f"{type(model).__name__} cannot be split: {type(error).__name__}: "
-                f"{clean_text(error)}"
-            ) from error
+            name = type(model).__name__
+            raise ModelError(f"{name} cannot be split: {why_not(model, error)}") from error
 
     def _prepare(self, limits: Limits, allowed: Callable[[str], bool]) -> None:
         """Trace, hook, check and measure the model."""
@@ -95,29 +100,28 @@ class CloudModel:
         self.called_outside |= parts.lookups.tables.keys()
 
         # Where adapters may sit, and the hooks that ask the edge there.
-        self.cache_cost = measure_cache(parts, ids_BT)
-        traced = trace(model, parts.decoder, self._traced_passes(ids_BT), allowed)
+        self.cache_cost, cached = measure_cache(parts, ids_BT)
+        passes = [*self._traced_passes(ids_BT), *([cached] if cached else [])]
+        traced = trace(model, parts.decoder, passes, allowed)
         self.sites, self.unusable = traced.sites, traced.unusable
         self.all_sites = (*traced.sites, *output_sites(traced.sites))
         # Modules outside the layers, such as OPT's projections of the embedding, have layer -1.
         self.layers_with_sites = sorted(
             {module.layer for site in self.sites for module in site.modules} - {-1}
         )
-        self._install_hooks()
+        install_hooks(model, self.sites, self.all_sites, parts.lookups)
         self.layers = CloudLayers(parts, self.limits, ids_BT)
 
-        self.hidden_width = load_checks.check_split(parts, self.sites, ids_BT)
+        with FlopCount() as count:
+            hidden_BTD = parts.hidden(ids_BT)
+        self.hidden_width = hidden_BTD.shape[-1]
+        load_checks.check_rounded(parts, ids_BT, hidden_BTD)
         self.memory = measure_memory(
             *(parts, self.sites, len(self.layers_with_sites), self.layers),
             *(self.cache_cost, self.limits, ids_BT),
         )
         self.other_flops = other_flops(
-            partial(parts.hidden, ids_BT),
-            ids_BT.shape[0],
-            ids_BT.shape[1],
-            self.sites,
-            len(self.layers_with_sites),
-            model.config,
+            *(count.total, *ids_BT.shape, self.sites, len(self.layers_with_sites), model.config)
         )
         load_checks.check_layers(parts, self.sites, self.layers, self.limits, ids_BT)
 
@@ -130,17 +134,14 @@ class CloudModel:
         give_back()  # what loading and measuring have left
 
     def _traced_passes(self, ids_BT: Tensor) -> list[TracedPass]:
-        """Passes to watch: of two shapes, and one behind a cache."""
+        """Passes to watch, of two shapes."""
         shapes = [ids_BT]
         if self.limits.max_length > ids_BT.shape[1]:
             shapes.append(sample_ids(self.model, 1, min(21, self.limits.max_length)))
-        passes = [
+        return [
             TracedPass(run=partial(self.parts.run, ids), batch=ids.shape[0], length=ids.shape[1])
             for ids in shapes
         ]
-        if self.cache_cost:
-            passes.append(cached_pass(self.parts, self.cache_cost, ids_BT))
-        return passes
 
     def without_limits(self) -> CloudModel:
         """The same model for a trial, which is small: without limits on what passes may take."""
@@ -151,11 +152,13 @@ class CloudModel:
         other.requests = other._request_check()
         return other
 
-    def serve_without_cache(self) -> None:
-        """Let edges generate without a KV cache from now on, before anything is served."""
-        self.memory = dataclasses.replace(
-            self.memory, cache_bytes_per_token=0, cache_bytes_per_sequence=0
-        )
+    def serve_as(self, findings: Findings) -> None:
+        """Let edges do what a trial has found, before anything is served."""
+        self.findings = findings
+        if findings.no_cache:
+            self.memory = dataclasses.replace(
+                self.memory, cache_bytes_per_token=0, cache_bytes_per_sequence=0
+            )
         self.requests = self._request_check()
 
     def _request_check(self) -> RequestCheck:
@@ -210,8 +213,8 @@ class CloudModel:
             wire_dtypes=WIRE_DTYPES.values(),
             layers=describe_layers(self.layers, self.limits),
             limits=describe_limits(self.limits, self.memory, self.requests),
-            full_head=self.full_head,
-            all_rows=self.all_rows,
+            full_head=self.findings.full_head,
+            all_rows=self.findings.all_rows,
         )
 
     # ----------------------------------------------------------------- what edges ask for
@@ -339,47 +342,6 @@ class CloudModel:
             request, self.sites, self.layers_with_sites, self.model.config, self.other_flops
         )
 
-    # ----------------------------------------------------------------- hooks
-
-    def _install_hooks(self) -> None:
-        """One pair of hooks a module, which ask the pass of their thread, if there is one."""
-        output_site = {
-            site.modules[0].name: site.index for site in self.all_sites if site.reads_output
-        }
-        for site in self.sites:
-            for index, info in enumerate(site.modules):
-                module = self.model.get_submodule(info.name)
-                _hook(module, site.index, index, output_site[info.name])
-        if self.parts.lookups.tables:
-            for index, module in enumerate(self.parts.lookups.modules):
-                _hook_lookup(module, index)
-
-
-def _hook(module: nn.Module, site: int, index: int, output_site: int) -> None:
-    """Hook the module number `index` of a site."""
-
-    def before(module: nn.Module, args: tuple[Tensor]) -> None:
-        if (current := current_pass()) is not None:
-            current.before(site, index, args[0])
-
-    def after(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-        if (current := current_pass()) is None:
-            return output
-        return current.after(site, index, args[0], output, output_site)
-
-    module.register_forward_pre_hook(before)
-    module.register_forward_hook(after)
-
-
-def _hook_lookup(module: nn.Module, index: int) -> None:
-    """Let a pass put what the edge has looked up in the place of what a table gives."""
-
-    def after(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-        current = current_pass()
-        return output if current is None else current.looked_up(index, output)
-
-    module.register_forward_hook(after)
-
 
 def _within_model(limits: Limits, model: PreTrainedModel, offloaded: bool) -> Limits:
     """The limits with a sequence no longer than the model has positions for.
@@ -387,7 +349,9 @@ def _within_model(limits: Limits, model: PreTrainedModel, offloaded: bool) -> Li
     A step must not keep weights that were loaded for it: with those, layers run again in backward.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    max_length = min(limits.max_length, positions or limits.max_length)
+    if not isinstance(positions, int) or positions < 1:  # some say -1 for any number
+        positions = limits.max_length
+    max_length = min(limits.max_length, positions)
     recompute = limits.recompute or offloaded
     return dataclasses.replace(limits, max_length=max_length, recompute=recompute)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dlora.errors import ModelError
+from dlora.errors import INSTEAD, ModelError
 from dlora.protocol.decoder import last_hidden, prefix_of
 from dlora.protocol.sites import Module, Site
 
@@ -85,8 +85,10 @@ def trace(
     )
     if not sites:
         reasons = "; ".join(dict.fromkeys(unusable.values())) or "the decoder has none"
-        name = type(model).__name__
-        raise ModelError(f"{name}: found no linear module that an adapter could sit on: {reasons}")
+        raise ModelError(
+            f"{type(model).__name__} cannot be split: it has no linear module that an adapter "
+            f"could sit on: {reasons}. {INSTEAD}"
+        )
     return Trace(sites=sites, unusable=unusable)
 
 

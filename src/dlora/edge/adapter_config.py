@@ -123,7 +123,8 @@ def check_matched(
     )
     for what, keys, pattern in checks:
         for key in keys:
-            if not any(pattern(key).match(name) for name in targeted):
+            fits = pattern(key)  # made once for each key: there may be hundreds of both
+            if not any(fits.match(name) for name in targeted):
                 raise UsageError(
                     f"{what}: {key!r} matches no module with an adapter. This server allows: "
                     f"{allowed}."

@@ -7,12 +7,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 from dlora.errors import PeerLost
 from dlora.proto import dlora_pb2 as pb
 
-__all__ = ["Link", "RetryPolicy", "Stream", "shown"]
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import GenerationConfig
+
+__all__ = ["Link", "RetryPolicy", "SharesWeights", "Stream", "shown"]
 
 # Not the global generator: its state is in checkpoints, and a pause must not change what it draws.
 _JITTER: Final = random.Random()
@@ -57,6 +61,17 @@ class Link(Protocol):
 
     def close(self) -> None:
         """Give the connection back."""
+
+
+@runtime_checkable
+class SharesWeights(Protocol):
+    """A link within one process: what is in `edge.safetensors` needs no file."""
+
+    def edge_weights(self) -> dict[str, Tensor]:
+        """The tensors by their names in that file, in the cloud's own memory: not to be changed."""
+
+    def generation_config(self) -> GenerationConfig | None:
+        """A copy of the model's own, where it has one."""
 
 
 def shown(link: Link) -> str:

@@ -15,10 +15,10 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from dlora.edge.description import has_cache
-from dlora.edge.link import Link
+from dlora.edge.link import Link, SharesWeights
 from dlora.edge.model_config import read_config
 from dlora.edge.options import check_edge_layers
 from dlora.edge.wall import bounded_building, wall
@@ -62,7 +62,7 @@ def build_skeleton(link: Link, edge_layers: EdgeLayers) -> PreTrainedModel:
     Raises ModelError for a model type or for weights that do not fit, PeerError for what cannot be
     built.
     """
-    folder = link.edge_files()
+    folder = Path() if isinstance(link, SharesWeights) else link.edge_files()
     with wall("the model", link.address), torch.random.fork_rng(devices=[]):
         return _build(link, folder, edge_layers)
 
@@ -70,10 +70,8 @@ def build_skeleton(link: Link, edge_layers: EdgeLayers) -> PreTrainedModel:
 def _build(link: Link, folder: Path, edge_layers: EdgeLayers) -> PreTrainedModel:
     description = link.description
     model = _empty_model(description, for_edge_layers=bool(edge_layers))
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = type(model.generation_config).from_pretrained(
-            folder, local_files_only=True
-        )
+    weights, generation_config = _served(link, folder)
+    model.generation_config = generation_config or model.generation_config
     if not has_cache(description.limits):
         log.warning("%s is served without KV cache: generation is slow", description.model_id)
         model.generation_config.use_cache = False
@@ -82,10 +80,6 @@ def _build(link: Link, folder: Path, edge_layers: EdgeLayers) -> PreTrainedModel
     model.name_or_path = description.model_id
 
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    try:
-        weights = load_file(folder / "edge.safetensors")
-    except SafetensorError as error:
-        raise ModelError(f"edge.safetensors from {link.address} cannot be read: {error}") from error
     _fill(embedding, weights, "embedding.")
     if head is not None:
         tied = "head.weight" not in weights
@@ -103,6 +97,19 @@ def _build(link: Link, folder: Path, edge_layers: EdgeLayers) -> PreTrainedModel
     _put_stand_ins(model, {id(parameter) for parameter in real}, dtype)
     model.requires_grad_(False)
     return model
+
+
+def _served(link: Link, folder: Path) -> tuple[Mapping[str, Tensor], GenerationConfig | None]:
+    """Weights and generation config, of this process if the link has them, else of the folder."""
+    if isinstance(link, SharesWeights):
+        return link.edge_weights(), link.generation_config()
+    config = None
+    if (folder / "generation_config.json").is_file():
+        config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    try:
+        return load_file(folder / "edge.safetensors"), config
+    except SafetensorError as error:
+        raise ModelError(f"edge.safetensors from {link.address} cannot be read: {error}") from error
 
 
 def _empty_model(description: pb.Description, *, for_edge_layers: bool) -> PreTrainedModel:
@@ -207,7 +214,8 @@ def _fill(
         if value is None or value.shape != parameter.shape:
             got = "nothing" if value is None else list(value.shape)
             raise ModelError(f"edge file {prefix}{name}: got {got}, want {list(parameter.shape)}")
-        setattr(module, name, nn.Parameter(value, requires_grad=False))
+        place, _, own = name.rpartition(".")  # an embedding may have a norm of its own
+        setattr(module.get_submodule(place), own, nn.Parameter(value, requires_grad=False))
 
 
 def drop_stand_ins(base: PreTrainedModel) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from dlora.errors import ModelError
+from dlora.errors import INSTEAD, ModelError
 
 __all__ = [
     "CACHE_NAMES",
@@ -47,7 +47,7 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
         return found[0]
     raise ModelError(
         f"{type(model).__name__} has no decoder that takes the embeddings of tokens in place of "
-        "their ids: it cannot be split"
+        f"their ids: it cannot be split. {INSTEAD}"
     )
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from types import MethodType
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -110,18 +112,23 @@ def wrap_layers(
     """Let `runner()` decide about every layer; where it is None, the layers run as always.
 
     `in_tuple`: a layer's output is a tuple. A skipped layer keeps its place in a KV cache, with one
-    number a token, so that every layer of the cache has the same length.
+    number a token, so that every layer of the cache has the same length. Layers that are wrapped
+    already are wrapped anew, and copies of a layer run their own forward.
     """
     for index, layer in enumerate(layers):
+        before = vars(layer).get("forward")  # somebody else's, on the layer; None: the class's
+        before = getattr(before, "wraps", before)
 
         def forward(
+            layer: nn.Module,
             hidden_BTD: Tensor,
             *args: Any,
             index: int = index,
-            own: Any = layer.forward,
+            before: Any = before,
             **kwargs: Any,
         ) -> Any:
             current = runner()
+            own = partial(type(layer).forward, layer) if before is None else before
             if current is None:
                 return own(hidden_BTD, *args, **kwargs)
 
@@ -144,7 +151,8 @@ def wrap_layers(
 
             return current.run_layer(index, hidden_BTD, run, skip)
 
-        layer.forward = forward
+        vars(forward)["wraps"] = before
+        layer.forward = MethodType(forward, layer)
 
 
 def _check_output(fits: bool, index: int, in_tuple: bool) -> None:

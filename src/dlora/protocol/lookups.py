@@ -60,16 +60,31 @@ class Lookups:
 @torch.no_grad()
 def find_tables(model: PreTrainedModel, ids_BT: Tensor) -> dict[str, nn.Module]:
     """Embeddings inside the decoder, beside its own, that one forward reads at the token ids."""
-    decoder, embedding = decoder_of(model), embedding_of(model)
-    found: dict[str, nn.Module] = {}
+    found = _looked_up(model, ids_BT)
+    if not found:
+        return {}
+    # Tables of positions are called with ids, too, for their number alone.
+    others = _looked_up(model, ids_BT.flip(1))
+    return {
+        path: model.get_submodule(path)
+        for path, rows in found.items()
+        if path in others and not torch.equal(rows, others[path])
+    }
 
-    def note(path: str, module: nn.Module, args: tuple[object, ...]) -> None:
-        if args and isinstance(args[0], Tensor) and torch.equal(args[0], ids_BT):
-            found[path] = module
+
+def _looked_up(model: PreTrainedModel, ids_BT: Tensor) -> dict[str, Tensor]:
+    """What embeddings inside the decoder, beside its own, give that are called with these ids."""
+    decoder, embedding = decoder_of(model), embedding_of(model)
+    found: dict[str, Tensor] = {}
+
+    def note(path: str, args: tuple[object, ...], output: object) -> None:
+        given = args[0] if args else None
+        if isinstance(given, Tensor) and isinstance(output, Tensor) and torch.equal(given, ids_BT):
+            found[path] = output
 
     inside = {id(module) for module in decoder.modules()}
     hooks = [
-        module.register_forward_pre_hook(lambda module, args, path=path: note(path, module, args))
+        module.register_forward_hook(lambda _, args, output, path=path: note(path, args, output))
         for path, module in model.named_modules()
         if isinstance(module, nn.Embedding) and module is not embedding and id(module) in inside
     ]
@@ -81,10 +96,4 @@ def find_tables(model: PreTrainedModel, ids_BT: Tensor) -> dict[str, nn.Module]:
     finally:
         for hook in hooks:
             hook.remove()
-    # Tables of positions are called with ids, too, for their number alone.
-    other_BT = ids_BT.flip(1)
-    return {
-        path: module
-        for path, module in found.items()
-        if not torch.equal(module(ids_BT), module(other_BT))
-    }
+    return found
