@@ -148,6 +148,14 @@ CHECKED: list[tuple[list[str], str]] = [
     (["report", "run", "empty"], "report: RUNS: empty holds no run of `dlora train`"),
     (["audit", "no", *AUDIT[2:]], "audit: RUN: no such folder: no"),
     (["audit", "empty", *AUDIT[2:]], "audit: RUN: empty holds no run of `dlora train`"),
+    (AUDIT, "audit: RUN: run holds no recording: make one with `dlora train --record 24"),
+    ([*TRAIN, "--resume"], "train: --resume: new holds no run"),
+    (["plan", *SERVED, "--data", "no.csv"], "plan: --data: no.csv: no such file"),
+    (["plan", *SERVED, "--data", "d.jsonl", "--length", "9"], "plan: --length: the rows of data"),
+    (
+        ["eval", *SERVED, "--data", "d.jsonl", "--predictions", "empty"],
+        "eval: --predictions: empty is a folder, want a file",
+    ),
     # models
     ([*MERGE[:2], "./no", *MERGE[3:]], "merge: --model: no such folder: ./no"),
     ([*MERGE[:2], "no.gguf", *MERGE[3:]], "merge: --model: no such file: no.gguf"),

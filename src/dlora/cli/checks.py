@@ -25,7 +25,8 @@ from dlora.privacy.settings import AuditSettings
 from dlora.protocol.device import check_device_name
 from dlora.runs import RunFolder
 from dlora.training.data_settings import DataSettings
-from dlora.training.settings import PlanSettings, ReportSettings, TrainSettings
+from dlora.training.plan_settings import PlanSettings
+from dlora.training.settings import ReportSettings, TrainSettings
 
 __all__ = [
     "check_api",
@@ -70,14 +71,22 @@ def check_train(settings: TrainSettings) -> None:
         for pattern in getattr(settings, name):
             check_pattern(name, pattern)
     _check_loggers(settings.report_to)
+    folder = RunFolder(settings.output)
     if not settings.resume:
-        RunFolder(settings.output).check_new()
+        folder.check_new()
+    elif not folder.run_file.is_file() and not folder.checkpoints.is_dir():
+        raise UsageError(f"--resume: {folder.path} holds no run")
 
 
 def check_plan(settings: PlanSettings) -> None:
-    """Server and patterns."""
+    """Server, data, adapter and patterns."""
     _check_edge(settings)
+    _check_source("data", settings.data)
+    _check_source("eval_data", settings.eval_data)
+    _check_adapter("adapter", settings.adapter)
     _check_targets(settings.target_modules)
+    for pattern in settings.rank_pattern:
+        check_pattern("rank_pattern", pattern)
 
 
 def check_data(settings: DataSettings) -> None:
@@ -110,6 +119,7 @@ def check_eval(settings: EvalSettings) -> None:
     _check_adapter("adapter", settings.adapter)
     _check_source("data", settings.data)
     _check_file_to_write("output", settings.output)
+    _check_file_to_write("predictions", settings.predictions)
 
 
 def check_api(settings: ApiSettings) -> None:
@@ -146,6 +156,10 @@ def check_audit(settings: AuditSettings) -> None:
     _check_run("run", settings.run)
     _check_source("public", settings.public)
     _check_folder_to_write("output", settings.output)
+    if not RunFolder(settings.run).recording.is_dir():
+        raise UsageError(
+            f"run: {settings.run} holds no recording: make one with `dlora train --record 24 ...`"
+        )
 
 
 def check_merge(settings: MergeSettings) -> None:

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from dlora.cli.settings import DemoSettings
+from dlora.cli.train_screen import shown
 from dlora.cloud.load import DEMO_MODEL
 from dlora.edge.grpc_link import connect
 from dlora.edge.load import load_adapter, load_tokenizer
@@ -64,7 +65,9 @@ def run_demo(settings: DemoSettings) -> int:
     with serving(DEMO_MODEL) as address:
         link = connect(address)
         print(f"connected to {address}: {link.description.model_id}")
-        run = train(_training(settings, address, resume=earlier.exists()), link)
+        training = _training(settings, address, resume=earlier.exists())
+        with shown(training) as screen:
+            run = train(training, link, screen)
         if run["status"] != "finished":
             print(f"stopped after {run['steps']} steps; the same command continues")
             return 130

@@ -27,8 +27,9 @@ from dlora.errors import DataError
 from dlora.training.calibrate import calibrate
 from dlora.training.data_settings import DataSettings
 from dlora.training.link_speed import link_speed
+from dlora.training.plan_settings import PlanSettings
 from dlora.training.planner import planned_model, predict
-from dlora.training.settings import PlanSettings
+from dlora.training.readable import readable_bytes, readable_time
 
 __all__ = ["describe", "histogram"]
 
@@ -217,21 +218,3 @@ def _epoch(
     )
     took = readable_time(steps * cost.seconds)
     yield f"takes        about {took} over {link_speed(settings.link)}"
-
-
-def readable_bytes(count: float) -> str:
-    """Bytes in the unit that a person reads."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-def readable_time(seconds: float) -> str:
-    """Seconds, minutes, hours or days."""
-    for unit, size in (("s", 60.0), ("min", 60.0), ("h", 48.0)):
-        if seconds < size:
-            return f"{seconds:.2g} {unit}" if seconds < 10 else f"{seconds:.0f} {unit}"
-        seconds /= 24.0 if unit == "h" else size
-    return f"{seconds:.0f} days"
