@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import NO_DRAIN, batches, lora, make_split
 from transformers import PreTrainedTokenizerFast
 
@@ -25,7 +24,6 @@ from dlora.cli.lines import pair_lines, shell, table_lines
 from dlora.cli.main import main
 from dlora.cli.serve_screen import reached
 from dlora.cli.status_screen import Look, status_lines
-from dlora.cloud.limits import Limits
 from dlora.cloud.model import CloudModel
 from dlora.edge.grpc_link import GrpcLink
 from dlora.edge.link import Outage, RetryPolicy
@@ -66,6 +64,11 @@ def fits(text: str) -> None:
     for line in text.splitlines():
         assert len(line) <= 80 or "/" in line, line
         assert all(unicodedata.category(char) != "Cc" for char in line), repr(line)
+
+
+def flat(text: str) -> str:
+    """The same with wrapped texts, and commands, on one line each."""
+    return re.sub(r"( \\)?\n {7,}(?=\S)", " ", text)
 
 
 @pytest.fixture(autouse=True)
@@ -132,19 +135,19 @@ def test_train_says_what_begins_and_what_came_of_it(run: tuple[Path, str, Termin
     fits(out)
     for pattern in (
         r"^model +example-org/llama \(3 layers, float32\) at 127\.0\.0\.1:\d+$",
-        r"^data +\S+train\.jsonl: 24 rows of \d+ to \d+ tokens,\s+median \d+, \d+\s+learned$",
+        r"^data +\S+train\.jsonl: 24 rows of \d+ to \d+ tokens, median \d+, \d+ learned",
         r"held\.jsonl: 6 rows of",
-        r"^adapter +LoRA of rank 8 on q_proj, v_proj: 5,376 parameters, 6 modules at 3\s+sites$",
+        r"^adapter +LoRA of rank 8 on q_proj, v_proj: 5,376 parameters, 6 modules at 3 sites$",
         r"^run +12 steps of 4 rows, 6 an epoch; learning rate 0\.001, linear$",
         r"^a step +[\d.]+ kB up, [\d.]+ kB down, 7 round trips \(plain wire, fp16\)$",
         r"^in all +about [\d.]+ [kM]B, without evaluations$",
         r"^finished +after 12 steps and \S+ s: loss \d\.\d{4}$",
         r"^best +eval loss \d\.\d{4} after step \d+: that adapter is kept",
         r"^traffic +[\d.]+ [kM]B up, [\d.]+ [kM]B down, \d+ round trips, 0 retries$",
-        rf"^next +dlora generate --server .*\\\n +--adapter {output} --prompt \.\.\.$",
-        rf"^ +dlora audit {output} ",
+        rf"^next +dlora generate --server \S+ --adapter {output} --prompt \.\.\.",
+        rf" dlora audit {output} ",
     ):
-        assert re.search(pattern, out, re.MULTILINE), (pattern, out)
+        assert re.search(pattern, flat(out), re.MULTILINE), (pattern, out)
 
 
 def test_bytes_are_said_before_they_are_sent(run: tuple[Path, str, Terminal]) -> None:
@@ -246,7 +249,8 @@ def test_a_lost_server_is_one_line_that_is_rewritten(
     pattern = r"no answer for 0:\d\d, giving up in \d+:\d\d; trying again \(Connection refused\)"
     assert all(re.fullmatch(pattern, line) for (line,) in seen)
     lasted = [re.findall(r"\d+:\d\d", line) for (line,) in seen]
-    assert lasted[0] == ["0:00", "10:00"] and lasted[4] == ["0:41", "9:19"] or len(lasted) == 5
+    assert lasted[0] == ["0:00", "10:00"] and lasted[4][0].startswith("0:4")
+    assert lasted[4][1].startswith("9:1")
     (left,) = [line for line in terminal.lines if line]
     assert re.fullmatch(r"\S+ the server is back after \d+ s", left)
 
@@ -273,6 +277,17 @@ def test_giving_up_takes_the_line_away() -> None:
     assert terminal.lines[0].startswith("no answer for 0:05, giving up in 0:05")
     handler.settle()
     assert not any(terminal.lines)
+
+
+def test_an_answer_that_has_come_half_way_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where words stream to the same terminal an outage has a line of its own below them."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    handler = Console(terminal)
+    terminal.write("The answer is")
+    handler.emit(record(Outage(reason="a: gone", lasted_s=5.0, left_s=5.0)))
+    handler.settle()
+    assert terminal.lines[0] == "The answer is"
 
 
 # ----------------------------------------------------------------- plan
@@ -312,7 +327,7 @@ def test_plan_reads_the_files_of_train(
 
 
 PLANS: list[tuple[list[str], list[str]]] = [
-    ([], [r"1000 steps: [\d.]+ [MG]B up", r"a step +8 x 20 tokens$"]),
+    ([], [r"1,000 steps: [\d.]+ [MG]B up", r"a step +8 x 20 tokens$"]),
     (["--max_steps", "7"], [r"^the run +7 steps: "]),
     (["--steps", "5"], [r"^the run +5 steps: "]),
     (["--kr", "on"], [r"1 active site,", r"with 12% of the sites active at a time"]),
@@ -342,7 +357,7 @@ def test_a_plan_over_a_link_is_of_the_users_data(
     assert main(["plan", *words, "--wire", "factored", "--link", "mobile"]) == 0
     out = capsys.readouterr().out
     fits(out)
-    assert f"--data {place / 'train.jsonl'}" in out.replace(" \\\n       ", " ")
+    assert f"--data {place / 'train.jsonl'}" in flat(out)
     assert re.search(r"^\*  the cloud sees .*; 12 steps\s+take\s+about", out, re.MULTILINE)
 
 
@@ -366,7 +381,7 @@ def test_serve_says_who_may_call_and_what_an_edge_types(tmp_path: Path) -> None:
     end = datetime.now(UTC) + timedelta(days=3)
     assert re.search(r"^tenants +2: alice, bob$", text, re.MULTILINE)
     assert f"expires    token {name} of bob ends in 2 days ({end:%Y-%m-%d})" in text
-    assert f"keys token --folder {folder} --tenant bob" in text.replace(" \\\n               ", " ")
+    assert f"keys token --folder {folder} --tenant bob" in flat(text)
     assert "metrics    http://127.0.0.1:9464/metrics (and /readyz)" in text
     assert "dlora status --metrics_port 9464" in text
     joined = re.sub(r" \\\n +", " ", text)
@@ -430,7 +445,8 @@ def test_a_table_never_runs_together() -> None:
     """Cells as wide as their column still have a space between them."""
     lines = list(table_lines(["a", "b"], [["name" * 30, "1" * 60], ["n", "2"]]))
     assert all(len(line) == len(lines[0]) for line in lines)
-    assert lines[1].split() == ["namename" + "name" * 2 + "nn.."[2:], "1" * 60] or " " in lines[1]
+    name, number = lines[1].split()
+    assert name.startswith("name") and name.endswith("..") and number == "1" * 60
 
 
 # ----------------------------------------------------------------- eval, audit, report, help
@@ -588,4 +604,3 @@ def test_commands_are_broken_so_that_a_shell_takes_them() -> None:
         text.replace(" \\\n   ", "")
         == f"dlora train --server {'a' * 40}:1 --data 'my file' --output x"
     )
-    assert Limits().max_tokens > 0 and torch.is_tensor(torch.ones(1))

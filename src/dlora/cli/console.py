@@ -84,6 +84,9 @@ class Console(logging.StreamHandler[TextIO]):
         from tqdm import tqdm
 
         if self._line is None:
+            # Without bars an answer may stand there that has come half way.
+            if is_terminal(sys.stdout) and not getattr(tqdm, "_instances", ()):
+                self.stream.write("\n")
             self._line = tqdm(total=0, bar_format="{desc}", file=self.stream, leave=False)
         self._line.ncols = bar_columns()
         self._line.set_description_str(text)

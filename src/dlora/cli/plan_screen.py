@@ -59,7 +59,7 @@ def _step(settings: PlanSettings, run: PlannedRun, step: Prediction) -> Iterator
     """Tokens, bytes, round trips and seconds of an optimizer step."""
     several = settings.gradient_accumulation_steps
     times = f"{several} micro-batches of " if several > 1 else ""
-    padding = " with padding, which does not travel" if run.load is not None else ""
+    padding = " with padding" if run.load is not None else ""
     yield "a step", f"{times}{settings.batch_size} x {settings.length} tokens{padding}"
     yield (
         "bytes",
@@ -118,7 +118,7 @@ def _table(
 
     yield "\n*  the fastest that shows no more, trained as local tuning would"
     if any(row.mark == "+" for row in rows):
-        yield "+  faster still, but another training: few modules at a time, or fewer, larger steps"
+        yield "+  faster still, but another training: few modules at a time, or larger steps"
     for row in rows:
         if row.mark:
             whole = _of_the_run(run, row.seconds) if row.as_local and run.rows else ""

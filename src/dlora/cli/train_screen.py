@@ -220,19 +220,18 @@ def _costs(
     load = load_of(rows, model, settings.batch_size, settings.pad_to)
     parts = settings.in_flight if isinstance(settings.in_flight, int) else 1
     plan = plan_of(settings)
-    sites = model.active_set.exchanged()
-    one = traffic(plan, model, sites, parts=min(parts, settings.batch_size), load=load)
+    one = traffic(plan, model, model.sites, parts=min(parts, settings.batch_size), load=load)
     several = settings.gradient_accumulation_steps
     sent, received = several * one.sent, several * one.received
-    more = " while all modules are trained" if settings.kr != "off" else ""
+    kr, share = settings.kr != "off", plan.share
     yield (
         "a step",
         f"{readable_bytes(sent)} up, {readable_bytes(received)} down, "
         f"{several * one.round_trips} round trips ({settings.wire} wire, {settings.wire_dtype}"
-        f"{more})",
+        f"{', with all modules' if kr else ''})",
     )
-    if settings.kr == "off":
-        yield "in all", f"about {readable_bytes(steps * (sent + received))}, without evaluations"
+    budget = f"a budget of {share:.0%}" if kr else "without evaluations"
+    yield "in all", f"about {readable_bytes(share * steps * (sent + received))}, {budget}"
     yield "is seen", f"by the cloud: {SEEN[settings.wire]}"
 
 

@@ -172,7 +172,7 @@ def _word(value: Any) -> str:
         return ",".join(value)
     if isinstance(value, dict):
         return ",".join(f"{key}={one}" for key, one in value.items())
-    return str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def table(rows: Sequence[Row]) -> list[str]:
