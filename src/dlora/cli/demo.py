@@ -25,7 +25,7 @@ from dlora.cloud.load import DEMO_MODEL
 from dlora.edge.grpc_link import connect
 from dlora.edge.load import load_adapter, load_tokenizer
 from dlora.edge.model import SplitModel
-from dlora.errors import PeerLost, UsageError
+from dlora.errors import PeerLost
 from dlora.files import write_json
 from dlora.inference.answer import complete
 from dlora.inference.prompts import Prompt
@@ -49,12 +49,6 @@ def data_file(name: str) -> Path:
 def run_demo(settings: DemoSettings) -> int:
     """Train against a server in a process of its own and compare; return the exit code."""
     earlier = settings.output / "run.json"
-    before = json.loads(earlier.read_text(encoding="utf-8")) if earlier.exists() else {}
-    if before.get("status") == "finished":
-        raise UsageError(
-            f"{settings.output} already holds a finished run: remove it, or give another --output"
-        )
-
     transformers_logging.set_verbosity_error()
     lines = data_file("heldout.jsonl").read_text(encoding="utf-8").split("\n")
     heldout = [json.loads(line) for line in lines if line]

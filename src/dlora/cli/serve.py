@@ -76,6 +76,7 @@ def _serve_one(settings: ServeSettings) -> int:
         identities=None if identities is None else Identities(identities),
         access_log=settings.access_log,
     )
+
     with ExitStack() as stack:
         port = None
         if settings.metrics_port is not None:

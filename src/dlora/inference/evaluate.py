@@ -55,6 +55,8 @@ def evaluate(
             limit=settings.limit,
         )
         number = len(data)
+
+        # Before the loss, which may take long.
         if asks_answers := settings.exact_match or settings.predictions is not None:
             _check_completions(data, settings)
         measures, predictions = _loss(model, tokenizer, data, origins, settings.batch_size), []

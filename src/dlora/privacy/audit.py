@@ -79,7 +79,6 @@ def audit(settings: AuditSettings, link: Link) -> dict[str, Any]:
 
     attackers = {"in-domain": known, "out-of-domain": public}
     attacks = _attack(recording, counts, attacked, attackers, link, model, places, settings)
-
     about = _about_run(run, recording, link)
     return {
         "verdict": verdict(attacks, about["setting"]),

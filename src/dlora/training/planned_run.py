@@ -13,7 +13,7 @@ from dlora.edge.model import SplitModel
 from dlora.training.calibrate import Calibration
 from dlora.training.plan_settings import PlanSettings, run_of
 from dlora.training.planned_traffic import Load
-from dlora.training.planner import Prediction, predict, predict_evaluation
+from dlora.training.planner import Prediction, line_of, predict, predict_evaluation
 from dlora.training.row_sizes import RowSizes
 from dlora.training.trainer import build_trainer
 
@@ -119,11 +119,7 @@ def total_of(
             seconds=number * one.seconds,
         )
 
-    # A byte of the download takes as long as others do, on the link there is or as it was given.
-    down_s = max(
-        measured.transfer_per_byte_s,
-        8 / (settings.down_mbit * 1e6) if settings.down_mbit else 0.0,
-    )
+    _, _, down_s = line_of(settings, measured)
     whole = Total(
         sent_bytes=run.steps * step.sent_bytes + evaluated.sent_bytes,
         received_bytes=run.steps * step.received_bytes

@@ -134,16 +134,20 @@ def _of_part(
     # The adapter is what there is more with sites than without.
     modules = sum(len(site.layers) for site in sites)
     around = modules * (2 * _TENSOR_BYTES + _FRAME_BYTES)
-    modules_sent, modules_received = (
-        whole - ends + around for whole, ends in zip(payload(sites), payload([]), strict=True)
-    )
+    more = [with_ - ends + around for with_, ends in zip(payload(sites), payload([]), strict=True)]
+    return _hosted(total, *more, modules=modules, by_hash=by_hash, training=training)
+
+
+def _hosted(
+    total: Traffic, sent: int, received: int, *, modules: int, by_hash: bool, training: bool
+) -> Traffic:
+    """The same, with the hosted adapter's part of it named; `by_hash`: it does not travel."""
     if by_hash:
-        without = total.sent - modules_sent + modules * _HASH_BYTES
-        total, modules_sent = replace(total, sent=without), 0
+        total, sent = replace(total, sent=total.sent - sent + modules * _HASH_BYTES), 0
     return replace(
         total,
-        modules_sent=modules_sent,
-        modules_received=modules_received if training else 0,
+        modules_sent=sent,
+        modules_received=received if training else 0,
         module_frames=max(1, min(MODULE_FRAMES, modules)),
     )
 

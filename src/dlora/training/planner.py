@@ -30,6 +30,7 @@ __all__ = [
     "Prediction",
     "activate",
     "check",
+    "line_of",
     "plan",
     "planned_model",
     "predict",
@@ -156,12 +157,7 @@ def _micro_batch(
         forward_s *= load.tokens / (settings.batch_size * settings.length)
         backward_s = 0.0
 
-    # A link that was given replaces round trips, and bytes where it is slower.
-    rtt_s = measured.rtt_s if settings.rtt_ms is None else settings.rtt_ms / 1000
-    up_s, down_s = (
-        max(measured.transfer_per_byte_s, 8 / (mbit * 1e6) if mbit else 0.0)
-        for mbit in (settings.up_mbit, settings.down_mbit)
-    )
+    rtt_s, up_s, down_s = line_of(settings, measured)
     round_trips_s = wire.round_trips * rtt_s
     if hosted:
         transfers_s = [hosted_transfer_s(wire, up_s, down_s, forward_s, backward_s)]
@@ -193,6 +189,18 @@ def _micro_batch(
         in_flight=parts,
         seconds=seconds_in_flight(parts, round_trips_s, work),
     )
+
+
+def line_of(settings: PlanSettings, measured: Calibration) -> tuple[float, float, float]:
+    """Seconds of (a round trip, a byte up, a byte down).
+
+    A link that was given replaces round trips, and bytes where it is slower.
+    """
+    up_s, down_s = (
+        max(measured.transfer_per_byte_s, 8 / (mbit * 1e6) if mbit else 0.0)
+        for mbit in (settings.up_mbit, settings.down_mbit)
+    )
+    return measured.rtt_s if settings.rtt_ms is None else settings.rtt_ms / 1000, up_s, down_s
 
 
 def _parts(settings: PlanSettings, round_trips_s: float, work: tuple[float, ...]) -> int:

@@ -51,17 +51,10 @@ def train(
     has begun, the last finished step is a checkpoint, and a note at the error says how to go on.
     """
     folder = RunFolder(settings.output)
-
-    # What can be refused is refused here: until it is over nothing is written into the folder.
-    check_output(settings, link)
-    set_seed(settings.seed)
-    tokenizer = load_tokenizer(link)
-    recorder = Recorder(folder.recording, settings.record) if settings.record else None
-    model = _build_model(settings, link if recorder is None else recorder.link(link))
-    trainer = build_trainer(settings, model, tokenizer)
-    trainer.add_callback(SayWaiting(settings, model))  # after Kill and Revive has decided
-    if screen is not None:
-        trainer.add_callback(screen(trainer))
+    recorder, model, trainer = _prepare(settings, link)
+    for late in (SayWaiting(settings, model), screen and screen(trainer)):
+        if late is not None:  # after Kill and Revive has decided
+            trainer.add_callback(late)
 
     checkpoint = folder.last_checkpoint() if settings.resume else None
     if settings.resume:
@@ -94,6 +87,19 @@ def train(
     folder.write(run)
     write_run_card(folder, run)
     return run
+
+
+def _prepare(
+    settings: TrainSettings, link: Link
+) -> tuple[Recorder | None, SplitModel, SplitTrainer]:
+    """Refuse what can be refused: until it is over nothing is written into the folder."""
+    check_output(settings, link)
+    set_seed(settings.seed)
+    tokenizer = load_tokenizer(link)
+    recording = RunFolder(settings.output).recording
+    recorder = Recorder(recording, settings.record) if settings.record else None
+    model = _build_model(settings, link if recorder is None else recorder.link(link))
+    return recorder, model, build_trainer(settings, model, tokenizer)
 
 
 def _build_model(settings: TrainSettings, link: Link) -> SplitModel:
