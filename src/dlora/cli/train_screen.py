@@ -46,7 +46,8 @@ class TrainScreen(TrainerCallback):
         self.training_bar: Any = None
         self.prediction_bar: Any = None
         self.current_step = 0
-        self._has_bar = is_terminal(sys.stderr) and not trainer.args.disable_tqdm
+        shows = log.isEnabledFor(logging.INFO) and not trainer.args.disable_tqdm
+        self._has_bar = shows and is_terminal(sys.stderr)
         self._start = self._last_line = time.monotonic()
         self._first_step = 0
 

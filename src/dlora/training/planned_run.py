@@ -10,6 +10,7 @@ from pathlib import Path
 from dlora.edge.link import Link
 from dlora.edge.load import load_tokenizer
 from dlora.edge.model import SplitModel
+from dlora.protocol.layer_files import files_for
 from dlora.training.calibrate import Calibration
 from dlora.training.plan_settings import PlanSettings, run_of
 from dlora.training.planned_traffic import Load
@@ -53,7 +54,7 @@ def read_run(
 
     Rows are read, tokenised and refused as training does it. Raises UsageError and DataError.
     """
-    size = sum(file.size for file in link.description.edge_files)
+    size = _download_bytes(link, model)
     if settings.data is None:
         steps = _STEPS if settings.max_steps < 1 else settings.max_steps
         run = PlannedRun(
@@ -73,11 +74,7 @@ def read_run(
         rows.micro_batches(settings.batch_size) / settings.gradient_accumulation_steps
     )
     steps = settings.max_steps if settings.max_steps > 0 else math.ceil(settings.epochs * epoch)
-    evaluations = 0
-    if held is not None:
-        evaluations = (
-            steps // settings.eval_steps if settings.eval_steps else math.ceil(steps / epoch)
-        )
+    evaluations = 0 if held is None else math.ceil(steps / (settings.eval_steps or epoch))
 
     length = rows.padded(settings.batch_size, settings.pad_to)
     learned = min(length - 1, round(sum(rows.learned) / len(rows.learned)))
@@ -91,6 +88,13 @@ def read_run(
     )
     choice = settings if settings.link is None else settings.for_table
     return replace(choice, data=None, length=length, supervised=learned), run
+
+
+def _download_bytes(link: Link, model: SplitModel) -> int:
+    """Of embedding, head and tokenizer, and of the decoder layers that run here."""
+    wanted, described = files_for(model.edge_layers), link.description
+    layers = sum(file.size for file in described.layers.files if file.name in wanted)
+    return layers + sum(file.size for file in described.edge_files)
 
 
 def load_of(rows: RowSizes, model: SplitModel, batch_size: int, pad_to: int = 0) -> Load:
