@@ -11,10 +11,11 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import NO_DRAIN, batches, lora, make_split
+from conftest import NO_DRAIN, batches, lora, make_base, make_split
 from transformers import PreTrainedTokenizerFast
 
 from dlora.cli import console
@@ -22,8 +23,9 @@ from dlora.cli.commands import COMMANDS
 from dlora.cli.console import Console
 from dlora.cli.lines import pair_lines, shell, table_lines
 from dlora.cli.main import main
-from dlora.cli.serve_screen import reached
+from dlora.cli.serve_screen import reached, served
 from dlora.cli.status_screen import Look, status_lines
+from dlora.cli.train_screen import ending
 from dlora.cloud.model import CloudModel
 from dlora.edge.grpc_link import GrpcLink
 from dlora.edge.link import Outage, RetryPolicy
@@ -33,6 +35,7 @@ from dlora.server import keys
 from dlora.server.metrics import ServerStatus, serve_metrics
 from dlora.server.server import Server
 from dlora.server.settings import ServeSettings
+from dlora.training.settings import TrainSettings
 
 
 class Terminal(io.StringIO):
@@ -92,7 +95,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     for name, number in (("train", 24), ("held", 6)):
         rows = [
-            {"prompt": f"parcel {n * 37 % 91} to", "completion": f" desk {n % 4}"}
+            {"prompt": f"parcel {n * 37 % 91}{'!' * (n * 5 % 24)}", "completion": f" desk {n % 4}"}
             for n in range(number)
         ]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
@@ -187,19 +190,98 @@ def test_without_a_terminal_there_are_plain_lines(
 ) -> None:
     """In a file progress is a line now and then, with the first and the last step; nothing is
     rewritten. --quiet shows the end alone."""
-    words = [*train_words(server, place, "plain"), "--max_steps", "3"]
+    words = [*train_words(server, place, "plain"), "--max_steps", "2"]
     assert main(words) == 0
     captured = capsys.readouterr()
     assert "step 0" not in captured.err and "left" not in captured.err
     told = [text for text in caplog.messages if text.startswith("step ")]
-    assert re.fullmatch(r"step 1 of 3: loss \d\.\d+, \S+ kB/step, \d+ tok/s, .* left", told[0])
-    assert told[-2].startswith("step 3 of 3: ") or told[-1].startswith("step 3 of 3: ")
+    assert re.fullmatch(r"step 1 of 2: loss \d\.\d+, \S+ kB/step, \d+ tok/s, .* left", told[0])
+    assert told[1].startswith("step 2 of 2: ") and told[2].startswith("step 2: eval loss")
 
     caplog.clear()
     quiet = [word.replace("/plain", "/quiet") for word in words]
     assert main([*quiet, "--quiet"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("finished ") and not caplog.messages
+    assert out.startswith("finished ")
+    assert all(record.levelno >= logging.WARNING for record in caplog.records)
+
+
+def test_few_modules_and_several_micro_batches_are_told(
+    server: Server, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With Kill and Revive the total is its budget's, and a step of several micro-batches says so;
+    rows that are held out of the data are told as such."""
+    words = train_words(server, place, "few")
+    words[3:7] = ["--data", str(place / "train.jsonl"), "--val_size", "4"]
+    more = ["--gradient_accumulation_steps", "2", "--kr", "on", "--max_steps", "1"]
+    assert main([*words, *more]) == 0
+    out = flat(capsys.readouterr().out)
+    assert "held out of it: 4 rows of" in out
+    assert "run        1 step of 8 rows (2 micro-batches), 3 an epoch; learning rate" in out
+    assert "14 round trips (plain wire, fp16, with all modules)" in out
+    assert re.search(r"^in all +about \S+ kB, a budget of 12%$", out, re.MULTILINE)
+    assert re.search(r"^active +1 unit at the end; on average", out, re.MULTILINE)
+
+
+COST = {"sent_bytes": 5_000_000, "received_bytes": 7_000, "round_trips": 1, "retries": 2}
+ENDED: dict[str, Any] = {
+    "status": "finished",
+    "steps": 1,
+    "seconds": 125.0,
+    "train_loss": 1.5,
+    "eval_loss": None,
+    "best_eval_loss": None,
+    "cost": COST,
+}
+ENDINGS: list[tuple[dict[str, Any], dict[str, Any], list[str], list[str]]] = [
+    (
+        {},
+        {"token_file": Path("my token"), "tls": True},
+        [
+            "finished   after 1 step and 2.1 min: loss 1.5000",
+            "traffic    5 MB up, 7 kB down, 1 round trip, 2 retries",
+            "dlora eval --server a:1 --token_file 'my token' --tls --adapter runs/a --data ...",
+        ],
+        ["best", "audit", "continue"],
+    ),
+    (
+        {"status": "interrupted", "train_loss": None},
+        {},
+        ["interrupted after 1 step and 2.1 min: no loss yet", "continue   the same command with"],
+        ["next", "dlora generate"],
+    ),
+    (
+        {"eval_loss": 2.0, "best_eval_loss": 1.25, "best_checkpoint": "x/checkpoint-4"},
+        {"eval_data": "held", "record": 2},
+        [
+            "best       eval loss 1.2500 after step 4: that adapter is kept; the last one has 2.0",
+            "--data held",
+            "dlora audit runs/a --server a:1",
+        ],
+        [],
+    ),
+    (
+        {"eval_loss": 2.0, "best_eval_loss": 1.25},
+        {"eval_data": "held", "keep_best": False},
+        ["eval loss  2.0000 at the end"],
+        ["kept"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "settings", "there", "missing"), ENDINGS)
+def test_how_a_run_ended(
+    values: dict[str, Any], settings: dict[str, Any], there: list[str], missing: list[str]
+) -> None:
+    """What is said depends on how it ended, what was evaluated, and how the server is reached."""
+    asked = TrainSettings(server="a:1", data="d", output=Path("runs/a"), **settings)
+    lines = [line for pair in ending(ENDED | values, asked) for line in pair_lines(*pair)]
+    text = "\n".join(lines)
+    fits(text)
+    for part in there:
+        assert part in flat(text), text
+    for part in missing:
+        assert part not in text
 
 
 # ----------------------------------------------------------------- a lost server
@@ -364,7 +446,9 @@ def test_a_plan_over_a_link_is_of_the_users_data(
 # ----------------------------------------------------------------- serve and status
 
 
-def test_serve_says_who_may_call_and_what_an_edge_types(tmp_path: Path) -> None:
+def test_serve_says_who_may_call_and_what_an_edge_types(
+    cloud_models: Callable[[str], CloudModel], tmp_path: Path
+) -> None:
     """Tenants, what ends soon and what makes it new, the metrics' address, the edge's command."""
     folder = tmp_path / "keys"
     keys.make_authority(folder, ["127.0.0.1"], 30)
@@ -389,7 +473,13 @@ def test_serve_says_who_may_call_and_what_an_edge_types(tmp_path: Path) -> None:
         "edge       dlora train --server HOST:7 --tls_ca ca.pem --token_file NAME.token" in joined
     )
 
-    plain = dict(reached(ServeSettings(model="m"), "127.0.0.1:7", None))
+    alone = ServeSettings(model="m")
+    loaded = SimpleNamespace(model=make_base("llama"), model_id="org/tiny")
+    what = dict(served(alone, cloud_models("llama"), loaded))
+    assert re.fullmatch(r"org/tiny, fp32 on cpu, fingerprint [0-9a-f]{12}", what["model"])
+    assert what["adapters"] == "21 modules at 12 sites may be adapted"
+    assert re.fullmatch(r"\S+ kB of weights, \S+ kB of activations a training .*", what["memory"])
+    plain = dict(reached(alone, "127.0.0.1:7", None))
     assert plain["access"].startswith("plaintext, everybody")
     assert re.sub(r" \\\n +", " ", plain["edge"]) == (
         "dlora train --server 127.0.0.1:7 --data private.jsonl --output runs/mine"
