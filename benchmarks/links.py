@@ -295,8 +295,8 @@ def _predicted(
     import dlora
     from dlora.training.advice import choose
     from dlora.training.calibrate import calibrate
+    from dlora.training.plan_settings import PlanSettings
     from dlora.training.planner import planned_model, predict
-    from dlora.training.settings import PlanSettings
 
     rtt_ms, up_mbit, down_mbit = numbers
     base = PlanSettings(

@@ -40,8 +40,8 @@ def run() -> dict[str, Any]:
     """Predict and run every case."""
     import dlora
     from dlora.cli.demo import serving
+    from dlora.training.plan_settings import PlanSettings
     from dlora.training.planner import check, plan
-    from dlora.training.settings import PlanSettings
 
     found = []
     with serving("smollm2") as address:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -24,9 +23,10 @@ from dlora.formulas import step_traffic
 from dlora.server.server import Server
 from dlora.training.advice import SEEN, Row, advise, command, mark
 from dlora.training.link_speed import HERE, NAMED, LinkSpeed, link_speed
+from dlora.training.plan_settings import PlanSettings
 from dlora.training.planned_traffic import Traffic, hosted_transfer_s, staged_s
 from dlora.training.planner import Prediction, planned_model
-from dlora.training.settings import PlanSettings, TrainSettings
+from dlora.training.settings import TrainSettings
 from dlora.training.waiting import SayWaiting, faster
 
 
@@ -137,7 +137,7 @@ def test_marks_go_by_tokens_and_by_what_is_seen() -> None:
 def test_the_commands_are_commands(rows: list[Row]) -> None:
     """What is printed is taken by the parser of `dlora train`, with the choice of the row."""
     for row in rows:
-        words = shlex.split(command(row))
+        words = command(row)
         assert words[0] == "dlora"
         parsed = parse(words[1:], COMMANDS)
         assert not isinstance(parsed, str)
@@ -154,7 +154,7 @@ def test_the_commands_are_commands(rows: list[Row]) -> None:
 def test_settings_of_the_connection_are_in_the_command() -> None:
     """Files for TLS and a regular expression of modules reach `dlora train` as they were given."""
     row = row_of("plain", 1.0, tls_ca=Path("my ca.pem"), target_modules=r".*\.(1|2)\..*q_proj")
-    parsed: Any = parse(shlex.split(command(row))[1:], COMMANDS)
+    parsed: Any = parse(command(row)[1:], COMMANDS)
     assert parsed[1].tls_ca == Path("my ca.pem")
     assert parsed[1].target_modules == r".*\.(1|2)\..*q_proj"
 

@@ -31,8 +31,9 @@ from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.codecs import MIXES, Codecs, begin_fields, codecs_of, name_of
 from dlora.protocol.wire import decode, encode, payload_bytes
 from dlora.server.stream import StreamPipe
+from dlora.training.plan_settings import PlanSettings
 from dlora.training.run import _build_model
-from dlora.training.settings import PlanSettings, TrainSettings
+from dlora.training.settings import TrainSettings
 
 MIXED = Codecs(
     x=pb.INT8,

@@ -26,6 +26,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 import dlora
 from dlora import runs
+from dlora.cli.train_screen import shown
 from dlora.cloud.model import CloudModel
 from dlora.edge.grpc_link import Access, GrpcLink
 from dlora.embedded import InProcessLink
@@ -424,10 +425,12 @@ def test_a_terminal_that_is_gone_costs_no_step(
     def gone(self: Any) -> None:
         raise BrokenPipeError("nobody reads")
 
-    monkeypatch.setattr("dlora.training.callbacks.Progress.close", gone)
+    monkeypatch.setattr("dlora.cli.train_screen.TrainScreen.close", gone)
     output = tmp_path / "run"
-    with with_callback(At("on_step_begin", 2, broken)), pytest.raises(Broken):
-        train(settings(data, output, max_steps=4), link)
+    asked = settings(data, output, max_steps=4)
+    at = At("on_step_begin", 2, broken)
+    with with_callback(at), pytest.raises(Broken), shown(asked) as screen:
+        train(asked, link, screen)
     folder = RunFolder(output)
     assert step_of(folder.last_checkpoint()) == 2
     assert json.loads(folder.run_file.read_text())["status"] != "running"

@@ -29,6 +29,9 @@ def commands(page: str) -> list[tuple[str, str]]:
     for block in re.findall(r"^```console\n(.*?)^```", page, re.M | re.S):
         for part in re.split(r"^\$ ", block, flags=re.M)[1:]:
             command, _, output = part.partition("\n")
+            while command.endswith("\\"):
+                line, _, output = output.partition("\n")
+                command += f"\n{line}"
             found.append((command, output))
     return found
 

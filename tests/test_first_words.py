@@ -33,10 +33,11 @@ MERGE = ["merge", "--model", "base", "--adapter", "adapter", "--output", "new"]
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to type commands in: data, an adapter, a run, keys, and wrong ones of each."""
     monkeypatch.chdir(tmp_path)
-    for name in ("empty", "base", "adapter", "run", "full/sub"):
+    for name in ("empty", "base", "adapter", "bottle", "run", "full/sub"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "d.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    (tmp_path / "bottle/bottleneck_config.json").write_text("{}")
     (tmp_path / "run/run.json").write_text('{"status": "finished"}')
     for name, mode in (("open.token", 0o644), ("secret.token", 0o600)):
         (tmp_path / name).write_text("x")
@@ -142,16 +143,27 @@ CHECKED: list[tuple[list[str], str]] = [
         "report: --output: d.jsonl is a file, want a folder",
     ),
     ([*AUDIT, "--output", "d.jsonl/x"], "audit: --output: d.jsonl is a file, want a folder"),
+    (["demo", "--output", "run"], "demo: --output: run already holds a finished run"),
     (["demo", "--output", "d.jsonl"], "demo: --output: d.jsonl is a file, want a folder"),
     # runs
     (["report", "no"], "report: RUNS: no such folder: no"),
     (["report", "run", "empty"], "report: RUNS: empty holds no run of `dlora train`"),
     (["audit", "no", *AUDIT[2:]], "audit: RUN: no such folder: no"),
     (["audit", "empty", *AUDIT[2:]], "audit: RUN: empty holds no run of `dlora train`"),
+    (AUDIT, "audit: RUN: run holds no recording: make one with `dlora train --record 24"),
+    ([*TRAIN, "--resume"], "train: --resume: new holds no run"),
+    ([*TRAIN[:-1], "run", "--resume"], "train: --resume continues the same run, but these"),
+    (["plan", *SERVED, "--data", "no.csv"], "plan: --data: no.csv: no such file"),
+    (["plan", *SERVED, "--data", "d.jsonl", "--length", "9"], "plan: --length: the rows of data"),
+    (
+        ["eval", *SERVED, "--data", "d.jsonl", "--predictions", "empty"],
+        "eval: --predictions: empty is a folder, want a file",
+    ),
     # models
     ([*MERGE[:2], "./no", *MERGE[3:]], "merge: --model: no such folder: ./no"),
     ([*MERGE[:2], "no.gguf", *MERGE[3:]], "merge: --model: no such file: no.gguf"),
     ([*MERGE[:4], "empty", *MERGE[5:]], "merge: --adapter: empty holds no adapter"),
+    ([*MERGE[:4], "bottle", *MERGE[5:]], "merge: --adapter: bottle is a bottleneck: it is not"),
     ([*MERGE[:6], "full"], "merge: --output: full is not empty: use a new folder"),
     ([*MERGE[:6], "d.jsonl"], "merge: --output: d.jsonl is a file, want a folder"),
     # how much is said

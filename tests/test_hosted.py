@@ -32,7 +32,8 @@ from dlora.kill_revive.config import KillReviveConfig
 from dlora.kill_revive.units import costs_of
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.wire import encode
-from dlora.training.settings import PlanSettings, TrainSettings
+from dlora.training.plan_settings import PlanSettings
+from dlora.training.settings import TrainSettings
 
 Links = Callable[[str], Any]
 

@@ -41,9 +41,10 @@ from dlora.kill_revive.apply import KillAndRevive
 from dlora.kill_revive.config import KillReviveConfig
 from dlora.proto import dlora_pb2 as pb
 from dlora.server.server import Server, ServerOptions
+from dlora.training.plan_settings import PlanSettings
 from dlora.training.planner import check, plan
 from dlora.training.run import train
-from dlora.training.settings import PlanSettings, TrainSettings
+from dlora.training.settings import TrainSettings
 
 Links = Callable[[str], Any]
 

@@ -18,8 +18,8 @@ from dlora.cloud.limits import Limits
 from dlora.cloud.model import CloudModel
 from dlora.server.server import Server
 from dlora.training.calibrate import calibrate
+from dlora.training.plan_settings import PlanSettings
 from dlora.training.planner import check, plan
-from dlora.training.settings import PlanSettings
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +212,7 @@ def test_plan_command(server: Server, capsys: pytest.CaptureFixture[str]) -> Non
     words = ["plan", "--server", server.address, "--length", "20", "--batch_size", "2"]
     assert main([*words, "--sites", "1", "--check"]) == 0
     text = capsys.readouterr().out
-    assert "1 active sites" in text and "round trips  3" in text
+    assert "1 active site," in text and "3 round trips" in text
     checked = (
         r"checked +bytes off by [+-]\d\.\d\d%, round trips 3, seconds \d+\.\d\d, off by [+-]\d+%"
     )

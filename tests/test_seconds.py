@@ -20,9 +20,10 @@ from dlora.edge.meter import Meter
 from dlora.embedded import InProcessLink
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.wire import decode, encode
+from dlora.training.plan_settings import PlanSettings
 from dlora.training.planner import plan
 from dlora.training.run import train
-from dlora.training.settings import PlanSettings, TrainSettings
+from dlora.training.settings import TrainSettings
 
 CLOUD_S = 0.08  # of every forward pass in the cloud, behind the last site
 LINK_S = 0.03  # of everything that is waited for

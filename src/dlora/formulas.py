@@ -137,8 +137,11 @@ def step_traffic(
     input_grad: bool = False,
     drop_input_grads: bool = False,
     by_name: bool = False,
+    training: bool = True,
 ) -> tuple[int, int]:
-    """(sent, received) payload bytes of one training micro-batch, as the edge sees them.
+    """(sent, received) payload bytes of one micro-batch, as the edge sees them.
+
+    One that is evaluated (`training` false) is a training one without its way back.
 
     `sites` has, for each active site in calling order, its input width d and (o, r) of its active
     modules: output width and rank. The first site sends no input gradient unless it is wanted. On
@@ -158,7 +161,8 @@ def step_traffic(
 
     # Embeddings and last hidden states, and their gradients.
     entry, exit = size(codecs.ends, rows, embedding_width), size(codecs.ends, kept, hidden_width)
-    sent, received = exit + (0 if by_name else entry), exit + (entry if input_grad else 0)
+    sent = exit * training + (0 if by_name else entry)
+    received = exit + (entry if input_grad and training else 0)
 
     if hosted:  # as much both ways
         adapter = sum(
@@ -166,7 +170,7 @@ def step_traffic(
             for d, modules in sites
             for o, r in modules
         )
-        return sent + adapter, received + adapter
+        return sent + adapter, received + adapter * training
 
     for index, (d, modules) in enumerate(sites):
         if factored:  # as much both ways, too
@@ -177,9 +181,9 @@ def step_traffic(
             up = sum(size(codecs.deltas, rows, o) for o, _ in modules)
             down = sum(size(codecs.delta_grads, rows, o) for o, _ in modules)
 
-        asked = (index or input_grad) and not drop_input_grads
+        asked = training and (index or input_grad) and not drop_input_grads
         sent += up + (size(codecs.dx, rows, d) if asked else 0)
-        received += down + size(codecs.x, rows, d)
+        received += down * training + size(codecs.x, rows, d)
     return sent, received
 
 

@@ -25,7 +25,9 @@ from dlora.privacy.settings import AuditSettings
 from dlora.protocol.device import check_device_name
 from dlora.runs import RunFolder
 from dlora.training.data_settings import DataSettings
-from dlora.training.settings import PlanSettings, ReportSettings, TrainSettings
+from dlora.training.output import check_folder
+from dlora.training.plan_settings import PlanSettings
+from dlora.training.settings import ReportSettings, TrainSettings
 
 __all__ = [
     "check_api",
@@ -36,6 +38,7 @@ __all__ = [
     "check_generate",
     "check_info",
     "check_merge",
+    "check_mergeable",
     "check_model",
     "check_pattern",
     "check_plan",
@@ -46,7 +49,8 @@ __all__ = [
 ]
 
 _HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_ADAPTER_FILES: Final = ("adapter_config.json", "bottleneck_config.json")
+_BOTTLENECK: Final = "bottleneck_config.json"
+_ADAPTER_FILES: Final = ("adapter_config.json", _BOTTLENECK)
 
 # Where logs may go -> the module that it takes.
 _LOGGERS: Final = {
@@ -70,14 +74,18 @@ def check_train(settings: TrainSettings) -> None:
         for pattern in getattr(settings, name):
             check_pattern(name, pattern)
     _check_loggers(settings.report_to)
-    if not settings.resume:
-        RunFolder(settings.output).check_new()
+    check_folder(settings)
 
 
 def check_plan(settings: PlanSettings) -> None:
-    """Server and patterns."""
+    """Server, data, adapter and patterns."""
     _check_edge(settings)
+    _check_source("data", settings.data)
+    _check_source("eval_data", settings.eval_data)
+    _check_adapter("adapter", settings.adapter)
     _check_targets(settings.target_modules)
+    for pattern in settings.rank_pattern:
+        check_pattern("rank_pattern", pattern)
 
 
 def check_data(settings: DataSettings) -> None:
@@ -110,6 +118,7 @@ def check_eval(settings: EvalSettings) -> None:
     _check_adapter("adapter", settings.adapter)
     _check_source("data", settings.data)
     _check_file_to_write("output", settings.output)
+    _check_file_to_write("predictions", settings.predictions)
 
 
 def check_api(settings: ApiSettings) -> None:
@@ -146,6 +155,10 @@ def check_audit(settings: AuditSettings) -> None:
     _check_run("run", settings.run)
     _check_source("public", settings.public)
     _check_folder_to_write("output", settings.output)
+    if not RunFolder(settings.run).recording.is_dir():
+        raise UsageError(
+            f"run: {settings.run} holds no recording: make one with `dlora train --record 24 ...`"
+        )
 
 
 def check_merge(settings: MergeSettings) -> None:
@@ -155,11 +168,16 @@ def check_merge(settings: MergeSettings) -> None:
     _check_folder_to_write("output", settings.output)
     if settings.output.exists() and any(settings.output.iterdir()):
         raise UsageError(f"output: {settings.output} is not empty: use a new folder")
+    check_mergeable(settings.adapter)
 
 
 def check_demo(settings: DemoSettings) -> None:
-    """The folder of the run."""
+    """The folder of the run: its run may go on, unless it is finished."""
     _check_folder_to_write("output", settings.output)
+    if RunFolder(settings.output).read().get("status") == "finished":
+        raise UsageError(
+            f"output: {settings.output} already holds a finished run: remove it, or give another"
+        )
 
 
 # ----------------------------------------------------------------- one thing each
@@ -175,6 +193,15 @@ def check_model(name: str, model: str) -> None:
             raise UsageError(f"{name}: no such file: {model}")
     elif not path.is_dir() and (model.startswith((".", "~")) or not _HUB_ID.fullmatch(model)):
         raise UsageError(f"{name}: no such folder: {model}")
+
+
+def check_mergeable(adapter: Path) -> None:
+    """A bottleneck adapter cannot become a part of weights."""
+    if (adapter / _BOTTLENECK).is_file():
+        raise UsageError(
+            f"adapter: {adapter} is a bottleneck: it is not linear and cannot become a part of the "
+            "weights. dlora.apply_bottleneck(model, folder) puts it on a local model"
+        )
 
 
 def check_pattern(name: str, pattern: str) -> None:

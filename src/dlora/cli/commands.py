@@ -9,6 +9,7 @@ from dlora.cli.flags import Command
 from dlora.cli.settings import DemoSettings, EnvSettings, MergeSettings
 from dlora.inference.settings import GenerationTexts
 from dlora.kill_revive.config import KillReviveConfig
+from dlora.training.settings import TrainSettings
 from dlora.training.trainer_settings import TrainerTexts
 
 __all__ = ["COMMANDS"]
@@ -37,28 +38,42 @@ def _env(settings: EnvSettings) -> int:
     return 0
 
 
+_MODEL: Final = "with the model (the cloud)"
+_DATA: Final = "with the data (the edge): training"
+_ADAPTER: Final = "with an adapter (the edge): using it"
+_MORE: Final = "more"
+
 COMMANDS: Final = {
-    "serve": Command(serve.serve, check=serve.check_serve),
-    "keys": Command(serve.keys, word="action", check=serve.check_keys),
-    "status": Command(serve.status, check=serve.check_status),
-    "data": Command(train.data, word="data", check=checks.check_data),
+    "serve": Command(serve.serve, _MODEL, check=serve.check_serve),
+    "keys": Command(serve.keys, _MODEL, word="action", check=serve.check_keys),
+    "status": Command(serve.status, _MODEL, check=serve.check_status),
+    "data": Command(train.data, _DATA, word="data", check=checks.check_data),
+    "plan": Command(
+        train.plan,
+        _DATA,
+        inner={"kr_options": KillReviveConfig},
+        beside=TrainSettings,
+        check=checks.check_plan,
+    ),
     "train": Command(
         train.train,
+        _DATA,
         inner={"kr_options": KillReviveConfig, "trainer": TrainerTexts},
         check=checks.check_train,
     ),
+    "report": Command(train.report, _DATA, word="runs", check=checks.check_report),
+    "audit": Command(train.audit, _DATA, word="run", check=checks.check_audit),
     "generate": Command(
-        use.generate, inner={"generation": GenerationTexts}, check=checks.check_generate
+        use.generate, _ADAPTER, inner={"generation": GenerationTexts}, check=checks.check_generate
     ),
-    "chat": Command(use.chat, inner={"generation": GenerationTexts}, check=checks.check_talk),
-    "eval": Command(use.evaluate, check=checks.check_eval),
-    "api": Command(use.api, check=checks.check_api),
-    "info": Command(use.info, check=checks.check_info),
-    "plan": Command(train.plan, check=checks.check_plan),
-    "report": Command(train.report, word="runs", check=checks.check_report),
-    "audit": Command(train.audit, word="run", check=checks.check_audit),
-    "merge": Command(_merge, check=checks.check_merge),
-    "demo": Command(_demo, check=checks.check_demo),
-    "env": Command(_env),
+    "chat": Command(
+        use.chat, _ADAPTER, inner={"generation": GenerationTexts}, check=checks.check_talk
+    ),
+    "eval": Command(use.evaluate, _ADAPTER, check=checks.check_eval),
+    "api": Command(use.api, _ADAPTER, check=checks.check_api),
+    "merge": Command(_merge, _ADAPTER, check=checks.check_merge),
+    "info": Command(use.info, _MORE, check=checks.check_info),
+    "demo": Command(_demo, _MORE, check=checks.check_demo),
+    "env": Command(_env, _MORE),
 }
-"""Name -> command."""
+"""Name -> command, in the order of the help."""

@@ -20,11 +20,12 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from dlora.cli.settings import DemoSettings
+from dlora.cli.train_screen import shown
 from dlora.cloud.load import DEMO_MODEL
 from dlora.edge.grpc_link import connect
 from dlora.edge.load import load_adapter, load_tokenizer
 from dlora.edge.model import SplitModel
-from dlora.errors import PeerLost, UsageError
+from dlora.errors import PeerLost
 from dlora.files import write_json
 from dlora.inference.answer import complete
 from dlora.inference.prompts import Prompt
@@ -48,12 +49,6 @@ def data_file(name: str) -> Path:
 def run_demo(settings: DemoSettings) -> int:
     """Train against a server in a process of its own and compare; return the exit code."""
     earlier = settings.output / "run.json"
-    before = json.loads(earlier.read_text(encoding="utf-8")) if earlier.exists() else {}
-    if before.get("status") == "finished":
-        raise UsageError(
-            f"{settings.output} already holds a finished run: remove it, or give another --output"
-        )
-
     transformers_logging.set_verbosity_error()
     lines = data_file("heldout.jsonl").read_text(encoding="utf-8").split("\n")
     heldout = [json.loads(line) for line in lines if line]
@@ -64,7 +59,9 @@ def run_demo(settings: DemoSettings) -> int:
     with serving(DEMO_MODEL) as address:
         link = connect(address)
         print(f"connected to {address}: {link.description.model_id}")
-        run = train(_training(settings, address, resume=earlier.exists()), link)
+        training = _training(settings, address, resume=earlier.exists())
+        with shown(training) as screen:
+            run = train(training, link, screen)
         if run["status"] != "finished":
             print(f"stopped after {run['steps']} steps; the same command continues")
             return 130

@@ -18,12 +18,15 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Final
 
-__all__ = ["ALIASES", "OLD_NAMES", "Command", "Flag", "flags_of", "groups_of"]
+__all__ = ["ALIASES", "OLD_NAMES", "Command", "Flag", "flags_of", "groups_of", "passed_over"]
 
 ALIASES: Final = {"lr": "learning_rate", "rank": "r", "alpha": "lora_alpha"}
 """Other names of settings, in every command that has the setting."""
 
-OLD_NAMES: Final[dict[str, dict[str, str]]] = {"serve": {"audit_log": "access_log"}}
+OLD_NAMES: Final[dict[str, dict[str, str]]] = {
+    "serve": {"audit_log": "access_log"},
+    "plan": {"steps": "max_steps"},
+}
 """Command -> old name -> new name. Old names work for one version, with a warning, and are in no
 help. An entry whose new name is no setting (yet) does nothing."""
 
@@ -34,10 +37,15 @@ class Command:
 
     run: Callable[[Any], int]
     """Takes the settings that its annotation names, and returns the exit code."""
+    group: str = "commands"
+    """The headline under which `dlora --help` has it."""
     word: str | None = None
     """The setting that is given without a flag, as `runs` of `dlora report RUN RUN`."""
     inner: Mapping[str, type] = field(default_factory=dict)
     """Setting -> a class that annotates the types of its values, where it is a dictionary."""
+    beside: type | None = None
+    """Settings of another command, whose flags and files may be given here: what is no setting of
+    this one is passed over."""
     check: Callable[[Any], None] | None = None
     """Raises UsageError for settings that cannot work here, before anything is loaded."""
 
@@ -80,7 +88,17 @@ class Flag:
 
 def flags_of(command: Command) -> dict[str, Flag]:
     """Name -> flag of every setting, group by group, in the order of the help."""
-    settings = command.settings
+    return _flags_of(command.settings, command.inner)
+
+
+def passed_over(command: Command) -> dict[str, Flag]:
+    """Name -> flag of what may be given and changes nothing."""
+    own = {one.name for one in dataclasses.fields(command.settings)}
+    others = {} if command.beside is None else _flags_of(command.beside, {})
+    return {name: flag for name, flag in others.items() if name not in own}
+
+
+def _flags_of(settings: Any, inner: Mapping[str, type]) -> dict[str, Flag]:
     fields = {one.name: one for one in dataclasses.fields(settings)}
     kinds, texts = typing.get_type_hints(settings), _docstrings(settings)
 
@@ -92,7 +110,7 @@ def flags_of(command: Command) -> dict[str, Flag]:
             text=texts.get(name, ""),
             group=group,
             aliases=tuple(alias for alias, meant in ALIASES.items() if meant == name),
-            inside=typing.get_type_hints(command.inner[name]) if name in command.inner else {},
+            inside=typing.get_type_hints(inner[name]) if name in inner else {},
         )
         for group, names in groups_of(settings).items()
         for name in names

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from dlora.cli.commands import COMMANDS
+from dlora.cli.console import Console, settle
 from dlora.cli.parser import LogLevel, parse
 from dlora.errors import DLoRAError, UsageError
 
@@ -48,7 +49,10 @@ def _run(argv: list[str]) -> int:
             return 0
         _set_level(request.log_level)
         request.check()
-        return request.command.run(request.settings)
+        try:
+            return request.command.run(request.settings)
+        finally:
+            settle()
 
     except DLoRAError as error:
         _say(error, str(error))
@@ -93,9 +97,7 @@ def _set_environment(argv: list[str]) -> None:
 
 def _set_up_logging() -> None:
     """Times and names; of other libraries warnings alone."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S"
-    )
+    logging.basicConfig(level=logging.INFO, handlers=[Console()])
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in _NOISIER:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from peft import PeftModel
 
+from dlora.cli.checks import check_mergeable
 from dlora.cli.settings import MergeSettings
 from dlora.cloud.load import load_model
 from dlora.edge.adapter_config import read_adapter_config
 from dlora.edge.adapter_weights import check_adapter_weights, read_adapter_weights
-from dlora.edge.bottleneck import BottleneckConfig
 from dlora.errors import DLoRAError, UsageError
 from dlora.protocol.text import clean_text
 
@@ -37,14 +37,8 @@ def merge(settings: MergeSettings) -> tuple[str, str]:
     if settings.output.exists() and any(settings.output.iterdir()):
         raise UsageError(f"{settings.output} is not empty: use a new folder")
 
+    check_mergeable(settings.adapter)
     config = read_adapter_config(settings.adapter)
-    if isinstance(config, BottleneckConfig):
-        raise UsageError(
-            f"the adapter in {settings.adapter} is a bottleneck: it is not linear and cannot "
-            "become a part of the weights. dlora.apply_bottleneck(model, folder) puts it on a "
-            "local model"
-        )
-
     weights = read_adapter_weights(settings.adapter)
     loaded = load_model(settings.model, dtype=settings.dtype)
     misfit = f"the adapter in {settings.adapter} does not fit {settings.model}"

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, NoReturn, get_origin
 
-from dlora.cli.flags import OLD_NAMES, Command, Flag, flags_of
+from dlora.cli.flags import OLD_NAMES, Command, Flag, flags_of, passed_over
 from dlora.cli.help import Formatter, Note, add_flags
 from dlora.cli.values import convert, dump_yaml, load_yaml
 from dlora.errors import UsageError
@@ -68,20 +68,12 @@ class Request(NamedTuple):
 
 def parse(argv: list[str], commands: Mapping[str, Command]) -> str | Request:
     """A text to print, or the command with its settings. Raises UsageError."""
-    top = _Parser(
-        usage="%(prog)s COMMAND [flags]",
-        description="Fine-tune a model in the cloud with data that stays here.",
-        epilog="Settings can also come from a YAML file: dlora COMMAND --config FILE.",
-    )
+    top = _Parser()
     names = top.add_subparsers(title="commands", metavar="COMMAND", prog="dlora")
     parsers = {
         name: names.add_parser(name, help=command.text, description=command.text)
         for name, command in commands.items()
     }
-    flags = top.add_argument_group("flags")
-    text = "Show this help; `dlora help COMMAND` shows that of a command."
-    flags.add_argument("-h", "--help", action="help", help=text)
-    flags.add_argument("-V", "--version", action="version", help="Show the version.")
 
     # The shell asks for the end of a word through argcomplete, which answers and ends the process.
     if "_ARGCOMPLETE" in os.environ and find_spec("argcomplete"):
@@ -95,11 +87,32 @@ def parse(argv: list[str], commands: Mapping[str, Command]) -> str | Request:
     if first in commands:
         return _Reader(first, commands[first], parsers[first]).read(words)
     if first in ("-h", "--help"):
-        return top.format_help().rstrip()
+        return _overview(commands)
     if first in ("-V", "--version"):
         return f"dlora {__version__}"
     kind = "flag" if first.startswith("-") else "command"
     raise UsageError(f"unknown {kind} {_word(first)}{_hint(first, commands, 'see dlora --help')}")
+
+
+def _overview(commands: Mapping[str, Command]) -> str:
+    """The help of `dlora` alone: commands by what they are for."""
+    page = _Parser(
+        usage="%(prog)s COMMAND [flags]",
+        description="Fine-tune a model in the cloud with data that stays here.",
+        epilog="Settings can also come from a YAML file: dlora COMMAND --config FILE.",
+    )
+    groups: dict[str, Any] = {}
+    for name, command in commands.items():
+        if command.group not in groups:
+            groups[command.group] = page.add_argument_group(command.group)
+        text = command.text.removeprefix("Cloud: ").removeprefix("Edge: ")
+        groups[command.group].add_argument(name, help=text[:1].upper() + text[1:])
+
+    flags = page.add_argument_group("flags")
+    text = "Show this help; `dlora help COMMAND` shows that of a command."
+    flags.add_argument("-h", "--help", action="help", help=text)
+    flags.add_argument("-V", "--version", action="version", help="Show the version.")
+    return page.format_help().rstrip()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -129,6 +142,14 @@ class _Reader:
         # Every name that may be typed -> the flag that it means; old names are in no hint.
         named = [flag for flag in flags if flag.name != command.word]
         self._names = {one: flag for flag in named for one in (flag.name, *flag.aliases)}
+
+        # What another command knows may be given as well, and is in no hint either.
+        self._over = {
+            one: flag
+            for flag in passed_over(command).values()
+            for one in (flag.name, *flag.aliases)
+            if one not in self._names
+        }
         self._old = {
             old: self._flags[new]
             for old, new in OLD_NAMES.get(name, {}).items()
@@ -211,7 +232,7 @@ class _Reader:
     def _flag(self, typed: str) -> Flag | None:
         """The flag that is meant; `--kr_options.budget` is one value of a dictionary."""
         name, _, key = _plain(typed).partition(".")
-        flag = self._names.get(name) or self._old.get(name)
+        flag = self._names.get(name) or self._old.get(name) or self._over.get(name)
         if (
             flag is None
             or not typed.startswith("--")
@@ -234,7 +255,7 @@ class _Reader:
 
         for key, value in content.items():
             name, known = _plain(str(key)), self._flags | self._names
-            flag = known.get(name) or self._old.get(name)
+            flag = known.get(name) or self._old.get(name) or self._over.get(name)
             if flag is None or flag.name in _NOT_IN_FILES:
                 hint = _hint(name, known, self._see)
                 raise UsageError(f"{file}: unknown key {_word(str(key))}{hint}")
@@ -246,6 +267,8 @@ class _Reader:
 
         A flag with a key, as in `--kr_options.budget`, adds to what the dictionary has.
         """
+        if flag.name in self._over:
+            return
         is_flag = where.startswith("--")
         name, _, key = _plain(where).partition(".") if is_flag else (where.split()[-1], "", "")
         try:

@@ -7,16 +7,17 @@ model that is not there) and only then loads torch and the model.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import queue
 import signal
 import sys
 import time
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from dlora.cli.checks import check_model, check_pattern, check_port
+from dlora.cli.lines import show
 from dlora.errors import UsageError
 from dlora.extras import check_extra, missing_extra
 from dlora.files import check_private, write_private
@@ -50,6 +51,7 @@ def serve(settings: ServeSettings) -> int:
 
 def _serve_one(settings: ServeSettings) -> int:
     """A server in this process."""
+    from dlora.cli.serve_screen import reached, served
     from dlora.cloud.limits import Limits
     from dlora.cloud.load import load_cloud
     from dlora.server.identities import Identities
@@ -58,7 +60,7 @@ def _serve_one(settings: ServeSettings) -> int:
 
     print(f"loading {settings.model} ...", flush=True)
     cloud, loaded = load_cloud(**_model(settings), limits=Limits(**_limits(settings)))
-    identities = _identities(settings)
+    identities = settings.identities_file
 
     events: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -74,11 +76,14 @@ def _serve_one(settings: ServeSettings) -> int:
         identities=None if identities is None else Identities(identities),
         access_log=settings.access_log,
     )
+
     with ExitStack() as stack:
+        port = None
         if settings.metrics_port is not None:
-            stack.enter_context(serve_metrics(server, settings.metrics_port))
+            port = stack.enter_context(serve_metrics(server, settings.metrics_port))
         stack.enter_context(server)
-        _print_served(settings, cloud, loaded)
+        show(served(settings, cloud, loaded))
+        show(reached(settings, server.address, port))
         print(f"ready      {server.address}", flush=True)
         while events.get() == signal.SIGHUP:
             server.reopen_log()
@@ -95,33 +100,9 @@ def _raise_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _print_served(settings: ServeSettings, cloud: Any, loaded: Any) -> None:
-    """What is served, to whom, and what it takes."""
-    from dlora.cloud.placement import places
-    from dlora.cloud.quantize import weight_bytes
-
-    weights = "" if settings.quantize == "none" else f", {settings.quantize} weights"
-    on = places(loaded.model) or settings.device
-    print(
-        f"model      {loaded.model_id}, {settings.dtype}{weights} on {on}, "
-        f"fingerprint {cloud.fingerprint[:12]}"
-    )
-
-    num_modules = sum(module.allowed for site in cloud.sites for module in site.modules)
-    print(f"adapters   {num_modules} modules at {len(cloud.sites)} sites may be adapted")
-
-    identities = _identities(settings)
-    who = "none: everybody may use it" if identities is None else str(identities)
-    print(f"access     {'TLS' if _tls_files(settings) else 'plaintext'}, identities: {who}")
-    beside = ", beside what its edge answers" if settings.recompute else ""
-    print(
-        f"memory     {weight_bytes(loaded.model) / 2**20:.0f} MiB of weights, "
-        f"{cloud.memory.training[0] / 2**10:.0f} KiB of activations a training token{beside}"
-    )
-
-
 def _serve_replicas(settings: ServeSettings) -> int:
     """Servers that Ray places, behind this address; SIGHUP replaces them one by one."""
+    from dlora.cli.serve_screen import reached
     from dlora.server.replica import ReplicaSettings
     from dlora.server.replicas import Front
     from dlora.server.scaling import Scaling
@@ -133,7 +114,7 @@ def _serve_replicas(settings: ServeSettings) -> int:
         host=settings.host,
         ports=settings.ports,
         tls=_tls(settings),
-        identities=_identities(settings),
+        identities=settings.identities_file,
         access_log=settings.access_log,
         threads=settings.threads,
         num_cpus=settings.replica_cpus,
@@ -152,6 +133,7 @@ def _serve_replicas(settings: ServeSettings) -> int:
         print(f"model      {description.model_id}, fingerprint {description.fingerprint[:12]}")
         for running in front.replicas:
             print(f"replica    {running.address}")
+        show(reached(settings, front.address, None))
         print(f"ready      {front.address}", flush=True)
 
         while events.get() == signal.SIGHUP:
@@ -207,28 +189,14 @@ def _server_options(settings: ServeSettings) -> Any:
     )
 
 
-def _tls_files(settings: ServeSettings) -> tuple[Path, Path] | None:
-    """(certificate, key) of the server; None: plaintext."""
-    if settings.tls_cert is not None and settings.tls_key is not None:
-        return settings.tls_cert, settings.tls_key
-    if settings.keys is not None:
-        return settings.keys / "server.pem", settings.keys / "server.key"
-    return None
-
-
 def _tls(settings: ServeSettings) -> Any:
     """`TlsFiles` of the server; None: plaintext."""
     from dlora.server.server import TlsFiles
 
-    files = _tls_files(settings)
+    files = settings.tls_files
     if files is None:
         return None
     return TlsFiles(certificate=files[0], key=files[1], client_ca=settings.client_ca)
-
-
-def _identities(settings: ServeSettings) -> Path | None:
-    """The file of tenants, tokens and certificates; None: everybody may use the server."""
-    return settings.identities or (settings.keys and settings.keys / "identities.json")
 
 
 # ----------------------------------------------------------------- before the model is loaded
@@ -272,7 +240,7 @@ def _check_files(settings: ServeSettings) -> None:
     """Certificate, key, authority and identities are there and can be read."""
     from dlora.server.identities import Identities
 
-    files = _tls_files(settings)
+    files = settings.tls_files
     if files is not None:
         check_private(files[1])
         for file in (*files, *filter(None, [settings.client_ca])):
@@ -281,7 +249,7 @@ def _check_files(settings: ServeSettings) -> None:
             except OSError as error:
                 raise UsageError(f"{file}: {error.strerror}") from error
 
-    identities = _identities(settings)
+    identities = settings.identities_file
     if identities is not None:
         Identities(identities)
 
@@ -293,7 +261,7 @@ def _warn_if_open(settings: ServeSettings) -> None:
     if is_loopback(settings.host) or not settings.insecure:
         return
     risk = f"{settings.host} is not loopback: anybody who reaches it can use this server"
-    if _tls_files(settings) is None:
+    if settings.tls_files is None:
         risk += ", and read and change what travels"
     print(f"warning: {risk}", file=sys.stderr)
 
@@ -354,13 +322,22 @@ def keys(settings: KeysSettings) -> int:
 
 
 def status(settings: StatusSettings) -> int:
-    """Cloud: who uses a server on this machine, and how much."""
+    """Cloud: who uses a server on this machine, how much, and how fast since the last look."""
+    from dlora.cli.status_screen import as_json, earlier_look, keep_look, look_at, status_lines
     from dlora.server.metrics import read_status
 
+    before = earlier_look(settings.metrics_port)
     while True:
-        text = "\n".join(read_status(settings.metrics_port))
+        found = read_status(settings.metrics_port)
+        look = look_at(found)
+        if settings.json:
+            print(json.dumps(as_json(found, look, before)), flush=True)
+        else:
+            clear = "\033[2J\033[H" if settings.watch and sys.stdout.isatty() else ""
+            print(clear + "\n".join(status_lines(found, look, before)), flush=True)
+
+        keep_look(settings.metrics_port, look)
         if not settings.watch:
-            print(text)
             return 0
-        print(f"\033[2J\033[H{text}", flush=True)
+        before = look
         time.sleep(2)

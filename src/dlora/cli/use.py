@@ -235,6 +235,8 @@ def evaluate(settings: EvalSettings) -> int:
         interval = figures.get(f"{name}_95")
         ends = f"  (95 %: {interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
         print(f"{name:18} {shown}{ends}")
+    if settings.predictions is not None:
+        print(f"{'predictions':18} {settings.predictions}")
     return 0
 
 

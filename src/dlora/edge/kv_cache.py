@@ -10,7 +10,6 @@ Shapes: B batch, P cached tokens, T new tokens, K kept positions.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from typing import Any, Final
 
@@ -28,8 +27,6 @@ from dlora.errors import AdapterMissing, PeerLost, UsageError
 from dlora.proto import dlora_pb2 as pb
 
 __all__ = ["CloudCache", "cache_for"]
-
-log = logging.getLogger(__name__)
 
 # Room for this many tokens more than are there, where nobody said how many will come.
 _HEADROOM: Final = 256
@@ -263,7 +260,6 @@ class CloudCache(Cache):
                 self.close()
                 responder.note_lost(error)
                 now.restore_rng()
-                log.info("the KV cache is made again: %s", error)
                 wait(error)
             except BaseException:
                 self.close()

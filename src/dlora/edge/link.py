@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import GenerationConfig
 
-__all__ = ["Link", "RetryPolicy", "SharesWeights", "Stream", "shown"]
+__all__ = ["Link", "Outage", "RetryPolicy", "SharesWeights", "Stream", "is_back", "shown"]
+
+log = logging.getLogger(__name__)
 
 # Not the global generator: its state is in checkpoints, and a pause must not change what it draws.
 _JITTER: Final = random.Random()
@@ -84,6 +87,22 @@ def shown(link: Link) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Outage:
+    """A cloud that is waited for: `outage` of the log records that say so, for who shows them."""
+
+    reason: str
+    lasted_s: float
+    left_s: float | None = None
+    """Seconds until it is given up; None: it has answered again."""
+
+
+def is_back(lasted_s: float) -> None:
+    """Say that a cloud that was waited for has answered."""
+    outage = Outage(reason="", lasted_s=lasted_s)
+    log.warning("the server is back after %.0f s", lasted_s, extra={"outage": outage})
+
+
+@dataclass(frozen=True, kw_only=True)
 class RetryPolicy:
     """How long a lost cloud is waited for."""
 
@@ -107,11 +126,15 @@ class RetryPolicy:
             def wait(error: PeerLost) -> None:
                 nonlocal delay
                 pause = max(error.retry_after_s or 0.0, delay * _JITTER.uniform(0.5, 1.0))
-                if self.clock() - start + pause > self.give_up_after_s:
+                lasted_s = self.clock() - start
+                if lasted_s + pause > self.give_up_after_s:
                     raise PeerLost(
-                        f"{error} (gave up after {self.clock() - start:.0f} s; nothing saved so "
-                        "far is lost)"
+                        f"{error} (gave up after {lasted_s:.0f} s; nothing saved so far is lost)"
                     ) from error
+                left_s = self.give_up_after_s - lasted_s
+                outage = Outage(reason=str(error), lasted_s=lasted_s, left_s=left_s)
+                text = "waiting for the server, for another %.0f s: %s"
+                log.warning(text, left_s, error, extra={"outage": outage})
                 self.sleep(pause)
                 delay = min(2 * delay, self.longest_delay_s)
 

@@ -9,7 +9,6 @@ Shapes: N rows that travel (attended tokens), K kept rows of the last hidden sta
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -35,8 +34,6 @@ from dlora.protocol.prefixes import num_rows
 from dlora.protocol.wire import encode, largest
 
 __all__ = ["MicroBatch", "Node", "add_squares", "as_node", "check_finite"]
-
-log = logging.getLogger(__name__)
 
 
 class MicroBatch(Responder):
@@ -269,7 +266,6 @@ class MicroBatch(Responder):
 
     def _lost(self, error: PeerLost) -> None:
         self.note_lost(error)
-        log.warning("lost the cloud, the micro-batch runs again: %s", error)
 
 
 class Node(Protocol):

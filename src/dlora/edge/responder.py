@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dlora.edge.hosted import HostedAdapter
-from dlora.edge.link import Link, Stream
+from dlora.edge.link import Link, Stream, is_back
 from dlora.edge.lora import FrozenModule, delta, factors, layer_flops
 from dlora.edge.meter import Meter
 from dlora.edge.sites import ActiveSite
@@ -115,6 +115,8 @@ class Responder:
         self.forwards: dict[int, SiteForward] = {}
         """By site: what was answered in the forward pass that runs or ran last."""
         self.times_put = 0
+        self._lost_at: float | None = None
+        """Since when the cloud is waited for, on the clock of `Wait`."""
         self._awaits = False
         """Whether the cloud's next frame answers one that was sent."""
 
@@ -128,6 +130,7 @@ class Responder:
         """Drop a stream that was lost; a server that comes back is given what it needs again."""
         self.close()
         self.meter.retries += 1
+        self._lost_at = self._lost_at or time.perf_counter()
         if not isinstance(error, AdapterMissing):
             self.times_put = 0
 
@@ -269,6 +272,9 @@ class Responder:
         try:
             frame = self._open_stream().receive()
             cloud_s = frame.compute_s
+            if self._lost_at is not None:
+                is_back(time.perf_counter() - self._lost_at)
+                self._lost_at = None
         finally:
             end = time.perf_counter()
             # The cloud's word may be anything, "not a number" among it: that becomes 0.

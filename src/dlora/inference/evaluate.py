@@ -6,10 +6,12 @@ N tokens that are asked for, V vocabulary.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,7 +46,7 @@ def evaluate(
             )
         rows = read_rows(settings.data, settings.columns, limit=settings.limit)
         number = len(rows)
-        measures = _choices(model, tokenizer, check_choices(rows), settings.batch_size)
+        measures, predictions = _choices(model, tokenizer, check_choices(rows), settings.batch_size)
     else:
         data, origins = load_rows(
             settings.data,
@@ -53,10 +55,17 @@ def evaluate(
             limit=settings.limit,
         )
         number = len(data)
-        measures = _loss(model, tokenizer, data, origins, settings.batch_size)
-        if settings.exact_match:
-            measures |= _exact_match(model, tokenizer, data, settings)
 
+        # Before the loss, which may take long.
+        if asks_answers := settings.exact_match or settings.predictions is not None:
+            _check_completions(data, settings)
+        measures, predictions = _loss(model, tokenizer, data, origins, settings.batch_size), []
+        if asks_answers:
+            matches, predictions = _exact_match(model, tokenizer, data, settings)
+            measures |= matches
+
+    if settings.predictions is not None:
+        _write_lines(settings.predictions, predictions)
     return {
         "model_id": model.link.description.model_id,
         "data": settings.data,
@@ -72,6 +81,13 @@ def wilson(right: int, total: int) -> tuple[float, float]:
     centre = (p + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _write_lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """A JSON line for every row of data, in its order."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", encoding="utf-8") as out:
+        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _share(name: str, right: int, total: int) -> dict[str, Any]:
@@ -121,18 +137,23 @@ def _batches(
     return list(trainer.get_eval_dataloader(trainer.train_dataset))
 
 
+def _check_completions(data: Dataset, settings: EvalSettings) -> None:
+    """Raises UsageError for rows that no answer can be compared with."""
+    if "completion" not in data.column_names:
+        name = "exact_match" if settings.exact_match else "predictions"
+        raise UsageError(f"{name}: needs rows with prompt and completion, messages, or choices")
+
+
 def _exact_match(
     model: SplitModel, tokenizer: PreTrainedTokenizerBase, data: Dataset, settings: EvalSettings
-) -> dict[str, Any]:
-    """The share of rows that are answered, greedily, with their very completion."""
-    if "completion" not in data.column_names:
-        raise UsageError("exact_match needs rows with prompt and completion, or messages")
-
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The share of rows that are answered, greedily, with their very completion; every answer."""
     # Prompts of about the same length together: less padding.
     order = sorted(range(len(data)), key=lambda number: len(str(data[number]["prompt"])))
-    right = 0
+    found: dict[int, dict[str, Any]] = {}
     for start in tqdm(range(0, len(order), settings.batch_size), desc="answers"):
-        chosen = [data[number] for number in order[start : start + settings.batch_size]]
+        numbers = order[start : start + settings.batch_size]
+        chosen = [data[number] for number in numbers]
         texts, _ = complete(
             model,
             tokenizer,
@@ -141,11 +162,17 @@ def _exact_match(
             do_sample=False,
         )
 
-        for text, row in zip(texts, chosen, strict=True):
+        for number, text, row in zip(numbers, texts, chosen, strict=True):
             completion = row["completion"]
             want = completion if isinstance(completion, str) else completion[0]["content"]
-            right += text.strip() == want.strip()
-    return _share("exact_match", right, len(data))
+            found[number] = {
+                "prompt": row["prompt"],
+                "completion": want,
+                "prediction": text,
+                "right": text.strip() == want.strip(),
+            }
+    rows = [found[number] for number in range(len(data))]
+    return _share("exact_match", sum(row["right"] for row in rows), len(rows)), rows
 
 
 # ----------------------------------------------------------------- choices
@@ -153,25 +180,39 @@ def _exact_match(
 
 def _choices(
     model: SplitModel, tokenizer: PreTrainedTokenizerBase, rows: list[ChoiceRow], batch_size: int
-) -> dict[str, Any]:
-    """Shares of rows whose right choice is the likeliest: in all, and per character of it."""
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Shares of rows whose right choice is the likeliest: in all, and per character of it; and
+    what was chosen in every row.
+    """
     right = right_norm = 0
+    found: dict[int, dict[str, Any]] = {}
     order = sorted(range(len(rows)), key=lambda number: len(rows[number].prompt))
     for start in tqdm(range(0, len(order), batch_size), desc="choices"):
-        chosen = [rows[number] for number in order[start : start + batch_size]]
+        numbers = order[start : start + batch_size]
+        chosen = [rows[number] for number in numbers]
         scores = choice_scores(model, tokenizer, [(row.prompt, row.choices) for row in chosen])
-        for row, score in zip(chosen, scores, strict=True):
+        for number, row, score in zip(numbers, chosen, scores, strict=True):
             normed = [nats / len(choice) for nats, choice in zip(score, row.choices, strict=True)]
-            right += max(range(len(score)), key=score.__getitem__) == row.answer
+            best = max(range(len(score)), key=score.__getitem__)
+            right += best == row.answer
             right_norm += max(range(len(score)), key=normed.__getitem__) == row.answer
+            found[number] = {
+                "prompt": row.prompt,
+                "choices": list(row.choices),
+                "answer": row.answer,
+                "prediction": best,
+                "right": best == row.answer,
+                "log_likelihoods": score,
+            }
 
     # What always taking the choice that is right most often would get.
     most_frequent = max(Counter(row.answer for row in rows).values())
-    return (
+    shares = (
         _share("accuracy", right, len(rows))
         | _share("accuracy_norm", right_norm, len(rows))
         | {"majority_choice": most_frequent / len(rows)}
     )
+    return shares, [found[number] for number in range(len(rows))]
 
 
 def choice_scores(

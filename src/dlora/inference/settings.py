@@ -179,7 +179,7 @@ class EvalSettings(EdgeSettings):
         "connection": EdgeSettings.GROUPS["connection"],
         "adapter": "adapter",
         "data": "data columns limit batch_size",
-        "result": "exact_match max_new_tokens output",
+        "result": "exact_match max_new_tokens output predictions",
         "privacy": EdgeSettings.GROUPS["privacy"],
         "computing": EdgeSettings.GROUPS["computing"],
     }
@@ -194,13 +194,16 @@ class EvalSettings(EdgeSettings):
     exact_match: bool = False
     """Also answer every prompt, greedily, and count answers that equal the completion."""
     max_new_tokens: int = 32
-    """With exact_match: longest answer in tokens."""
+    """With exact_match and predictions: longest answer in tokens."""
     batch_size: int = 8
     """Rows of a micro-batch."""
     limit: int | None = None
     """Only the first N rows."""
     output: Path | None = None
     """File for the result as JSON."""
+    predictions: Path | None = None
+    """File that gets a JSON line for every row: prompt, what was wanted, what the model says, and
+    whether that is right. Answers are then made, as for exact_match. It holds the data's text."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""

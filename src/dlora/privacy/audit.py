@@ -36,6 +36,7 @@ from dlora.privacy.recording import Recording, Truth
 from dlora.privacy.samples import Samples, collect, split_rows
 from dlora.privacy.settings import AuditSettings
 from dlora.privacy.tokens import attack_tokens
+from dlora.privacy.verdict import verdict
 from dlora.protocol.codecs import codecs_of, name_of
 from dlora.runs import Run, load_run
 
@@ -78,9 +79,10 @@ def audit(settings: AuditSettings, link: Link) -> dict[str, Any]:
 
     attackers = {"in-domain": known, "out-of-domain": public}
     attacks = _attack(recording, counts, attacked, attackers, link, model, places, settings)
-
+    about = _about_run(run, recording, link)
     return {
-        **_about_run(run, recording, link),
+        "verdict": verdict(attacks, about["setting"]),
+        **about,
         "recording": {"micro_batches": len(recording), **_size(victim)},
         "attacked": _size(attacked),
         "attackers": {

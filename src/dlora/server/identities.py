@@ -139,6 +139,16 @@ class Identities:
         """Everybody who has a token or a certificate."""
         return self._names
 
+    def expiring(self, before: datetime) -> list[tuple[datetime, str, str, str]]:
+        """(end, kind, id, tenant) of tokens and certificates that end by then, soonest first."""
+        with self._lock:
+            return sorted(
+                (entry["expires"], kind.removesuffix("s"), name, entry["tenant"])
+                for kind, entries in self._entries.items()
+                for name, entry in entries.items()
+                if entry["expires"] < before
+            )
+
     def limits(self, tenant: str) -> TenantLimits:
         """A tenant's limits; defaults for one that has none of its own."""
         with self._lock:

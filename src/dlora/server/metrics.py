@@ -1,4 +1,4 @@
-"""What a server does, for the provider: Prometheus metrics, readiness, and lines for a person.
+"""What a server does, for the provider: Prometheus metrics, readiness, and both read again.
 
 Only on loopback: the labels name tenants, which no tenant may see.
 """
@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -19,7 +20,7 @@ from dlora.extras import missing_extra
 from dlora.protocol.address import LOOPBACK_ADDRESS
 from dlora.server.tenants import Tenancy, Tenant
 
-__all__ = ["read_status", "serve_metrics"]
+__all__ = ["ServerStatus", "read_status", "serve_metrics"]
 
 _COUNTERS: dict[str, tuple[str, Callable[[Tenant], float]]] = {
     "dlora_received_bytes": ("Bytes from edges.", lambda tenant: tenant.received_bytes),
@@ -42,6 +43,18 @@ _GAUGES: dict[str, tuple[str, Callable[[Tenant], float]]] = {
         lambda tenant: tenant.inflight_bytes,
     ),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerStatus:
+    """What metrics say at one moment."""
+
+    state: str
+    """ready, or draining."""
+    queue_length: float
+    """Streams that wait for a compute slot."""
+    tenants: dict[str, dict[str, float]]
+    """Tenant -> name of a sample -> value."""
 
 
 class _Collector:
@@ -166,32 +179,14 @@ def serve_metrics(server: Any, port: int) -> Iterator[int]:
         thread.join()
 
 
-def read_status(port: int) -> list[str]:
-    """Lines for a person, from the metrics of a server on this machine.
+def read_status(port: int) -> ServerStatus:
+    """What the metrics of a server on this machine say.
 
     Raises PeerLost if there is none, UsageError if prometheus_client is not installed.
     """
-    text, ready = _fetch(port)
+    text, state = _fetch(port)
     tenants, queue_length = _by_tenant(text)
-    lines = [
-        f"{ready}, {queue_length:.0f} streams wait for a compute slot",
-        f"{'tenant':20} {'streams':>7} {'MiB held':>9} {'kept':>7} {'tokens':>11} "
-        f"{'compute s':>10} {'MB in, out':>17} refused",
-    ]
-
-    for tenant, values in sorted(tenants.items()):
-        received_mb = values.get("dlora_received_bytes_total", 0) / 1e6
-        sent_mb = values.get("dlora_sent_bytes_total", 0) / 1e6
-        traffic = f"{received_mb:.1f}, {sent_mb:.1f}"
-        lines.append(
-            f"{tenant:20} {values.get('dlora_streams', 0):7.0f} "
-            f"{values.get('dlora_inflight_bytes', 0) / 2**20:9.0f} "
-            f"{values.get('dlora_kept_bytes', 0) / 2**20:7.0f} "
-            f"{values.get('dlora_tokens_total', 0):11.0f} "
-            f"{values.get('dlora_compute_seconds_total', 0):10.1f} {traffic:>17} "
-            f"{values.get('dlora_refusals_total', 0):.0f}"
-        )
-    return lines
+    return ServerStatus(state=state, queue_length=queue_length, tenants=tenants)
 
 
 def _fetch(port: int) -> tuple[str, str]:

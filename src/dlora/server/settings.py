@@ -172,6 +172,20 @@ class ServeSettings:
             )
         return first, last
 
+    @property
+    def tls_files(self) -> tuple[Path, Path] | None:
+        """(certificate, key) of the server; None: plaintext."""
+        if self.tls_cert is not None and self.tls_key is not None:
+            return self.tls_cert, self.tls_key
+        if self.keys is not None:
+            return self.keys / "server.pem", self.keys / "server.key"
+        return None
+
+    @property
+    def identities_file(self) -> Path | None:
+        """The file of tenants, tokens and certificates; None: everybody may use the server."""
+        return self.identities or (self.keys and self.keys / "identities.json")
+
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
         expand_homes(self)
@@ -290,9 +304,11 @@ class KeysSettings:
 class StatusSettings:
     """Settings of `dlora status`."""
 
-    GROUPS: ClassVar[dict[str, str]] = {"status": "metrics_port watch"}
+    GROUPS: ClassVar[dict[str, str]] = {"status": "metrics_port watch json"}
 
     metrics_port: int = 9464
     """The server's metrics port, on this machine."""
     watch: bool = False
     """Show it again every two seconds, until Ctrl-C."""
+    json: bool = False
+    """One JSON object in place of the table; with watch one a line."""

@@ -5,9 +5,8 @@ All rows come of one calibration (`calibrate.py`), over the plain wire, and `pla
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from itertools import groupby
 from typing import Any, Final
 
@@ -15,8 +14,10 @@ from dlora.edge.link import Link
 from dlora.edge.model import SplitModel
 from dlora.training.calibrate import Calibration, calibrate
 from dlora.training.link_speed import HERE, link_speed
+from dlora.training.plan_settings import PlanSettings
+from dlora.training.planned_traffic import Load
 from dlora.training.planner import Prediction, planned_model, predict
-from dlora.training.settings import PlanSettings, TrainSettings
+from dlora.training.settings import TrainSettings
 
 __all__ = ["MIXES", "SEEN", "Row", "advise", "choose", "command", "mark", "table"]
 
@@ -59,20 +60,31 @@ class Row:
         return tokens / max(self.seconds, 1e-9)
 
 
-def advise(settings: PlanSettings, link: Link) -> list[Row]:
-    """Every choice over the link that `settings.link` names, with its prediction, marked."""
+def advise(
+    settings: PlanSettings,
+    link: Link,
+    model: SplitModel | None = None,
+    load: Load | None = None,
+) -> list[Row]:
+    """Every choice over the link that `settings.link` names, with its prediction, marked.
+
+    `model` is one that `planned_model` made of `settings.for_table`; `load` is what travels of a
+    micro-batch.
+    """
     speed = HERE if settings.link is None else link_speed(settings.link)
     base = replace(
         settings, link=None, rtt_ms=speed.rtt_ms, up_mbit=speed.up_mbit, down_mbit=speed.down_mbit
-    )
-    model = planned_model(base, link)
+    ).for_table
+    model = model or planned_model(base, link)
     measured = calibrate(base, model, [wire_dtype for wire_dtype, _ in MIXES])
-    return choose(base, model, measured)
+    return choose(base, model, measured, load)
 
 
-def choose(base: PlanSettings, model: SplitModel, measured: Calibration) -> list[Row]:
+def choose(
+    base: PlanSettings, model: SplitModel, measured: Calibration, load: Load | None = None
+) -> list[Row]:
     """Every choice with its prediction, marked; the link's numbers are those of `base`."""
-    rows = [_row(base, one, predict(one, model, measured)) for one in _choices(base, model)]
+    rows = [_row(base, one, predict(one, model, measured, load)) for one in _choices(base, model)]
     return mark(_best_parts(rows))
 
 
@@ -136,24 +148,35 @@ def mark(rows: Sequence[Row]) -> list[Row]:
     return [replace(row, mark=marks.get(number, "")) for number, row in enumerate(rows)]
 
 
-def command(row: Row) -> str:
-    """`dlora train` as this row has it, to be completed with data and output."""
+def command(row: Row, data: str | None = None) -> list[str]:
+    """`dlora train` as this row has it, to be completed with output and, without it, with data."""
     words = ["dlora", "train", "--server", row.choice.server]
-    words += ["--data", "private.jsonl", "--output", "runs/mine"]
-    defaults = {one.name: one.default for one in fields(TrainSettings) if one.name != "server"}
-    for name, default in defaults.items():
-        value = getattr(row.choice, name, default)
+    words += ["--data", data or "private.jsonl", "--output", "runs/mine"]
+    for one in fields(TrainSettings):
+        if one.name in ("server", "data"):
+            continue
+        default = one.default if one.default_factory is MISSING else one.default_factory()
+        value = getattr(row.choice, one.name, default)
         if value != default:
-            words.append(f"--{name}")
+            words.append(f"--{one.name}")
             if value is not True:
-                words.append(",".join(value) if isinstance(value, list) else str(value))
+                words.append(_word(value))
     if row.choice.sites is not None:
         words += ["--kr", "on"]
-    return shlex.join(words)
+    return words
+
+
+def _word(value: Any) -> str:
+    """A value as it is typed."""
+    if isinstance(value, list):
+        return ",".join(value)
+    if isinstance(value, dict):
+        return ",".join(f"{key}={one}" for key, one in value.items())
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """The rows as lines for a person, a headline first."""
+    """The rows as lines for a person, a headline first; they fit 80 columns."""
     cells = [list(_HEADS), *map(_cells, rows)]
     sizes = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
@@ -166,8 +189,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 
 _HEADS: Final = (
-    *("", "wire", "codec", "in flight", "accumulated", "sites", "s a step", "tokens/s"),
-    *("MB up", "MB down", "the cloud sees"),
+    *("", "wire", "codec", "parts", "accum.", "sites", "s/step", "tokens/s", "MB up", "MB down"),
 )
 _NUMBERS: Final = range(3, 10)
 """Columns of numbers."""
@@ -178,7 +200,7 @@ def _cells(row: Row) -> list[str]:
     return [
         row.mark,
         choice.wire,
-        choice.wire_dtype + (", dx dropped" if choice.input_grad == "drop" else ""),
+        choice.wire_dtype + (", no dx" if choice.input_grad == "drop" else ""),
         str(found.in_flight),
         str(choice.gradient_accumulation_steps),
         str(found.active_sites),
@@ -186,5 +208,4 @@ def _cells(row: Row) -> list[str]:
         f"{row.tokens_per_s:.0f}",
         f"{found.sent_bytes / 1e6:.2f}",
         f"{found.received_bytes / 1e6:.2f}",
-        SEEN[choice.wire],
     ]

@@ -23,7 +23,7 @@ from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.codecs import Codecs, mix
 from dlora.protocol.layers import layer_of
 from dlora.protocol.wire import decode, encode
-from dlora.training.settings import PlanSettings
+from dlora.training.plan_settings import PlanSettings
 
 __all__ = ["Calibration", "calibrate", "check", "evenly_spread", "widths"]
 

@@ -1,4 +1,4 @@
-"""What a run adds to transformers' training loop: costs, a bar, and two ways to stop.
+"""What a run adds to transformers' training loop: costs, and two ways to stop.
 
 The log of a step, and every checkpoint, know what the split cost (`AccountingCallback`). A signal
 ends the run after the step that is under way (`StopOnSignal`). A gradient that is not finite ends
@@ -20,13 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from transformers import (
-    ProgressCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dlora.edge.meter import Meter
 from dlora.edge.responder import Wait
@@ -34,7 +28,7 @@ from dlora.errors import DivergedError, PeerLost
 from dlora.files import write_json
 from dlora.runs import checkpoint_of, read_kept
 
-__all__ = ["AccountingCallback", "Progress", "StopOnDivergence", "StopOnSignal", "time_line"]
+__all__ = ["AccountingCallback", "StopOnDivergence", "StopOnSignal", "time_line"]
 
 log = logging.getLogger(__name__)
 
@@ -123,42 +117,6 @@ def time_line(waits: Sequence[Wait]) -> list[list[Any]]:
             if end > start
         ]
     return spans
-
-
-class Progress(ProgressCallback):
-    """The trainer's bar, with the last log entry behind it instead of a line for each."""
-
-    def close(self) -> None:
-        """End the bars of a run that ended early: nothing is written after what it says then."""
-        for bar in (self.prediction_bar, self.training_bar):
-            if bar is not None:
-                bar.close()
-
-    def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: Any,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        """Show loss, speed and traffic; losses of evaluations stay as lines above the bar."""
-        if self.training_bar is None or logs is None:
-            return
-
-        if "loss" in logs:
-            text = (
-                f"loss {float(logs['loss']):.3f}, {logs.get('tokens_per_second', 0):.0f} tok/s, "
-                f"up {logs.get('sent_mb', 0):.1f} MB, down {logs.get('received_mb', 0):.1f} MB a "
-                "step"
-            )
-            if "cost_share" in logs:
-                text += f", {logs['active_units']} active, {logs['cost_share']:.0%} of FT"
-            self.training_bar.set_postfix_str(text)
-        elif "eval_loss" in logs:
-            self.training_bar.write(
-                f"step {state.global_step}: eval loss {float(logs['eval_loss']):.4f}"
-            )
 
 
 class StopOnSignal(TrainerCallback):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import random
 import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -27,8 +26,11 @@ from dlora.errors import DataError
 from dlora.training.calibrate import calibrate
 from dlora.training.data_settings import DataSettings
 from dlora.training.link_speed import link_speed
+from dlora.training.plan_settings import PlanSettings
+from dlora.training.planned_run import load_of
 from dlora.training.planner import planned_model, predict
-from dlora.training.settings import PlanSettings
+from dlora.training.readable import readable_bytes, readable_time
+from dlora.training.row_sizes import RowSizes
 
 __all__ = ["describe", "histogram"]
 
@@ -198,40 +200,22 @@ def _epoch(
     learned: Sequence[int],
 ) -> Iterator[str]:
     """Steps, bytes and time of all rows once, in batches of shuffled rows as in training."""
-    fit = [min(length, settings.max_length) for length in lengths]
-    order = random.Random(0).sample(fit, len(fit))
     size = settings.batch_size
-    padded = [max(order[start : start + size]) for start in range(0, len(order), size)]
-    length = max(2, round(sum(padded) / len(padded)))
+    fit = [min(length, settings.max_length) for length in lengths]
+    rows = RowSizes(fit, [min(pair) for pair in zip(fit, learned, strict=True)])
+    length = rows.padded(size)
     supervised = min(length - 1, round(sum(learned) / len(learned)))
     plan = dataclasses.replace(plan, length=length, supervised=supervised)
-    cost = predict(plan, model, calibrate(plan, model))
+    cost = predict(plan, model, calibrate(plan, model), load_of(rows, model, size))
 
-    steps = len(padded)
+    steps = rows.micro_batches(size)
     sent, received = steps * cost.sent_bytes, steps * cost.received_bytes
     yield ""
-    yield f"an epoch     {steps} steps of {size} rows, {length} tokens a row with padding"
+    padding = "padding" if model.link.description.all_rows else "padding (which stays here)"
+    yield f"an epoch     {steps} steps of {size} rows, {length} tokens a row with {padding}"
     yield (
         f"crosses      {readable_bytes(sent)} up, {readable_bytes(received)} down, "
         f"{steps * cost.round_trips} round trips, on the {plan.wire} wire"
     )
     took = readable_time(steps * cost.seconds)
     yield f"takes        about {took} over {link_speed(settings.link)}"
-
-
-def readable_bytes(count: float) -> str:
-    """Bytes in the unit that a person reads."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-def readable_time(seconds: float) -> str:
-    """Seconds, minutes, hours or days."""
-    for unit, size in (("s", 60.0), ("min", 60.0), ("h", 48.0)):
-        if seconds < size:
-            return f"{seconds:.2g} {unit}" if seconds < 10 else f"{seconds:.0f} {unit}"
-        seconds /= 24.0 if unit == "h" else size
-    return f"{seconds:.0f} days"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Any
 
 from dlora.edge.model import SplitModel
@@ -48,6 +49,7 @@ def results(trainer: SplitTrainer) -> dict[str, Any]:
     finite = bool(losses) and math.isfinite(losses[-1])  # JSON knows no others
     return {
         "steps": state.global_step,
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": trainer.accounting.total_s,
         "train_loss": losses[-1] if finite else None,
         "eval_loss": eval_losses[-1] if eval_losses else None,

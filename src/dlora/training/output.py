@@ -14,14 +14,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
 from dlora.edge.link import Link
 from dlora.errors import UsageError
 from dlora.runs import KEPT_FILE, RunFolder, read_kept
 from dlora.training.settings import TrainSettings
 
-__all__ = ["began", "check_output", "first_values"]
+__all__ = ["began", "check_folder", "check_output", "first_values"]
 
 log = logging.getLogger(__name__)
 
@@ -30,22 +28,36 @@ _PACKAGES: Final = ("dlora", "torch", "transformers", "peft", "trl", "grpcio")
 
 def check_output(settings: TrainSettings, link: Link) -> None:
     """Raises UsageError for an output folder that this run may not use. Writes nothing."""
+    earlier = check_folder(settings)
+    served, fingerprint = link.description, earlier.get("fingerprint")
+    if earlier and fingerprint != served.fingerprint:
+        raise UsageError(
+            f"--resume: the run was made with {earlier.get('model_id')} "
+            f"({str(fingerprint)[:12]}), {link.address} now serves {served.model_id} "
+            f"({served.fingerprint[:12]})"
+        )
+
+
+def check_folder(settings: TrainSettings) -> dict[str, Any]:
+    """The same without a server: the run that goes on, as far as anything tells of it.
+
+    Raises UsageError unless that is unfinished, and this one's very beginning.
+    """
     folder = RunFolder(settings.output)
     if not settings.resume:
         folder.check_new()
-        return
+        return {}
     if folder.run_file.is_file():
-        _check_same_run(_read(folder.run_file), folder.run_file, settings, link)
-        return
+        return _check_same_run(_read(folder.run_file), folder.run_file, settings)
 
     # run.json is gone; every checkpoint keeps one.
     checkpoint = folder.newest_complete()
     if checkpoint is None:
         raise UsageError(f"--resume: {folder.path} holds no run")
     if (checkpoint / KEPT_FILE).is_file():
-        _check_same_run(read_kept(checkpoint), checkpoint / KEPT_FILE, settings, link)
-    else:
-        log.warning("run.json is gone: nobody can tell whether the settings are the same")
+        return _check_same_run(read_kept(checkpoint), checkpoint / KEPT_FILE, settings)
+    log.warning("run.json is gone: nobody can tell whether the settings are the same")
+    return {}
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -58,26 +70,16 @@ def _read(file: Path) -> dict[str, Any]:
     return values
 
 
-def _check_same_run(
-    earlier: dict[str, Any], file: Path, settings: TrainSettings, link: Link
-) -> None:
-    """Raises UsageError unless the folder's run is unfinished, and this one's very beginning."""
+def _check_same_run(earlier: dict[str, Any], file: Path, settings: TrainSettings) -> dict[str, Any]:
+    """The run in the folder. Raises UsageError for other settings, and if it is finished."""
     if changed := settings.differences(earlier.get("settings", {})):
         raise UsageError(
             "--resume continues the same run, but these settings differ from "
             f"{file}: {', '.join(changed)}"
         )
-
-    served, fingerprint = link.description, earlier.get("fingerprint")
-    if fingerprint != served.fingerprint:
-        raise UsageError(
-            f"--resume: the run was made with {earlier.get('model_id')} "
-            f"({str(fingerprint)[:12]}), {link.address} now serves {served.model_id} "
-            f"({served.fingerprint[:12]})"
-        )
-
     if earlier.get("status") == "finished":
         raise UsageError(f"the run in {settings.output} is finished: there is nothing to resume")
+    return earlier
 
 
 def began(folder: RunFolder, checkpoint: Path | None) -> dict[str, str]:
@@ -90,6 +92,8 @@ def began(folder: RunFolder, checkpoint: Path | None) -> dict[str, str]:
 
 def first_values(settings: TrainSettings, link: Link) -> dict[str, Any]:
     """run.json as it is when a run begins."""
+    from torch import get_num_threads as num_threads  # not where folders are only looked at
+
     return {
         "status": "running",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -98,5 +102,5 @@ def first_values(settings: TrainSettings, link: Link) -> dict[str, Any]:
         "settings": settings.as_dict(),
         "versions": {name: version(name) for name in _PACKAGES},
         "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
+        "threads": num_threads(),
     }

@@ -9,23 +9,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Final
 
 from peft import LoraConfig
 
+from dlora.edge.bottleneck import BottleneckConfig
 from dlora.edge.choose_parts import best_parts, stations
 from dlora.edge.link import Link
-from dlora.edge.load import get_peft_model
+from dlora.edge.load import get_peft_model, load_adapter
 from dlora.edge.model import SplitModel
 from dlora.edge.sites import ActiveSite, shared_sites
 from dlora.errors import UsageError
 from dlora.formulas import adapter_flops, forward_flops, seconds_in_flight
 from dlora.protocol.layers import layer_of
 from dlora.training.calibrate import Calibration, calibrate, check, evenly_spread
-from dlora.training.planned_traffic import hosted_transfer_s, traffic
-from dlora.training.settings import PlanSettings
+from dlora.training.plan_settings import PlanSettings
+from dlora.training.planned_traffic import Load, hosted_transfer_s, traffic
 
-__all__ = ["Prediction", "check", "plan", "planned_model", "predict"]
+__all__ = [
+    "Prediction",
+    "activate",
+    "check",
+    "line_of",
+    "plan",
+    "planned_model",
+    "predict",
+    "predict_evaluation",
+]
+
+_FORWARD: Final = 1 / 3
+"""Of the edge's work of a training step, what a forward pass takes: backward is twice as much."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,44 +67,57 @@ def plan(settings: PlanSettings, link: Link) -> tuple[SplitModel, Prediction]:
     Raises UsageError if the adapter has fewer sites.
     """
     model = planned_model(settings, link)
-    if settings.sites is not None:
-        if not 1 <= settings.sites <= len(model.sites):
-            raise UsageError(f"sites: got {settings.sites}, this adapter has {len(model.sites)}")
-        chosen = evenly_spread(model, settings.sites)
-        model.set_active([name for site in chosen for name in site.names])
+    activate(settings, model)
     prediction = predict(settings, model, calibrate(settings, model))
     model.set_options(in_flight=prediction.in_flight)
     return model, prediction
 
 
+def activate(settings: PlanSettings, model: SplitModel) -> None:
+    """Let the planned sites alone be active. Raises UsageError if the adapter has fewer."""
+    if settings.sites is not None and not 1 <= settings.sites <= len(model.sites):
+        raise UsageError(f"sites: got {settings.sites}, this adapter has {len(model.sites)}")
+    chosen = _planned_sites(settings, model)
+    if len(chosen) < len(model.sites):
+        model.set_active([name for site in chosen for name in site.names])
+
+
 def planned_model(settings: PlanSettings, link: Link) -> SplitModel:
-    """A model with the adapter that is asked for, fresh, at all of its sites."""
-    return get_peft_model(
-        link,
-        LoraConfig(r=settings.r, target_modules=settings.targets),
-        wire=settings.wire,
-        wire_dtype=settings.wire_dtype,
-        input_grad=settings.input_grad,
-        upload_consent=settings.upload_consent,
-        device=settings.device,
-        edge_layers=settings.edge_layers,
-        head_positions="supervised",
-    )
+    """A model with the adapter that is asked for, at all of its sites."""
+    options: dict[str, Any] = {
+        "wire": settings.wire,
+        "wire_dtype": settings.wire_dtype,
+        "input_grad": settings.input_grad,
+        "upload_consent": settings.upload_consent,
+        "device": settings.device,
+        "edge_layers": settings.edge_layers,
+        "head_positions": "supervised",
+    }
+    if settings.adapter is not None:
+        return load_adapter(link, settings.adapter, **options)
+    common: dict[str, Any] = {"r": settings.r, "target_modules": settings.targets}
+    if settings.kind != "lora":
+        return get_peft_model(link, BottleneckConfig(kind=settings.kind, **common), **options)
+    config = LoraConfig(rank_pattern=settings.rank_pattern, **common)
+    return get_peft_model(link, config, **options)
 
 
-def predict(settings: PlanSettings, model: SplitModel, measured: Calibration) -> Prediction:
+def predict(
+    settings: PlanSettings, model: SplitModel, measured: Calibration, load: Load | None = None
+) -> Prediction:
     """Predict a step of batch_size x length tokens, of which `supervised` a row have a label.
 
     The choice is that of `settings`, whatever was measured: its wire, codecs, number of sites and
-    parts in flight. Of several micro-batches the first alone carries a hosted adapter.
+    parts in flight. Of several micro-batches the first alone carries a hosted adapter. `load` is
+    what travels of a micro-batch, where `length` has padding in it.
     """
-    number = len(model.sites) if settings.sites is None else settings.sites
-    sites = evenly_spread(model, number)
-    first = _micro_batch(settings, model, sites, measured)
+    sites = _planned_sites(settings, model)
+    first = _micro_batch(settings, model, sites, measured, load)
     more = settings.gradient_accumulation_steps - 1
     if not more:
         return first
-    other = _micro_batch(settings, model, sites, measured, by_hash=settings.wire == "hosted")
+    by_hash = settings.wire == "hosted"
+    other = _micro_batch(settings, model, sites, measured, load, by_hash=by_hash)
     total: dict[str, Any] = {
         one.name: getattr(first, one.name) + more * getattr(other, one.name)
         for one in fields(Prediction)
@@ -99,23 +125,39 @@ def predict(settings: PlanSettings, model: SplitModel, measured: Calibration) ->
     return Prediction(**total | {"active_sites": first.active_sites, "in_flight": first.in_flight})
 
 
+def predict_evaluation(
+    settings: PlanSettings, model: SplitModel, measured: Calibration, load: Load
+) -> Prediction:
+    """Predict a micro-batch of an evaluation, with `load` travelling: a forward pass alone."""
+    sites = _planned_sites(settings, model)
+    return _micro_batch(settings, model, sites, measured, load, training=False)
+
+
+def _planned_sites(settings: PlanSettings, model: SplitModel) -> list[ActiveSite]:
+    share = max(1, round(settings.share * len(model.sites)))
+    number = share if settings.sites is None else settings.sites
+    return evenly_spread(model, min(number, len(model.sites)))
+
+
 def _micro_batch(
     settings: PlanSettings,
     model: SplitModel,
     sites: Sequence[ActiveSite],
     measured: Calibration,
+    load: Load | None = None,
     *,
     by_hash: bool = False,
+    training: bool = True,
 ) -> Prediction:
-    wire, hosted = traffic(settings, model, sites, by_hash=by_hash), settings.wire == "hosted"
+    hosted = settings.wire == "hosted"
+    wire = traffic(settings, model, sites, by_hash=by_hash, load=load, training=training)
     forward_s, backward_s = _cloud(settings, model, sites, measured)
+    edge_s = measured.head_s + 2 * measured.edge_layers_s
+    if not training and load is not None:
+        forward_s *= load.tokens / (settings.batch_size * settings.length)
+        backward_s = 0.0
 
-    # A link that was given replaces round trips, and bytes where it is slower.
-    rtt_s = measured.rtt_s if settings.rtt_ms is None else settings.rtt_ms / 1000
-    up_s, down_s = (
-        max(measured.transfer_per_byte_s, 8 / (mbit * 1e6) if mbit else 0.0)
-        for mbit in (settings.up_mbit, settings.down_mbit)
-    )
+    rtt_s, up_s, down_s = line_of(settings, measured)
     round_trips_s = wire.round_trips * rtt_s
     if hosted:
         transfers_s = [hosted_transfer_s(wire, up_s, down_s, forward_s, backward_s)]
@@ -124,8 +166,8 @@ def _micro_batch(
 
     # One site stands for all; hosted ones are the cloud's. The input gradients of edge layers cost
     # about what their forward does.
-    sites_s = 0.0 if hosted else len(sites) * measured.site_s.get(settings.wire, 0.0)
-    edge_s = sites_s + measured.head_s + 2 * measured.edge_layers_s
+    edge_s += 0.0 if hosted else len(sites) * measured.site_s.get(settings.wire, 0.0)
+    edge_s *= 1.0 if training else _FORWARD
     wire_s = (wire.sent + wire.received) * measured.per_byte_s[settings.wire_dtype]
 
     # Over another link than the one there is, the halves are on two machines.
@@ -134,7 +176,7 @@ def _micro_batch(
     work = stations(cloud_s, edge_s + wire_s, *transfers_s, together=together)
     parts = _parts(settings, round_trips_s, work)
     if parts > 1:
-        wire = traffic(settings, model, sites, parts=parts)
+        wire = traffic(settings, model, sites, parts=parts, load=load, training=training)
     return Prediction(
         active_sites=len(sites),
         sent_bytes=wire.sent,
@@ -147,6 +189,18 @@ def _micro_batch(
         in_flight=parts,
         seconds=seconds_in_flight(parts, round_trips_s, work),
     )
+
+
+def line_of(settings: PlanSettings, measured: Calibration) -> tuple[float, float, float]:
+    """Seconds of (a round trip, a byte up, a byte down).
+
+    A link that was given replaces round trips, and bytes where it is slower.
+    """
+    up_s, down_s = (
+        max(measured.transfer_per_byte_s, 8 / (mbit * 1e6) if mbit else 0.0)
+        for mbit in (settings.up_mbit, settings.down_mbit)
+    )
+    return measured.rtt_s if settings.rtt_ms is None else settings.rtt_ms / 1000, up_s, down_s
 
 
 def _parts(settings: PlanSettings, round_trips_s: float, work: tuple[float, ...]) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 
 from dlora.extras import missing_extra
 from dlora.runs import Run, load_run
+from dlora.training.readable import counted, readable_time
 
 __all__ = ["write_report"]
 
@@ -73,10 +74,16 @@ def _rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         return [f"{it:,.1f} {unit}{share}" for it, share in zip(amounts, shares, strict=True)]
 
     return [
+        ("date", each(_date)),
         ("model", each(lambda run: run.values.get("model_id", ""))),
+        ("data", each(lambda run: _rows_of(run, "data"))),
+        ("evaluated on", each(lambda run: _rows_of(run, "eval_data"))),
+        # How they were trained.
         ("trained", each(lambda run: run.kind)),
         ("adapter on", each(_adapter)),
-        ("wire", each(lambda run: run.values.get("settings", {}).get("wire", ""))),
+        ("batch", each(_batch)),
+        ("learning rate", each(_learning_rate)),
+        ("wire", each(_wire)),
         ("steps", each(_steps)),
         ("training loss", each(lambda run: _loss(run, "train_loss"))),
         ("evaluation loss", each(lambda run: _loss(run, "eval_loss"))),
@@ -86,8 +93,50 @@ def _rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         ("edge, adapters", counted(lambda run: run.cost.adapter_flops, 1e9, "GFLOP")),
         ("edge, all", counted(lambda run: run.cost.edge_flops, 1e9, "GFLOP")),
         ("cloud", counted(lambda run: run.cost.cloud_flops, 1e9, "GFLOP")),
-        ("time", each(lambda run: f"{run.values.get('seconds', 0):,.0f} s")),
+        ("time of the whole run", each(_time)),
     ]
+
+
+def _date(run: Run) -> str:
+    """When it began and ended, in UTC."""
+    began, ended = (str(run.values.get(name, ""))[:16] for name in ("started", "ended"))
+    if ended[:10] == began[:10]:
+        ended = ended[11:]
+    return f"{began} to {ended}".replace("T", " ") if ended else began.replace("T", " ")
+
+
+def _rows_of(run: Run, use: str) -> str:
+    """The files' names, without their folders, and how many rows were used."""
+    source = run.values.get("settings", {}).get(use)
+    count = run.values.get("rows", {}).get(use, {}).get("count")
+    if source is None:
+        return "" if count is None else f"held out: {counted(count, 'row')}"
+    names = ", ".join(Path(part.strip()).name for part in str(source).split(","))
+    return names if count is None else f"{names}: {counted(count, 'row')}"
+
+
+def _batch(run: Run) -> str:
+    settings = run.values.get("settings", {})
+    size, several = settings.get("batch_size"), settings.get("gradient_accumulation_steps") or 1
+    return "" if size is None else f"{size} rows" if several == 1 else f"{several} x {size} rows"
+
+
+def _learning_rate(run: Run) -> str:
+    settings = run.values.get("settings", {})
+    rate = settings.get("learning_rate")
+    return "" if rate is None else f"{rate:g}, {settings.get('lr_scheduler_type', '')}"
+
+
+def _wire(run: Run) -> str:
+    settings = run.values.get("settings", {})
+    return " ".join(str(settings[name]) for name in ("wire", "wire_dtype") if name in settings)
+
+
+def _time(run: Run) -> str:
+    """All parts of a resumed run, evaluations included."""
+    seconds = run.values.get("seconds", 0)
+    plain = f"{seconds:,.0f} s"
+    return plain if seconds < 60 else f"{readable_time(seconds)} ({plain})"
 
 
 def _adapter(run: Run) -> str:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 import math
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import peft
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from dlora.edge.bottleneck import BottleneckConfig
 from dlora.edge.link import Link, RetryPolicy
@@ -38,23 +38,23 @@ log = logging.getLogger(__name__)
 
 
 @alone_in_output
-def train(settings: TrainSettings, link: Link) -> dict[str, Any]:
+def train(
+    settings: TrainSettings,
+    link: Link,
+    screen: Callable[[SplitTrainer], TrainerCallback] | None = None,
+) -> dict[str, Any]:
     """Run, or continue, a training run; return what run.json holds.
 
+    `screen` makes what shows it: it is told of everything last, with all decided.
     On the first Ctrl-C, SIGTERM or SIGHUP the step is finished and saved, and "status" is
     "interrupted". Raises DLoRAError with a message for the user. Whatever is raised once the run
     has begun, the last finished step is a checkpoint, and a note at the error says how to go on.
     """
     folder = RunFolder(settings.output)
-
-    # What can be refused is refused here: until it is over nothing is written into the folder.
-    check_output(settings, link)
-    set_seed(settings.seed)
-    tokenizer = load_tokenizer(link)
-    recorder = Recorder(folder.recording, settings.record) if settings.record else None
-    model = _build_model(settings, link if recorder is None else recorder.link(link))
-    trainer = build_trainer(settings, model, tokenizer)
-    trainer.add_callback(SayWaiting(settings, model))  # after Kill and Revive has decided
+    recorder, model, trainer = _prepare(settings, link)
+    for late in (SayWaiting(settings, model), screen and screen(trainer)):
+        if late is not None:  # after Kill and Revive has decided
+            trainer.add_callback(late)
 
     checkpoint = folder.last_checkpoint() if settings.resume else None
     if settings.resume:
@@ -74,8 +74,6 @@ def train(settings: TrainSettings, link: Link) -> dict[str, Any]:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.save_model(str(folder.path))
     except BaseException as error:
-        with suppress(Exception):  # the terminal may be what is gone
-            trainer.progress.close()
         is_saved = trainer.save_finished()
         if not (is_saved and trainer.stop.asked and isinstance(error, PeerLost)):
             folder.write_ending(run | failure(error), results(trainer))
@@ -89,6 +87,19 @@ def train(settings: TrainSettings, link: Link) -> dict[str, Any]:
     folder.write(run)
     write_run_card(folder, run)
     return run
+
+
+def _prepare(
+    settings: TrainSettings, link: Link
+) -> tuple[Recorder | None, SplitModel, SplitTrainer]:
+    """Refuse what can be refused: until it is over nothing is written into the folder."""
+    check_output(settings, link)
+    set_seed(settings.seed)
+    tokenizer = load_tokenizer(link)
+    recording = RunFolder(settings.output).recording
+    recorder = Recorder(recording, settings.record) if settings.record else None
+    model = _build_model(settings, link if recorder is None else recorder.link(link))
+    return recorder, model, build_trainer(settings, model, tokenizer)
 
 
 def _build_model(settings: TrainSettings, link: Link) -> SplitModel:

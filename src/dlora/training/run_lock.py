@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
-from dlora.edge.link import Link
 from dlora.errors import UsageError
 from dlora.runs import RunFolder
-from dlora.training.settings import TrainSettings
 
 __all__ = ["alone_in_output", "run_lock"]
 
 log = logging.getLogger(__name__)
+
+More = ParamSpec("More")
 
 
 @contextmanager
@@ -55,14 +55,13 @@ def _take(handle: int, folder: Path) -> None:
         log.warning("%s cannot be locked (%s): let one process alone use it", folder, error)
 
 
-def alone_in_output(
-    train: Callable[[TrainSettings, Link], dict[str, Any]],
-) -> Callable[[TrainSettings, Link], dict[str, Any]]:
-    """A function that trains, while it alone holds the output folder."""
+def alone_in_output(train: Callable[More, dict[str, Any]]) -> Callable[More, dict[str, Any]]:
+    """A function that trains, with its settings first, while it alone holds the output folder."""
 
     @wraps(train)
-    def locked(settings: TrainSettings, link: Link) -> dict[str, Any]:
+    def locked(*arguments: More.args, **named: More.kwargs) -> dict[str, Any]:
+        settings: Any = arguments[0]
         with run_lock(settings.output):
-            return train(settings, link)
+            return train(*arguments, **named)
 
     return locked

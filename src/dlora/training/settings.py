@@ -1,4 +1,4 @@
-"""Settings of `dlora train`, `dlora plan` and `dlora report`. No torch here."""
+"""Settings of `dlora train` and `dlora report`. No torch here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Literal
 
 from dlora.edge.data_forms import check_columns
 from dlora.edge.noise import Noise
@@ -22,16 +22,9 @@ from dlora.edge.settings import AccessSettings, EdgeSettings, target_names
 from dlora.errors import UsageError
 from dlora.files import expand_homes
 from dlora.kill_revive.config import KillReviveConfig, from_options
-from dlora.training.link_speed import link_speed
 from dlora.training.trainer_settings import check_trainer
 
-__all__ = ["PlanSettings", "ReportSettings", "TrainSettings"]
-
-_OF_THE_TABLE: Final = (
-    *("wire", "wire_dtype", "input_grad", "in_flight", "sites"),
-    *("rtt_ms", "up_mbit", "down_mbit", "check"),
-)
-"""Settings of a plan that are columns of the table over a link, or of no use beside it."""
+__all__ = ["ReportSettings", "TrainSettings"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,87 +328,6 @@ class TrainSettings(EdgeSettings):
         return {
             name: str(value) if isinstance(value, Path) else value for name, value in values.items()
         }
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanSettings(EdgeSettings):
-    """Settings of `dlora plan`."""
-
-    GROUPS: ClassVar[dict[str, str]] = {
-        "connection": f"{EdgeSettings.GROUPS['connection']} input_grad in_flight",
-        "what is planned": "target_modules r sites batch_size gradient_accumulation_steps length "
-        "supervised steps check",
-        "link": "link rtt_ms up_mbit down_mbit",
-        "privacy": EdgeSettings.GROUPS["privacy"],
-        "computing": EdgeSettings.GROUPS["computing"],
-    }
-
-    target_modules: list[str] | str | None = None
-    """Linear modules to adapt, as for training. Default: peft's for this architecture."""
-    r: int = 8
-    """LoRA rank."""
-    sites: int | None = None
-    """Number of active sites, evenly spread. Default: all. Kill and Revive at 1/8 of the bytes has
-    about an eighth."""
-    batch_size: int = 8
-    """Rows of a micro-batch."""
-    gradient_accumulation_steps: int = 1
-    """Micro-batches of an optimizer step. On the hosted wire the adapter goes up once a step."""
-    length: int = 128
-    """Tokens of a row."""
-    supervised: int = 16
-    """Tokens of a row with a label."""
-    link: str | None = None
-    """A table of the ways to train over a link, the fastest of them and the command to use: lan,
-    fibre, home, mobile, here (the link there is), or UP/DOWN/RTT in Mbit/s, Mbit/s and ms. All
-    wires, an eighth of the sites, and parts in flight are in the table."""
-    rtt_ms: float | None = None
-    """Round trip time of a link in place of the one there is. Default: as measured."""
-    up_mbit: float | None = None
-    """Bandwidth towards the server in Mbit/s, of a link slower than the one there is. Default: as
-    measured."""
-    down_mbit: float | None = None
-    """Bandwidth from the server in Mbit/s. Default: as measured."""
-    input_grad: InputGrad = SplitOptions.input_grad
-    """drop: what the adapters add to the gradient of their inputs is left out, as for training."""
-    in_flight: InFlight = SplitOptions.in_flight
-    """Parts of a micro-batch that travel at the same time. auto: the best of 1, 2 and 4."""
-    steps: int = 1000
-    """Steps of the run that is planned."""
-    check: bool = False
-    """Also run steps over random tokens, and show how far off the prediction is."""
-
-    def __post_init__(self) -> None:
-        """Raises UsageError for values that cannot work."""
-        super().__post_init__()
-        check_input_grad(self.wire, self.input_grad)
-        check_in_flight(self.in_flight, self.wire)
-        for name in ("r", "batch_size", "gradient_accumulation_steps", "length", "steps"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name}: got {getattr(self, name)}, want at least 1")
-        if not 0 <= self.supervised < self.length:
-            raise UsageError(f"supervised: got {self.supervised}, want 0 to {self.length - 1}")
-        for name in ("rtt_ms", "up_mbit", "down_mbit"):
-            value = getattr(self, name)
-            if value is not None and (value < 0 or (value == 0 and name != "rtt_ms")):
-                raise UsageError(f"{name}: got {value}, want more than 0")
-        if self.check and self.gradient_accumulation_steps > 1:
-            raise UsageError("check runs one micro-batch: leave gradient_accumulation_steps out")
-        if self.link is not None:
-            self._check_link(self.link)
-
-    def _check_link(self, link: str) -> None:
-        """Raises UsageError for a link that is none, and for what the table chooses itself."""
-        link_speed(link)
-        for name in _OF_THE_TABLE:
-            default = type(self).__dataclass_fields__[name].default
-            if getattr(self, name) != default:
-                raise UsageError(f"{name}: the table of --link has its own: leave it out")
-
-    @property
-    def targets(self) -> list[str] | str | None:
-        """`target_modules` as peft takes it."""
-        return target_names(self.target_modules)
 
 
 @dataclass(frozen=True, kw_only=True)

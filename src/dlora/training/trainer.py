@@ -15,7 +15,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from datasets import Dataset
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, ProgressCallback
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+)
 from trl import SFTConfig, SFTTrainer
 
 from dlora.edge.model import SplitModel
@@ -26,7 +31,7 @@ from dlora.formulas import pass_bytes
 from dlora.kill_revive.callback import KillReviveCallback
 from dlora.proto import dlora_pb2 as pb
 from dlora.runs import KEPT_FILE, RunFolder, damage
-from dlora.training.callbacks import AccountingCallback, Progress, StopOnDivergence, StopOnSignal
+from dlora.training.callbacks import AccountingCallback, StopOnDivergence, StopOnSignal
 from dlora.training.checkpoints import (
     SaveByTime,
     newest,
@@ -61,7 +66,6 @@ class SplitTrainer(SFTTrainer):
         """`arguments` are SFTTrainer's. `log_file` holds the whole log, a JSON object a line."""
         self.accounting, self.kill_revive, self.log_file = accounting, kill_revive, log_file
         self.stop, self.finished = StopOnSignal(), LastFinished(kill_revive)
-        self.progress = Progress()
         self.run: dict[str, Any] = {}
         """What run.json holds; every checkpoint keeps it."""
         self.rows: dict[str, dict[str, Any]] = {}
@@ -72,10 +76,11 @@ class SplitTrainer(SFTTrainer):
         # Ours, as transformers' own also removes folders that only begin like a checkpoint.
         self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
 
-        # `Progress` takes the place of its base class, which has to go first: it matches both.
+        # Whoever runs it shows how far it is.
         self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
         for callback in (
-            *(accounting, self.progress, self.stop, SaveByTime(save_minutes), self.finished),
+            *(accounting, self.stop, SaveByTime(save_minutes), self.finished),
             *(StopOnDivergence(), kill_revive),
         ):
             if callback is not None:

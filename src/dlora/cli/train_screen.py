@@ -1,0 +1,300 @@
+"""What `dlora train` shows: what begins, how far it is, and what came of it.
+
+On a terminal a bar that fits it; elsewhere a line now and then, as a log has it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Final
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dlora.cli.console import bar_columns, is_terminal
+from dlora.cli.lines import served_at, shell, show
+from dlora.edge.meter import Meter
+from dlora.edge.model import SplitModel
+from dlora.training.advice import SEEN
+from dlora.training.plan_settings import plan_of
+from dlora.training.planned_run import load_of
+from dlora.training.planned_traffic import traffic
+from dlora.training.readable import clock, counted, readable_bytes, readable_time
+from dlora.training.row_sizes import RowSizes
+from dlora.training.settings import TrainSettings
+from dlora.training.trainer import SplitTrainer
+
+__all__ = ["TrainScreen", "beginning", "ending", "shown"]
+
+log = logging.getLogger(__name__)
+
+_LINE_EVERY_S: Final = 30.0
+"""Where there is no bar: seconds between lines."""
+_BAR: Final = "step {n_fmt} of {total_fmt} |{bar}| {remaining} left{postfix}"
+_EVALUATING: Final = "evaluating |{bar}| {n_fmt} of {total_fmt}"
+
+
+class TrainScreen(TrainerCallback):
+    """The beginning of a run, and its bar with the last log entry behind it."""
+
+    def __init__(self, settings: TrainSettings, trainer: SplitTrainer) -> None:
+        self.settings, self.trainer = settings, trainer
+        self.training_bar: Any = None
+        self.prediction_bar: Any = None
+        self.current_step = 0
+        shows = log.isEnabledFor(logging.INFO) and not trainer.args.disable_tqdm
+        self._has_bar = shows and is_terminal(sys.stderr)
+        self._start = self._last_line = time.monotonic()
+        self._first_step = 0
+
+    def close(self) -> None:
+        """End the bars, however the run ended."""
+        for bar in (self.prediction_bar, self.training_bar):
+            if bar is not None:
+                bar.close()
+        self.prediction_bar = self.training_bar = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Say what begins, with all that is decided by now."""
+        if log.isEnabledFor(logging.INFO):
+            show(beginning(self.settings, self.trainer, state.max_steps))
+        self._start, self._first_step = time.monotonic(), state.global_step
+        self._last_line = -_LINE_EVERY_S  # the first is shown at once
+        self.current_step = state.global_step
+        if self._has_bar:
+            self.training_bar = _bar(_BAR, state.max_steps, initial=state.global_step)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """Move the bar."""
+        if self.training_bar is not None:
+            self.training_bar.ncols = bar_columns()
+            self.training_bar.update(state.global_step - self.current_step)
+        self.current_step = state.global_step
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any
+    ) -> None:
+        """Move the bar of an evaluation."""
+        if not self._has_bar or eval_dataloader is None:
+            return
+        if self.prediction_bar is None:
+            self.prediction_bar = _bar(_EVALUATING, len(eval_dataloader), leave=False)
+        self.prediction_bar.update()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Take the bar of the evaluation away."""
+        if self.prediction_bar is not None:
+            self.prediction_bar.close()
+        self.prediction_bar = None
+
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: Any,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Show loss, speed and traffic; losses of evaluations stay as lines above the bar."""
+        logs = logs or {}
+        if "eval_loss" in logs:
+            best = state.best_metric
+            is_best = best is None or float(logs["eval_loss"]) <= best
+            mark = ", the best so far" if is_best else ""
+            log.info("step %d: eval loss %.4f%s", state.global_step, logs["eval_loss"], mark)
+        elif "loss" not in logs:
+            return
+        elif self.training_bar is not None:
+            self.training_bar.set_postfix_str(_behind_the_bar(logs, state), refresh=False)
+        elif state.global_step == state.max_steps or self._is_due():
+            left = readable_time(self._left_s(state))
+            behind = _behind_the_bar(logs, state)
+            log.info("step %d of %d: %s, %s left", state.global_step, state.max_steps, behind, left)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The last state of the bar stays."""
+        if self.training_bar is not None:
+            self.training_bar.refresh()
+        self.close()
+
+    def _is_due(self) -> bool:
+        """Whether the last line is long ago."""
+        now = time.monotonic()
+        if now - self._last_line < _LINE_EVERY_S:
+            return False
+        self._last_line = now
+        return True
+
+    def _left_s(self, state: TrainerState) -> float:
+        """Seconds that the steps to come take, at the speed of those since the start."""
+        done = max(1, state.global_step - self._first_step)
+        return (time.monotonic() - self._start) / done * (state.max_steps - state.global_step)
+
+
+@contextmanager
+def shown(settings: TrainSettings) -> Iterator[Callable[[SplitTrainer], TrainScreen]]:
+    """What makes the screen of a run; its bars are gone afterwards, however the run ends."""
+    made: list[TrainScreen] = []
+
+    def make(trainer: SplitTrainer) -> TrainScreen:
+        made.append(TrainScreen(settings, trainer))
+        return made[0]
+
+    try:
+        yield make
+    finally:
+        with suppress(OSError):  # the terminal may be what is gone
+            for screen in made:
+                screen.close()
+
+
+def _bar(text: str, total: int, **options: Any) -> Any:
+    """A bar as wide as the terminal."""
+    return tqdm(total=total, bar_format=text, ncols=bar_columns(), mininterval=0.2, **options)
+
+
+def _behind_the_bar(logs: dict[str, Any], state: TrainerState) -> str:
+    """A log entry in few words; costs are since the entry before."""
+    steps = max(1, state.logging_steps or 1)
+    crossed = (logs.get("sent_mb", 0.0) + logs.get("received_mb", 0.0)) * 1e6 / steps
+    text = f"loss {float(logs['loss']):.3f}, {readable_bytes(crossed)}/step"
+    if "cost_share" in logs:
+        return f"{text}, {logs['cost_share']:.0%} of FT"
+    return f"{text}, {logs.get('tokens_per_second', 0):.0f} tok/s"
+
+
+# ----------------------------------------------------------------- the beginning
+
+
+def beginning(
+    settings: TrainSettings, trainer: SplitTrainer, steps: int
+) -> Iterator[tuple[str, str]]:
+    """(name, text) pairs: model and server, rows, adapter, how long it runs, what a step sends."""
+    model = trainer.model
+    served = model.link.description
+    layers = counted(served.layers.count, "layer")
+    yield "model", f"{served.model_id} ({layers}, {served.compute_dtype}) at {model.link.address}"
+
+    rows = RowSizes.of(trainer.train_dataset)
+    yield "data", f"{settings.data}: {rows}"
+    if trainer.eval_dataset is not None:
+        source = settings.eval_data or "held out of it"
+        yield "", f"{source}: {RowSizes.of(trainer.eval_dataset)}"
+    yield "adapter", _adapter(settings, model)
+
+    several = settings.gradient_accumulation_steps
+    each = settings.batch_size * several
+    epoch = -(-rows.micro_batches(settings.batch_size) // several)
+    parts = f" ({several} micro-batches)" if several > 1 else ""
+    yield (
+        "run",
+        f"{counted(steps, 'step')} of {counted(each, 'row')}{parts}, {epoch} an epoch; "
+        f"learning rate {settings.learning_rate:g}, {settings.lr_scheduler_type}",
+    )
+    yield from _costs(settings, model, rows, steps)
+    yield "output", f"{settings.output}; Ctrl-C finishes the step and saves"
+
+
+def _adapter(settings: TrainSettings, model: SplitModel) -> str:
+    """Kind, parameters, modules and sites."""
+    trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
+    names = [*model.active_set.adapted_modules, *(name for name, _ in model.edge_layer_adapters())]
+    kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    config = model.peft_config["default"]
+    kind = "LoRA" if settings.kind == "lora" else f"{settings.kind} bottleneck"
+    return (
+        f"{kind} of rank {config.r} on {kinds}: {counted(trained, 'parameter')}, "
+        f"{counted(len(names), 'module')} at {counted(len(model.sites), 'site')}"
+    )
+
+
+def _costs(
+    settings: TrainSettings, model: SplitModel, rows: RowSizes, steps: int
+) -> Iterator[tuple[str, str]]:
+    """What a step sends now, and all of them."""
+    load = load_of(rows, model, settings.batch_size, settings.pad_to)
+    parts = settings.in_flight if isinstance(settings.in_flight, int) else 1
+    plan = plan_of(settings)
+    one = traffic(plan, model, model.sites, parts=min(parts, settings.batch_size), load=load)
+    several = settings.gradient_accumulation_steps
+    sent, received = several * one.sent, several * one.received
+    kr, share = settings.kr != "off", plan.share
+    yield (
+        "a step",
+        f"{readable_bytes(sent)} up, {readable_bytes(received)} down, "
+        f"{several * one.round_trips} round trips ({settings.wire} wire, {settings.wire_dtype}"
+        f"{', with all modules' if kr else ''})",
+    )
+    budget = f"a budget of {share:.0%}" if kr else "without evaluations"
+    yield "in all", f"about {readable_bytes(share * steps * (sent + received))}, {budget}"
+    yield "is seen", f"by the cloud: {SEEN[settings.wire]}"
+
+
+# ----------------------------------------------------------------- the end
+
+
+def ending(run: dict[str, Any], settings: TrainSettings) -> Iterator[tuple[str, str]]:
+    """(name, text) pairs: how it ended, what was best, what it cost, what to type next.
+
+    `run` is what run.json holds.
+    """
+    cost = Meter.from_saved(run["cost"])
+    loss = "no loss yet" if run["train_loss"] is None else f"loss {run['train_loss']:.4f}"
+    took = readable_time(run["seconds"])
+    yield run["status"], f"after {counted(run['steps'], 'step')} and {took}: {loss}"
+    yield from _best(run, settings)
+
+    yield (
+        "traffic",
+        f"{readable_bytes(cost.sent_bytes)} up, {readable_bytes(cost.received_bytes)} down, "
+        f"{counted(cost.round_trips, 'round trip')}, {counted(cost.retries, 'retry', 'retries')}",
+    )
+    waited = cost.wait_s - cost.cloud_s
+    yield (
+        "compute",
+        f"edge {cost.edge_flops / 1e9:.1f} GFLOP, cloud {cost.cloud_flops / 1e9:.1f}; "
+        f"{clock(waited)} of waiting for the link",
+    )
+    if kr := run.get("kill_revive"):
+        yield (
+            "active",
+            f"{counted(len(kr['active']), 'unit')} at the end; on average {kr['cost_share']:.1%} "
+            "of FT's cost",
+        )
+    yield "adapter", str(settings.output)
+
+    if run["status"] == "interrupted":
+        yield "continue", "the same command with --resume"
+        return
+    yield "next", "\n".join(map(shell, _next(settings)))
+
+
+def _best(run: dict[str, Any], settings: TrainSettings) -> Iterator[tuple[str, str]]:
+    """The best evaluation, and whether its adapter is the one that is kept."""
+    if run["eval_loss"] is None:
+        return
+    best = run["best_eval_loss"]
+    if best is None or not settings.keep_best:
+        yield "eval loss", f"{run['eval_loss']:.4f} at the end"
+        return
+    where = ""
+    if run.get("best_checkpoint"):
+        where = f" after step {run['best_checkpoint'].rpartition('-')[2]}: that adapter is kept"
+    last = "" if run["eval_loss"] == best else f"; the last one has {run['eval_loss']:.4f}"
+    yield "best", f"eval loss {best:.4f}{where}{last}"
+
+
+def _next(settings: TrainSettings) -> Iterator[list[str]]:
+    """Commands that use what there is now."""
+    server, adapter = served_at(settings), ["--adapter", str(settings.output)]
+    yield ["dlora", "generate", *server, *adapter, "--prompt", "..."]
+    yield ["dlora", "eval", *server, *adapter, "--data", settings.eval_data or "..."]
+    yield ["dlora", "report", str(settings.output)]
+    if settings.record:
+        yield ["dlora", "audit", str(settings.output), *server]
