@@ -503,7 +503,7 @@ def test_status_has_rates_since_the_last_look(
         assert main(words) == 0
         out = capsys.readouterr().out
         fits(first + out)
-        assert re.search(r"^ready, 0 streams wait .*; rates of the last .* s$", out, re.MULTILINE)
+        assert re.search(r"^ready, 0 waiting .*; rates of the last .* s$", out, re.MULTILINE)
         assert "they come" not in out
         assert main([*words, "--json"]) == 0
         found = json.loads(capsys.readouterr().out)

@@ -473,8 +473,8 @@ def test_command_line_trains_from_yaml_and_flags(
     )
     done = cli("train", "--config", str(file), "--max-steps", "2", "--report_to", "[tensorboard]")
     assert done.returncode == 0, done.stderr
-    assert "finished after 2 steps" in done.stdout and "MB up" in done.stdout
-    assert "loss" in done.stderr and "tok/s" in done.stderr, "the progress bar"
+    assert "finished   after 2 steps" in done.stdout and "B up, " in done.stdout
+    assert "loss" in done.stderr and "tok/s" in done.stderr, "lines in place of the bar"
     assert json.loads((tmp_path / "run/adapter_config.json").read_text())["r"] == 4
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
 

@@ -50,7 +50,7 @@ def test_from_keys_to_an_adapter(
         words = ["--data", str(data), "--output", str(tmp_path / "mine"), "--max_steps", "2"]
         done = cli("train", *ca, "--token_file", str(file), *words, **cache)
         assert done.returncode == 0, done.stderr
-        assert "finished after 2 steps" in done.stdout
+        assert "finished   after 2 steps" in done.stdout
 
         # Whoever lacks the authority or the token is sent away.
         monkeypatch.delenv("DLORA_TOKEN", raising=False)

@@ -16,7 +16,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from typing import Any, Final, Protocol
 
@@ -288,7 +288,7 @@ class _Trial:
 
     def _reason(self, split: SplitModel, what: str) -> str:
         """A sentence that says why they differ, where that is known."""
-        with torch.no_grad():
+        with torch.no_grad(), suppress(Exception):  # what was found is said in any case
             if what == "answers":
                 batch, options = self._prompts[0], {**_greedy(_FEW_TOKENS), "use_cache": False}
                 with self._adapted(self.few):

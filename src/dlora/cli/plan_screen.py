@@ -122,7 +122,7 @@ def _table(
     for row in rows:
         if row.mark:
             whole = _of_the_run(run, row.seconds) if row.as_local and run.rows else ""
-            yield wrapped(f"{row.mark}  the cloud sees {SEEN[row.choice.wire]}{whole}:")
+            yield "\n" + wrapped(f"{row.mark}  the cloud sees {SEEN[row.choice.wire]}{whole}:")
             words = command(row, settings.data)
             yield "".join(f"   {line}\n" for line in shell(words, 3).split("\n")).rstrip()
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 from dlora.cli.lines import table_lines
 from dlora.files import default_cache, write_private
 from dlora.server.metrics import ServerStatus
-from dlora.training.readable import readable_bytes, readable_time
+from dlora.training.readable import counted, readable_bytes, readable_time
 
 __all__ = ["Look", "as_json", "earlier_look", "keep_look", "look_at", "status_lines"]
 
@@ -94,8 +94,8 @@ def status_lines(status: ServerStatus, look: Look, before: Look | None) -> Itera
     seconds, rates = look.since(before)
     since = f"; rates of the last {readable_time(seconds)}" if rates else ""
     yield (
-        f"{status.state}, {status.queue_length:.0f} streams wait for a compute slot; "
-        f"{len(look.tenants)} tenants{since}"
+        f"{status.state}, {status.queue_length:.0f} waiting for a compute slot; "
+        f"{counted(len(look.tenants), 'tenant')}{since}"
     )
     heads = ["tenant", "streams", "held", "kept", "tok/s", "busy", "in/s", "out/s"]
     yield from table_lines(

@@ -38,6 +38,7 @@ from dlora.cloud.frozen_store import FrozenStore, check_frozen_shape
 from dlora.cloud.hooks import install_hooks
 from dlora.cloud.hosted import HostedAdapter
 from dlora.cloud.layers import CloudLayers
+from dlora.cloud.leftovers import attributes_of, keep_apart
 from dlora.cloud.limits import Limits
 from dlora.cloud.measure import measure_memory
 from dlora.cloud.parts import Parts
@@ -94,6 +95,7 @@ class CloudModel:
         model = self.model
         self.limits = _within_model(limits, model, share_offloaded(model))
         ids_BT = sample_ids(model, 2, min(8, self.limits.max_length))
+        before = attributes_of(model)
         self.parts = parts = Parts.of(model, ids_BT)
         self.embedding = parts.lookups.embedding
         self.called_outside = called_outside(model, parts.decoder, ids_BT)
@@ -104,6 +106,8 @@ class CloudModel:
         passes = [*self._traced_passes(ids_BT), *([cached] if cached else [])]
         traced = trace(model, parts.decoder, passes, allowed)
         self.sites, self.unusable = traced.sites, traced.unusable
+        if keep_apart(model, before):  # a cache may have worked by what a pass left
+            self.cache_cost, _ = measure_cache(parts, ids_BT)
         self.all_sites = (*traced.sites, *output_sites(traced.sites))
         # Modules outside the layers, such as OPT's projections of the embedding, have layer -1.
         self.layers_with_sites = sorted(

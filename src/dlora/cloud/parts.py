@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dlora.cloud.leftovers import own_attributes
 from dlora.protocol.decoder import decoder_of, embedding_of, last_hidden, run_decoder
 from dlora.protocol.lookups import Lookups, find_tables
 
@@ -43,12 +44,14 @@ class Parts:
         return self.lookups.embedding.get_parameter("weight")
 
     def run(self, ids_BT: Tensor, *, cache: Any = None, mask: Tensor | None = None) -> Any:
-        """The decoder's own forward over tokens; what it returns."""
+        """The decoder's own forward over tokens, as a pass does it; what it returns."""
         inputs: dict[str, Any] = {} if mask is None else {"attention_mask": mask}
         if self.lookups.tables:
-            return run_decoder(self.decoder, cache=cache, input_ids=ids_BT, **inputs)
-        entry_BTD = self.lookups.embedding(ids_BT)
-        return run_decoder(self.decoder, cache=cache, inputs_embeds=entry_BTD, **inputs)
+            inputs["input_ids"] = ids_BT
+        else:
+            inputs["inputs_embeds"] = self.lookups.embedding(ids_BT)
+        with own_attributes():
+            return run_decoder(self.decoder, cache=cache, **inputs)
 
     @torch.no_grad()
     def hidden(self, ids_BT: Tensor, *, cache: Any = None, mask: Tensor | None = None) -> Tensor:

@@ -29,6 +29,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from dlora.cloud.exchange import Exchange, Pipe
 from dlora.cloud.hosted import HostedAdapter
+from dlora.cloud.leftovers import own_attributes
 from dlora.cloud.parts import Parts
 from dlora.cloud.pass_request import PassRequest
 from dlora.cloud.quantize import give_back
@@ -118,7 +119,7 @@ class Pass:
         try:
             # On CUDA autograd would otherwise run backward on one thread a device, where a wait
             # for one edge blocks all others.
-            with torch.autograd.set_multithreading_enabled(False):
+            with torch.autograd.set_multithreading_enabled(False), own_attributes():
                 self._run()
         finally:
             _thread.current = None

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 def why_not(model: PreTrainedModel, error: Exception) -> str:
     """The reason why loading or trying a model has ended by an exception, and what to do."""
     if isinstance(error, DLoRAError):
-        return f"{error}. {INSTEAD}"
+        return f"{str(error).rstrip('.')}. {INSTEAD}"
     log.debug("%s, as it was raised", type(model).__name__, exc_info=error)
     name = type(error).__name__
     if not _runs(lambda: model(input_ids=_ids(model), attention_mask=torch.ones_like(_ids(model)))):

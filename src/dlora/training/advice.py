@@ -75,7 +75,7 @@ def advise(
     base = replace(
         settings, link=None, rtt_ms=speed.rtt_ms, up_mbit=speed.up_mbit, down_mbit=speed.down_mbit
     ).for_table
-    model = model or planned_model(base, link)
+    model = planned_model(base, link) if model is None else model
     measured = calibrate(base, model, [wire_dtype for wire_dtype, _ in MIXES])
     return choose(base, model, measured, load)
 
