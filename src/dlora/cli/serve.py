@@ -108,7 +108,9 @@ def _print_served(settings: ServeSettings, cloud: Any, loaded: Any) -> None:
     )
 
     num_modules = sum(module.allowed for site in cloud.sites for module in site.modules)
-    print(f"adapters   {num_modules} modules at {len(cloud.sites)} sites may be adapted")
+    num_fused = sum(module.allowed for site in cloud.experts for module in site.modules)
+    fused = f", and {num_fused} fused weights of experts (hosted wire)" if num_fused else ""
+    print(f"adapters   {num_modules} modules at {len(cloud.sites)} sites may be adapted{fused}")
 
     identities = _identities(settings)
     who = "none: everybody may use it" if identities is None else str(identities)

@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -26,12 +26,20 @@ from transformers import DynamicCache, PreTrainedModel
 from dlora.cloud import load_checks
 from dlora.cloud.caches import cached_pass, is_recurrent, measure_cache, new_cache
 from dlora.cloud.costs import attention_of, other_flops, pass_flops
-from dlora.cloud.describe import describe_layers, describe_limits, describe_site, head_width
+from dlora.cloud.describe import (
+    describe_experts,
+    describe_layers,
+    describe_limits,
+    describe_site,
+    head_width,
+)
 from dlora.cloud.exchange import Pipe
+from dlora.cloud.experts import find_experts, hook_experts
 from dlora.cloud.frozen_store import FrozenStore, check_frozen_shape
 from dlora.cloud.hosted import HostedAdapter
 from dlora.cloud.layers import CloudLayers
 from dlora.cloud.limits import Limits
+from dlora.cloud.low_rank import LowRank
 from dlora.cloud.measure import measure_memory
 from dlora.cloud.parts import Parts
 from dlora.cloud.pass_request import PassRequest
@@ -45,7 +53,7 @@ from dlora.errors import DLoRAError, ModelError, UsageError, WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.channel import PROTOCOL_VERSION
 from dlora.protocol.decoder import called_outside
-from dlora.protocol.sites import output_sites
+from dlora.protocol.sites import Site, output_sites
 from dlora.protocol.text import clean_text
 from dlora.protocol.weights import weight_of
 from dlora.protocol.wire import WIRE_DTYPES
@@ -98,7 +106,12 @@ class CloudModel:
         self.cache_cost = measure_cache(parts, ids_BT)
         traced = trace(model, parts.decoder, self._traced_passes(ids_BT), allowed)
         self.sites, self.unusable = traced.sites, traced.unusable
-        self.all_sites = (*traced.sites, *output_sites(traced.sites))
+        before = (*traced.sites, *output_sites(traced.sites))
+        self.experts = find_experts(
+            parts, traced.sites, len(before), self._traced_passes(ids_BT), allowed
+        )
+        """Fused weights of experts, which are adapted on the hosted wire."""
+        self.all_sites = (*before, *self.experts)
         # Modules outside the layers, such as OPT's projections of the embedding, have layer -1.
         self.layers_with_sites = sorted(
             {module.layer for site in self.sites for module in site.modules} - {-1}
@@ -174,18 +187,8 @@ class CloudModel:
             whole_prompts=self.cache_cost.whole_prompts,
             frozen_store=self.frozen_store,
             device=self.parts.weight.device,
-            devices=self._other_devices(),
+            devices=_other_devices(self.model, self.all_sites, self.parts.weight.device),
         )
-
-    def _other_devices(self) -> dict[str, torch.device]:
-        """Where modules are that are not with the embedding, by their full names."""
-        places = {
-            module.name: device_of(self.model.get_submodule(module.name))
-            for site in self.sites
-            for module in site.modules
-        }
-        first = self.parts.weight.device
-        return {name: device for name, device in places.items() if device != first}
 
     # ----------------------------------------------------------------- description
 
@@ -204,6 +207,7 @@ class CloudModel:
             hidden_width=self.hidden_width,
             head_width=head_width(self.model, self.hidden_width),
             sites=[describe_site(self.model, site) for site in self.sites],
+            experts=[describe_experts(site) for site in self.experts],
             wire_dtypes=WIRE_DTYPES.values(),
             layers=describe_layers(self.layers, self.limits),
             limits=describe_limits(self.limits, self.memory, self.requests),
@@ -294,7 +298,7 @@ class CloudModel:
             adapter_macs = tokens * sum(a.numel() + b.numel() for a, b in request.idle.values())
             kept_bytes = self.memory.of_cache(request.batch, request.cache_length)
             if request.hosted is not None:
-                adapter_macs += tokens * request.hosted.numel
+                adapter_macs += tokens * request.hosted.macs
                 kept_bytes += request.hosted.adapter_bytes(training=False)
             flops = self.flops(request)[0] + 2 * adapter_macs
             self._pass(request, pipe, hosted, cache, flops).run()
@@ -350,6 +354,21 @@ class CloudModel:
         if self.parts.lookups.tables:
             for index, module in enumerate(self.parts.lookups.modules):
                 _hook_lookup(module, index)
+        hook_experts(self.model, self.experts, _fused)
+
+
+def _other_devices(
+    model: PreTrainedModel, sites: Sequence[Site], first: torch.device
+) -> dict[str, torch.device]:
+    """Where modules and fused weights are that are not on the first device, by full name."""
+    places = {
+        module.name: model.get_parameter(module.name).device
+        if site.experts
+        else device_of(model.get_submodule(module.name))
+        for site in sites
+        for module in site.modules
+    }
+    return {name: device for name, device in places.items() if device != first}
 
 
 def _hook(module: nn.Module, site: int, index: int, output_site: int) -> None:
@@ -366,6 +385,12 @@ def _hook(module: nn.Module, site: int, index: int, output_site: int) -> None:
 
     module.register_forward_pre_hook(before)
     module.register_forward_hook(after)
+
+
+def _fused(module: nn.Module, sites: Mapping[str, int]) -> Mapping[str, LowRank]:
+    """What the pass of this thread puts in the place of a module's fused weights."""
+    current = current_pass()
+    return {} if current is None else current.fused(module, sites)
 
 
 def _hook_lookup(module: nn.Module, index: int) -> None:

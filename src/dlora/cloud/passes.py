@@ -16,19 +16,20 @@ Shapes: B batch, T tokens, D width of a site's input, O of an output, R rank.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from dlora.cloud.exchange import Exchange, Pipe
 from dlora.cloud.hosted import HostedAdapter
+from dlora.cloud.low_rank import LowRank
 from dlora.cloud.parts import Parts
 from dlora.cloud.pass_request import PassRequest
 from dlora.cloud.quantize import give_back
@@ -305,10 +306,31 @@ class Pass:
     def _compute(self, hosted: HostedAdapter, site: int, x: Tensor) -> tuple[Tensor, ...]:
         """The deltas of a hosted adapter at a site."""
         hosted.wait(self.exchange, site)
-        rows = x.numel() // x.shape[-1]
-        forward, backward = hosted.macs(site, input_grad=x.requires_grad)
-        self._count(rows * forward, rows * backward if self.request.training else 0)
+        self._count_rows(site, x.numel() // x.shape[-1], x)
         return hosted.deltas(site, x, self.request.past)
+
+    def fused(self, module: nn.Module, sites: Mapping[str, int]) -> dict[str, LowRank]:
+        """What this pass puts in the place of fused weights of experts, by parameter.
+
+        `sites` are those of the module's. Only the cloud computes there.
+        """
+        self.exchange.breathe()
+        if self.hosted is None:
+            return {}
+        found = {}
+        for name, site in sites.items():
+            if site in self.exchange.modules:
+                self.hosted.wait(self.exchange, site)
+                weight = module.get_parameter(name)
+                found[name] = self.hosted.fused(site, weight, partial(self._count_rows, site))
+        return found
+
+    def _count_rows(self, site: int, rows: int, x: Tensor) -> None:
+        """Count what a hosted adapter computes for so many rows at a site."""
+        if self.hosted is None:
+            raise AssertionError("the cloud computes this adapter")
+        forward, backward = self.hosted.macs(site, input_grad=x.requires_grad)
+        self._count(rows * forward, rows * backward if self.request.training else 0)
 
     def _apply_frozen(self, x: Tensor, output: Tensor, a_RD: Tensor, b_OR: Tensor) -> Tensor:
         """A module's output plus the delta of a frozen module of the edge."""

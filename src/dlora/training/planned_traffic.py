@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from dlora.edge.experts import experts_of
 from dlora.edge.model import SplitModel
 from dlora.edge.sites import ActiveSite
 from dlora.formulas import round_trips, step_traffic
@@ -115,7 +116,10 @@ def _of_part(
 
 
 def _shapes(sites: Sequence[ActiveSite], r: int) -> list[tuple[int, list[tuple[int, int]]]]:
-    return [(site.in_features, [(one.out_features, r) for one in site.layers]) for site in sites]
+    return [
+        (site.in_features, [(one.out_features, r * max(1, experts_of(one))) for one in site.layers])
+        for site in sites
+    ]
 
 
 def _framing(settings: PlanSettings, sites: Sequence[ActiveSite], input_grad: bool) -> Traffic:

@@ -68,7 +68,11 @@ def planned_model(settings: PlanSettings, link: Link) -> SplitModel:
     """A model with the adapter that is asked for, fresh, at all of its sites."""
     return get_peft_model(
         link,
-        LoraConfig(r=settings.r, target_modules=settings.targets),
+        LoraConfig(
+            r=settings.r,
+            target_modules=settings.targets,
+            target_parameters=settings.target_parameters,
+        ),
         wire=settings.wire,
         wire_dtype=settings.wire_dtype,
         input_grad=settings.input_grad,
@@ -171,7 +175,7 @@ def _cloud(
     backward_s = measured.lowest_s - measured.lowest_forward_s
     if sites and measured.lowest >= 0:
         top = model.link.description.layers.count - model.edge_layers.last
-        depth = max(1, top - layer_of(sites[0].names[0]))
+        depth = max(1, top - min(layer_of(site.names[0]) for site in sites))
         backward_s *= depth / max(1, top - measured.lowest)
 
     # Exchanges, of which one is in what was measured.

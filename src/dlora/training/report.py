@@ -93,7 +93,10 @@ def _rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 def _adapter(run: Run) -> str:
     settings = run.values.get("settings", {})
     targets = settings.get("target_modules") or "peft's default"
-    names = targets if isinstance(targets, str) else ", ".join(targets)
+    if settings.get("target_modules") == []:
+        targets = []
+    fused = settings.get("target_parameters") or []
+    names = ", ".join([*([targets] if isinstance(targets, str) else targets), *fused])
     return f"{names}; rank {settings.get('r')}"
 
 

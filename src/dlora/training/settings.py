@@ -14,6 +14,7 @@ from dlora.edge.options import (
     InFlight,
     InputGrad,
     SplitOptions,
+    check_experts,
     check_in_flight,
     check_input_grad,
 )
@@ -40,8 +41,8 @@ class TrainSettings(EdgeSettings):
     GROUPS: ClassVar[dict[str, str]] = {
         "connection": f"{EdgeSettings.GROUPS['connection']} input_grad in_flight",
         "data": "data columns val_size max_length overlong batch_size",
-        "adapter": "adapter kind r lora_alpha lora_dropout target_modules use_rslora rank_pattern "
-        "alpha_pattern activation scale",
+        "adapter": "adapter kind r lora_alpha lora_dropout target_modules target_parameters "
+        "use_rslora rank_pattern alpha_pattern activation scale",
         "optimizer": "learning_rate epochs max_steps gradient_accumulation_steps optim "
         "lr_scheduler_type warmup_steps weight_decay max_grad_norm seed trainer",
         "evaluation": "eval_data eval_batch_size eval_steps keep_best early_stopping_patience",
@@ -86,6 +87,9 @@ class TrainSettings(EdgeSettings):
     target_modules: list[str] | str | None = None
     """Linear modules to adapt: names such as q_proj,v_proj (or a list), all-linear, or a regular
     expression over full names. Default: peft's for this architecture."""
+    target_parameters: list[str] | None = None
+    """Fused weights of experts to adapt beside target_modules, which may then be []: names such as
+    mlp.experts.gate_up_proj; `dlora info` has the server's. On the hosted wire alone."""
     use_rslora: bool = False
     """Multiply deltas by alpha / sqrt(r) instead."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -182,6 +186,7 @@ class TrainSettings(EdgeSettings):
                 raise UsageError(f"{name}: got 0, with which the adapter does nothing")
         if zero := [key for key, alpha in self.alpha_pattern.items() if alpha == 0]:
             raise UsageError(f"alpha_pattern: {zero[0]}: got 0, with which it does nothing")
+        check_experts(self.wire, self.target_parameters or ())
         if not 0 <= self.lora_dropout < 1:
             raise UsageError(f"lora_dropout: got {self.lora_dropout}, want a value in [0, 1)")
         if self.kind == "lora":
@@ -193,9 +198,10 @@ class TrainSettings(EdgeSettings):
                 "are o_proj,down_proj in Llama, out_proj,fc2 in OPT, dense,dense_4h_to_h in "
                 "BLOOM, c_proj in GPT-2"
             )
-        if self.use_rslora or self.rank_pattern or self.alpha_pattern:
+        if self.use_rslora or self.rank_pattern or self.alpha_pattern or self.target_parameters:
             raise UsageError(
-                f"kind={self.kind}: use_rslora, rank_pattern and alpha_pattern are of LoRA"
+                f"kind={self.kind}: use_rslora, rank_pattern, alpha_pattern and target_parameters "
+                "are of LoRA"
             )
 
     def _check_amounts(self) -> None:
@@ -264,6 +270,8 @@ class TrainSettings(EdgeSettings):
     def _check_kill_revive(self) -> None:
         if self.kr == "off" and self.kr_options:
             raise UsageError("kr_options need kr on or paper")
+        if self.kr != "off" and self.target_parameters:
+            raise UsageError("kr measures linear modules: no target_parameters, or kr off")
         config = self.kill_revive
         if config is not None and config.idle == "cloud" and not self.upload_consent:
             raise UsageError(
@@ -335,8 +343,8 @@ class PlanSettings(EdgeSettings):
 
     GROUPS: ClassVar[dict[str, str]] = {
         "connection": f"{EdgeSettings.GROUPS['connection']} input_grad in_flight",
-        "what is planned": "target_modules r sites batch_size gradient_accumulation_steps length "
-        "supervised steps check",
+        "what is planned": "target_modules target_parameters r sites batch_size "
+        "gradient_accumulation_steps length supervised steps check",
         "link": "link rtt_ms up_mbit down_mbit",
         "privacy": EdgeSettings.GROUPS["privacy"],
         "computing": EdgeSettings.GROUPS["computing"],
@@ -344,6 +352,8 @@ class PlanSettings(EdgeSettings):
 
     target_modules: list[str] | str | None = None
     """Linear modules to adapt, as for training. Default: peft's for this architecture."""
+    target_parameters: list[str] | None = None
+    """Fused weights of experts to adapt, as for training."""
     r: int = 8
     """LoRA rank."""
     sites: int | None = None
@@ -382,6 +392,9 @@ class PlanSettings(EdgeSettings):
         super().__post_init__()
         check_input_grad(self.wire, self.input_grad)
         check_in_flight(self.in_flight, self.wire)
+        if self.target_parameters and self.link is not None:
+            raise UsageError("link: its table has all wires, target_parameters go on one: leave it")
+        check_experts(self.wire, self.target_parameters or ())
         for name in ("r", "batch_size", "gradient_accumulation_steps", "length", "steps"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: got {getattr(self, name)}, want at least 1")
