@@ -8,6 +8,7 @@ import copy
 import json
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
@@ -279,26 +280,26 @@ def test_layers_that_run_again_give_the_same_gradients(bases: Bases, mixtures: L
     assert_same_grads(*found, tolerance=1e-6)
 
 
-def test_cloud_counts_what_it_computes_for_experts(bases: Bases) -> None:
-    """FLOPs of an adapter on experts are those of the rows that they see, as torch counts them."""
-    link = dlora.in_process(bases("mixtral"), model_id="x/y")
-    run, counted = link.cloud.run, []
+def test_cloud_counts_what_it_computes_for_experts(own: Watched) -> None:
+    """FLOPs of an adapter on experts, forward and backward, are those of the rows that they see, as
+    torch counts them: twice the rank is as much again.
+    """
+    run, counted, told = own.link.cloud.run, [], []
 
     def count(*args: Any) -> None:
         with FlopCount() as counter:
             run(*args)
         counted.append(counter.total)
 
-    link.cloud.run = count
-    one, two = (hosted(link, config(**more)) for more in ({"target_parameters": None}, {"r": 3}))
-    flops = []
-    for split in (one, two):
-        split.eval()
-        with torch.no_grad():
-            split(**batches()[0])
-        flops.append(split.meter.cloud_forward_flops)
-    link.close()
-    assert flops[1] - flops[0] == counted[1] - counted[0] > 0
+    own.link.cloud.run = count
+    for rank in (3, 6):
+        split = hosted(own, config(r=rank, target_modules=[]))
+        split(**batches()[0]).loss.backward()
+        told.append(split.meter.cloud_forward_flops + split.meter.cloud_backward_flops)
+    deadline = time.monotonic() + 20
+    while len(counted) < 2 and time.monotonic() < deadline:  # `Done` is sent before
+        time.sleep(0.01)
+    assert told[1] - told[0] == counted[1] - counted[0] > 0
 
 
 def test_no_weight_is_made_for_a_stream(own: Watched) -> None:
