@@ -33,7 +33,7 @@ from dlora.errors import DLoRAError, PeerError, UsageError
 from dlora.kill_revive.apply import KillAndRevive
 from dlora.kill_revive.config import KillReviveConfig
 from dlora.proto import dlora_pb2 as pb
-from dlora.server.server import Server
+from dlora.server.server import Server, ServerOptions
 from dlora.training.planner import check, plan
 from dlora.training.run import train as dlora_train
 from dlora.training.settings import PlanSettings, TrainSettings
@@ -231,31 +231,51 @@ def test_saved_adapters_are_pefts(
     assert "mlp.experts.gate_up_proj" in (tmp_path / "split" / "README.md").read_text()
 
 
-def test_two_edges_at_once_get_what_each_gets_alone(mixtures: Links) -> None:
-    """Streams are in the same experts at the same time, and see nothing of each other's adapter:
-    gradients are the same bits, and a stream without adapter gets the base model's.
-    """
+class _Meeting(torch.nn.Module):
+    """An activation between two fused weights, where all threads wait for each other."""
 
-    def gradients(split: dlora.SplitModel, seed: int) -> list[list[torch.Tensor]]:
+    def __init__(self, own: torch.nn.Module, barrier: threading.Barrier) -> None:
+        super().__init__()
+        self.own, self.barrier, self.on = own, barrier, False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.on:
+            self.barrier.wait(timeout=60)
+        return self.own(x)
+
+
+def test_edges_at_once_get_what_each_gets_alone(bases: Bases, tmp_path: Path) -> None:
+    """While all are in the middle of the same experts, streams see nothing of each other's adapter,
+    nor does one without: losses and gradients are the same bits.
+    """
+    cloud = CloudModel(bases("mixtral"), model_id="x/y")
+    barrier, meetings = threading.Barrier(3), []
+    for module in cloud.model.modules():
+        if hasattr(module, "gate_up_proj"):
+            meetings.append(_Meeting(module.act_fn, barrier))
+            module.act_fn = meetings[-1]
+
+    def gradients(split: dlora.SplitModel) -> list[torch.Tensor]:
         found = []
-        for batch in batches(6, seed=seed):
+        for batch in batches(2):
             split.zero_grad()
             loss = split(**batch).loss
             loss.backward()
-            grads = [parameter.grad.clone() for parameter in adapter(split).values()]
-            with turn, torch.no_grad(), split.disable_adapter():
-                found.append([loss.detach(), split(**batch).loss, *grads])
+            found += [loss.detach(), *(one.grad.clone() for one in adapter(split).values())]
         return found
 
-    turn = threading.Lock()
-    seeds, link = (11, 12), mixtures("mixtral")
-    models = [hosted(link, config(), seed=seed) for seed in seeds]
-    alone = [gradients(*pair) for pair in zip(models, seeds, strict=True)]
-    with ThreadPoolExecutor(2) as pool:
-        together = list(pool.map(gradients, models, seeds))
+    with Server(cloud, options=ServerOptions(compute_slots=3, drain_s=0)) as server:
+        link = dlora.connect(server.address, cache=tmp_path)
+        models = [hosted(link, config(), seed=seed) for seed in (11, 12)]
+        models.append(make_split(link, config(target_parameters=None)))
+        alone = [gradients(model) for model in models]
+        for meeting in meetings:
+            meeting.on = True
+        with ThreadPoolExecutor(3) as pool:
+            together = list(pool.map(gradients, models))
+        link.close()
     for want, got in zip(alone, together, strict=True):
-        for one, other in zip(want, got, strict=True):
-            assert all(map(torch.equal, one, other))
+        assert all(map(torch.equal, want, got))
 
 
 # ----------------------------------------------------------------- with what else there is
@@ -303,32 +323,45 @@ def test_cloud_counts_what_it_computes_for_experts(own: Watched) -> None:
 
 
 def test_no_weight_is_made_for_a_stream(own: Watched) -> None:
-    """A training step keeps nothing as large as a fused weight, and its memory is what was
-    reserved for it.
+    """A training step keeps nothing as large as a fused weight: what it keeps more with experts is
+    within what was reserved for it.
     """
-    split = hosted(own, config(target_modules=[]))
-    cloud, saved = own.link.cloud, {}
+    cloud, run = own.link.cloud, own.link.cloud.run
     known = {one.untyped_storage().data_ptr() for one in cloud.model.parameters()}
-    run = cloud.run
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            saved[storage.data_ptr()] = (tensor.numel(), storage.nbytes(), tensor)
-        return tensor
-
-    costs = []
+    kept: list[int] = []
+    reserved: list[int] = []
 
     def watched(request: Any, pipe: Any) -> None:
-        costs.append(request.cost_bytes)
+        saved = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                saved[storage.data_ptr()] = (storage.nbytes(), tensor)
+            return tensor
+
+        hosted_request = request.hosted
+        reserved.append(
+            hosted_request.adapter_bytes(training=False)
+            + hosted_request.pass_bytes(tokens, training=True)
+            - hosted_request.pass_bytes(tokens, training=False)
+        )
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             run(request, pipe)
+        kept.append(sum(size for size, _ in saved.values()))
 
+    rows, length = 2, 24
+    tokens = rows * length
+    (batch,) = batches(rows=rows, length=length)
     cloud.run = watched
-    split(**batches()[0]).loss.backward()
-    weight = cloud.model.get_parameter(cloud.experts[0].modules[0].name)
-    assert 0 < max(numel for numel, _, _ in saved.values()) < weight.numel()
-    assert sum(size for _, size, _ in saved.values()) <= costs[0]
+    for parameters in (None, EXPERTS):
+        split = hosted(own, config(target_modules=["q_proj"], target_parameters=parameters))
+        split(**batch).loss.backward()
+    deadline = time.monotonic() + 20
+    while len(kept) < 2 and time.monotonic() < deadline:  # `Done` is sent before
+        time.sleep(0.01)
+    more, room = kept[1] - kept[0], reserved[1] - reserved[0]
+    assert 0 < more <= room
 
 
 def test_idle_experts_are_dropped_or_refused(mixtures: Links) -> None:
