@@ -92,11 +92,10 @@ def _rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 def _adapter(run: Run) -> str:
     settings = run.values.get("settings", {})
-    targets = settings.get("target_modules") or "peft's default"
-    if settings.get("target_modules") == []:
-        targets = []
-    fused = settings.get("target_parameters") or []
-    names = ", ".join([*([targets] if isinstance(targets, str) else targets), *fused])
+    targets = settings.get("target_modules")
+    names = ["peft's default"] if targets is None else targets
+    names = [names] if isinstance(names, str) else names
+    names = ", ".join([*names, *(settings.get("target_parameters") or ())])
     return f"{names}; rank {settings.get('r')}"
 
 
