@@ -5,6 +5,7 @@ hosted wire, and what comes out is local peft's adapter.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import sys
 import threading
@@ -362,6 +363,16 @@ def test_no_weight_is_made_for_a_stream(own: Watched) -> None:
         time.sleep(0.01)
     more, room = kept[1] - kept[0], reserved[1] - reserved[0]
     assert 0 < more <= room
+
+
+def test_a_rank_that_takes_too_much_memory_is_refused(own: Watched) -> None:
+    """A and B of all experts, and their gradients, count in what a stream may take."""
+    cloud, batch = own.link.cloud, batches()[0]
+    limits = dataclasses.replace(cloud.limits, max_inflight_bytes=5 * 2**20)
+    cloud.requests = dataclasses.replace(cloud.requests, limits=limits)
+    hosted(own, config())(**batch)
+    with pytest.raises(DLoRAError, match=r"over this server's limits .*needs \d+ MiB"):
+        hosted(own, config(r=90, target_modules=[]))(**batch)
 
 
 def test_idle_experts_are_dropped_or_refused(mixtures: Links) -> None:
