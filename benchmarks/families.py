@@ -356,7 +356,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
 def table(rows: list[dict[str, Any]]) -> str:
     """What works, by architecture, and in what words the others are refused."""
     lines = [
-        "| architecture | cached answers | linears left out | fused experts | edge layers |",
+        "| architecture | cached answers | linears left out | has fused experts | edge layers |",
         "|---|---|---|---|---|",
     ]
     for one in rows:
@@ -374,10 +374,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _experts_in_words(one: dict[str, Any]) -> str:
-    """None, or whether they can be adapted, where that was tried."""
-    if one.get("experts_hosted"):
-        return "hosted wire"
-    return "not adapted" if one["experts"] else "no"
+    """Whether there are any, and whether they can be adapted, where that was tried."""
+    tried = {True: ", adapted", False: ", not adapted", None: ""}[one.get("experts_hosted")]
+    return f"yes{tried}" if one["experts"] else "no"
 
 
 def _yes(value: bool) -> str:
