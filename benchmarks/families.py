@@ -7,9 +7,9 @@ Each is built tiny and random (`tiny_models.py`), in a process of its own with a
 becomes one line of results/families.jsonl. Both halves run in that process, over the frames that
 would travel. What is compared with peft on the whole model: the adapter at its start, loss and
 every gradient with all linear modules adapted, padding on each side, greedy answers with a cache,
-the saved adapter, edge layers; and loss and gradients on a base in 4 bits, with peft on the same
-weights dequantised. (The kinds of `--quantize` differ in how a weight is coded, and int4 needs no
-package.)
+the saved adapter, edge layers; loss and gradients on a base in 4 bits, with peft on the same
+weights dequantised (the kinds of `--quantize` differ in how a weight is coded, and int4 needs no
+package); and the same of fused experts on the hosted wire.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Wrong(Exception):
 def check(model_type: str, *, thorough: bool = True) -> dict[str, Any]:
     """One line of the result: what became of an architecture.
 
-    Unless `thorough`, the saved adapter, edge layers and low bits are left out.
+    Unless `thorough`, the saved adapter, edge layers, low bits and fused experts are left out.
     """
     import torch
     from tiny_models import NotBuilt, build
@@ -115,6 +115,8 @@ def _compare(base: Any, record: dict[str, Any], stage: list[str], thorough: bool
         record["edge_layers"] = _edge_layers(base, split, targets)
         stage[0] = "low bits"
         record["low_bit"] = _low_bit(base, config)
+        stage[0] = "experts"
+        record["experts_hosted"] = _experts(base, link)
     record["experts"] = any(
         parameter.dim() == 3 and "conv" not in name for name, parameter in base.named_parameters()
     )
@@ -279,6 +281,30 @@ def _low_bit(base: Any, config: dict[str, Any]) -> bool:
     return True
 
 
+def _experts(base: Any, link: Any) -> bool:
+    """Whether fused experts can be adapted on the hosted wire. Raises Wrong for other results."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    import dlora
+
+    names = sorted(one.name for one in link.description.experts)
+    if not names:
+        return False
+    config = {"r": 3, "lora_alpha": 7, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    config |= {"target_modules": [], "target_parameters": names}
+    options = {"wire": "hosted", "upload_consent": True, "wire_dtype": "fp32"}
+    torch.manual_seed(1)
+    split = dlora.get_peft_model(link, LoraConfig(**config), **options)
+    torch.manual_seed(1)
+    whole = get_peft_model(copy.deepcopy(base), LoraConfig(**config))
+    for side in ("right", "left"):
+        _train(whole, split, _batch(side))
+    for padded in (False, True):
+        _generate(whole.eval(), split.eval(), padded)
+    return True
+
+
 # ----------------------------------------------------------------- all of them
 
 
@@ -388,7 +414,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         if one["status"] == RIGHT:
             lines.append(
                 f"| {one['architecture']} | {_yes(one['cache'])} | {one['left_out'] or ''} | "
-                f"{_yes(one['experts'])} | {_yes(one['edge_layers'])} | "
+                f"{_experts_in_words(one)} | {_yes(one['edge_layers'])} | "
                 f"{_yes(one['low_bit']) if 'low_bit' in one else ''} |"
             )
     lines += ["", "| refused | why |", "|---|---|"]
@@ -397,6 +423,12 @@ def table(rows: list[dict[str, Any]]) -> str:
             reason = one["why"].replace("|", "/")
             lines.append(f"| {one['architecture']} | {one['status']}: {reason} |")
     return "\n".join([f"{summary(rows)}; {took(rows)}.", "", *lines])
+
+
+def _experts_in_words(one: dict[str, Any]) -> str:
+    """Whether there are any, and whether they can be adapted, where that was tried."""
+    tried = {True: ", adapted", False: ", not adapted", None: ""}[one.get("experts_hosted")]
+    return f"yes{tried}" if one["experts"] else "no"
 
 
 def _yes(value: bool) -> str:

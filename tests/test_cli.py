@@ -31,6 +31,7 @@ from dlora.server.settings import ServeSettings
 from dlora.version import __version__
 
 TRAIN = ["train", "--server", "a:1", "--data", "d.jsonl", "--output", "o"]
+HOSTED = ["--wire", "hosted", "--upload_consent", "true"]
 GENERATE = ["generate", "--server", "a:1"]
 SEE = "see dlora train --help"
 
@@ -260,6 +261,8 @@ def test_system_prompt_arrives_as_given() -> None:
         (["--target_modules", '["q_proj"]'], "targets", ["q_proj"]),
         (["--target_modules", "all-linear"], "targets", "all-linear"),
         (["--target_modules", r".*\.[qv]_proj"], "targets", r".*\.[qv]_proj"),
+        (["--target_modules", "[]"], "targets", []),
+        ([*HOSTED, "--target_parameters", "a.b,a.c"], "target_parameters", ["a.b", "a.c"]),
         (["--columns", "prompt=a b,completion=1"], "columns", {"prompt": "a b", "completion": "1"}),
         (["--columns", "{prompt: 'a, b'}"], "columns", {"prompt": "a, b"}),
         (["--rank_pattern", "q_proj=4,v=8"], "rank_pattern", {"q_proj": 4, "v": 8}),
@@ -293,6 +296,10 @@ def test_a_flag_becomes_the_settings_type(words: list[str], name: str, value: An
         ("report_to: [a, b]", "report_to", ["a", "b"]),
         ("target_modules: [q_proj, v_proj]", "targets", ["q_proj", "v_proj"]),
         ("target_modules: q_proj,v_proj", "targets", ["q_proj", "v_proj"]),
+        (
+            "wire: hosted\nupload_consent: true\ntarget_parameters: a.b,a.c",
+            *("target_parameters", ["a.b", "a.c"]),
+        ),
         ("trainer: {a: {b: 1}, c: 2024-01-01}", "trainer", {"a": {"b": 1}, "c": "2024-01-01"}),
         ("adapter: x", "adapter", Path("x")),
         ("resume: yes", "resume", True),

@@ -115,10 +115,13 @@ def test_fused_experts_are_refused_with_what_to_do(families: Any) -> None:
     """Neither peft's word for a fused weight, nor names that it takes for one, gets an adapter."""
     link = dlora.in_process(import_module("tiny_models").build("mixtral"), model_id="tiny/mixtral")
     for options, message in (
-        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters=.*fused experts"),
+        (
+            {"target_parameters": ["mlp.experts.gate_up_proj"]},
+            r"0.mlp.experts.gate_up_proj is a fused weight .*--wire hosted --upload_consent true",
+        ),
         (
             {"target_modules": ["w2"]},
-            "experts: these targets make peft adapt the fused",
+            r"0.mlp.experts.down_proj is a fused weight .*--wire hosted --upload_consent true",
         ),
     ):
         with pytest.raises(UsageError, match=message):

@@ -32,9 +32,12 @@ def served(settings: ServeSettings, cloud: Any, loaded: Any) -> Iterator[tuple[s
         f"fingerprint {cloud.fingerprint[:12]}",
     )
     modules = sum(module.allowed for site in cloud.sites for module in site.modules)
+    fused = sum(module.allowed for site in cloud.experts for module in site.modules)
+    beside = f", and {counted(fused, 'fused weight')} of experts (hosted wire)" if fused else ""
     yield (
         "adapters",
-        f"{counted(modules, 'module')} at {counted(len(cloud.sites), 'site')} may be adapted",
+        f"{counted(modules, 'module')} at {counted(len(cloud.sites), 'site')} may be adapted"
+        f"{beside}",
     )
     beside = ", beside what its edge answers" if settings.recompute else ""
     yield (

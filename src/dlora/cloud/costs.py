@@ -159,18 +159,17 @@ def pass_flops(
     if not request.has_backward:
         return forward, 0
 
-    all_the_way_down = request.probe or request.wants_input_grad
-    lowest = None if all_the_way_down else min(site.place for site, _ in request.active)
-    above = [layer for layer in here if lowest is None or layer >= _layer_at(sites, lowest)]
+    bottom = min((site for site, _ in request.active), key=lambda site: site.place, default=None)
+    if bottom is None or request.probe or request.wants_input_grad:  # all the way down
+        return forward, backward_flops(sites, None, tokens, attention) + int(other * len(here))
+
+    # Of experts the site before them may be on the edge.
+    lowest = bottom.place if any(site.index == bottom.place for site in sites) else None
+    above = [layer for layer in here if layer >= bottom.modules[0].layer]
     return (
         forward,
         backward_flops(sites, lowest, tokens, attention) + int(other * len(above)),
     )
-
-
-def _layer_at(sites: Sequence[Site], place: int) -> int:
-    """The layer of the site that reads an input there."""
-    return next(site.modules[0].layer for site in sites if site.index == place)
 
 
 def attention_of(request: PassRequest, config: Any) -> int:

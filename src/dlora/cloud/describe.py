@@ -14,7 +14,14 @@ from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.sites import Site
 from dlora.protocol.weights import weight_of
 
-__all__ = ["Findings", "describe_layers", "describe_limits", "describe_site", "head_width"]
+__all__ = [
+    "Findings",
+    "describe_experts",
+    "describe_layers",
+    "describe_limits",
+    "describe_site",
+    "head_width",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +46,21 @@ def describe_site(model: PreTrainedModel, site: Site) -> pb.SiteInfo:
         for module in site.modules
     ]
     return pb.SiteInfo(in_features=site.in_features, modules=modules)
+
+
+def describe_experts(site: Site) -> pb.FusedWeight:
+    """A fused weight of experts."""
+    (module,) = site.modules
+    return pb.FusedWeight(
+        name=module.name,
+        experts=site.experts,
+        in_features=site.in_features,
+        out_features=module.out_features,
+        transposed=site.transposed,
+        allowed=module.allowed,
+        site=site.depth,
+        rows=site.rows,
+    )
 
 
 def head_width(model: PreTrainedModel, hidden_width: int) -> int:

@@ -5,11 +5,13 @@ They know nothing of who serves the model: with another `CloudModel` on it they 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from dlora.cloud.experts import FusedForward, forward_place
+from dlora.cloud.low_rank import LowRank
 from dlora.cloud.passes import current_pass
 from dlora.protocol.lookups import Lookups
 from dlora.protocol.sites import Site
@@ -37,9 +39,39 @@ def install_hooks(
             module = model.get_submodule(info.name)
             module.register_forward_pre_hook(hooks.before)
             module.register_forward_hook(hooks.after)
+    _hook_experts(model, [site for site in all_sites if site.experts])
     if lookups.tables:
         for index, module in enumerate(lookups.modules):
             module.register_forward_hook(_LookupHook(index).after)
+
+
+def _hook_experts(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Let modules with fused weights find in their place what the pass of their thread has."""
+    fused: dict[str, dict[str, int]] = {}
+    for site in sites:
+        name, _, parameter = site.modules[0].name.rpartition(".")
+        fused.setdefault(name, {})[parameter] = site.index
+    for name, module in model.named_modules():
+        place = forward_place(module)
+        if isinstance(earlier := vars(module).get(place), FusedForward):  # of another `CloudModel`
+            setattr(module, place, earlier.own)
+            if place == "forward":  # the class's own
+                delattr(module, place)
+        if name in fused:
+            found = _Fused(fused[name])
+            setattr(module, place, FusedForward(module, getattr(module, place), found.weights))
+
+
+@dataclass(frozen=True)
+class _Fused:
+    """Sites of a module's fused weights, by parameter."""
+
+    sites: Mapping[str, int]
+
+    def weights(self, module: nn.Module) -> Mapping[str, LowRank]:
+        """What the pass of this thread puts in their place."""
+        current = current_pass()
+        return {} if current is None else current.fused(module, self.sites)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ Its tensors come behind the request, in a few frames, while the cloud computes a
 for its own alone. They go with the stream. In backward their gradients are sent as they are there,
 also in a few frames, so that the way of most of them is hidden behind computing.
 
-Shapes: B batch, T tokens, D width of what a module reads, R rank, O width of what it adds to.
+Shapes: B batch, T tokens, D width of what a module reads, R rank, O width of what it adds to,
+E experts.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from dlora.cloud.exchange import Exchange
 from dlora.cloud.frozen_store import FrozenStore
 from dlora.cloud.hosted_request import HostedModule, HostedRequest, HostedTensors
+from dlora.cloud.low_rank import Count, LowRank
 from dlora.errors import WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.activations import activation_of
@@ -164,13 +166,32 @@ class HostedAdapter:
     def macs(self, site: int, *, input_grad: bool) -> tuple[int, int]:
         """(forward, backward) multiply-adds of a row at a site.
 
-        Backward makes the gradients of A and B, that at the rank and, if asked for, that of x.
+        Backward makes the gradients of A and B, that at the rank and, if asked for, that of x. Of a
+        fused weight it is a row of one expert.
         """
         modules = [module.checked for module in self._sites[site]]
-        forward = sum(module.numel for module in modules)
+        forward = sum(
+            module.rank * (module.in_features + module.out_features) for module in modules
+        )
         ranks = sum(module.rank * module.out_features for module in modules)
         inputs = sum(module.rank * module.in_features for module in modules)
         return forward, forward + ranks + (inputs if input_grad else 0)
+
+    def fused(self, site: int, weight: Tensor, count: Count) -> LowRank:
+        """A fused weight with the factors of its experts, [E, O, R] and [E, R, D], beside it.
+
+        `weight` is [E, O, D]; or [E, D, O], and then both are turned.
+        """
+        (module,) = self._sites[site]
+        if module.tensors is None:
+            raise AssertionError("a site waits for its tensors")
+        a, b, _, _ = module.tensors
+        experts, rank = module.checked.experts, module.checked.rank
+        a_ERD = a.view(experts, rank, -1)
+        b_EOR = b.view(-1, rank, experts).permute(2, 0, 1)
+        if module.checked.transposed:
+            return LowRank(weight, a_ERD.mT, b_EOR.mT, count)
+        return LowRank(weight, b_EOR, a_ERD, count)
 
     def deltas(self, site: int, x: Tensor, past: int) -> tuple[Tensor, ...]:
         """What each module of a site adds, [B, T, O] float32: B f(A dropout(x)).
@@ -225,9 +246,10 @@ def _decoded(message: pb.ModuleTensors, checked: HostedModule) -> HostedTensors:
     for name, shape in zip(_FIELDS, checked.shapes, strict=True):
         if message.HasField(name) != (shape is not None):
             raise WireError(f"{checked.name}: {name} is missing, or was not announced")
-    return (
-        tensor("a", (checked.rank, checked.in_features)),
-        tensor("b", (checked.out_features, checked.rank)),
-        tensor("a_bias", (checked.rank,)) if checked.message.a_bias else None,
-        tensor("b_bias", (checked.out_features,)) if checked.message.b_bias else None,
+    a, b, a_bias, b_bias = (
+        None if shape is None else tensor(name, shape)
+        for name, shape in zip(_FIELDS, checked.shapes, strict=True)
     )
+    if a is None or b is None:
+        raise AssertionError("a module has both matrices")
+    return a, b, a_bias, b_bias

@@ -27,7 +27,11 @@ from dlora.protocol.sites import Site
 __all__ = ["HostedModule", "HostedRequest", "HostedTensors", "check_hosted"]
 
 HostedTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-"""A [R, D], scaled B [O, R], and the biases of A [R] and of B [O] where there are any; float32."""
+"""A [R, D], scaled B [O, R], and the biases of A [R] and of B [O] where there are any; float32.
+
+Of E experts A [E R, D] and B [O, R E], in peft's order: rows of A are by expert and then by rank,
+columns of B by rank and then by expert.
+"""
 
 _FLOAT_BYTES = 4
 
@@ -42,6 +46,12 @@ class HostedModule:
     in_features: int
     rank: int
     out_features: int
+    experts: int
+    """0: a linear module. Else A and B hold those of so many experts, each of this rank."""
+    transposed: bool
+    """The weight of the experts is [experts, in, out]."""
+    rows: float
+    """Rows that it reads for each token."""
 
     device: torch.device
     """Where the linear is that it sits on."""
@@ -52,17 +62,23 @@ class HostedModule:
     @property
     def shapes(self) -> list[tuple[int, ...] | None]:
         """Of A, B and the biases; None for one that there is not."""
+        ranks = self.rank * max(1, self.experts)
         return [
-            (self.rank, self.in_features),
-            (self.out_features, self.rank),
+            (ranks, self.in_features),
+            (self.out_features, ranks),
             (self.rank,) if self.message.a_bias else None,
             (self.out_features,) if self.message.b_bias else None,
         ]
 
     @property
     def numel(self) -> int:
-        """Values of A and B: multiply-adds of a row."""
-        return self.rank * (self.in_features + self.out_features)
+        """Values of A and B."""
+        return max(1, self.experts) * self.rank * (self.in_features + self.out_features)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of a token."""
+        return int(self.rows * self.rank * (self.in_features + self.out_features))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,37 +95,45 @@ class HostedRequest:
     """What the owner may keep; None: no limit but the store's."""
 
     @property
-    def numel(self) -> int:
-        """Values of all A and B."""
-        return sum(module.numel for module in self.modules)
+    def macs(self) -> int:
+        """Multiply-adds of a token in all modules."""
+        return sum(module.macs for module in self.modules)
 
     def adapter_bytes(self, *, training: bool) -> int:
-        """Memory of the tensors themselves and, in training, of their gradients."""
-        values = sum(module.numel + module.rank + module.out_features for module in self.modules)
-        return _FLOAT_BYTES * values * (2 if training else 1)
+        """Memory of the tensors themselves and, in training, of their gradients.
+
+        Those of experts are put together from each one's.
+        """
+        values = 0
+        for module in self.modules:
+            copies = 1 if not training else 3 if module.experts else 2
+            values += copies * (module.numel + module.rank + module.out_features)
+        return _FLOAT_BYTES * values
 
     def pass_bytes(self, tokens: int, *, training: bool, recompute: bool = False) -> int:
         """Memory of a pass over so many tokens: what backward needs, and the largest site's work.
 
         A site keeps x in float32; a module x A^T, before and after its activation, and for each
         mask of dropout the mask and what it leaves. Deltas and their gradients come and go. Where
-        layers run again in backward only one keeps anything at a time.
+        layers run again in backward only one keeps anything at a time. A fused weight reads a row
+        for each expert that sees a token; its delta is made of rows alone.
         """
         kept: Counter[int] = Counter()
-        most = 0
+        most = 0.0
         for _, group in groupby(self.modules, key=lambda module: module.site):
             site = list(group)
-            width = site[0].in_features
-            most = max(most, 2 * (width + sum(module.out_features for module in site)))
+            width, rows = site[0].in_features, site[0].rows
+            most = max(most, 2 * rows * (width + sum(module.out_features for module in site)))
             layer = layer_of(site[0].name)
-            kept[layer] += width
+            values = width
             for module in site:
                 masks = sum(1 for part in module.message.dropouts if part.p)
-                kept[layer] += 2 * masks * width + 2 * module.rank
+                values += 2 * masks * width + 2 * module.rank
+            kept[layer] += math.ceil(rows * values)
         held = kept.total()
         if recompute:
             held = kept.pop(-1, 0) + max(kept.values(), default=0)
-        return _FLOAT_BYTES * tokens * (most + (held if training else 0))
+        return math.ceil(_FLOAT_BYTES * tokens * (most + (held if training else 0)))
 
 
 def check_hosted(
@@ -190,6 +214,9 @@ def _checked(
         in_features=site.in_features,
         rank=rank,
         out_features=width,
+        experts=site.experts,
+        transposed=site.transposed,
+        rows=site.rows,
         device=device,
         message=entry,
         kept=kept,
@@ -197,6 +224,8 @@ def _checked(
     if kept is not None and checked.shapes != [None if t is None else tuple(t.shape) for t in kept]:
         raise WireError(f"{name}: what was kept under this hash has other shapes")
     _check_arithmetic(entry, rank, name)
+    if site.experts and (entry.a_bias or entry.b_bias or entry.activation or entry.dropouts):
+        raise WireError(f"{name}: a fused weight has no biases, activation or dropout")
     return checked
 
 

@@ -159,7 +159,7 @@ def load_cloud(
         allowed=lambda module: allowed.search(module) is not None,
         limits=limits,
     )
-    modules = [module for site in cloud.sites for module in site.modules]
+    modules = [module for site in (*cloud.sites, *cloud.experts) for module in site.modules]
     if modules and not any(module.allowed for module in modules):
         names = dict.fromkeys(module.name.rpartition(".")[2] for module in modules)
         raise UsageError(

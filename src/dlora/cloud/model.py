@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -28,12 +28,14 @@ from dlora.cloud.caches import is_recurrent, measure_cache, new_cache
 from dlora.cloud.costs import FlopCount, attention_of, other_flops, pass_flops
 from dlora.cloud.describe import (
     Findings,
+    describe_experts,
     describe_layers,
     describe_limits,
     describe_site,
     head_width,
 )
 from dlora.cloud.exchange import Pipe
+from dlora.cloud.experts import find_experts
 from dlora.cloud.frozen_store import FrozenStore, check_frozen_shape
 from dlora.cloud.hooks import install_hooks
 from dlora.cloud.hosted import HostedAdapter
@@ -54,7 +56,7 @@ from dlora.errors import DLoRAError, ModelError, UsageError, WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.channel import PROTOCOL_VERSION
 from dlora.protocol.decoder import called_outside
-from dlora.protocol.sites import output_sites
+from dlora.protocol.sites import Site, output_sites
 from dlora.protocol.weights import weight_of
 from dlora.protocol.wire import WIRE_DTYPES
 
@@ -108,7 +110,11 @@ class CloudModel:
         self.sites, self.unusable = traced.sites, traced.unusable
         if keep_apart(model, before):  # a cache may have worked by what a pass left
             self.cache_cost, _ = measure_cache(parts, ids_BT)
-        self.all_sites = (*traced.sites, *output_sites(traced.sites))
+        linear = (*traced.sites, *output_sites(traced.sites))
+        passes = self._traced_passes(ids_BT)
+        self.experts = find_experts(parts, traced.sites, len(linear), passes, allowed)
+        """Fused weights of experts, which are adapted on the hosted wire."""
+        self.all_sites = (*linear, *self.experts)
         # Modules outside the layers, such as OPT's projections of the embedding, have layer -1.
         self.layers_with_sites = sorted(
             {module.layer for site in self.sites for module in site.modules} - {-1}
@@ -184,18 +190,8 @@ class CloudModel:
             frozen_store=self.frozen_store,
             prefix_store=self.prefix_store,
             device=self.parts.weight.device,
-            devices=self._other_devices(),
+            devices=_other_devices(self.model, self.all_sites, self.parts.weight.device),
         )
-
-    def _other_devices(self) -> dict[str, torch.device]:
-        """Where modules are that are not with the embedding, by their full names."""
-        places = {
-            module.name: device_of(self.model.get_submodule(module.name))
-            for site in self.sites
-            for module in site.modules
-        }
-        first = self.parts.weight.device
-        return {name: device for name, device in places.items() if device != first}
 
     # ----------------------------------------------------------------- description
 
@@ -214,6 +210,7 @@ class CloudModel:
             hidden_width=self.hidden_width,
             head_width=head_width(self.model, self.hidden_width),
             sites=[describe_site(self.model, site) for site in self.sites],
+            experts=[describe_experts(site) for site in self.experts],
             wire_dtypes=WIRE_DTYPES.values(),
             layers=describe_layers(self.layers, self.limits),
             limits=describe_limits(self.limits, self.memory, self.requests),
@@ -304,7 +301,7 @@ class CloudModel:
             adapter_macs = tokens * sum(a.numel() + b.numel() for a, b in request.idle.values())
             kept_bytes = self.memory.of_cache(request.batch, request.cache_length)
             if request.hosted is not None:
-                adapter_macs += tokens * request.hosted.numel
+                adapter_macs += tokens * request.hosted.macs
                 kept_bytes += request.hosted.adapter_bytes(training=False)
             flops = self.flops(request)[0] + 2 * adapter_macs
             self._pass(request, pipe, hosted, cache, flops).run()
@@ -345,6 +342,20 @@ class CloudModel:
         return pass_flops(
             request, self.sites, self.layers_with_sites, self.model.config, self.other_flops
         )
+
+
+def _other_devices(
+    model: PreTrainedModel, sites: Sequence[Site], first: torch.device
+) -> dict[str, torch.device]:
+    """Where modules and fused weights are that are not on the first device, by full name."""
+    places = {
+        module.name: model.get_parameter(module.name).device
+        if site.experts
+        else device_of(model.get_submodule(module.name))
+        for site in sites
+        for module in site.modules
+    }
+    return {name: device for name, device in places.items() if device != first}
 
 
 def _within_model(limits: Limits, model: PreTrainedModel, offloaded: bool) -> Limits:

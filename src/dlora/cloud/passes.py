@@ -16,13 +16,13 @@ Shapes: B batch, T tokens, D width of a site's input, O of an output, R rank.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
@@ -30,6 +30,7 @@ from transformers.cache_utils import CacheLayerMixin
 from dlora.cloud.exchange import Exchange, Pipe
 from dlora.cloud.hosted import HostedAdapter
 from dlora.cloud.leftovers import own_attributes
+from dlora.cloud.low_rank import LowRank
 from dlora.cloud.parts import Parts
 from dlora.cloud.pass_request import PassRequest
 from dlora.cloud.quantize import give_back
@@ -187,9 +188,7 @@ class Pass:
         run: Callable[[Tensor], Any],
         skip: Callable[[Tensor], Any],
     ) -> Any:
-        """Skip the edge's layers, and those below named prefixes; put the entry in before the
-        others, and note what comes out. Keep prefixes that have names.
-        """
+        """Skip the edge's layers, and those below named prefixes; put the entry in before others."""
         request, edge_layers = self.request, self.request.edge_layers
         if index < request.first_layer or not edge_layers.in_cloud(index):
             return skip(hidden_BTD)
@@ -200,14 +199,15 @@ class Pass:
             self.exchange.keep_prefixes(hidden_BTD)
 
         if request.recompute:
+            input_bytes = hidden_BTD.nbytes
             output = checkpoint(
                 run,
                 hidden_BTD,
                 use_reentrant=False,
                 preserve_rng_state=False,  # masks of dropout come from seeds of their own
-                context_fn=partial(self._contexts, index, hidden_BTD.nbytes),
+                context_fn=lambda: (nullcontext(), self._again(index, input_bytes)),
             )
-            self._give_back(hidden_BTD.nbytes)
+            self._give_back(input_bytes)
         else:
             output = run(hidden_BTD)
         if edge_layers and index == edge_layers.end - 1:
@@ -217,10 +217,6 @@ class Pass:
     def looked_up(self, index: int, output: Tensor) -> Tensor:
         """What the edge has looked up in the table number `index`, in place of the cloud."""
         return self._looked_up[index] if self._looked_up else output
-
-    def _contexts(self, index: int, input_bytes: int) -> tuple[Any, Any]:
-        """Of the two runs of a layer that is to run again."""
-        return nullcontext(), self._again(index, input_bytes)
 
     @contextmanager
     def _again(self, index: int, input_bytes: int) -> Iterator[None]:
@@ -314,10 +310,30 @@ class Pass:
     def _compute(self, hosted: HostedAdapter, site: int, x: Tensor) -> tuple[Tensor, ...]:
         """The deltas of a hosted adapter at a site."""
         hosted.wait(self.exchange, site)
-        rows = x.numel() // x.shape[-1]
+        self._count_rows(hosted, site, x.numel() // x.shape[-1], x)
+        return hosted.deltas(site, x, self.request.past)
+
+    def fused(self, module: nn.Module, sites: Mapping[str, int]) -> dict[str, LowRank]:
+        """What this pass puts in the place of fused weights of experts, by parameter.
+
+        `sites` are those of the module's. Only the cloud computes there.
+        """
+        self.exchange.breathe()
+        if self.hosted is None:
+            return {}
+        found = {}
+        for name, site in sites.items():
+            if site in self.exchange.modules:
+                self.hosted.wait(self.exchange, site)
+                weight = module.get_parameter(name)
+                count = partial(self._count_rows, self.hosted, site)
+                found[name] = self.hosted.fused(site, weight, count)
+        return found
+
+    def _count_rows(self, hosted: HostedAdapter, site: int, rows: int, x: Tensor) -> None:
+        """Count what a hosted adapter computes for so many rows at a site."""
         forward, backward = hosted.macs(site, input_grad=x.requires_grad)
         self._count(rows * forward, rows * backward if self.request.training else 0)
-        return hosted.deltas(site, x, self.request.past)
 
     def _apply_frozen(self, x: Tensor, output: Tensor, a_RD: Tensor, b_OR: Tensor) -> Tensor:
         """A module's output plus the delta of a frozen module of the edge."""

@@ -47,7 +47,7 @@ class RequestCheck:
 
     sites: tuple[Site, ...]  # those that read an input
     all_sites: tuple[Site, ...]
-    """The same, and behind them those that read an output."""
+    """The same, and behind them those that read an output, and fused weights of experts."""
     num_layers: int
     """Decoder layers that edges may run some of; 0: they may run none."""
 
@@ -75,7 +75,6 @@ class RequestCheck:
         codecs = codecs_of(message)
         if unknown := codecs.dtypes - set(WIRE_DTYPES.values()):
             raise WireError(f"wire dtype number {min(unknown)} is not known")
-
         edge_layers = self._check_edge_layers(message)
         active = self._check_modules(message.sites, edge_layers)
         _check_gradients(message)
@@ -107,6 +106,7 @@ class RequestCheck:
             drop_input_grads=message.drop_input_grads,
             recompute=self.limits.recompute and message.training,
         )
+        _check_experts(without_tokens)
         request = self._with_tokens(without_tokens, message)
         prefixes = check_prefixes(message, active, edge_layers, self.prefix_store, owner)
         return dataclasses.replace(request, prefixes=prefixes)
@@ -335,6 +335,17 @@ class RequestCheck:
             raise UsageError(f"{self.class_name} takes no position_ids")
         ids = torch.tensor(position_ids, dtype=torch.int64)
         return ids.view(batch, length).to(self.device)
+
+
+def _check_experts(request: PassRequest) -> None:
+    """Fused weights of experts are active on the hosted wire alone, and nothing else."""
+    fused = [site.modules[0].name for site, _ in request.active if site.experts]
+    if fused and request.hosted is None:
+        raise UsageError(
+            f"experts: an adapter on {fused[0]} is computed in the cloud: use wire=hosted"
+        )
+    if any(site.experts for site, _ in request.probe):
+        raise WireError("probe: a fused weight of experts has no norm of g^T x")
 
 
 def _joined_mask(

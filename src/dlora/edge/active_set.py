@@ -56,12 +56,22 @@ class ActiveSet:
         return not self.all_active and layer.active_adapters != self._chosen_for[name]
 
     def choose(self, modules: Iterable[str], idle: Idle) -> None:
-        """Train and exchange only these modules. Raises UsageError for modules without adapter."""
+        """Train and exchange only these modules.
+
+        Raises UsageError for modules without adapter, and for experts that nobody could apply.
+        """
         active = frozenset(modules)
         if unknown := sorted(active - set(self.adapted_modules)):
             raise UsageError(
                 f"set_active: {unknown[0]} has no adapter; those that have: "
                 f"{self.adapted_modules[:3]} ..."
+            )
+
+        fused = [name for site in self.sites if site.is_fused for name in site.names]
+        if idle == "cloud" and (left := [name for name in fused if name not in active]):
+            raise UsageError(
+                f"idle=cloud: the cloud keeps no frozen experts: let {left[0]} be active, or use "
+                "idle=drop"
             )
 
         self.all_active, self._active, self.idle, self._frozen = False, active, idle, {}

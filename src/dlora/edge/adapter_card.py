@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from huggingface_hub import ModelCardData
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 
 from dlora.errors import UsageError
 
@@ -25,7 +25,7 @@ def write_card(model: PeftModel, output_dir: str) -> None:
     config = model.active_peft_config
     text = (
         f"{card_head(base)}\n# A LoRA adapter for {base}\n\n"
-        f"Rank {config.r}, alpha {config.lora_alpha}, on {_targets(config.target_modules)}. Made "
+        f"Rank {config.r}, alpha {config.lora_alpha}, on {_targets(config)}. Made "
         f"with DLoRA.\n\n{how_to_load(base, Path(output_dir).name)}"
     )
     file.write_text(text, encoding="utf-8")
@@ -57,8 +57,13 @@ def how_to_load(base: str, folder: str, *, bottleneck: bool = False) -> str:
     )
 
 
-def _targets(targets: Any) -> str:
-    return ", ".join(sorted(targets)) if isinstance(targets, set | list) else str(targets)
+def _targets(config: LoraConfig) -> str:
+    """Modules, and fused weights of experts."""
+    if isinstance(config.target_modules, str):
+        names = [config.target_modules]
+    else:
+        names = sorted(config.target_modules or ())
+    return ", ".join((*names, *sorted(config.target_parameters or ())))
 
 
 def refuse_merging(*_: Any, **__: Any) -> NoReturn:

@@ -22,8 +22,8 @@ __all__ = ["check_matched", "checked_config", "read_adapter_config", "targetable
 # Options of LoraConfig that need nothing but A and B. Every other option must be at its default.
 _SUPPORTED_OPTIONS: Final = frozenset(
     "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
-    "r target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out use_rslora "
-    "init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern "
+    "r target_modules target_parameters exclude_modules lora_alpha lora_dropout fan_in_fan_out "
+    "use_rslora init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern "
     "kind activation scale".split()
 )
 _SUPPORTED_INITS: Final = (True, False, "gaussian", "orthogonal")
@@ -56,11 +56,6 @@ def checked_config(config: LoraConfig) -> LoraConfig:
         raise UsageError(f"got a {type(config).__name__}, want a peft.LoraConfig")
     config = dataclasses.replace(config, task_type=TaskType.CAUSAL_LM)
 
-    if config.target_parameters:
-        raise UsageError(
-            f"LoraConfig.target_parameters={sorted(config.target_parameters)!r} is not supported: "
-            "fused experts see only their tokens, and stay in the cloud. Use target_modules"
-        )
     plain = type(config)()
     for option in dataclasses.fields(config):
         value = getattr(config, option.name)
@@ -70,6 +65,8 @@ def checked_config(config: LoraConfig) -> LoraConfig:
                 "weights, only B(A(x))"
             )
 
+    if isinstance(config, BottleneckConfig) and config.target_parameters:
+        raise UsageError("bottleneck adapters sit on linear modules: no target_parameters")
     if isinstance(config, BottleneckConfig) and (
         config.rank_pattern or config.alpha_pattern or config.use_rslora
     ):

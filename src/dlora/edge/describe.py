@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from dlora.edge.adapter_config import read_adapter_config
 from dlora.edge.bottleneck import BottleneckConfig, is_series
 from dlora.edge.description import has_cache
+from dlora.edge.experts import layer_widths, offered_experts
 from dlora.edge.sites import allowed_names
 from dlora.edge.wall import wall
 from dlora.errors import UsageError
@@ -39,6 +40,9 @@ def describe_server(address: str, description: pb.Description) -> Iterator[tuple
     num_sites = len(description.sites)
     yield "adapters", f"{allowed} of {len(modules)} modules at {num_sites} sites may be adapted"
     yield "targets", allowed_names(description)
+    if fused := sum(one.allowed for one in description.experts):
+        kinds = offered_experts(description)
+        yield "experts", f"{fused} fused weights, on the hosted wire (target_parameters): {kinds}"
 
     limits = description.limits
     yield "lengths", f"{limits.max_length} tokens a sequence, {limits.max_tokens} a micro-batch"
@@ -93,8 +97,10 @@ def describe_adapter(
     yield "adapter", f"{folder}, {_kind_of(config)}"
     yield "base", config.base_model_name_or_path or "not named"
 
-    kinds = sorted({name.rpartition(".")[2] for name in names})
-    yield "modules", f"{len(names)}: {', '.join(kinds)}"
+    kinds = {name.replace(".base_layer", "").rpartition(".")[2] for name in names}
+    fused = sorted(config.target_parameters or ())
+    of_experts = f"; fused weights of experts: {', '.join(fused)}" if fused else ""
+    yield "modules", f"{len(names)}: {', '.join(sorted(kinds))}{of_experts}"
     parameters = sum(math.prod(shape) for shape in shapes.values())
     size = sum(file.stat().st_size for file in folder.glob("adapter_model.*"))
     yield "size", f"{parameters} parameters, {size / 2**20:.1f} MiB"
@@ -125,8 +131,12 @@ def _describe_fit(
     sites = [
         site for site in description.sites if any(module.name in names for module in site.modules)
     ]
-    num_sites = len(names) if in_series else len(sites)
-    yield "sites", f"{num_sites} active: {num_sites + 1} round trips a generated token"
+    fused = {
+        name: widths for name, widths in layer_widths(config, description).items() if name in names
+    }
+    num_sites = len(names) if in_series else len(sites) + len(fused)
+    trips = "1 round trip, on the hosted wire," if fused else f"{num_sites + 1} round trips"
+    yield "sites", f"{num_sites} active: {trips} a generated token"
 
     made_for, served = config.base_model_name_or_path, description.model_id
     if made_for != served:
@@ -138,7 +148,7 @@ def _describe_fit(
         for site in description.sites
         for module in site.modules
         if module.allowed
-    }
+    } | fused
     missing = [name for name in names if name not in offered]
     misfits = [name for name in names if name in offered and _widths(shapes, name) != offered[name]]
     if missing:

@@ -25,6 +25,9 @@ MAX_WIDTH: Final = 2**20
 _MAX_CONFIG_BYTES: Final = 256 * 2**10
 _MAX_SITES_A_LAYER: Final = 16
 _MAX_MODULES_A_SITE: Final = 256
+_MAX_EXPERTS: Final = 2**14
+_MAX_EXPERT_VALUES: Final = 2**26
+"""Values of A and B on a fused weight, for each rank: many times those of the largest mixtures."""
 _MAX_FILES: Final = 32
 _MAX_TEXT: Final = 200
 _MAX_NUMBER: Final = 2**40  # of tokens and bytes: more than any machine has
@@ -53,6 +56,7 @@ def read_description(data: bytes, address: str) -> pb.Description:
     check = _Check(address)
     check.model(description)
     check.sites(description)
+    check.experts(description)
     check.limits(description.limits)
     check.files("edge files", description.edge_files, _MAX_FILES)
     check.files("layer files", description.layers.files, MAX_LAYERS + 1)
@@ -128,6 +132,25 @@ class _Check:
                 )
                 norm = module.weight_norm
                 self._want(0 <= norm < math.inf, "norm of a weight", norm, "a number from 0")
+
+    def experts(self, description: pb.Description) -> None:
+        """Numbers of fused weights, and their names and sizes."""
+        count, most = len(description.experts), _MAX_SITES_A_LAYER * MAX_LAYERS
+        self._want(count <= most, "fused weights", count, f"{most}")
+        for one in description.experts:
+            self._want(
+                _NAME.fullmatch(one.name) is not None,
+                *("name of a fused weight", one.name, "letters, digits and dots"),
+            )
+            self._sizes("width of experts", [one.in_features, one.out_features])
+            self._sizes("experts", [one.experts], _MAX_EXPERTS)
+            values = one.experts * (one.in_features + one.out_features)
+            self._sizes("values of experts", [values], _MAX_EXPERT_VALUES)
+            fits = one.site < len(description.sites)
+            self._want(fits, "site before experts", one.site, "one of the sites")
+            self._want(
+                0 <= one.rows <= _MAX_EXPERTS, "rows of a token", one.rows, "a number from 0"
+            )
 
     def limits(self, limits: pb.Limits) -> None:
         """Numbers that the edge computes with."""

@@ -5,7 +5,7 @@ gradients of peft's parameters on the way back. `KeptVersions` decides when the 
 one, so that with gradient accumulation it travels once an optimizer step.
 
 Shapes: D width of what a module reads, R rank (of all active adapters together), O width of what it
-adds to.
+adds to, E experts.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from dlora.edge.experts import experts_of, joined
 from dlora.edge.lora import active_names
 from dlora.edge.sites import ActiveSite
 from dlora.errors import UsageError, WireError
@@ -152,7 +153,7 @@ class HostedAdapter:
             pb.HostedModule(
                 site=site.index,
                 module=site.modules[number],
-                rank=message.a.shape[0],
+                rank=message.a.shape[0] // max(1, experts_of(site.layers[number])),
                 a_bias=message.HasField("a_bias"),
                 b_bias=message.HasField("b_bias"),
                 hash=key if self._by_hash else b"",
@@ -229,8 +230,15 @@ class HostedAdapter:
 def _tensors(layer: LoraLayer) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """A [R, D], scaled B [O, R], and their biases if there are any, float32.
 
-    The sum of the active adapters: A one under the other, B side by side.
+    The sum of the active adapters: A one under the other, B side by side. Of a fused weight A
+    [E R, D] and B [O, R E].
     """
+    if experts := experts_of(layer):
+        pairs = (
+            (layer.lora_A[name].weight.float(), layer.lora_B[name].weight.float() * scaling)
+            for name, scaling in ((name, layer.scaling[name]) for name in active_names(layer))
+        )
+        return *joined(pairs, experts), None, None
     downs, ups, offsets, shifts = [], [], [], []
     for name in active_names(layer):
         lora_A, lora_B, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]

@@ -26,6 +26,7 @@ from dlora.edge.adapter_config import (
     targetable,
 )
 from dlora.edge.adapter_weights import check_adapter_weights, read_adapter_weights
+from dlora.edge.experts import check_parameters
 from dlora.edge.link import Link
 from dlora.edge.model import SplitModel, check_options
 from dlora.edge.options import OptionArguments, SplitOptions
@@ -64,7 +65,8 @@ def get_peft_model(
     tuner = model.base_model
     # Those that hold others, such as a layer, are excluded by no name.
     modules = [name for name, one in tuner.model.named_modules() if hasattr(one, "weight")]
-    check_matched(config, tuner.targeted_module_names, modules, allowed_names(link.description))
+    targeted = [*tuner.targeted_module_names, *tuner.targeted_parameter_names]
+    check_matched(config, targeted, modules, allowed_names(link.description))
     return model
 
 
@@ -80,6 +82,7 @@ def _put_on(
     base = build_skeleton(link, edge_layers)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == _ALL_LINEAR:
         config.target_modules = _all_linear(base, link)
+    check_parameters(config, base, link.description, split_options.wire)
     config.base_model_name_or_path = link.description.model_id
     try:
         model = SplitModel(base, config, link, split_options, edge_layers)

@@ -55,7 +55,7 @@ from dlora.edge.labels import spread
 from dlora.edge.link import Link
 from dlora.edge.meter import Meter
 from dlora.edge.micro_batch import as_node
-from dlora.edge.options import OPTION_NAMES, OptionArguments, SplitOptions
+from dlora.edge.options import OPTION_NAMES, OptionArguments, SplitOptions, check_experts
 from dlora.edge.passes import PassInput, fill_padding, is_right_padded
 from dlora.edge.remote_forward import stand_in
 from dlora.edge.responder import Wait
@@ -125,6 +125,7 @@ class SplitModel(PeftModelForCausalLM):
             raise UsageError("edge_layers are loaded when the model is built: build another one")
         options = self.options.changed(**changes)
         check_options(self.link, options)
+        check_experts(options.wire, self._fused_names())
         self.options = options
         if {"in_flight", "wire"} & changes.keys():
             self.part_count = PartCount.asked(options.in_flight)
@@ -265,6 +266,11 @@ class SplitModel(PeftModelForCausalLM):
         """Find where the adapters sit: at sites of the cloud, or in edge layers."""
         self.active_set.sites, adapters = match_sites(self, self.link.description, self.edge_layers)
         self._edge_decoder.use_adapters(adapters)
+        check_experts(self.options.wire, self._fused_names())
+
+    def _fused_names(self) -> list[str]:
+        """Full names of adapted experts, which the hosted wire alone can have."""
+        return [name for site in self.sites if site.is_fused for name in site.names]
 
     @property
     def sites(self) -> tuple[ActiveSite, ...]:
@@ -342,6 +348,11 @@ class SplitModel(PeftModelForCausalLM):
             self.peft_config["default"], BottleneckConfig
         ):
             raise UsageError("bottleneck adapters stand alone: load each on a model of its own")
+        if peft_config.target_parameters and not self._fused_names():
+            raise UsageError(
+                "target_parameters: an adapter on experts has to be the model's first: build "
+                "another one with it"
+            )
         super().add_adapter(adapter_name, checked_config(peft_config), *args, **kwargs)
         self._match_sites()
 

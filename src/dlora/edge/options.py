@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, Literal, TypedDict, Unpack, get_args
 
@@ -19,6 +20,7 @@ __all__ = [
     "check_cache_prefix",
     "check_consent",
     "check_edge_layers",
+    "check_experts",
     "check_in_flight",
     "check_input_grad",
 ]
@@ -133,6 +135,16 @@ def check_consent(wire: str, upload_consent: bool) -> None:
             "wire=hosted sends the active modules' A and B to the cloud, which computes with them "
             "and sees the adapter itself and its gradients: agree with upload_consent "
             "(--upload_consent true), or use wire=factored or plain"
+        )
+
+
+def check_experts(wire: str, names: Iterable[str]) -> None:
+    """Raises UsageError for fused weights of experts on a wire where the edge computes."""
+    for name in names if wire != "hosted" else ():
+        raise UsageError(
+            f"experts: {name} is a fused weight of experts, which see only their tokens, so that "
+            f"wire={wire} cannot exchange its deltas: use wire=hosted with upload_consent (--wire "
+            "hosted --upload_consent true), where the cloud computes them and sees the adapter"
         )
 
 

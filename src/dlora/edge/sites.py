@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from dlora.edge.bottleneck import is_series
+from dlora.edge.experts import adapted_name, experts_of, fused_sites, offered_experts
 from dlora.edge.lora import active_names
 from dlora.errors import UsageError
 from dlora.proto import dlora_pb2 as pb
@@ -42,9 +43,14 @@ class ActiveSite:
     """Indices into the cloud's list of this site's modules."""
     layers: tuple[LoraLayer, ...]
     names: tuple[str, ...]
-    """Full names of the modules."""
+    """Full names of the modules; of a fused weight of experts, that of the parameter."""
     depth: int
     """Its place in the forward pass, among the sites that read an input."""
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether its one module is a fused weight of experts, which the cloud has to compute."""
+        return any(map(experts_of, self.layers))
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -81,18 +87,23 @@ def match_sites(
     UsageError for LoRA layers that the cloud cannot serve.
     """
     layers = {
-        name: module
+        adapted_name(name, module): module
         for name, module in model.get_base_model().named_modules()
         if isinstance(module, LoraLayer)
     }
     here = {
         name: layers.pop(name) for name in list(layers) if not edge_layers.in_cloud(layer_of(name))
     }
+    if fused := [name for name, layer in here.items() if experts_of(layer)]:
+        raise UsageError(
+            f"experts: {fused[0]} is in a layer that runs on the edge, where only linear modules "
+            "are adapted: use fewer edge layers, or name the layers in target_parameters"
+        )
 
     inputs = shared_sites(description)
     in_series = is_series(model.peft_config["default"])
     sites = []
-    for site in output_sites(inputs) if in_series else inputs:
+    for site in (*(output_sites(inputs) if in_series else inputs), *fused_sites(description)):
         modules = [i for i, module in enumerate(site.modules) if module.name in layers]
         for i in modules:
             if not site.modules[i].allowed:
@@ -114,21 +125,23 @@ def match_sites(
                 )
             )
 
-    if layers:  # those that no site took
-        name, layer = next(iter(layers.items()))
-        if isinstance(layer, ParamWrapper):
-            raise UsageError(
-                f"experts: these targets make peft adapt the fused weight {layer.parameter_name} of"
-                f" {name.removesuffix('.base_layer')}, whose experts see only their tokens; that "
-                "stays in the cloud. Use all-linear, or other target_modules. This server allows: "
-                f"{allowed_names(description)}."
-            )
-        raise UsageError(
-            f"target module {name} cannot be adapted from the edge: it is not a "
-            "linear module of the decoder that runs once for each token. This server allows: "
-            f"{allowed_names(description)}."
-        )
+    for name, layer in layers.items():  # those that no site took
+        _refuse(name, layer, description)
     return tuple(sites), here
+
+
+def _refuse(name: str, layer: LoraLayer, description: pb.Description) -> NoReturn:
+    """Raises UsageError for a LoRA layer that sits where the server takes none."""
+    if experts_of(layer):
+        raise UsageError(
+            f"experts: {name} cannot be adapted. This server allows: "
+            f"{offered_experts(description)}."
+        )
+    raise UsageError(
+        f"target module {name} cannot be adapted from the edge: it is not a "
+        "linear module of the decoder that runs once for each token. This server allows: "
+        f"{allowed_names(description)}."
+    )
 
 
 def allowed_names(description: pb.Description) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dlora.edge.lora import product_of
 from dlora.edge.model import SplitModel
+from dlora.errors import UsageError
 from dlora.kill_revive.costs import USUAL, Costs, Rows, Unit
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.layers import layer_of
@@ -21,10 +22,18 @@ _WIDTH: Final = 1024  # a whole number of groups in every codec
 
 
 def units_of(model: SplitModel, kind: str) -> list[Unit]:
-    """The units of a model's adapter, of kind "site" or "module", in the cloud's calling order."""
+    """The units of a model's adapter, of kind "site" or "module", in the cloud's calling order.
+
+    Raises UsageError for experts, of which nothing could be measured.
+    """
     units = []
     for site in model.sites:
         names = site.names
+        if site.is_fused:
+            raise UsageError(
+                f"Kill and Revive measures linear modules, and not {names[0]}: leave "
+                "target_parameters out, or train with kr off"
+            )
         layer = layer_of(names[0])
         if kind == "site":
             units.append(Unit(f"site {site.index}: {', '.join(names)}", tuple(names), layer))

@@ -285,6 +285,8 @@ def _modules(model: SplitModel) -> Iterator[Module]:
     if isinstance(model.peft_config["default"], BottleneckConfig):
         return  # not linear: there is no product to solve for
     for site in model.sites:
+        if site.is_fused:
+            continue  # the hosted wire hands A and B over: there is nothing to solve for
         for name, index, layer in zip(site.names, site.modules, site.layers, strict=True):
             active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
             if active and not layer.disable_adapters:

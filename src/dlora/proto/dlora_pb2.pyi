@@ -114,7 +114,7 @@ class Limits(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., max_length: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_inflight_bytes: _Optional[int] = ..., bytes_per_token: _Optional[float] = ..., bytes_per_token_squared: _Optional[float] = ..., cache_bytes_per_token: _Optional[int] = ..., deep_rollback: _Optional[bool] = ..., cache_bytes_per_sequence: _Optional[int] = ..., no_rollback: _Optional[bool] = ..., whole_prompts: _Optional[bool] = ..., prefix_bytes: _Optional[int] = ...) -> None: ...
 
 class Description(_message.Message):
-    __slots__ = ("protocol_version", "software_version", "model_id", "fingerprint", "config_json", "compute_dtype", "embedding_width", "hidden_width", "sites", "wire_dtypes", "limits", "edge_files", "replicas", "layers", "head_width", "full_head", "all_rows", "tables")
+    __slots__ = ("protocol_version", "software_version", "model_id", "fingerprint", "config_json", "compute_dtype", "embedding_width", "hidden_width", "sites", "wire_dtypes", "limits", "edge_files", "replicas", "layers", "head_width", "full_head", "all_rows", "tables", "experts")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
@@ -133,6 +133,7 @@ class Description(_message.Message):
     FULL_HEAD_FIELD_NUMBER: _ClassVar[int]
     ALL_ROWS_FIELD_NUMBER: _ClassVar[int]
     TABLES_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     software_version: str
     model_id: str
@@ -151,7 +152,28 @@ class Description(_message.Message):
     full_head: bool
     all_rows: bool
     tables: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., model_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., config_json: _Optional[str] = ..., compute_dtype: _Optional[str] = ..., embedding_width: _Optional[int] = ..., hidden_width: _Optional[int] = ..., sites: _Optional[_Iterable[_Union[SiteInfo, _Mapping]]] = ..., wire_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., edge_files: _Optional[_Iterable[_Union[FileInfo, _Mapping]]] = ..., replicas: _Optional[_Iterable[str]] = ..., layers: _Optional[_Union[DecoderLayers, _Mapping]] = ..., head_width: _Optional[int] = ..., full_head: _Optional[bool] = ..., all_rows: _Optional[bool] = ..., tables: _Optional[_Iterable[str]] = ...) -> None: ...
+    experts: _containers.RepeatedCompositeFieldContainer[FusedWeight]
+    def __init__(self, protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., model_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., config_json: _Optional[str] = ..., compute_dtype: _Optional[str] = ..., embedding_width: _Optional[int] = ..., hidden_width: _Optional[int] = ..., sites: _Optional[_Iterable[_Union[SiteInfo, _Mapping]]] = ..., wire_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., edge_files: _Optional[_Iterable[_Union[FileInfo, _Mapping]]] = ..., replicas: _Optional[_Iterable[str]] = ..., layers: _Optional[_Union[DecoderLayers, _Mapping]] = ..., head_width: _Optional[int] = ..., full_head: _Optional[bool] = ..., all_rows: _Optional[bool] = ..., tables: _Optional[_Iterable[str]] = ..., experts: _Optional[_Iterable[_Union[FusedWeight, _Mapping]]] = ...) -> None: ...
+
+class FusedWeight(_message.Message):
+    __slots__ = ("name", "experts", "in_features", "out_features", "transposed", "allowed", "site", "rows")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    IN_FEATURES_FIELD_NUMBER: _ClassVar[int]
+    OUT_FEATURES_FIELD_NUMBER: _ClassVar[int]
+    TRANSPOSED_FIELD_NUMBER: _ClassVar[int]
+    ALLOWED_FIELD_NUMBER: _ClassVar[int]
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    experts: int
+    in_features: int
+    out_features: int
+    transposed: bool
+    allowed: bool
+    site: int
+    rows: float
+    def __init__(self, name: _Optional[str] = ..., experts: _Optional[int] = ..., in_features: _Optional[int] = ..., out_features: _Optional[int] = ..., transposed: _Optional[bool] = ..., allowed: _Optional[bool] = ..., site: _Optional[int] = ..., rows: _Optional[float] = ...) -> None: ...
 
 class DecoderLayers(_message.Message):
     __slots__ = ("count", "width", "in_tuple", "max_first", "max_last", "files")

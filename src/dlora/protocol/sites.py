@@ -1,7 +1,8 @@
 """Where adapters may sit: sites, which both halves number alike.
 
 A site is the set of linear modules that read the very same tensor (q, k and v of a
-layer; gate and up of an MLP): they share one exchange.
+layer; gate and up of an MLP): they share one exchange. Behind these, and those of outputs, come
+fused weights of experts, each a site of its own.
 """
 
 from __future__ import annotations
@@ -41,11 +42,18 @@ class Site:
     reads_output: bool = False
     depth: int = -1
     """The place of its modules in the forward pass: the index of the site that they read."""
+    experts: int = 0
+    """Over 0: its one module is a fused weight of so many experts, named as a parameter. It can be
+    adapted on the hosted wire alone. `depth` is then the site that is read before it."""
+    transposed: bool = False
+    """The fused weight is [experts, in, out], not [experts, out, in]."""
+    rows: float = 1.0
+    """Rows that its modules read for each token; of a fused weight, as many as experts see one."""
 
     @property
     def place(self) -> int:
         """`depth`, which is `index` for sites that read an input."""
-        return self.depth if self.reads_output else self.index
+        return self.depth if self.reads_output or self.experts else self.index
 
 
 def output_sites(sites: Sequence[Site]) -> tuple[Site, ...]:

@@ -45,8 +45,9 @@ def rules_of(description: pb.Description) -> _Rules:
     tokens = description.limits.max_tokens
     modules = sum(len(site.modules) for site in description.sites)
     widest = max((len(site.modules) for site in description.sites), default=1)
-    # Every module has an output, which is a site as well.
-    sites = Most(len(description.sites) + modules, inside={2: Most(widest, widest)})
+    # Every module has an output, which is a site as well; so is every fused weight of experts.
+    num_sites = len(description.sites) + modules + len(description.experts)
+    sites, hosted = Most(num_sites, inside={2: Most(widest, widest)}), num_sites
     tensors = Most(widest, inside=TENSOR.inside)
 
     # The fields of each frame that may be there more than once, or that hold such.
@@ -57,7 +58,7 @@ def rules_of(description: pb.Description) -> _Rules:
         12: TENSOR,
         16: Most(modules),
         17: sites,
-        22: Most(modules, inside={9: Most(_MOST_DROPOUTS)}),
+        22: Most(hosted, inside={9: Most(_MOST_DROPOUTS)}),
         24: Most(1, inside={1: ONCE}),
         27: Most(1, inside={1: ONCE}),
     }
@@ -71,7 +72,7 @@ def rules_of(description: pb.Description) -> _Rules:
             3: Most(1, inside={1: TENSOR}),
             4: Most(1, inside={2: TENSOR}),
             5: Most(1, inside=extend),
-            6: Most(1, inside={2: Most(modules, inside=MODULE)}),
+            6: Most(1, inside={2: Most(hosted, inside=MODULE)}),
         },
         put={2: Most(modules, inside={1: TENSOR, 2: TENSOR})},
     )
@@ -90,7 +91,12 @@ def largest_message(description: pb.Description) -> int:
         for module in site.modules
     ]
     put = min(sum(modules), PUT_BYTES + max(modules, default=0))
-    return 2 * max(awaited.most, awaited.largest_answer(), put)
+    fused = [
+        one.experts
+        * _module_bytes(one.in_features, one.out_features, max(one.in_features, one.out_features))
+        for one in description.experts
+    ]
+    return 2 * max(awaited.most, awaited.largest_answer(), put, *fused)
 
 
 def _module_bytes(inputs: int, out: int, rank: int) -> int:
@@ -111,7 +117,10 @@ class Awaited:
         ]
         outputs = [out for _, outs in self._sites for out in outs]
         self._sites += [(out, [out]) for out in outputs]
-        self._num_modules = len(outputs)
+        self._num_linear = len(self._sites)
+        self._sites += [(one.in_features, [one.out_features]) for one in description.experts]
+        self._experts = [one.experts for one in description.experts]
+        self._num_modules = len(outputs) + len(self._experts)
         self._entry_width = max(description.embedding_width, description.layers.width)
 
         self._hidden_width = max(description.hidden_width, self._entry_width)
@@ -140,7 +149,9 @@ class Awaited:
             inputs, outs = self._sites[entry.site] if entry.site < len(self._sites) else (0, [])
             out = outs[entry.module] if entry.module < len(outs) else 0
             rank = min(entry.rank, max(inputs, out))
-            total += _module_bytes(inputs, out, rank) + _ROW_BYTES * (rank + out + 2)
+            fused = entry.site - self._num_linear
+            experts = self._experts[fused] if 0 <= fused < len(self._experts) else 1
+            total += experts * (_module_bytes(inputs, out, rank) + _ROW_BYTES * (rank + out + 2))
         return total
 
     def check(self, size: int) -> None:
@@ -189,9 +200,9 @@ class Awaited:
     def largest_answer(self) -> int:
         """Of all sites, for as many tokens as a pass may have, on any wire. For a fresh one."""
         self._tokens, self._is_factored = self._most_tokens, True
-        answers = [self._deltas(site) for site in range(len(self._sites))]
+        answers = [self._deltas(site) for site in range(self._num_linear)]
         self._is_factored = False
-        answers += [self._deltas(site) for site in range(len(self._sites))]
+        answers += [self._deltas(site) for site in range(self._num_linear)]
         return max([*answers, self._rows(self._hidden_width)])
 
     def sent(self, frame: pb.CloudFrame) -> None:

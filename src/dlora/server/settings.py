@@ -93,7 +93,8 @@ class ServeSettings:
     """Keep the decoder's linear weights in 8 or 4 bits, for less memory (int8 and nf4 need the
     extra `quantize`). Another function than the full model, with a fingerprint of its own."""
     allow_modules: str = ".*"
-    """Regular expression over full module names: what edges may adapt."""
+    """Regular expression over full names of modules, and of fused weights of experts: what edges
+    may adapt."""
     edge_first: int = Limits.edge_first
     """Let edges have the weights of this many of the first decoder layers, and run these layers.
     They get more privacy; you keep less of the model to yourself."""

@@ -15,7 +15,8 @@ from dlora.training.advice import SEEN
 __all__ = ["run_card", "write_run_card"]
 
 _SETTINGS: Final = (
-    *("kind", "r", "lora_alpha", "lora_dropout", "target_modules", "learning_rate", "optim"),
+    *("kind", "r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters"),
+    *("learning_rate", "optim"),
     *("lr_scheduler_type", "warmup_steps", "weight_decay", "epochs", "max_steps", "batch_size"),
     *("gradient_accumulation_steps", "max_length", "overlong", "seed", "kr", "input_grad"),
 )

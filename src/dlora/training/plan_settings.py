@@ -10,6 +10,7 @@ from dlora.edge.options import (
     InFlight,
     InputGrad,
     SplitOptions,
+    check_experts,
     check_in_flight,
     check_input_grad,
 )
@@ -36,7 +37,7 @@ class PlanSettings(EdgeSettings):
         "run": "data columns val_size eval_data eval_steps eval_batch_size max_length overlong "
         "pad_to batch_size gradient_accumulation_steps epochs max_steps seed",
         "rows without data": "length supervised",
-        "adapter": "adapter kind r target_modules rank_pattern",
+        "adapter": "adapter kind r target_modules target_parameters rank_pattern",
         "Kill and Revive": "kr kr_options sites",
         "link": "link rtt_ms up_mbit down_mbit",
         "how good the plan is": "check",
@@ -82,6 +83,8 @@ class PlanSettings(EdgeSettings):
     """Settings of Kill and Revive by name, as for training."""
     target_modules: list[str] | str | None = None
     """Linear modules to adapt, as for training. Default: peft's for this architecture."""
+    target_parameters: list[str] | None = None
+    """Fused weights of experts to adapt, as for training."""
     r: int = TrainSettings.r
     """LoRA rank."""
     sites: int | None = None
@@ -117,6 +120,9 @@ class PlanSettings(EdgeSettings):
         super().__post_init__()
         check_input_grad(self.wire, self.input_grad)
         check_in_flight(self.in_flight, self.wire)
+        if self.target_parameters and self.link is not None:
+            raise UsageError("link: its table has all wires, target_parameters go on one: leave it")
+        check_experts(self.wire, self.target_parameters or ())
         for name in ("r", "batch_size", "gradient_accumulation_steps", "length"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: got {getattr(self, name)}, want at least 1")

@@ -98,7 +98,9 @@ def planned_model(settings: PlanSettings, link: Link) -> SplitModel:
     common: dict[str, Any] = {"r": settings.r, "target_modules": settings.targets}
     if settings.kind != "lora":
         return get_peft_model(link, BottleneckConfig(kind=settings.kind, **common), **options)
-    config = LoraConfig(rank_pattern=settings.rank_pattern, **common)
+    config = LoraConfig(
+        rank_pattern=settings.rank_pattern, target_parameters=settings.target_parameters, **common
+    )
     return get_peft_model(link, config, **options)
 
 
@@ -225,7 +227,7 @@ def _cloud(
     backward_s = measured.lowest_s - measured.lowest_forward_s
     if sites and measured.lowest >= 0:
         top = model.link.description.layers.count - model.edge_layers.last
-        depth = max(1, top - layer_of(sites[0].names[0]))
+        depth = max(1, top - min(layer_of(site.names[0]) for site in sites))
         backward_s *= depth / max(1, top - measured.lowest)
 
     # Exchanges, of which one is in what was measured.

@@ -141,8 +141,10 @@ def _time(run: Run) -> str:
 
 def _adapter(run: Run) -> str:
     settings = run.values.get("settings", {})
-    targets = settings.get("target_modules") or "peft's default"
-    names = targets if isinstance(targets, str) else ", ".join(targets)
+    targets = settings.get("target_modules")
+    names = ["peft's default"] if targets is None else targets
+    names = [names] if isinstance(names, str) else names
+    names = ", ".join([*names, *(settings.get("target_parameters") or ())])
     return f"{names}; rank {settings.get('r')}"
 
 

@@ -136,6 +136,7 @@ def _config(settings: TrainSettings) -> peft.LoraConfig:
     return peft.LoraConfig(
         lora_alpha=settings.lora_alpha,
         use_rslora=settings.use_rslora,
+        target_parameters=settings.target_parameters,
         rank_pattern=settings.rank_pattern,
         alpha_pattern=settings.alpha_pattern,
         **common,

@@ -15,6 +15,7 @@ from dlora.edge.options import (
     InputGrad,
     SplitOptions,
     check_cache_prefix,
+    check_experts,
     check_in_flight,
     check_input_grad,
 )
@@ -34,8 +35,8 @@ class TrainSettings(EdgeSettings):
     GROUPS: ClassVar[dict[str, str]] = {
         "connection": f"{EdgeSettings.GROUPS['connection']} input_grad in_flight cache_prefix",
         "data": "data columns val_size max_length overlong batch_size",
-        "adapter": "adapter kind r lora_alpha lora_dropout target_modules use_rslora rank_pattern "
-        "alpha_pattern activation scale",
+        "adapter": "adapter kind r lora_alpha lora_dropout target_modules target_parameters "
+        "use_rslora rank_pattern alpha_pattern activation scale",
         "optimizer": "learning_rate epochs max_steps gradient_accumulation_steps optim "
         "lr_scheduler_type warmup_steps weight_decay max_grad_norm seed trainer",
         "evaluation": "eval_data eval_batch_size eval_steps keep_best early_stopping_patience",
@@ -84,6 +85,9 @@ class TrainSettings(EdgeSettings):
     target_modules: list[str] | str | None = None
     """Linear modules to adapt: names such as q_proj,v_proj (or a list), all-linear, or a regular
     expression over full names. Default: peft's for this architecture."""
+    target_parameters: list[str] | None = None
+    """Fused weights of experts to adapt beside target_modules, which may then be []: names such as
+    mlp.experts.gate_up_proj; `dlora info` has the server's. On the hosted wire alone."""
     use_rslora: bool = False
     """Multiply deltas by alpha / sqrt(r) instead."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -169,7 +173,8 @@ class TrainSettings(EdgeSettings):
         )
         self._check_adapter()
         self._check_amounts()
-        self._check_data()
+        check_columns(self.columns)
+        _check_held_out(self.val_size, self.eval_data)
         self._check_evaluation()
         self._check_kill_revive()
         if self.output.exists() and not self.output.is_dir():
@@ -183,6 +188,7 @@ class TrainSettings(EdgeSettings):
                 raise UsageError(f"{name}: got 0, with which the adapter does nothing")
         if zero := [key for key, alpha in self.alpha_pattern.items() if alpha == 0]:
             raise UsageError(f"alpha_pattern: {zero[0]}: got 0, with which it does nothing")
+        check_experts(self.wire, self.target_parameters or ())
         if not 0 <= self.lora_dropout < 1:
             raise UsageError(f"lora_dropout: got {self.lora_dropout}, want a value in [0, 1)")
         if self.kind == "lora":
@@ -194,9 +200,10 @@ class TrainSettings(EdgeSettings):
                 "are o_proj,down_proj in Llama, out_proj,fc2 in OPT, dense,dense_4h_to_h in "
                 "BLOOM, c_proj in GPT-2"
             )
-        if self.use_rslora or self.rank_pattern or self.alpha_pattern:
+        if self.use_rslora or self.rank_pattern or self.alpha_pattern or self.target_parameters:
             raise UsageError(
-                f"kind={self.kind}: use_rslora, rank_pattern and alpha_pattern are of LoRA"
+                f"kind={self.kind}: use_rslora, rank_pattern, alpha_pattern and target_parameters "
+                "are of LoRA"
             )
 
     def _check_amounts(self) -> None:
@@ -225,16 +232,6 @@ class TrainSettings(EdgeSettings):
         for name in ("warmup_steps", "weight_decay", "max_grad_norm"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"{name}: got {getattr(self, name)}, want 0 or more")
-
-    def _check_data(self) -> None:
-        """Names of columns, and what is held out."""
-        check_columns(self.columns)
-        if self.val_size < 0 or (self.val_size > 1 and self.val_size % 1):
-            raise UsageError(
-                f"val_size: got {self.val_size:g}, want a share under 1 or a whole number of rows"
-            )
-        if self.val_size and self.eval_data is not None:
-            raise UsageError("val_size: rows are held out in place of eval_data: give one of them")
 
     @property
     def evaluates(self) -> bool:
@@ -265,6 +262,8 @@ class TrainSettings(EdgeSettings):
     def _check_kill_revive(self) -> None:
         if self.kr == "off" and self.kr_options:
             raise UsageError("kr_options need kr on or paper")
+        if self.kr != "off" and self.target_parameters:
+            raise UsageError("kr measures linear modules: no target_parameters, or kr off")
         config = self.kill_revive
         if config is not None and config.idle == "cloud" and not self.upload_consent:
             raise UsageError(
@@ -328,6 +327,16 @@ class TrainSettings(EdgeSettings):
         return {
             name: str(value) if isinstance(value, Path) else value for name, value in values.items()
         }
+
+
+def _check_held_out(val_size: float, eval_data: str | None) -> None:
+    """Raises UsageError for rows to hold out that cannot be."""
+    if val_size < 0 or (val_size > 1 and val_size % 1):
+        raise UsageError(
+            f"val_size: got {val_size:g}, want a share under 1 or a whole number of rows"
+        )
+    if val_size and eval_data is not None:
+        raise UsageError("val_size: rows are held out in place of eval_data: give one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
