@@ -188,7 +188,7 @@ class Pass:
         run: Callable[[Tensor], Any],
         skip: Callable[[Tensor], Any],
     ) -> Any:
-        """Skip the edge's layers, and those below named prefixes; put the entry in before others."""
+        """Skip the edge's layers and those below named prefixes; put the entry in before others."""
         request, edge_layers = self.request, self.request.edge_layers
         if index < request.first_layer or not edge_layers.in_cloud(index):
             return skip(hidden_BTD)
