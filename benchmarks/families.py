@@ -1,7 +1,7 @@
 """Every architecture that the installed transformers maps to a causal LM, split and whole.
 
     python benchmarks/families.py run      # goes on where it was; --again: from the beginning
-    python benchmarks/families.py table    # the table of docs/models.md, and what it took
+    python benchmarks/families.py table    # the table of docs/models.md
 
 Each is built tiny and random (`tiny_models.py`), in a process of its own with a time limit, and
 becomes one line of results/families.jsonl. Both halves run in that process, over the frames that
@@ -422,7 +422,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         if one["status"] != RIGHT:
             reason = one["why"].replace("|", "/")
             lines.append(f"| {one['architecture']} | {one['status']}: {reason} |")
-    return "\n".join([f"{summary(rows)}; {took(rows)}.", "", *lines])
+    return "\n".join([f"{summary(rows)}.", "", *lines])
 
 
 def _experts_in_words(one: dict[str, Any]) -> str:
