@@ -117,6 +117,8 @@ class PlanSettings(EdgeSettings):
         super().__post_init__()
         check_input_grad(self.wire, self.input_grad)
         check_in_flight(self.in_flight, self.wire)
+        if self.data is not None:
+            self._check_run()
         for name in ("r", "batch_size", "gradient_accumulation_steps", "length"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: got {getattr(self, name)}, want at least 1")
@@ -130,8 +132,6 @@ class PlanSettings(EdgeSettings):
             raise UsageError("check runs one micro-batch: leave gradient_accumulation_steps out")
         if self.max_steps < 1 and self.max_steps != -1:
             raise UsageError(f"max_steps: got {self.max_steps}, want at least 1, or -1 for epochs")
-        if self.data is not None:
-            self._check_run()
         if self.link is not None:
             self._check_link(self.link)
 
