@@ -123,6 +123,8 @@ class PlanSettings(EdgeSettings):
         if self.target_parameters and self.link is not None:
             raise UsageError("link: its table has all wires, target_parameters go on one: leave it")
         check_experts(self.wire, self.target_parameters or ())
+        if self.data is not None:
+            self._check_run()
         for name in ("r", "batch_size", "gradient_accumulation_steps", "length"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: got {getattr(self, name)}, want at least 1")
@@ -136,8 +138,6 @@ class PlanSettings(EdgeSettings):
             raise UsageError("check runs one micro-batch: leave gradient_accumulation_steps out")
         if self.max_steps < 1 and self.max_steps != -1:
             raise UsageError(f"max_steps: got {self.max_steps}, want at least 1, or -1 for epochs")
-        if self.data is not None:
-            self._check_run()
         if self.link is not None:
             self._check_link(self.link)
 
