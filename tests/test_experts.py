@@ -181,13 +181,14 @@ def test_every_way_to_run_experts_matches_local(
     [
         {"target_modules": [], "target_parameters": ["experts.down_proj"]},
         {"target_parameters": ["layers.1.mlp.experts.gate_up_proj"]},
+        {"target_modules": ["q_proj", "w1", "w2", "w3"], "target_parameters": None},
         {
             "use_rslora": True,
             "rank_pattern": {"experts.down_proj": 5},
             "alpha_pattern": {"q_proj": 3},
         },
     ],
-    ids=["experts alone", "one layer", "patterns"],
+    ids=["experts alone", "one layer", "names of before", "patterns"],
 )
 def test_options_match_local(bases: Bases, mixtures: Links, options: dict[str, Any]) -> None:
     """What an option of LoraConfig means for experts in peft it means here."""

@@ -21,6 +21,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dlora.edge.bottleneck import BottleneckConfig
 from dlora.edge.options import check_experts
 from dlora.errors import PeerError, UsageError
 from dlora.proto import dlora_pb2 as pb
@@ -136,6 +137,8 @@ def check_parameters(
         return
     parameters = dict(base.named_parameters())
     names = targeted_parameters(config, parameters)
+    if names and isinstance(config, BottleneckConfig):
+        raise UsageError(f"bottleneck adapters sit on linear modules, and not on {names[0]}")
     check_experts(wire, names)
 
     offered = {one.name: one for one in description.experts}

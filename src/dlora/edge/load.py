@@ -7,6 +7,7 @@ nothing, is the default.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Final, Unpack
@@ -66,6 +67,9 @@ def get_peft_model(
     # Those that hold others, such as a layer, are excluded by no name.
     modules = [name for name, one in tuner.model.named_modules() if hasattr(one, "weight")]
     targeted = [*tuner.targeted_module_names, *tuner.targeted_parameter_names]
+    if not isinstance(config.target_modules, str):  # peft takes some names for those of experts
+        taken = model.peft_config["default"].target_modules
+        config = dataclasses.replace(config, target_modules=taken)
     check_matched(config, targeted, modules, allowed_names(link.description))
     return model
 
