@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from dlora.cli import checks, serve, train, use
+from dlora.cli import checks, serve, tinker, train, use
 from dlora.cli.flags import Command
 from dlora.cli.settings import DemoSettings, EnvSettings, MergeSettings
 from dlora.inference.settings import GenerationTexts
@@ -53,6 +53,7 @@ COMMANDS: Final = {
     "chat": Command(use.chat, inner={"generation": GenerationTexts}, check=checks.check_talk),
     "eval": Command(use.evaluate, check=checks.check_eval),
     "api": Command(use.api, check=checks.check_api),
+    "tinker": Command(tinker.tinker, check=checks.check_tinker),
     "info": Command(use.info, check=checks.check_info),
     "plan": Command(train.plan, check=checks.check_plan),
     "report": Command(train.report, word="runs", check=checks.check_report),

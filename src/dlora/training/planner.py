@@ -17,7 +17,7 @@ from dlora.edge.choose_parts import best_parts, stations
 from dlora.edge.link import Link
 from dlora.edge.load import get_peft_model
 from dlora.edge.model import SplitModel
-from dlora.edge.sites import ActiveSite, shared_sites
+from dlora.edge.sites import ActiveSite, refuse_head, shared_sites
 from dlora.errors import UsageError
 from dlora.formulas import adapter_flops, forward_flops, seconds_in_flight
 from dlora.protocol.layers import layer_of
@@ -66,7 +66,7 @@ def plan(settings: PlanSettings, link: Link) -> tuple[SplitModel, Prediction]:
 
 def planned_model(settings: PlanSettings, link: Link) -> SplitModel:
     """A model with the adapter that is asked for, fresh, at all of its sites."""
-    return get_peft_model(
+    model = get_peft_model(
         link,
         LoraConfig(r=settings.r, target_modules=settings.targets),
         wire=settings.wire,
@@ -77,6 +77,8 @@ def planned_model(settings: PlanSettings, link: Link) -> SplitModel:
         edge_layers=settings.edge_layers,
         head_positions="supervised",
     )
+    refuse_head(model, link.description)
+    return model
 
 
 def predict(settings: PlanSettings, model: SplitModel, measured: Calibration) -> Prediction:
