@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "edge": {"formulas", "files"},
     "kill_revive": {"edge"},
     "inference": {"edge"},
-    "tinker": {"inference"},
+    "tinker": {"inference", "privacy"},
     "runs": {"edge"},
     "privacy": {"runs"},
     "training": {"kill_revive", "privacy"},

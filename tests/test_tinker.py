@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import gc
 import http.client
+import io
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import NO_DRAIN, VOCAB, make_base
+from conftest import NO_DRAIN, VOCAB, make_base, make_split
+from google.protobuf.proto import parse_length_prefixed
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedTokenizerFast
 
 import dlora
 from dlora.inference.api import ApiServer
+from dlora.privacy.recording import Recorder, Recording
+from dlora.proto import dlora_pb2 as pb
 from dlora.server.server import Server
 
 tinker = pytest.importorskip("tinker", reason="the extra `tinker` is not installed")
 
 from tinker import types
+from tinker.proto import request_conv
 
 from dlora.tinker.app import build_app
 from dlora.tinker.checkpoints import Checkpoints
@@ -414,9 +420,8 @@ def test_what_is_not_there_is_refused_in_the_sdks_errors(client: Any) -> None:
         training.forward_backward([reinforced(0, rows()[0])], "ppo", {"clip": 1.0}).result()
     with refused(bad, "optim_params: dimuon"):
         training.optim_step(types.DimuonParams(learning_rate=1.0)).result()
-    assert training.optim_step(types.AdamParams()).result().metrics == {
-        "unclipped_grad_l2:mean": 0.0  # nothing was left of what failed
-    }
+    metrics = training.optim_step(types.AdamParams()).result().metrics
+    assert metrics["unclipped_grad_l2:mean"] == 0.0  # nothing was left of what failed
 
     for path, message in (("../up", "path: got"), ("a b", "path: got")):
         with refused(bad, message):
@@ -483,3 +488,54 @@ def test_what_is_served_and_saved_can_be_asked(client: Any, url: str, service: S
     assert rest.get_training_run(run_id).result().user_metadata == {"a": "b"}
     rest.delete_checkpoint(run_id, "weights/one").result()
     assert not service.checkpoints.of_run(run_id)
+
+
+def frames(recording: Path) -> list[tuple[str, int]]:
+    """Kind and size of every frame of a recorded micro-batch, both ways."""
+    found = []
+    for name, kind in (("0000.edge", pb.EdgeFrame), ("0000.cloud", pb.CloudFrame)):
+        stream = io.BytesIO((recording / name).read_bytes())
+        while (frame := parse_length_prefixed(kind, stream)) is not None:
+            found.append((str(frame.WhichOneof("kind")), frame.ByteSize()))
+    return found
+
+
+def test_the_cloud_sees_an_ordinary_split_model(
+    link: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """A recorded pass has the frames of the same pass of an ordinary split model, in kind and in
+    size, and can be read for an audit, with its loss.
+    """
+    ours, plain = Recorder(tmp_path / "ours", 1), Recorder(tmp_path / "plain", 1)
+    service = Service(
+        Models(ours.link(link), tokenizer, {"wire_dtype": "fp32"}),
+        Checkpoints(tmp_path),
+        name=BASE,
+        lora_alpha=32,
+        max_adapters=1,
+        batch_size=8,
+        everywhere=False,
+        recorder=ours,
+    )
+    service._create("a:train:0", types.LoraConfig(rank=4, seed=3), {})
+    message = request_conv.forward_backward_request_to_proto(
+        types.ForwardBackwardRequest(
+            types.ForwardBackwardInput([datum(one) for one in rows()], "cross_entropy"),
+            "a:train:0",
+            1,
+        )
+    )
+    service._forward_backward(message)
+
+    config = service.run("a:train:0").adapter.model.peft_config["default"]
+    model = make_split(plain.link(link), config, seed=3, head_positions="supervised")
+    plain.watch(model)
+    longest = max(map(len, rows()))
+    ids, mask, labels = (torch.full((len(rows()), longest), fill) for fill in (0, 0, -100))
+    for index, one in enumerate(rows()):
+        ids[index, : len(one) - 1], mask[index, : len(one) - 1] = torch.tensor(one[:-1]), 1
+        labels[index, 3 : len(one)] = torch.tensor(one[3:])
+    model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+    assert frames(tmp_path / "ours") == frames(tmp_path / "plain")
+    (_, truth, _), (_, want, _) = (Recording(tmp_path / one).read(0) for one in ("ours", "plain"))
+    assert truth.loss == pytest.approx(want.loss) and torch.equal(truth.labels, want.labels)

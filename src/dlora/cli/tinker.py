@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+from typing import TYPE_CHECKING
 
+from dlora.errors import UsageError
+from dlora.files import write_json
 from dlora.protocol.address import LOOPBACK_ADDRESS
 from dlora.tinker.settings import TinkerSettings
+
+if TYPE_CHECKING:
+    from dlora.privacy.recording import Recorder
 
 __all__ = ["tinker"]
 
@@ -37,16 +43,18 @@ def tinker(settings: TinkerSettings) -> int:
             "device": settings.device,
             "edge_layers": settings.edge_layers,
             "noise": settings.noise,
+            "in_flight": settings.in_flight,
         }
-        name = settings.name or link.description.model_id
+        name, recorder = settings.name or link.description.model_id, _recorder(settings)
         service = Service(
-            Models(link, load_tokenizer(link), options),
+            Models(recorder.link(link) if recorder else link, load_tokenizer(link), options),
             Checkpoints(settings.output),
             name=name,
             lora_alpha=settings.lora_alpha,
             max_adapters=settings.max_adapters,
             batch_size=settings.batch_size,
             everywhere=settings.head_positions == "all",
+            recorder=recorder,
         )
         app = build_app(service, api_key=settings.api_key or os.environ.get("DLORA_API_KEY"))
 
@@ -61,3 +69,22 @@ def tinker(settings: TinkerSettings) -> int:
     finally:
         link.close()
     return 0
+
+
+def _recorder(settings: TinkerSettings) -> Recorder | None:
+    """What records the first micro-batches, if that is asked for, and what `dlora audit` wants.
+
+    Raises UsageError for a folder in which there is a run already.
+    """
+    from dlora.privacy.recording import Recorder
+    from dlora.runs import RunFolder
+
+    if not settings.record:
+        return None
+    file = RunFolder(settings.output).run_file
+    if file.exists():
+        raise UsageError(f"record: {settings.output} holds a run already: give another --output")
+    settings.output.mkdir(parents=True, exist_ok=True)
+    noise = {"noise_entry": settings.noise_entry, "noise_clip": settings.noise_clip}
+    write_json(file, {"settings": noise})
+    return Recorder(settings.output / "recording", settings.record)

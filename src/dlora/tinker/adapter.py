@@ -56,7 +56,8 @@ class Adapter:
     """An adapter, its gradients since the last step, and its optimizer."""
 
     def __init__(self, model: SplitModel, *, batch_size: int, everywhere: bool) -> None:
-        self.model, self.batch_size, self.everywhere = without_loss(model), batch_size, everywhere
+        self.model, self.batch_size, self.everywhere = model, batch_size, everywhere
+        self._spent = model.meter.copy()
         model.set_options(head_positions="supervised")
         self.parameters: dict[str, nn.Parameter] = {
             name: one for name, one in model.named_parameters() if one.requires_grad
@@ -134,8 +135,8 @@ class Adapter:
     def step(self, settings: StepSettings) -> dict[str, float]:
         """One step of AdamW with the gradients since the last; they are then forgotten.
 
-        Returns the norm of all gradients before clipping. Raises DivergedError where that is not
-        finite; nothing is then updated.
+        Returns the norm of all gradients before clipping, and the traffic since the last step.
+        Raises DivergedError where the norm is not finite; nothing is then updated.
         """
         limit = settings.clip_norm if settings.clip_norm > 0 else float("inf")
         with_gradient = [one for one in self.parameters.values() if one.grad is not None]
@@ -149,7 +150,14 @@ class Adapter:
             self.optimizer.step()
         finally:
             self.optimizer.zero_grad(set_to_none=True)
-        return {"unclipped_grad_l2:mean": norm}
+        spent, self._spent = self._spent, self.model.meter.copy()
+        cost = self._spent - spent
+        return {
+            "unclipped_grad_l2:mean": norm,
+            "dlora/sent_mib": cost.sent_bytes / 2**20,
+            "dlora/received_mib": cost.received_bytes / 2**20,
+            "dlora/round_trips": float(cost.round_trips),
+        }
 
     # ----------------------------------------------------------------- state
 
@@ -175,8 +183,13 @@ class Adapter:
 
         self.optimizer = torch.optim.AdamW(self.parameters.values())
         for name, one in self.parameters.items():
-            if f"{name}.step" in state:
-                self.optimizer.state[one] = {kind: state[f"{name}.{kind}"] for kind in _STATE}
+            if f"{name}.step" not in state:
+                continue
+            kept = {kind: state[f"{name}.{kind}"] for kind in _STATE}
+            self.optimizer.state[one] = {
+                kind: value if kind == "step" else value.to(one.device)
+                for kind, value in kept.items()
+            }
         self.optimizer.zero_grad(set_to_none=True)
 
 

@@ -74,7 +74,7 @@ class Sampler:
             self._snapshots[session_id] = None
         while len(self._snapshots) > _MOST_SNAPSHOTS:
             old, _ = self._snapshots.popitem(last=False)
-            del self._sessions[old]
+            self._sessions.pop(old, None)
 
     def session(self, session_id: str) -> SamplingSession:
         """Raises KeyError for one that is not there, or not any more."""
@@ -82,8 +82,8 @@ class Sampler:
 
     def close(self, prefix: str) -> None:
         """End the sessions whose ids begin so."""
-        for name in [name for name in self._sessions if name.startswith(prefix)]:
-            del self._sessions[name]
+        for name in [name for name in list(self._sessions) if name.startswith(prefix)]:
+            self._sessions.pop(name, None)
             self._snapshots.pop(name, None)
 
     # ----------------------------------------------------------------- requests
@@ -137,8 +137,13 @@ class Sampler:
         return self.models.ends | {one for one in listed if isinstance(one, int)}, texts
 
     def answer(self, session: SamplingSession, asked: Asked) -> bytes:
-        """Sample what is lacking, together with others that wait; return the SDK's message."""
+        """Sample what is lacking, together with others that wait; return the SDK's message.
+
+        Raises UsageError for a session that has ended: nobody waits for its answers.
+        """
         try:
+            if session.session_id not in self._sessions:
+                raise UsageError(f"sampling session {session.session_id} has ended")
             model = self.models.sampling(session.weights)
             while lacking := [row for row in asked.rows if not row.is_done]:
                 others = [

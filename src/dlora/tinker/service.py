@@ -17,7 +17,8 @@ from tinker import types
 from tinker.proto import tinker_public_pb2 as public
 
 from dlora.errors import UsageError
-from dlora.tinker.adapter import Adapter, Output, StepSettings
+from dlora.privacy.recording import Recorder
+from dlora.tinker.adapter import Adapter, Output, StepSettings, without_loss
 from dlora.tinker.checkpoints import (
     SAMPLER,
     STATE,
@@ -67,7 +68,10 @@ class Service:
         max_adapters: int,
         batch_size: int,
         everywhere: bool,
+        recorder: Recorder | None = None,
     ) -> None:
+        """`recorder`: of the first adapter's micro-batches; the models' link is then its own."""
+        self.recorder = recorder
         self.models, self.checkpoints, self.name = models, checkpoints, name
         self.lora_alpha, self.max_adapters = lora_alpha, max_adapters
         self.batch_size, self.everywhere = batch_size, everywhere
@@ -94,6 +98,7 @@ class Service:
         """End a session: its adapters and sampling sessions are forgotten, what it saved stays."""
         self.heard_of(session_id)
         del self.sessions[session_id]
+        self.sampler.close(f"{session_id}:")
         self.jobs.submit(f"{session_id}:finish", partial(self._forget_session, session_id))
 
     def _forget_session(self, session_id: str) -> None:
@@ -140,6 +145,11 @@ class Service:
         return types.CreateModelResponse(model_id=run_id)
 
     def _add(self, run_id: str, model: Any, notes: Notes) -> Run:
+        recorder, self.recorder = self.recorder, None
+        if recorder is not None:
+            recorder.watch(model)  # and notes the loss that the model computes of itself
+        else:
+            without_loss(model)
         adapter = Adapter(model, batch_size=self.batch_size, everywhere=self.everywhere)
         self.runs[run_id] = Run(run_id, adapter, notes)
         return self.runs[run_id]
