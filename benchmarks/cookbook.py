@@ -5,9 +5,9 @@
     python benchmarks/cookbook.py table    # the figures of docs/tinker.md
 
 The recipes load their data sets and a tokenizer by names of a hub. Here folders of these names are
-made in the folder in which they run: the demo's messages in place of no_robots, requests to write a
-number in place of gsm8k, SmolLM2's tokenizer as that of the model. `dlora tinker` serves SmolLM2 under
-that model's name. Nothing else is changed but $TINKER_BASE_URL.
+made in the folder in which they run: the demo's messages in place of no_robots, requests to write
+a number in place of gsm8k, SmolLM2's tokenizer as that of the model. `dlora tinker` serves SmolLM2
+under that model's name. Nothing else is changed but $TINKER_BASE_URL.
 """
 
 from __future__ import annotations

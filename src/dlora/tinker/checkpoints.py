@@ -136,6 +136,8 @@ class Checkpoints:
         target = checkpoint.folder
         if target.exists() and not overwrite:
             raise UsageError(f"{path} is there already: take another name")
+
+        # Whole in a folder beside it, then renamed.
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=target.parent))
         try:
@@ -145,6 +147,7 @@ class Checkpoints:
             time = datetime.now(UTC).isoformat()
             write_json(scratch / _NOTES, asdict(notes) | {"time": time})
             sync_folder(scratch)
+
             if target.exists():
                 old = Path(tempfile.mkdtemp(prefix=".old-", dir=target.parent))
                 os.rename(target, old)

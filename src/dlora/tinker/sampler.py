@@ -146,6 +146,7 @@ class Sampler:
                 raise UsageError(f"sampling session {session.session_id} has ended")
             model = self.models.sampling(session.weights)
             while lacking := [row for row in asked.rows if not row.is_done]:
+                # What waits for the same weights comes along, as far as there is room.
                 others = [
                     row
                     for other in list(session.waiting)
@@ -154,6 +155,7 @@ class Sampler:
                 ]
                 rows = [*lacking, *others]
                 rows = rows[: fitting(rows, self.models.link.description.limits, self.batch_size)]
+
                 try:
                     sample(model, self.models.tokenizer, rows, self.models.padding)
                 except BaseException:
