@@ -33,6 +33,7 @@ from dlora.tinker.app import build_app
 from dlora.tinker.checkpoints import Checkpoints
 from dlora.tinker.models import Models
 from dlora.tinker.service import Service
+from dlora.tinker.targets import is_attention
 
 # The SDK leaves the connection open over which it asked for its configuration.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -451,6 +452,7 @@ def test_only_loopback_and_the_key_are_answered(client: Any, url: str) -> None:
     for headers, status in (
         ({"Host": "evil.example", "X-API-Key": KEY}, 400),
         ({"X-API-Key": "tml-other"}, 401),
+        ({"Origin": "http://evil.example", "X-API-Key": KEY}, 403),
         ({"X-API-Key": KEY}, 200),
         ({"Host": f"localhost:{port}", "X-API-Key": KEY}, 200),
     ):
@@ -539,3 +541,21 @@ def test_the_cloud_sees_an_ordinary_split_model(
     assert frames(tmp_path / "ours") == frames(tmp_path / "plain")
     (_, truth, _), (_, want, _) = (Recording(tmp_path / one).read(0) for one in ("ours", "plain"))
     assert truth.loss == pytest.approx(want.loss) and torch.equal(truth.labels, want.labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("model.layers.0.self_attn.q_proj", "attention"),
+        ("transformer.h.0.attn.c_attn", "attention"),
+        ("transformer.h.0.self_attention.query_key_value", "attention"),
+        ("model.layers.0.linear_attn.in_proj_qkvz", "attention"),
+        ("backbone.layers.0.mixer.in_proj", "attention"),
+        ("model.layers.0.mlp.down_proj", "mlp"),
+        ("model.decoder.layers.0.fc1", "mlp"),
+        ("model.layers.0.block_sparse_moe.gate", "mlp"),
+    ],
+)
+def test_modules_are_known_by_their_names(name: str, kind: str) -> None:
+    """Attention and MLP are told apart in the names that architectures give them."""
+    assert ("attention" if is_attention(name) else "mlp") == kind

@@ -67,12 +67,12 @@ class Adapter:
     # ----------------------------------------------------------------- passes
 
     def forward(self, rows: Sequence[Row], loss: Loss, config: Mapping[str, float]) -> Output:
-        """Loss and log-probabilities, without gradients."""
+        """Loss and log-probabilities of every target, without gradients."""
         self.model.eval()
         output = Output()
         with torch.no_grad():
             for batch in self._batches(rows, training=False):
-                self._pass(batch, loss, config, output)
+                self._pass(batch, loss, config, output, everywhere=True)
         return output
 
     def forward_backward(
@@ -86,7 +86,8 @@ class Adapter:
         output, before = Output(), self._take_gradients()
         try:
             for batch in self._batches(rows, training=True):
-                self._pass(batch, loss, config, output).backward()
+                total = self._pass(batch, loss, config, output, everywhere=self.everywhere)
+                total.backward()
         except BaseException:
             self._put_gradients(before)
             raise
@@ -100,10 +101,16 @@ class Adapter:
         return list(micro_batches(rows, limits, self.batch_size, training=training))
 
     def _pass(
-        self, rows: Sequence[Row], loss: Loss, config: Mapping[str, float], output: Output
+        self,
+        rows: Sequence[Row],
+        loss: Loss,
+        config: Mapping[str, float],
+        output: Output,
+        *,
+        everywhere: bool,
     ) -> Tensor:
         """The summed loss of one micro-batch; what it gave is added to the output."""
-        places = [wanted(row, everywhere=self.everywhere) for row in rows]
+        places = [wanted(row, everywhere=everywhere) for row in rows]
         total = torch.zeros((), device=self.model.device)
         for row, asked_N, logits in zip(
             rows, places, logits_of(self.model, rows, places), strict=True

@@ -73,10 +73,12 @@ def _refused(status: int, reason: str) -> JSONResponse:
 
 
 def _require_key(app: FastAPI, api_key: str | None) -> None:
-    """Every request must bring the key, if there is one."""
+    """Every request must bring the key, if there is one; none may come from a web page."""
 
     @app.middleware("http")
     async def check_key(request: Request, answer: Callable[[Request], Awaitable[Any]]) -> Any:
+        if "origin" in request.headers:  # browsers send it, the SDK does not
+            return _refused(403, "web pages are not served")
         given = request.headers.get("x-api-key", "")
         if api_key is not None and not hmac.compare_digest(given.encode(), api_key.encode()):
             return _refused(401, "the API key is missing or wrong")

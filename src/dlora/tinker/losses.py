@@ -121,8 +121,7 @@ def wanted(row: Row, *, everywhere: bool) -> Tensor:
     """Where log-probabilities are needed, bool [N].
 
     That is where a weight, or an advantage, or the log-probability of a sampled token is not zero.
-    A row without any such place stands for all of its places: the SDK asks in this way for the
-    log-probabilities of a loss that it computes itself.
+    A row without any such place stands for all of its places.
     """
     everything_N = torch.ones(len(row.ids_N), dtype=torch.bool)
     given = [row.inputs[name] for name in ("weights", *sorted(_SAMPLED)) if name in row.inputs]

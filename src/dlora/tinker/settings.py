@@ -48,8 +48,8 @@ class TinkerSettings(EdgeSettings):
     batch_size: int = 8
     """Rows of a micro-batch, in training and in sampling. Requests may be longer."""
     head_positions: Literal["supervised", "all"] = "supervised"
-    """Where log-probabilities are computed: where a weight or an advantage asks for them (others
-    come back as 0), or at every token, which costs the edge more."""
+    """Where log-probabilities are computed in forward_backward: where a weight or an advantage asks
+    for them (others come back as 0), or at every token, which costs the edge more."""
     record: int = 0
     """Record this many micro-batches of the first adapter for `dlora audit`, with the text they
     came from, in `output`/recording: the folder then holds private data."""

@@ -13,7 +13,7 @@ from dlora.edge.adapter_config import targetable
 from dlora.edge.link import Link
 from dlora.errors import UsageError
 
-__all__ = ["lora_config"]
+__all__ = ["is_attention", "lora_config"]
 
 _ATTENTION: Final = re.compile(r"(^|[._])(\w*attn\w*|\w*attention\w*|mixer|mamba)\.")
 """A part of a module's name, before its last; recurrent layers stand for attention. Else: MLP."""
@@ -31,8 +31,8 @@ def lora_config(
         raise UsageError(f"rank: got {asked.rank}, want at least 1")
     allowed = [one.name for site in link.description.sites for one in site.modules if one.allowed]
     names = targetable(allowed, skeleton)
-    attention = [name for name in names if _ATTENTION.search(name)]
-    mlp = [name for name in names if not _ATTENTION.search(name)]
+    attention = [name for name in names if is_attention(name)]
+    mlp = [name for name in names if not is_attention(name)]
 
     targets: list[str] = []
     for flag, wanted, found in (
@@ -48,6 +48,11 @@ def lora_config(
     if not targets:
         raise UsageError("nothing to train: set train_attn, train_mlp or train_unembed")
     return LoraConfig(r=asked.rank, lora_alpha=alpha, target_modules=targets)
+
+
+def is_attention(name: str) -> bool:
+    """Whether a module, by its full name, is a part of attention, or of what stands for it."""
+    return _ATTENTION.search(name) is not None
 
 
 def _head_names(skeleton: PreTrainedModel) -> list[str]:
