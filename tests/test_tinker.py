@@ -16,9 +16,10 @@ import torch
 from conftest import NO_DRAIN, VOCAB, make_base, make_split
 from google.protobuf.proto import parse_length_prefixed
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import dlora
+from dlora.edge.load import load_base
 from dlora.inference.api import ApiServer
 from dlora.privacy.recording import Recorder, Recording
 from dlora.proto import dlora_pb2 as pb
@@ -32,6 +33,7 @@ from tinker.proto import request_conv
 from dlora.tinker.app import build_app
 from dlora.tinker.checkpoints import Checkpoints
 from dlora.tinker.models import Models
+from dlora.tinker.sampling import Choices, Sampled, sample
 from dlora.tinker.service import Service
 from dlora.tinker.targets import is_attention
 
@@ -358,6 +360,29 @@ def test_several_adapters_and_the_base(client: Any, service: Service, url: str) 
         service.models.base.get_input_embeddings().weight,
         service.run(first.model_id).adapter.model.get_input_embeddings().weight,
     )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+def test_a_prompt_of_several_samples_is_sent_once(
+    links: Callable[[str], Any], tokenizer: PreTrainedTokenizerFast, family: str
+) -> None:
+    """Rows of unequal prompts, some of them the same, are sampled with the log-probabilities of a
+    forward pass, and a prompt travels once for all of its rows.
+    """
+    model = load_base(links(family), wire_dtype="fp32")
+    model.get_base_model().generation_config = GenerationConfig()
+    prompts = [rows()[0], rows()[1][:3], rows()[0], rows()[1][:3], rows()[0]]
+    sampled = [Sampled(one, Choices(most=4, seed=number)) for number, one in enumerate(prompts)]
+    before = model.meter.copy()
+    sample(model, tokenizer, sampled, 0)
+
+    answered = (model.meter - before).tokens
+    assert answered == sum(len(one) - 1 for one in prompts[:2]) + 4 * len(prompts)
+    local = make_base(family)
+    for one in sampled:
+        want = local_logprobs(local, one.prompt + one.tokens)[len(one.prompt) - 1 :]
+        torch.testing.assert_close(torch.tensor(one.logprobs), want, rtol=1e-4, atol=1e-4)
+    assert len({tuple(one.tokens) for one in sampled}) > 2
 
 
 def test_answers_end_where_they_should(

@@ -4,7 +4,7 @@ A token is chosen here and not by transformers, so that rows of a batch may diff
 SDK lets a request say. The log-probabilities are the model's own, at temperature 1 and over the
 whole vocabulary: those that a forward pass over the same tokens gives.
 
-Shapes: B rows of a batch, T tokens, V vocabulary, K most likely tokens.
+Shapes: B rows of a batch, U prompts among them, T tokens, V vocabulary, K most likely tokens.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from transformers import (
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 from dlora.edge.description import has_cache
+from dlora.edge.kv_cache import CloudCache
 from dlora.edge.model import SplitModel
 from dlora.proto import dlora_pb2 as pb
 
@@ -165,7 +166,10 @@ def fitting(rows: Sequence[Sampled], limits: pb.Limits, most_rows: int) -> int:
 def sample(
     model: SplitModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sampled], padding: int
 ) -> None:
-    """Sample all rows together; what was sampled is noted in each."""
+    """Sample all rows together; what was sampled is noted in each.
+
+    A prompt of several rows goes to the cloud once: its rows continue one cached sequence.
+    """
     length = max(len(row.prompt) for row in rows)
     ids_BT = torch.full((len(rows), length), padding, dtype=torch.int64)
     mask_BT = torch.zeros_like(ids_BT)
@@ -179,11 +183,51 @@ def sample(
         pad_token_id=padding,
         use_cache=model.has_cache,
     )
+    batch = {"input_ids": ids_BT.to(model.device), "attention_mask": mask_BT.to(model.device)}
     with torch.no_grad():
-        model.generate(
-            input_ids=ids_BT.to(model.device),
-            attention_mask=mask_BT.to(model.device),
-            generation_config=config,
-            logits_processor=LogitsProcessorList([_Chooser(rows, tokenizer, padding)]),
-            stopping_criteria=StoppingCriteriaList([_Done(rows)]),
+        cache = _shared_prompts(model, rows, batch, length + int(config.max_new_tokens or 0))
+        try:
+            model.generate(
+                **batch,
+                **({} if cache is None else {"past_key_values": cache}),
+                generation_config=config,
+                logits_processor=LogitsProcessorList([_Chooser(rows, tokenizer, padding)]),
+                stopping_criteria=StoppingCriteriaList([_Done(rows)]),
+            )
+        finally:
+            if cache is not None:
+                cache.close()
+
+
+def _shared_prompts(
+    model: SplitModel, rows: Sequence[Sampled], batch: dict[str, Tensor], expected: int
+) -> CloudCache | None:
+    """A cache with every row's prompt but for its last token, each prompt sent once.
+
+    None where nothing is shared, or prompts are not taken in parts.
+    """
+    places: dict[tuple[int, ...], int] = {}
+    order = [places.setdefault(tuple(row.prompt), len(places)) for row in rows]
+    limits, shortest = model.link.description.limits, min(map(len, places))
+    if len(places) == len(rows) or shortest < 2 or limits.whole_prompts or not model.has_cache:
+        return None
+
+    # With the positions that `generate` gives to left-padded prompts.
+    first = torch.tensor([order.index(place) for place in range(len(places))])
+    mask_UT = batch["attention_mask"][first, :-1]
+    positions_UT = (mask_UT.cumsum(1) - 1).clamp(min=0)
+    cache = CloudCache(expected)
+    try:
+        model(
+            input_ids=batch["input_ids"][first, :-1],
+            attention_mask=mask_UT,
+            **({"position_ids": positions_UT} if model.accepts_position_ids else {}),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
         )
+    except BaseException:
+        cache.close()
+        raise
+    cache.reorder_cache(torch.tensor(order))
+    return cache
