@@ -10,6 +10,7 @@ import torch
 from conftest import FAMILIES, VOCAB, adapter, batches, lora, make_local, make_split
 from peft import PeftModel
 from peft import get_peft_model as peft_model
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import dlora
@@ -40,6 +41,18 @@ def test_it_is_local_pefts(link: InProcessLink) -> None:
     without = make_split(link, lora(target_modules=["q_proj"]))
     without(**batch).loss.backward()
     assert split.meter.sent_bytes == without.meter.sent_bytes
+
+    # Its FLOPs are those that torch counts, over and above the head's own.
+    head = split.get_output_embeddings()
+    states_ND = torch.randn(batch["labels"].shape[0] * 9, 64, requires_grad=True)
+    counted = []
+    for one in (head, head.base_layer):
+        with FlopCounterMode(display=False) as counter:
+            one(states_ND).sum().backward()
+        counted.append(counter.get_total_flops() / len(states_ND))
+    more = split.meter.head_flops - without.meter.head_flops
+    rows = without.meter.head_flops / counted[1]
+    assert more == pytest.approx(rows * (counted[0] - counted[1]))
 
 
 def test_bottlenecks_do_not_sit_there(link: InProcessLink) -> None:

@@ -19,11 +19,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import dlora
+from dlora.cli.tinker import build_service
 from dlora.edge.load import load_base
+from dlora.errors import UsageError
 from dlora.inference.api import ApiServer
 from dlora.privacy.recording import Recorder, Recording
 from dlora.proto import dlora_pb2 as pb
 from dlora.server.server import Server
+from dlora.tinker.settings import TinkerSettings
 
 tinker = pytest.importorskip("tinker", reason="the extra `tinker` is not installed")
 
@@ -31,8 +34,6 @@ from tinker import types
 from tinker.proto import request_conv
 
 from dlora.tinker.app import build_app
-from dlora.tinker.checkpoints import Checkpoints
-from dlora.tinker.models import Models
 from dlora.tinker.sampling import Choices, Sampled, sample
 from dlora.tinker.service import Service
 from dlora.tinker.targets import is_attention
@@ -43,6 +44,11 @@ BASE = "example-org/llama"
 KEY = "tml-of-a-test"
 
 
+def settings(output: Path, **others: Any) -> TinkerSettings:
+    """Settings of `dlora tinker`, on the exact wire."""
+    return TinkerSettings(server="127.0.0.1:1", wire_dtype="fp32", output=output, **others)
+
+
 @pytest.fixture(scope="module")
 def service(
     cloud_models: Callable[[str], Any], tokenizer: PreTrainedTokenizerFast, tmp_path_factory: Any
@@ -50,14 +56,8 @@ def service(
     """The interface's service over a real socket, on the exact wire."""
     with Server(cloud_models("llama"), tokenizer, options=NO_DRAIN) as server:
         link = dlora.connect(server.address, cache=tmp_path_factory.mktemp("cache"))
-        yield Service(
-            Models(link, tokenizer, {"wire_dtype": "fp32"}),
-            Checkpoints(tmp_path_factory.mktemp("saved")),
-            name=BASE,
-            lora_alpha=32,
-            max_adapters=100,
-            batch_size=3,
-            everywhere=False,
+        yield build_service(
+            settings(tmp_path_factory.mktemp("saved"), max_adapters=100, batch_size=3), link
         )
         link.close()
 
@@ -527,22 +527,13 @@ def frames(recording: Path) -> list[tuple[str, int]]:
     return found
 
 
-def test_the_cloud_sees_an_ordinary_split_model(
-    link: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_the_cloud_sees_an_ordinary_split_model(link: Any, tmp_path: Path) -> None:
     """A recorded pass has the frames of the same pass of an ordinary split model, in kind and in
     size, and can be read for an audit, with its loss.
     """
-    ours, plain = Recorder(tmp_path / "ours", 1), Recorder(tmp_path / "plain", 1)
-    service = Service(
-        Models(ours.link(link), tokenizer, {"wire_dtype": "fp32"}),
-        Checkpoints(tmp_path),
-        name=BASE,
-        lora_alpha=32,
-        max_adapters=1,
-        batch_size=8,
-        everywhere=False,
-        recorder=ours,
+    service, plain = (
+        build_service(settings(tmp_path, record=1), link),
+        Recorder(tmp_path / "plain", 1),
     )
     service._create("a:train:0", types.LoraConfig(rank=4, seed=3), {})
     message = request_conv.forward_backward_request_to_proto(
@@ -563,9 +554,12 @@ def test_the_cloud_sees_an_ordinary_split_model(
         ids[index, : len(one) - 1], mask[index, : len(one) - 1] = torch.tensor(one[:-1]), 1
         labels[index, 3 : len(one)] = torch.tensor(one[3:])
     model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
-    assert frames(tmp_path / "ours") == frames(tmp_path / "plain")
-    (_, truth, _), (_, want, _) = (Recording(tmp_path / one).read(0) for one in ("ours", "plain"))
+    ours = tmp_path / "recording"
+    assert frames(ours) == frames(tmp_path / "plain")
+    (_, truth, _), (_, want, _) = (Recording(one).read(0) for one in (ours, tmp_path / "plain"))
     assert truth.loss == pytest.approx(want.loss) and torch.equal(truth.labels, want.labels)
+    with pytest.raises(UsageError, match="holds a run already"):
+        build_service(settings(tmp_path, record=1), link)
 
 
 @pytest.mark.parametrize(
@@ -584,3 +578,20 @@ def test_the_cloud_sees_an_ordinary_split_model(
 def test_modules_are_known_by_their_names(name: str, kind: str) -> None:
     """Attention and MLP are told apart in the names that architectures give them."""
     assert ("attention" if is_attention(name) else "mlp") == kind
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"port": 70000}, "port: got 70000"),
+        ({"batch_size": 0}, "batch_size: got 0"),
+        ({"api_key": "open sesame"}, "keys that begin with tml-"),
+        ({"record": 2, "in_flight": 2}, "record keeps whole micro-batches"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """Each is named, with what it was."""
+    with pytest.raises(UsageError, match=message):
+        settings(tmp_path, **changes)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dlora.privacy.recording import Recorder
     from dlora.tinker.service import Service
 
-__all__ = ["tinker"]
+__all__ = ["build_service", "tinker"]
 
 
 def tinker(settings: TinkerSettings) -> int:
@@ -32,7 +32,7 @@ def tinker(settings: TinkerSettings) -> int:
     try_device(settings.device)
     link = connect(settings.server, access=Access(**settings.access))
     try:
-        service = _service(settings, link)
+        service = build_service(settings, link)
         app = build_app(service, api_key=settings.api_key or os.environ.get("DLORA_API_KEY"))
 
         # The server's own handlers hand on what they got, which would end the process here.
@@ -48,7 +48,7 @@ def tinker(settings: TinkerSettings) -> int:
     return 0
 
 
-def _service(settings: TinkerSettings, link: Link) -> Service:
+def build_service(settings: TinkerSettings, link: Link) -> Service:
     """What stands behind the interface."""
     from dlora.edge.link import RetryPolicy
     from dlora.edge.load import load_tokenizer
@@ -57,6 +57,7 @@ def _service(settings: TinkerSettings, link: Link) -> Service:
     from dlora.tinker.service import Service
 
     recorder = _recorder(settings)
+
     options = {
         "wire": settings.wire,
         "wire_dtype": settings.wire_dtype,

@@ -282,10 +282,6 @@ def _serve_results(app: FastAPI, service: Service) -> None:
             return Response(result, media_type=_PROTO)
         return JSONResponse(result.model_dump(mode="json", exclude_none=True))
 
-    @app.post("/api/v1/retrieve_futures")
-    async def retrieve_futures() -> Any:
-        raise HTTPException(404, "retrieve_futures is not served: ask for each result")
-
 
 def _failed(error: Exception) -> JSONResponse:
     """A failed request, as the SDK reads it: whose fault it is, and why."""

@@ -232,7 +232,7 @@ def _put_likely(
 def _score_prompt(message: public.SampleResponse, asked: Asked, model: SplitModel) -> None:
     """Put in log-probabilities of the prompt's tokens: none for the first, or before the last n."""
     ids_T, request = torch.tensor(asked.prompt), asked.request
-    length, wide = len(ids_T), min(request.topk_prompt_logprobs, model_vocab(model))
+    length, wide = len(ids_T), min(request.topk_prompt_logprobs, _vocab_of(model))
     last = request.prompt_logprobs_last_n
     first = 1 if last is None else length - last
     found_T = np.full(length, np.nan, dtype=np.float32)
@@ -254,6 +254,6 @@ def _score_prompt(message: public.SampleResponse, asked: Asked, model: SplitMode
         _put_likely(message.topk_prompt_logprobs, likely, wide)
 
 
-def model_vocab(model: SplitModel) -> int:
+def _vocab_of(model: SplitModel) -> int:
     """Tokens that a logit is made for."""
     return int(model.get_output_embeddings().weight.shape[0])
