@@ -24,6 +24,7 @@ _MODULES: Final = {
     "ray": ("ray",),
     "report": ("jinja2", "matplotlib"),
     "server": ("cryptography", "filelock", "prometheus_client"),
+    "tinker": ("fastapi", "openai", "tinker", "uvicorn"),
 }
 """Extra -> the modules that it brings."""
 

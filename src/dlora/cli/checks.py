@@ -22,8 +22,10 @@ from dlora.errors import DataError, UsageError
 from dlora.extras import check_extra, is_installed
 from dlora.inference.settings import ApiSettings, ChatSettings, EvalSettings, GenerateSettings
 from dlora.privacy.settings import AuditSettings
+from dlora.protocol.address import LOOPBACK_ADDRESS
 from dlora.protocol.device import check_device_name
 from dlora.runs import RunFolder
+from dlora.tinker.settings import TinkerSettings
 from dlora.training.data_settings import DataSettings
 from dlora.training.output import check_folder
 from dlora.training.plan_settings import PlanSettings
@@ -45,6 +47,7 @@ __all__ = [
     "check_port",
     "check_report",
     "check_talk",
+    "check_tinker",
     "check_train",
 ]
 
@@ -129,6 +132,14 @@ def check_api(settings: ApiSettings) -> None:
     for folder in settings.adapters.values():
         _check_adapter("adapters", folder)
     check_port("port", settings.host, settings.port)
+
+
+def check_tinker(settings: TinkerSettings) -> None:
+    """Packages, server, the folder for what is saved, and the port."""
+    check_extra("tinker", "`dlora tinker`")
+    _check_edge(settings)
+    _check_folder_to_write("output", settings.output)
+    check_port("port", LOOPBACK_ADDRESS, settings.port)
 
 
 def check_info(settings: InfoSettings) -> None:

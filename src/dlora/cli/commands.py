@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from dlora.cli import checks, serve, train, use
+from dlora.cli import checks, serve, tinker, train, use
 from dlora.cli.flags import Command
 from dlora.cli.settings import DemoSettings, EnvSettings, MergeSettings
 from dlora.inference.settings import GenerationTexts
@@ -71,6 +71,7 @@ COMMANDS: Final = {
     ),
     "eval": Command(use.evaluate, _ADAPTER, check=checks.check_eval),
     "api": Command(use.api, _ADAPTER, check=checks.check_api),
+    "tinker": Command(tinker.tinker, _ADAPTER, check=checks.check_tinker),
     "merge": Command(_merge, _ADAPTER, check=checks.check_merge),
     "info": Command(use.info, _MORE, check=checks.check_info),
     "demo": Command(_demo, _MORE, check=checks.check_demo),

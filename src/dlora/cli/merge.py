@@ -8,6 +8,8 @@ import warnings
 from pathlib import Path
 
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
 
 from dlora.cli.checks import check_mergeable
 from dlora.cli.settings import MergeSettings
@@ -49,6 +51,7 @@ def merge(settings: MergeSettings) -> tuple[str, str]:
                 loaded.model, str(settings.adapter), ignore_mismatched_sizes=True
             )
         check_adapter_weights(model, weights, misfit)
+        _untie_adapted_head(model)
         merged = model.merge_and_unload()
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         if isinstance(error, DLoRAError):
@@ -66,3 +69,19 @@ def merge(settings: MergeSettings) -> tuple[str, str]:
             settings.output.rmdir()
         folder.rename(settings.output)
     return loaded.model_id, config.base_model_name_or_path or "an unnamed model"
+
+
+def _untie_adapted_head(model: PeftModel) -> None:
+    """Give an LM head with an adapter a weight of its own, where it has the embedding's.
+
+    What is added to the head would else be added to the embedding, too.
+    """
+    base = model.get_base_model()
+    head = base.get_output_embeddings()
+    if not isinstance(head, LoraLayer):
+        return
+    inner = head.get_base_layer()
+    if inner.weight is base.get_input_embeddings().weight:
+        inner.weight = nn.Parameter(inner.weight.detach().clone(), requires_grad=False)
+        base.config.tie_word_embeddings = False
+        base.config.get_text_config().tie_word_embeddings = False

@@ -53,6 +53,7 @@ from dlora.edge.in_flight import PartCount
 from dlora.edge.kv_cache import CloudCache, cache_for
 from dlora.edge.labels import spread
 from dlora.edge.link import Link
+from dlora.edge.lora import layer_flops
 from dlora.edge.meter import Meter
 from dlora.edge.micro_batch import as_node
 from dlora.edge.options import OPTION_NAMES, OptionArguments, SplitOptions, check_experts
@@ -400,8 +401,11 @@ def _check_codecs(link: Link, codecs: Codecs) -> None:
 
 
 def _head_flops(head: Any, rows: int, training: bool) -> int:
-    """FLOPs of the LM head, if there is any, on this many rows."""
+    """FLOPs of the LM head and of an adapter on it, if there is any, on this many rows."""
     if head is None:
         return 0
     vocab, width = head.weight.shape
-    return 2 * rows * int(vocab) * int(width) * (2 if training else 1)
+    flops = 2 * rows * int(vocab) * int(width) * (2 if training else 1)
+    if isinstance(head, LoraLayer) and not head.disable_adapters:
+        flops += layer_flops(head, rows, training=training, input_grad=training)
+    return flops

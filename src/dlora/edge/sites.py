@@ -1,8 +1,8 @@
 """Which of the cloud's sites an adapter sits at.
 
 The cloud describes its sites: groups of modules that read the same tensor. Here peft's LoRA layers
-are paired with them by full name. A LoRA layer inside a decoder layer that runs on the edge has no
-site: nothing of it is exchanged.
+are paired with them by full name. A LoRA layer inside a decoder layer that runs on the edge, or on
+the LM head, has no site: nothing of it is exchanged.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from dlora.edge.bottleneck import is_series
+from dlora.edge.bottleneck import BottleneckConfig, is_series
 from dlora.edge.experts import adapted_name, experts_of, fused_sites, offered_experts
 from dlora.edge.lora import active_names
 from dlora.errors import UsageError
@@ -29,6 +29,7 @@ __all__ = [
     "entries_of",
     "match_sites",
     "names_of",
+    "refuse_head",
     "shared_sites",
 ]
 
@@ -102,6 +103,7 @@ def match_sites(
 
     inputs = shared_sites(description)
     in_series = is_series(model.peft_config["default"])
+    _leave_head(model, layers)
     sites = []
     for site in (*(output_sites(inputs) if in_series else inputs), *fused_sites(description)):
         modules = [i for i, module in enumerate(site.modules) if module.name in layers]
@@ -142,6 +144,26 @@ def _refuse(name: str, layer: LoraLayer, description: pb.Description) -> NoRetur
         "linear module of the decoder that runs once for each token. This server allows: "
         f"{allowed_names(description)}."
     )
+
+
+def _leave_head(model: PeftModel, layers: dict[str, LoraLayer]) -> None:
+    """Take the LM head out of these layers: it is here, whole, and peft computes its adapter."""
+    head = model.get_base_model().get_output_embeddings()
+    bottleneck = isinstance(model.peft_config["default"], BottleneckConfig)
+    for name in [name for name, layer in layers.items() if layer is head and not bottleneck]:
+        del layers[name]
+
+
+def refuse_head(model: PeftModel, description: pb.Description) -> None:
+    """Raises UsageError for an adapter on the LM head, where a loss reads the head's weight."""
+    base = model.get_base_model()
+    head = base.get_output_embeddings()
+    if isinstance(head, LoraLayer):
+        name = next(name for name, module in base.named_modules() if module is head)
+        raise UsageError(
+            f"target module {name}: the loss is computed from the LM head's weight, and an adapter "
+            f"on it would not be trained. This server allows: {allowed_names(description)}."
+        )
 
 
 def allowed_names(description: pb.Description) -> str:

@@ -85,6 +85,8 @@ def share_ends(model: SplitModel, other: SplitModel) -> None:
         (model.get_input_embeddings(), other.get_input_embeddings()),
         (model.get_output_embeddings(), other.get_output_embeddings()),
     ):
+        # Where an adapter is on the head, that is its own, and what it is on is shared.
+        kept, twin = getattr(kept, "base_layer", kept), getattr(twin, "base_layer", twin)
         for name, parameter in kept.named_parameters(recurse=False):
             setattr(twin, name, parameter)
 

@@ -285,7 +285,7 @@ def _request_id(kind: str) -> str:
 class ApiServer:
     """An application on a socket of its own; `run` serves until it is stopped."""
 
-    def __init__(self, app: FastAPI, host: str, port: int) -> None:
+    def __init__(self, app: FastAPI, host: str, port: int, path: str = "/v1") -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.socket = socket.socket(family)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -298,7 +298,7 @@ class ApiServer:
             ) from error
 
         shown = f"[{host.strip('[]')}]" if ":" in host else host
-        self.url = f"http://{shown}:{self.socket.getsockname()[1]}/v1"
+        self.url = f"http://{shown}:{self.socket.getsockname()[1]}{path}"
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, timeout_graceful_shutdown=2
         )

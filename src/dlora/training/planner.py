@@ -18,7 +18,7 @@ from dlora.edge.choose_parts import best_parts, stations
 from dlora.edge.link import Link
 from dlora.edge.load import get_peft_model, load_adapter
 from dlora.edge.model import SplitModel
-from dlora.edge.sites import ActiveSite, shared_sites
+from dlora.edge.sites import ActiveSite, refuse_head, shared_sites
 from dlora.errors import UsageError
 from dlora.formulas import adapter_flops, forward_flops, seconds_in_flight
 from dlora.protocol.layers import layer_of
@@ -94,14 +94,18 @@ def planned_model(settings: PlanSettings, link: Link) -> SplitModel:
         "head_positions": "supervised",
     }
     if settings.adapter is not None:
-        return load_adapter(link, settings.adapter, **options)
+        model = load_adapter(link, settings.adapter, **options)
+        refuse_head(model, link.description)
+        return model
     common: dict[str, Any] = {"r": settings.r, "target_modules": settings.targets}
     if settings.kind != "lora":
         return get_peft_model(link, BottleneckConfig(kind=settings.kind, **common), **options)
     config = LoraConfig(
         rank_pattern=settings.rank_pattern, target_parameters=settings.target_parameters, **common
     )
-    return get_peft_model(link, config, **options)
+    model = get_peft_model(link, config, **options)
+    refuse_head(model, link.description)
+    return model
 
 
 def predict(

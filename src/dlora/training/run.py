@@ -20,6 +20,7 @@ from dlora.edge.bottleneck import BottleneckConfig
 from dlora.edge.link import Link, RetryPolicy
 from dlora.edge.load import get_peft_model, load_adapter, load_tokenizer
 from dlora.edge.model import SplitModel
+from dlora.edge.sites import refuse_head
 from dlora.errors import PeerLost
 from dlora.privacy.recording import Recorder
 from dlora.runs import RunFolder, step_of
@@ -118,8 +119,11 @@ def _build_model(settings: TrainSettings, link: Link) -> SplitModel:
         "cache_prefix": settings.cache_prefix,
     }
     if settings.adapter is not None:
-        return load_adapter(link, settings.adapter, **options)
-    return get_peft_model(link, _config(settings), **options)
+        model = load_adapter(link, settings.adapter, **options)
+    else:
+        model = get_peft_model(link, _config(settings), **options)
+    refuse_head(model, link.description)
+    return model
 
 
 def _config(settings: TrainSettings) -> peft.LoraConfig:
