@@ -28,7 +28,7 @@ _PACKAGES: Final = ("dlora", "torch", "transformers", "peft", "trl", "grpcio")
 
 def check_output(settings: TrainSettings, link: Link) -> None:
     """Raises UsageError for an output folder that this run may not use. Writes nothing."""
-    earlier = check_folder(settings)
+    earlier = _earlier(settings)
     served, fingerprint = link.description, earlier.get("fingerprint")
     if earlier and fingerprint != served.fingerprint:
         raise UsageError(
@@ -36,12 +36,18 @@ def check_output(settings: TrainSettings, link: Link) -> None:
             f"({str(fingerprint)[:12]}), {link.address} now serves {served.model_id} "
             f"({served.fingerprint[:12]})"
         )
+    _check_unfinished(earlier, settings)
 
 
-def check_folder(settings: TrainSettings) -> dict[str, Any]:
-    """The same without a server: the run that goes on, as far as anything tells of it.
+def check_folder(settings: TrainSettings) -> None:
+    """The same, as far as it needs no server."""
+    _check_unfinished(_earlier(settings), settings)
 
-    Raises UsageError unless that is unfinished, and this one's very beginning.
+
+def _earlier(settings: TrainSettings) -> dict[str, Any]:
+    """The run that goes on, as far as anything tells of it; nothing for a new one.
+
+    Raises UsageError unless it is this one's very beginning.
     """
     folder = RunFolder(settings.output)
     if not settings.resume:
@@ -71,15 +77,18 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _check_same_run(earlier: dict[str, Any], file: Path, settings: TrainSettings) -> dict[str, Any]:
-    """The run in the folder. Raises UsageError for other settings, and if it is finished."""
+    """The run in the folder. Raises UsageError for other settings."""
     if changed := settings.differences(earlier.get("settings", {})):
         raise UsageError(
             "--resume continues the same run, but these settings differ from "
             f"{file}: {', '.join(changed)}"
         )
+    return earlier
+
+
+def _check_unfinished(earlier: dict[str, Any], settings: TrainSettings) -> None:
     if earlier.get("status") == "finished":
         raise UsageError(f"the run in {settings.output} is finished: there is nothing to resume")
-    return earlier
 
 
 def began(folder: RunFolder, checkpoint: Path | None) -> dict[str, str]:
