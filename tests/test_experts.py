@@ -158,8 +158,9 @@ def test_three_steps_and_answers_match_local(bases: Bases, mixtures: Links, fami
     assert split.meter.round_trips - before == 5
 
 
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("family", "implementation"), [("mixtral", "batched_mm"), ("gpt_oss", "eager")]
+)
 def test_every_way_to_run_experts_matches_local(
     bases: Bases, family: str, implementation: str
 ) -> None:
@@ -410,7 +411,7 @@ def test_a_run_trains_experts(
         **{"target_modules": [], "target_parameters": EXPERTS},
     }
     settings = TrainSettings(
-        data=str(data), output=tmp_path / "run", epochs=1, batch_size=2, report_to=[], **common
+        data=str(data), output=tmp_path / "run", max_steps=1, batch_size=2, report_to=[], **common
     )
     run = dlora_train(settings, link)
     assert run["status"] == "finished" and run["settings"]["target_parameters"] == EXPERTS
