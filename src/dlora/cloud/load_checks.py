@@ -28,7 +28,7 @@ from dlora.cloud.recompute import per_token, saved_by_layer
 from dlora.cloud.zero_edge import probe_request, run_with_zeros, sample_ids
 from dlora.errors import INSTEAD, ModelError
 from dlora.proto import dlora_pb2 as pb
-from dlora.protocol.decoder import decoder_of
+from dlora.protocol.decoder import decoder_of, embedding_of
 from dlora.protocol.layers import CloudBetween, EdgeLayers, first_output
 from dlora.protocol.sites import Site
 from dlora.protocol.wire import encode
@@ -66,6 +66,12 @@ def check_kind(model: PreTrainedModel) -> None:
         )
 
     decoder_of(model)
+    inner = [one for one, _ in embedding_of(model).named_parameters() if "." in one]
+    if inner:  # those that were tried have modules whose saved adapter peft does not load again
+        raise ModelError(
+            f"{name} cannot be split: its token embedding is more than a table ({inner[0]}). "
+            f"{INSTEAD}"
+        )
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         raise ModelError(
             f"{name}: output_router_logits=True adds a loss of the routers, which are in the cloud:"
