@@ -1,8 +1,11 @@
-"""`docs/first-hour.md`, walked from its first command to its last in a fresh clone."""
+"""`docs/first-hour.md`, walked from its first command to its last in a fresh clone, and the
+notebook.
+"""
 
 from __future__ import annotations
 
 import doctest
+import json
 import os
 import re
 import shutil
@@ -130,6 +133,18 @@ def test_the_first_hour(tmp_path: Path) -> None:
             assert checker.check_output(shown, got, flags), f"{command}\n{said}"
     finally:
         walk.close()
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    """Every cell of the notebook works in this order, on the real model."""
+    cells = json.loads((ROOT / "docs/first-steps.ipynb").read_text())["cells"]
+    found = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(found)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "adapter/adapter_config.json").is_file()
 
 
 if __name__ == "__main__":  # the page as it comes out in this folder

@@ -24,7 +24,6 @@ from dlora.edge.grpc_link import GrpcLink
 from dlora.inference.answer import Pieces, complete
 from dlora.inference.prompts import encode_prompts
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
 
 
@@ -159,14 +158,3 @@ def test_openai_client_streams_with_the_demos_adapter(demo: Path, link: GrpcLink
         process.terminate()
     assert sum(map(bool, pieces)) > 1
     assert "".join(pieces) == texts[0]
-
-
-def test_the_notebook_runs(tmp_path: Path) -> None:
-    """Every cell of the notebook works in this order, on the real model."""
-    cells = json.loads((ROOT / "docs/first-steps.ipynb").read_text())["cells"]
-    found = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(found)], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "adapter/adapter_config.json").is_file()
