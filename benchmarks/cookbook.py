@@ -5,9 +5,9 @@
     python benchmarks/cookbook.py table    # the figures of docs/tinker.md
 
 The recipes load their data sets and a tokenizer by names of a hub. Here folders of these names are
-made in the folder in which they run: the demo's messages in place of no_robots, requests to write
-a number in place of gsm8k, SmolLM2's tokenizer as that of the model. `dlora tinker` serves SmolLM2
-under that model's name. Nothing else is changed but $TINKER_BASE_URL.
+made in the folder in which they run: the demo's messages in place of no_robots, one request, to
+write a number, in place of gsm8k, SmolLM2's tokenizer as that of the model. `dlora tinker` serves
+SmolLM2 under that model's name. Nothing else is changed but $TINKER_BASE_URL.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
@@ -45,15 +44,14 @@ CONFIG: dict[str, Any] = {
         "rl_loop": {
             "batch_size": 2,
             "group_size": 8,
-            "learning_rate": 2e-4,
+            "learning_rate": 1e-3,
             "lora_rank": 8,
-            "max_steps": 8,
-            "max_tokens": 12,
+            "max_steps": 6,
+            "max_tokens": 10,
             "loss_fn": "importance_sampling",
-            "save_every": 4,
+            "save_every": 3,
         },
     },
-    "seed": 0,
 }
 
 
@@ -73,12 +71,9 @@ def write_data(folder: Path) -> None:
 
     requests = folder / "openai" / "gsm8k" / "main"
     requests.mkdir(parents=True)
-    choose = random.Random(CONFIG["seed"])
+    row = {"question": "Write \\boxed{3}. What did you write?", "answer": "#### 3"}
     with (requests / "train.jsonl").open("w", encoding="utf-8") as out:
         for _ in range(CONFIG["requests"]):
-            number = choose.randint(1, 9)
-            question = f"Write \\boxed{{{number}}}. What did you write?"
-            row = {"question": question, "answer": f"#### {number}"}
             out.write(json.dumps(row) + "\n")
     (requests.parent / "README.md").write_text(
         "---\nconfigs:\n- config_name: main\n  data_files: main/train.jsonl\n---\n"

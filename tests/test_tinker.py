@@ -57,7 +57,7 @@ def service(
     with Server(cloud_models("llama"), tokenizer, options=NO_DRAIN) as server:
         link = dlora.connect(server.address, cache=tmp_path_factory.mktemp("cache"))
         yield build_service(
-            settings(tmp_path_factory.mktemp("saved"), max_adapters=100, batch_size=3), link
+            settings(tmp_path_factory.mktemp("saved"), max_adapters=100, batch_size=8), link
         )
         link.close()
 
@@ -115,11 +115,11 @@ def local_logprobs(model: Any, tokens: list[int]) -> torch.Tensor:
 def test_cross_entropy_is_local_pefts(client: Any, service: Service) -> None:
     """Loss, log-probabilities and every adapter gradient of a pass equal local peft's."""
     training = client.create_lora_training_client(BASE, rank=4, seed=3).result()
-    output = training.forward_backward([datum(one) for one in rows()], "cross_entropy").result()
+    output = training.forward_backward([datum(one) for one in rows(10)], "cross_entropy").result()
 
     local = local_twin()
     loss = torch.zeros(())
-    for one, got in zip(rows(), output.loss_fn_outputs, strict=True):
+    for one, got in zip(rows(10), output.loss_fn_outputs, strict=True):
         logprobs = local_logprobs(local, one)
         loss = loss - logprobs[2:].sum()
         torch.testing.assert_close(got["logprobs"].to_torch()[2:], logprobs[2:].detach())
@@ -240,6 +240,21 @@ def assert_gradients(service: Service, training: Any, local: PeftModel) -> None:
     for name, parameter in adapter.parameters.items():
         scale = wanted[name].abs().max().item()
         torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_a_pass_that_fails_adds_nothing(client: Any, service: Service) -> None:
+    """A pass that fails in its second micro-batch leaves the gradients that were there before."""
+    training = client.create_lora_training_client(BASE, rank=4, seed=3).result()
+    training.forward_backward([datum(one) for one in rows()], "cross_entropy").result()
+    parameters = service.run(training.model_id).adapter.parameters.values()
+    before = [one.grad.clone() for one in parameters]
+    batch = [reinforced(number, one) for number, one in enumerate(rows(10))]
+    last = dict(batch[-1].loss_fn_inputs)
+    del last["logprobs"]
+    batch[-1] = types.Datum(batch[-1].model_input, last)
+    with refused(tinker.RequestFailedError, "logprobs is missing"):
+        training.forward_backward(batch, "ppo").result()
+    assert all(torch.equal(one.grad, want) for one, want in zip(parameters, before, strict=True))
 
 
 def test_losses_of_ones_own_and_several_targets(client: Any, service: Service) -> None:
@@ -595,3 +610,29 @@ def test_settings_that_cannot_work_are_refused(
     """Each is named, with what it was."""
     with pytest.raises(UsageError, match=message):
         settings(tmp_path, **changes)
+
+
+def test_reinforcement_raises_the_reward(client: Any) -> None:
+    """The loop of an RL program (sample, reward, advantages, a pass, a step) raises what is
+    rewarded: here tokens from the first half of the vocabulary.
+    """
+    training = client.create_lora_training_client(BASE, rank=4, seed=3).result()
+    prompt, rewards = rows()[0], []
+    for step in range(4):
+        sampling = training.save_weights_and_get_sampling_client().result()
+        params = types.SamplingParams(max_tokens=4, seed=100 * step, stop=[])
+        given = types.ModelInput.from_ints(prompt)
+        found = sampling.sample(given, 32, params).result().sequences
+        earned = torch.tensor([sum(t < VOCAB // 2 for t in one.tokens) / 4 for one in found])
+        rewards.append(float(earned.mean()))
+        batch = []
+        for one, advantage in zip(found, (earned - earned.mean()).tolist(), strict=True):
+            begin = [0.0] * (len(prompt) - 1)
+            inputs = {
+                "logprobs": [*begin, *one.logprobs],
+                "advantages": [*begin, *[advantage] * len(one.tokens)],
+            }
+            batch.append(datum(prompt + one.tokens, **inputs))
+        training.forward_backward(batch, "importance_sampling")
+        training.optim_step(types.AdamParams(learning_rate=0.01)).result()
+    assert rewards[-1] > rewards[0] + 0.15
