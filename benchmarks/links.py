@@ -32,7 +32,7 @@ from typing import Any
 from relay import link_to
 
 RESULT = Path(__file__).parent / "results" / "links.jsonl"
-ROUNDS, LONG_S = 3, 45.0
+ROUNDS, LONG_S = 2, 30.0
 """Steps of each arm; one alone where a step takes that long."""
 SHAPE, WAITING_SHAPE, WARM_UP = (8, 64, 8), (16, 48, 8), (4, 8, 4)
 """Rows, tokens a row, labels a row: of named links, of those that only wait, before all steps."""

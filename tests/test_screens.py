@@ -393,7 +393,7 @@ def test_plan_reads_the_files_of_train(
     fits(out)
     for pattern in (
         r"^model +example-org/llama, 3 active sites, plain wire, 1 in flight$",
-        r"^data +\S+train\.jsonl: 24 rows of",
+        r"^data +\S+train\.jsonl:\s+24\s+rows\s+of",
         r"^first +[\d.]+ [kM]B of edge files",
         r"^evaluated +2 times: [\d.]+ kB and .* in all$",
         r"^the run +12 steps: [\d.]+ [kM]B up, [\d.]+ [kM]B down, about .*$",

@@ -589,7 +589,7 @@ def test_metrics_and_status(
         shown = capsys.readouterr().out
         assert "ready" in shown and "alice" in shown and str(rows) in shown
         secured._service.draining = True
-        assert read_status(port)[0].startswith("draining")
+        assert read_status(port).state.startswith("draining")
     assert main(["status", "--metrics-port", str(port)]) == 1
 
 
