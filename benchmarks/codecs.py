@@ -230,7 +230,7 @@ ARMS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 TASKS = BOTH
 FIRST = 4
 """Of the arms: those that have all of their runs before any other has one."""
-ARC = {  # as in paper/smollm2-text.yaml, with more eval rows
+ARC = {  # as in paper/smollm2-text.yaml, with more eval rows and a base in fp32
     "steps": 40,
     "epochs": None,
     "batch_size": 8,

@@ -99,7 +99,8 @@ class Walk:
         for process in self.running:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
+            with process:  # waits, and closes its pipe
+                pass
 
 
 def without_numbers(text: str) -> str:

@@ -54,9 +54,10 @@ def _hook_experts(model: nn.Module, sites: Sequence[Site]) -> None:
     for name, module in model.named_modules():
         place = forward_place(module)
         if isinstance(earlier := vars(module).get(place), FusedForward):  # of another `CloudModel`
-            setattr(module, place, earlier.own)
-            if place == "forward":  # the class's own
+            if place == "forward":  # in front of the class's own
                 delattr(module, place)
+            else:
+                setattr(module, place, earlier.own)
         if name in fused:
             found = _Fused(fused[name])
             setattr(module, place, FusedForward(module, getattr(module, place), found.weights))

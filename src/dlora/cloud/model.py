@@ -105,13 +105,12 @@ class CloudModel:
 
         # Where adapters may sit, and the hooks that ask the edge there.
         self.cache_cost, cached = measure_cache(parts, ids_BT)
-        passes = [*self._traced_passes(ids_BT), *([cached] if cached else [])]
-        traced = trace(model, parts.decoder, passes, allowed)
+        passes = self._traced_passes(ids_BT)
+        traced = trace(model, parts.decoder, [*passes, *([cached] if cached else [])], allowed)
         self.sites, self.unusable = traced.sites, traced.unusable
         if keep_apart(model, before):  # a cache may have worked by what a pass left
             self.cache_cost, _ = measure_cache(parts, ids_BT)
         linear = (*traced.sites, *output_sites(traced.sites))
-        passes = self._traced_passes(ids_BT)
         self.experts = find_experts(parts, traced.sites, len(linear), passes, allowed)
         """Fused weights of experts, which are adapted on the hosted wire."""
         self.all_sites = (*linear, *self.experts)

@@ -95,17 +95,20 @@ def planned_model(settings: PlanSettings, link: Link) -> SplitModel:
     }
     if settings.adapter is not None:
         model = load_adapter(link, settings.adapter, **options)
-        refuse_head(model, link.description)
-        return model
-    common: dict[str, Any] = {"r": settings.r, "target_modules": settings.targets}
-    if settings.kind != "lora":
-        return get_peft_model(link, BottleneckConfig(kind=settings.kind, **common), **options)
-    config = LoraConfig(
-        rank_pattern=settings.rank_pattern, target_parameters=settings.target_parameters, **common
-    )
-    model = get_peft_model(link, config, **options)
+    else:
+        model = get_peft_model(link, _planned_config(settings), **options)
     refuse_head(model, link.description)
     return model
+
+
+def _planned_config(settings: PlanSettings) -> LoraConfig:
+    """The adapter that is asked for, as far as its cost goes."""
+    common: dict[str, Any] = {"r": settings.r, "target_modules": settings.targets}
+    if settings.kind != "lora":
+        return BottleneckConfig(kind=settings.kind, **common)
+    return LoraConfig(
+        rank_pattern=settings.rank_pattern, target_parameters=settings.target_parameters, **common
+    )
 
 
 def predict(
