@@ -359,12 +359,12 @@ def _row(one: dict[str, Any]) -> str:
 
 
 def plot(found: list[dict[str, Any]], folder: Path) -> None:
-    """Tokens per second of every arm on every named link."""
+    """Tokens per second of every arm on every named link, the slowest first."""
     from matplotlib import pyplot
 
-    names = [name for name, numbers in LINKS.items() if numbers[1]]
+    names = sorted((name for name in LINKS if LINKS[name][1]), key=lambda name: LINKS[name][1])
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for arm in ARMS:
+    for arm in (name for name in ARMS if name != PICK):  # it is one of the others
         by = {one["link"]: one for one in found if one["arm"] == arm}
         speeds = [
             by[name]["tokens"] / min(by[name]["seconds"]) if name in by else None for name in names
