@@ -50,9 +50,18 @@ _COARSE_MODULE_TOLERANCE: Final = 0.5
 _RANK: Final = 1
 _SCALE: Final = 0.02
 """Of B: enough to show in every gradient."""
-_NEW_TOKENS: Final = 3
-_FEW_TOKENS: Final = 2
-"""Of a prompt alone, whose steps are those of prompts together."""
+_NEW_TOKENS: Final = 2
+"""Of an answer: one of the prompt's pass, and one of a pass behind the cache."""
+_GREEDY: Final[dict[str, Any]] = {
+    "max_new_tokens": _NEW_TOKENS,
+    "min_new_tokens": _NEW_TOKENS,
+    "do_sample": False,
+    "num_beams": 1,
+    "pad_token_id": 0,
+    "output_logits": True,
+    "return_dict_in_generate": True,
+}
+"""Arguments of `generate` for the best tokens, with their logits."""
 _NOTE: Final = "dlora_tried"
 """The attribute of a model that says for what it was tried, and with which findings."""
 
@@ -290,7 +299,7 @@ class _Trial:
         """A sentence that says why they differ, where that is known."""
         with torch.no_grad(), suppress(Exception):  # what was found is said in any case
             if what == "answers":
-                batch, options = self._prompts[0], {**_greedy(_FEW_TOKENS), "use_cache": False}
+                batch, options = self._prompts[0], {**_GREEDY, "use_cache": False}
                 with self._adapted(self.few):
                     logits = self.whole.generate(**batch, **options).logits
                 if self._wanted_alone and self._answers_gap(logits, self._wanted_alone):
@@ -316,18 +325,18 @@ class _Trial:
     @cached_property
     def _wanted(self) -> Sequence[Tensor] | None:
         """Logits of new tokens that the whole model answers the two prompts with."""
-        return self._answers(self._prompts[1], _NEW_TOKENS)
+        return self._answers(self._prompts[1])
 
     @cached_property
     def _wanted_alone(self) -> Sequence[Tensor] | None:
         """Those of the one prompt."""
-        return self._answers(self._prompts[0], _FEW_TOKENS)
+        return self._answers(self._prompts[0])
 
-    def _answers(self, batch: dict[str, Tensor], num: int) -> Sequence[Tensor] | None:
+    def _answers(self, batch: dict[str, Tensor]) -> Sequence[Tensor] | None:
         """The whole model's logits [B, vocabulary] of new tokens; None where it cannot generate."""
         try:
             with torch.no_grad(), self._adapted(self.few):
-                answers = self.whole.generate(**batch, **_greedy(num))
+                answers = self.whole.generate(**batch, **_GREEDY)
         except Exception as error:  # there is nothing to compare with, and nothing to miss
             log.warning(
                 "transformers itself cannot generate with %s: %s",
@@ -341,10 +350,10 @@ class _Trial:
         """Logits of a few new tokens, greedily; for one prompt, and for two of unequal length."""
         split.eval().set_active(self.few)
         alone, padded = self._prompts
-        got = split.generate(**_here(alone), **_greedy(_FEW_TOKENS)).logits
+        got = split.generate(**_here(alone), **_GREEDY).logits
 
         # Where rows do not depend on each other, a prompt alone is what it is beside another.
-        beside = None if self._wanted is None else [one[:1] for one in self._wanted[:_FEW_TOKENS]]
+        beside = None if self._wanted is None else [one[:1] for one in self._wanted]
         if beside is None or self._answers_gap(got, beside):
             if self._wanted_alone is None:
                 return ""
@@ -352,7 +361,7 @@ class _Trial:
                 return gap
         if self._wanted is None:
             return ""
-        got = split.generate(**_here(padded), **_greedy(_NEW_TOKENS)).logits
+        got = split.generate(**_here(padded), **_GREEDY).logits
         return self._answers_gap(got, self._wanted)
 
     def _answers_gap(self, got: Sequence[Tensor], want: Sequence[Tensor]) -> str:
@@ -375,19 +384,6 @@ class _Trial:
         largest = (got - want)[finite].abs().max().item() if finite.any() else 0.0
         scale = max(want[finite].abs().max().item(), 1e-6) if finite.any() else 1.0
         return "" if largest <= self.tolerance * scale else f"{what} off by {largest / scale:.2g}"
-
-
-def _greedy(num_tokens: int) -> dict[str, Any]:
-    """Arguments of `generate` for the best tokens, this many, with their logits."""
-    return {
-        "max_new_tokens": num_tokens,
-        "min_new_tokens": num_tokens,
-        "do_sample": False,
-        "num_beams": 1,
-        "pad_token_id": 0,
-        "output_logits": True,
-        "return_dict_in_generate": True,
-    }
 
 
 def _train_without_dropout(split: SplitModel) -> None:

@@ -17,7 +17,9 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +57,7 @@ from dlora.cloud.zero_edge import sample_ids
 from dlora.errors import DLoRAError, ModelError, UsageError, WireError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.channel import PROTOCOL_VERSION
-from dlora.protocol.decoder import called_outside
+from dlora.protocol.decoder import called_outside, last_hidden
 from dlora.protocol.sites import Site, output_sites
 from dlora.protocol.weights import weight_of
 from dlora.protocol.wire import WIRE_DTYPES
@@ -85,16 +87,20 @@ class CloudModel:
         try:
             load_checks.check_kind(model)
             self.model = model.eval().requires_grad_(False)
-            self._prepare(limits or Limits(), allowed)
+            # Reading every weight takes as long as a few passes: it goes on beside them.
+            with ThreadPoolExecutor(1, thread_name_prefix="dlora-fingerprint") as pool:
+                self._prepare(limits or Limits(), allowed, pool)
         except DLoRAError:
             raise
         except Exception as error:
             name = type(model).__name__
             raise ModelError(f"{name} cannot be split: {why_not(model, error)}") from error
 
-    def _prepare(self, limits: Limits, allowed: Callable[[str], bool]) -> None:
+    def _prepare(self, limits: Limits, allowed: Callable[[str], bool], pool: Executor) -> None:
         """Trace, hook, check and measure the model."""
         model = self.model
+        self.config_json = _public_config(model)
+        fingerprint = pool.submit(_fingerprint, self.config_json, model, _weights(model))
         self.limits = _within_model(limits, model, share_offloaded(model))
         ids_BT = sample_ids(model, 2, min(8, self.limits.max_length))
         before = attributes_of(model)
@@ -105,7 +111,8 @@ class CloudModel:
 
         # Where adapters may sit, and the hooks that ask the edge there.
         self.cache_cost, cached = measure_cache(parts, ids_BT)
-        passes = self._traced_passes(ids_BT)
+        counted = _CountedPass(parts, ids_BT)
+        passes = self._traced_passes(counted)
         traced = trace(model, parts.decoder, [*passes, *([cached] if cached else [])], allowed)
         self.sites, self.unusable = traced.sites, traced.unusable
         if keep_apart(model, before):  # a cache may have worked by what a pass left
@@ -121,36 +128,33 @@ class CloudModel:
         install_hooks(model, self.sites, self.all_sites, parts.lookups)
         self.layers = CloudLayers(parts, self.limits, ids_BT)
 
-        with FlopCount() as count:
-            hidden_BTD = parts.hidden(ids_BT)
-        self.hidden_width = hidden_BTD.shape[-1]
-        load_checks.check_rounded(parts, ids_BT, hidden_BTD)
+        self.hidden_width = counted.hidden_BTD.shape[-1]
+        load_checks.check_rounded(parts, ids_BT, counted.hidden_BTD)
         self.memory = measure_memory(
             *(parts, self.sites, len(self.layers_with_sites), self.layers),
             *(self.cache_cost, self.limits, ids_BT),
         )
         self.other_flops = other_flops(
-            *(count.total, *ids_BT.shape, self.sites, len(self.layers_with_sites), model.config)
+            *(counted.flops, *ids_BT.shape, self.sites, len(self.layers_with_sites), model.config)
         )
         load_checks.check_layers(parts, self.sites, self.layers, self.limits, ids_BT)
 
-        self.config_json = _public_config(model)
-        self.fingerprint = _fingerprint(self.config_json, model)
+        self.fingerprint = fingerprint.result()
         self.frozen_store = FrozenStore(self.limits.max_adapter_bytes, parts.weight.device)
         self.prefix_store = load_checks.prefix_store(parts, self.layers, self.limits, ids_BT)
         self.stores = [store for store in (self.frozen_store, self.prefix_store) if store]
         self.requests = self._request_check()
         give_back()  # what loading and measuring have left
 
-    def _traced_passes(self, ids_BT: Tensor) -> list[TracedPass]:
+    def _traced_passes(self, counted: _CountedPass) -> list[TracedPass]:
         """Passes to watch, of two shapes."""
-        shapes = [ids_BT]
-        if self.limits.max_length > ids_BT.shape[1]:
-            shapes.append(sample_ids(self.model, 1, min(21, self.limits.max_length)))
-        return [
-            TracedPass(run=partial(self.parts.run, ids), batch=ids.shape[0], length=ids.shape[1])
-            for ids in shapes
-        ]
+        batch, length = counted.ids_BT.shape
+        passes = [TracedPass(run=counted, batch=batch, length=length)]
+        if self.limits.max_length > length:
+            ids_BT = sample_ids(self.model, 1, min(21, self.limits.max_length))
+            run = partial(self.parts.run, ids_BT)
+            passes.append(TracedPass(run=run, batch=1, length=ids_BT.shape[1]))
+        return passes
 
     def without_limits(self) -> CloudModel:
         """The same model for a trial, which is small: without limits on what passes may take."""
@@ -343,6 +347,21 @@ class CloudModel:
         )
 
 
+class _CountedPass:
+    """A forward of the decoder over tokens; its matmul FLOPs and its last hidden states."""
+
+    def __init__(self, parts: Parts, ids_BT: Tensor) -> None:
+        self.parts, self.ids_BT = parts, ids_BT
+        self.flops = 0
+
+    def __call__(self) -> Any:
+        """Run it; what the decoder returns."""
+        with FlopCount() as count:
+            output = self.parts.run(self.ids_BT)
+        self.flops, self.hidden_BTD = count.total, last_hidden(output).detach()
+        return output
+
+
 def _other_devices(
     model: PreTrainedModel, sites: Sequence[Site], first: torch.device
 ) -> dict[str, torch.device]:
@@ -378,10 +397,19 @@ def _public_config(model: PreTrainedModel) -> str:
     return json.dumps(config, sort_keys=True)
 
 
-def _fingerprint(config_json: str, model: PreTrainedModel) -> str:
+def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Every weight and saved buffer by name; buffers as they are now, since passes may write."""
+    buffers = {name for name, _ in model.named_buffers()}
+    return {
+        name: weight.clone() if name in buffers else weight
+        for name, weight in model.state_dict().items()
+    }
+
+
+def _fingerprint(config_json: str, model: PreTrainedModel, weights: dict[str, Tensor]) -> str:
     """SHA-256 over configuration and every weight: equal means the same function."""
     digest = hashlib.sha256(config_json.encode())
-    for name, weight in sorted(model.state_dict().items()):
+    for name, weight in sorted(weights.items()):
         if weight.device.type == "meta":  # it is on disk, or in memory beside a GPU
             path, _, last = name.rpartition(".")
             weight = weight_of(model.get_submodule(path), last)
