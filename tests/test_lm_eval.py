@@ -33,7 +33,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from dlora.inference import lm_harness, tasks
-from dlora.inference.lm_harness import KeptAnswers, SplitLM
+from dlora.inference.lm_harness import SplitLM
 from dlora.inference.tasks import load_tasks, measure_tasks
 
 _WORDS = "gate lift ward bed door lamp pump tray".split()
@@ -254,8 +254,9 @@ def test_an_interrupted_evaluation_goes_on(
     assert main([*command, str(folder.parent / "half.json")]) == 130
     assert "answers are kept: the same command goes on with them" in capsys.readouterr().err
     assert part.stat().st_mode & 0o777 == 0o600
-    kept = len(part.read_text().splitlines()) - 1
-    assert kept >= 12 and "message" not in part.read_text()
+    text = part.read_text()
+    kept = len(text.splitlines()) - 1
+    assert kept >= 12 and "message" not in text
     calls, stop = [], 0
     with part.open("a") as file:
         file.write('{"key": "cut')
@@ -265,9 +266,9 @@ def test_an_interrupted_evaluation_goes_on(
     assert one["tasks"] == two["tasks"]
 
     # The kept answers of another adapter.
-    answers = KeptAnswers(part, {"adapter": "other"})
-    answers.add_partial("loglikelihood", ("a", "b"), (0.0, True))
-    answers.close(remove=False)
+    header, _, rest = text.partition("\n")
+    of = {"of": json.loads(header)["of"] | {"adapter": "other"}}
+    part.write_text(f"{json.dumps(of)}\n{rest}")
     calls = []
     assert main([*command, str(folder.parent / "half.json")]) == 0
     assert sum(calls) == 24
@@ -373,6 +374,8 @@ def test_results_stand_in_a_readme_as_long_as_they_are_true(tmp_path: Path) -> N
     assert "| a | acc | 0.7500 |  | 0 | 3 of 8 |" in text and "0.5000" not in text
     assert "| b | acc (strict) | 0.2500 |" in text and text.count("## Evaluation") == 1
     assert text.startswith("# Mine\n") and text.endswith("## By me\n\nas it was\n")
+
+    assert "| b | acc (strict) |" in card_with_results("# Of a run\n", tmp_path)
 
     weights.write_bytes(b"second")
     later = card_with_results(text, tmp_path)

@@ -125,6 +125,8 @@ def measure_tasks(
     """
     before = model.meter.copy()
     answers = _kept_answers(settings, model)
+    if answers is not None and len(answers):
+        log.info("going on with %d answers that were kept", len(answers))
     is_done = False
     try:
         with _quiet():
