@@ -186,7 +186,7 @@ def test_a_home_is_one_place_from_python(
             given[flag.name] = [Path("~", flag.name)]
         elif flag.is_required:
             given[flag.name] = "a:1"
-    given |= {"action": "token", "tenant": "t"} if name == "keys" else {}
+    given |= {"keys": {"action": "token", "tenant": "t"}, "eval": {"tasks": ["a"]}}.get(name, {})
     settings = COMMANDS[name].settings(**given)
     for one, path in given.items():
         if isinstance(path, Path | list):
