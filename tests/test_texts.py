@@ -189,7 +189,7 @@ def test_a_home_is_one_place_from_python(
     given |= {"keys": {"action": "token", "tenant": "t"}, "eval": {"tasks": ["a"]}}.get(name, {})
     settings = COMMANDS[name].settings(**given)
     for one, path in given.items():
-        if isinstance(path, Path | list):
+        if isinstance(path, Path) or (isinstance(path, list) and isinstance(path[0], Path)):
             want = tmp_path / one
             assert getattr(settings, one) == (want if isinstance(path, Path) else [want])
 
