@@ -76,7 +76,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["train"], f"train: --server, --data and --output are missing; {SEE}"),
     (["train", "--server", "a:1", "--output", "o"], f"train: --data is missing; {SEE}"),
     (["serve"], "serve: --model is missing; see dlora serve --help"),
-    (["eval", "--server", "a:1"], "eval: --data is missing; see dlora eval --help"),
+    (["eval", "--server", "a:1"], "eval: give data or tasks"),
     (["report"], "report: RUNS is missing; see dlora report --help"),
     (["audit", "--server", "a:1"], "audit: RUN is missing; see dlora audit --help"),
     (["keys"], "keys: ACTION is missing; see dlora keys --help"),

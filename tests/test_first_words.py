@@ -234,6 +234,7 @@ def test_a_taken_port_is_refused_first(command: str, capsys: pytest.CaptureFixtu
         (["keys", "list"], ("cryptography",)),
         (["status"], ("prometheus_client",)),
         (["serve", "--model", "base", "--quantize", "nf4"], ("bitsandbytes",)),
+        (["eval", *SERVED, "--tasks", "arc_easy"], ("lm_eval",)),
         (["serve", "--model", "base", "--replicas", "2"], ("ray",)),
     ],
 )

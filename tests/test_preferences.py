@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import trl
 from conftest import adapter, batches, lora, make_local, make_split
 from datasets import Dataset
 from helpers import assert_same_grads
 from transformers import PreTrainedTokenizerFast
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
+import dlora
+from dlora.cloud.model import CloudModel
+from dlora.edge.link import RetryPolicy
 from dlora.embedded import InProcessLink
-from dlora.errors import UsageError
+from dlora.errors import PeerLost, UsageError
+from dlora.server.server import Server, ServerOptions
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # its notice would be an error here
 
@@ -56,6 +62,18 @@ _TRAINERS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 }
 
 
+# trainer -> micro-batches of the three steps, forward passes alone counted in, as the table of
+# docs/trainers.md has them
+_STREAMS = {
+    **dict.fromkeys(("SFT", "ORPO", "CPO"), 3),
+    **dict.fromkeys(("DPO", "DPO-ipo"), 3 * 2),
+    "DPO-precomputed": 3 + 1,
+    "KTO": 3 * 4,
+    "GRPO": 3 * 2,
+    "RLOO": 3 * 3,
+}
+
+
 def distinct(completions: list[str], **_: Any) -> list[float]:
     """A reward: how many different characters were written."""
     return [float(len(set(text))) for text in completions]
@@ -73,8 +91,6 @@ def train(
 
         module: Any = {"ORPO": orpo, "CPO": cpo}[kind]
     else:
-        import trl
-
         module = trl
     arguments = getattr(module, f"{kind}Config")(
         output_dir=str(folder),
@@ -118,6 +134,7 @@ def test_trainer_logs_and_learns_what_local_peft_does(
     got = train(name, split, tokenizer, tmp_path / "split")
 
     assert len(want) == len(got) == 4
+    assert split.meter.micro_batches == _STREAMS[name]
     for one, other in zip(want, got, strict=True):
         assert one.keys() == other.keys()
         for key, value in one.items():
@@ -217,3 +234,57 @@ def test_active_set_is_of_the_adapter_that_it_was_chosen_for(
         assert split(**batch).loss.item() == pytest.approx(chosen, rel=1e-6)
     assert adapter(split).keys() == trained
     assert len(trained) == 4
+
+
+@pytest.mark.parametrize(("name", "enough"), [("DPO", 2), ("DPO-precomputed", 1)])
+def test_a_tenant_needs_two_streams_for_a_reference(
+    cloud_models: Callable[[str], CloudModel],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    name: str,
+    enough: int,
+) -> None:
+    """While the policy's stream waits for its backward pass the reference has one of its own: with
+    a limit of one stream that is refused after a wait, in words that say why. Precomputed, one is
+    enough.
+    """
+    options = ServerOptions(drain_s=0.0, max_streams=1)
+    with Server(cloud_models("llama"), tokenizer, options=options) as server:
+        link = dlora.connect(server.address, cache=tmp_path / "cache")
+        split = make_split(link, lora(), retry=RetryPolicy(give_up_after_s=0.5))
+        if enough == 1:
+            assert len(train(name, split, tokenizer, tmp_path / "run")) == 4
+        else:
+            with pytest.raises(PeerLost, match="streams"):
+                train(name, split, tokenizer, tmp_path / "run")
+        link.close()
+
+
+def test_what_trl_says_no_to(
+    link: InProcessLink, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """A second adapter and a reference that follows the policy are refused by trl itself; the copy
+    of the adapter that it makes is saved beside it, and a switched-off adapter is one round trip.
+    """
+    common: dict[str, Any] = {
+        "train_dataset": Dataset.from_list(_PAIRS),
+        "processing_class": copy.deepcopy(tokenizer),
+    }
+    options = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, "bf16": False}
+    split = make_split(link, lora())
+    with pytest.raises(ValueError, match="peft_config"):
+        arguments = trl.DPOConfig(**options)
+        trl.DPOTrainer(model=split, args=arguments, peft_config=lora(), **common)
+    with pytest.raises((ValueError, NotImplementedError), match="sync_ref_model"):
+        arguments = trl.DPOConfig(**options, sync_ref_model=True)
+        trl.DPOTrainer(model=split, args=arguments, **common)
+
+    split = make_split(link, lora())
+    trl.DPOTrainer(model=split, args=trl.DPOConfig(**options), **common)
+    split.save_pretrained(str(tmp_path / "adapter"))
+    files = {file.parent.name for file in (tmp_path / "adapter").rglob("adapter_model.safetensors")}
+    assert files == {"adapter", "ref"}
+    before = split.meter.round_trips
+    with torch.no_grad(), split.disable_adapter():
+        split(**batches()[0])
+    assert split.meter.round_trips - before == 1

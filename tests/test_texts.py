@@ -186,10 +186,10 @@ def test_a_home_is_one_place_from_python(
             given[flag.name] = [Path("~", flag.name)]
         elif flag.is_required:
             given[flag.name] = "a:1"
-    given |= {"action": "token", "tenant": "t"} if name == "keys" else {}
+    given |= {"keys": {"action": "token", "tenant": "t"}, "eval": {"tasks": ["a"]}}.get(name, {})
     settings = COMMANDS[name].settings(**given)
     for one, path in given.items():
-        if isinstance(path, Path | list):
+        if isinstance(path, Path) or (isinstance(path, list) and isinstance(path[0], Path)):
             want = tmp_path / one
             assert getattr(settings, one) == (want if isinstance(path, Path) else [want])
 

@@ -20,6 +20,7 @@ __all__ = ["check_extra", "install_command", "is_installed", "missing_extra"]
 
 _MODULES: Final = {
     "api": ("fastapi", "openai", "uvicorn"),
+    "eval": ("lm_eval",),
     "quantize": ("bitsandbytes",),
     "ray": ("ray",),
     "report": ("jinja2", "matplotlib"),

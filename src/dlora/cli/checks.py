@@ -116,10 +116,14 @@ def check_generate(settings: GenerateSettings) -> None:
 
 
 def check_eval(settings: EvalSettings) -> None:
-    """Server, adapter, data, and the file for the result."""
+    """Packages, server, adapter, data or tasks, and the file for the result."""
+    if settings.tasks:
+        check_extra("eval", "`dlora eval --tasks`")
     _check_edge(settings)
     _check_adapter("adapter", settings.adapter)
     _check_source("data", settings.data)
+    if settings.tasks_path is not None and not settings.tasks_path.is_dir():
+        raise UsageError(f"tasks_path: no such folder: {settings.tasks_path}")
     _check_file_to_write("output", settings.output)
     _check_file_to_write("predictions", settings.predictions)
 

@@ -23,7 +23,7 @@ __all__ = ["main"]
 
 # Libraries that tell of every request, file lock or data set. On processors with 16-bit AVX-512
 # bitsandbytes also looks, whenever transformers loads it, for kernels that are not needed here.
-_NOISY: Final = ("httpx", "httpcore", "httpx2", "httpcore2", "filelock", "datasets")
+_NOISY: Final = (*("httpx", "httpcore", "httpx2", "httpcore2", "filelock", "datasets", "lm_eval"),)
 _NOISIER: Final = ("bitsandbytes.backends.cpu.ops",)
 _NO_BARS: Final = (
     *("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"),

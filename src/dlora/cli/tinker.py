@@ -7,7 +7,6 @@ import signal
 from typing import TYPE_CHECKING
 
 from dlora.errors import UsageError
-from dlora.files import write_json
 from dlora.protocol.address import LOOPBACK_ADDRESS
 from dlora.tinker.settings import TinkerSettings
 
@@ -81,7 +80,7 @@ def build_service(settings: TinkerSettings, link: Link) -> Service:
 
 
 def _recorder(settings: TinkerSettings) -> Recorder | None:
-    """What records the first micro-batches, if that is asked for, and what `dlora audit` wants.
+    """What records the first micro-batches, if that is asked for.
 
     Raises UsageError for a folder in which there is a run already.
     """
@@ -90,10 +89,7 @@ def _recorder(settings: TinkerSettings) -> Recorder | None:
 
     if not settings.record:
         return None
-    file = RunFolder(settings.output).run_file
-    if file.exists():
+    folder = RunFolder(settings.output)
+    if folder.run_file.exists():
         raise UsageError(f"record: {settings.output} holds a run already: give another --output")
-    settings.output.mkdir(parents=True, exist_ok=True)
-    noise = {"noise_entry": settings.noise_entry, "noise_clip": settings.noise_clip}
-    write_json(file, {"settings": noise})
-    return Recorder(settings.output / "recording", settings.record)
+    return Recorder(folder.recording, settings.record)

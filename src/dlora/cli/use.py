@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from dlora.cli.eval_screen import task_lines
 from dlora.edge.settings import EdgeSettings, InfoSettings
 from dlora.errors import DataError, DLoRAError
 from dlora.files import write_json
@@ -215,17 +216,14 @@ def _say(talk: Any, model: Any, text: str) -> None:
 
 
 def evaluate(settings: EvalSettings) -> int:
-    """Edge: loss and perplexity, exact match, or choice accuracy on a data file."""
+    """Edge: loss, exact match or choices on a data file, or tasks of lm-eval."""
+    if settings.tasks:
+        return _evaluate_tasks(settings)
     from dlora.inference.evaluate import evaluate
 
     with _loaded(settings, settings.adapter) as (model, tokenizer):
         figures = evaluate(settings, model, tokenizer)
-    adapter = None if settings.adapter is None else str(settings.adapter)
-    figures = {"adapter": adapter, **figures}
-
-    if settings.output is not None:
-        settings.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(settings.output, figures)
+    figures = _kept(settings, figures)
 
     # An interval stands on the line of its figure; the cost is in the file alone.
     for name, value in figures.items():
@@ -237,6 +235,36 @@ def evaluate(settings: EvalSettings) -> int:
         print(f"{name:18} {shown}{ends}")
     if settings.predictions is not None:
         print(f"{'predictions':18} {settings.predictions}")
+    return 0
+
+
+def _kept(settings: EvalSettings, figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures with their adapter, written where they are asked for."""
+    adapter = None if settings.adapter is None else str(settings.adapter)
+    figures = {"adapter": adapter, **figures}
+    if settings.output is not None:
+        settings.output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(settings.output, figures)
+    return figures
+
+
+def _evaluate_tasks(settings: EvalSettings) -> int:
+    """Tasks of lm-eval: a table, and the results in the adapter's folder."""
+    from dlora.edge.adapter_results import RESULTS_FILE, note_results
+    from dlora.inference.tasks import load_tasks, measure_tasks
+
+    # Their data is at hand before a server is asked.
+    tasks = load_tasks(settings)
+    with _loaded(settings, settings.adapter) as (model, tokenizer):
+        figures = measure_tasks(settings, model, tokenizer, tasks)
+    figures = _kept(settings, figures)
+    kept = None
+    if settings.adapter is not None:
+        note_results(settings.adapter, figures["tasks"])
+        kept = settings.adapter / RESULTS_FILE
+
+    for line in task_lines(figures, kept, settings.predictions):
+        print(line)
     return 0
 
 

@@ -23,6 +23,7 @@ from dlora.edge.conditions import Conditions
 from dlora.edge.link import RetryPolicy
 from dlora.edge.passes import PassInput, joined
 from dlora.edge.responder import Responder, begin
+from dlora.edge.room import pass_tokens
 from dlora.errors import AdapterMissing, PeerLost, UsageError
 from dlora.proto import dlora_pb2 as pb
 
@@ -338,15 +339,11 @@ class CloudCache(Cache):
 def _slice_length(responder: Responder, batch: int, length: int) -> int:
     """Tokens of each sequence that fit one pass.
 
-    The server limits tokens, and a message is to take half of its largest at most. Raises
-    UsageError where that is less than `length`, and the cache takes no prompt in parts.
+    Raises UsageError where that is less than `length`, and the cache takes no prompt in parts.
     """
     description = responder.link.description
-    widths = [description.embedding_width, responder.hidden_width]
-    for site in [] if responder.hosted else responder.sites.values():
-        widths += [site.in_features, sum(layer.out_features for layer in site.layers)]
-    by_message = description.limits.max_message_bytes // (8 * max(widths))
-    step = max(1, min(int(description.limits.max_tokens), by_message) // batch)
+    exchanged = () if responder.hosted else responder.sites.values()
+    step = max(1, pass_tokens(description, exchanged) // batch)
     if description.limits.whole_prompts and length > step:
         raise UsageError(
             f"{batch} prompts of {length} tokens do not fit one pass of at most {step}, and this "

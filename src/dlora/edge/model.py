@@ -334,6 +334,8 @@ class SplitModel(PeftModelForCausalLM):
         """
         config = kwargs.get("generation_config") or self.generation_config
         cache = cache_for(args, kwargs, config) if self.has_cache else None
+        if not self.has_cache and kwargs.get("use_cache"):
+            kwargs["use_cache"] = False  # the same answers, in more time
         if cache is None:
             return super().generate(*args, **kwargs)
         try:

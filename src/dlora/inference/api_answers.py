@@ -33,8 +33,8 @@ from transformers.cli.serving.utils import DirectStreamer, ReasoningText, _Strea
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from dlora.edge.description import has_cache
 from dlora.edge.model import SplitModel
+from dlora.edge.room import fits_cache
 from dlora.errors import DLoRAError
 from dlora.inference.answer import Continuing, check_room
 from dlora.inference.prompts import pad_token
@@ -322,18 +322,11 @@ class Answers:
 
     def _fits(self, answers: list[_Answer]) -> bool:
         """Whether the server takes them as one batch."""
-        description = self.model.link.description
+        limits = self.model.link.description.limits
         longest = max(len(answer.ids) for answer in answers)
         length = longest + max(answer.most for answer in answers)
-        rows, limits = len(answers), description.limits
-        return (
-            rows <= _MOST_ROWS
-            and length <= limits.max_length
-            and rows * longest <= limits.max_tokens
-            and has_cache(limits)
-            and rows * (length * limits.cache_bytes_per_token + limits.cache_bytes_per_sequence)
-            <= limits.max_inflight_bytes // 2
-        )
+        rows = len(answers)
+        return rows <= _MOST_ROWS and fits_cache(limits, rows, longest, length)
 
     def _generate(self, answers: list[_Answer]) -> None:
         """Answer them, each as if it were alone."""

@@ -37,19 +37,20 @@ def evaluate(
     settings: EvalSettings, model: SplitModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     """Measure what the data's rows allow; return plain numbers, with the cost. Raises DataError."""
-    ((_, first),) = read_rows(settings.data, settings.columns, limit=1)
+    source = settings.data or ""
+    ((_, first),) = read_rows(source, settings.columns, limit=1)
     before = model.meter.copy()
     if "choices" in first:
         if settings.exact_match:
             raise UsageError(
                 "exact_match: rows with choices are scored by log-likelihood; leave it out"
             )
-        rows = read_rows(settings.data, settings.columns, limit=settings.limit)
+        rows = read_rows(source, settings.columns, limit=settings.limit)
         number = len(rows)
-        measures, predictions = _choices(model, tokenizer, check_choices(rows), settings.batch_size)
+        measures, predictions = _choices(model, tokenizer, check_choices(rows), settings.data_rows)
     else:
         data, origins = load_rows(
-            settings.data,
+            source,
             settings.columns,
             chat=bool(tokenizer.chat_template),
             limit=settings.limit,
@@ -59,7 +60,7 @@ def evaluate(
         # Before the loss, which may take long.
         if asks_answers := settings.exact_match or settings.predictions is not None:
             _check_completions(data, settings)
-        measures, predictions = _loss(model, tokenizer, data, origins, settings.batch_size), []
+        measures, predictions = _loss(model, tokenizer, data, origins, settings.data_rows), []
         if asks_answers:
             matches, predictions = _exact_match(model, tokenizer, data, settings)
             measures |= matches
@@ -68,7 +69,7 @@ def evaluate(
         _write_lines(settings.predictions, predictions)
     return {
         "model_id": model.link.description.model_id,
-        "data": settings.data,
+        "data": source,
         "rows": number,
         **measures,
         "cost": asdict(model.meter - before),
@@ -151,8 +152,8 @@ def _exact_match(
     # Prompts of about the same length together: less padding.
     order = sorted(range(len(data)), key=lambda number: len(str(data[number]["prompt"])))
     found: dict[int, dict[str, Any]] = {}
-    for start in tqdm(range(0, len(order), settings.batch_size), desc="answers"):
-        numbers = order[start : start + settings.batch_size]
+    for start in tqdm(range(0, len(order), settings.data_rows), desc="answers"):
+        numbers = order[start : start + settings.data_rows]
         chosen = [data[number] for number in numbers]
         texts, _ = complete(
             model,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, TypedDict
 
 from dlora.edge.data_forms import check_columns
+from dlora.edge.options import InFlight
 from dlora.edge.settings import EdgeSettings
 from dlora.errors import UsageError
 
@@ -30,6 +31,12 @@ _SETTINGS: Final = {
     "prompt_lookup_num_tokens": "prompt_lookup",
 }
 """Options of `generation` that are settings of their own -> the setting."""
+
+
+# Of `dlora eval`: settings that go with one of its forms alone -> what they are if not given.
+_OF_DATA: Final[dict[str, Any]] = {"columns": {}, "exact_match": False, "max_new_tokens": 32}
+_OF_TASKS: Final[dict[str, Any]] = {"tasks_path": None, "num_fewshot": None, "chat": False}
+_DATA_ROWS: Final = 8
 
 
 class GenerationTexts(TypedDict, total=False):
@@ -173,32 +180,45 @@ class ChatSettings(SamplingSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings(EdgeSettings):
-    """Settings of `dlora eval`."""
+    """Settings of `dlora eval`: of data, or of tasks of lm-eval."""
 
     GROUPS: ClassVar[dict[str, str]] = {
         "connection": EdgeSettings.GROUPS["connection"],
         "adapter": "adapter",
-        "data": "data columns limit batch_size",
-        "result": "exact_match max_new_tokens output predictions",
+        "data of your own": "data columns exact_match max_new_tokens",
+        "or tasks of lm-eval": "tasks tasks_path num_fewshot chat",
+        "rows": "limit batch_size",
+        "result": "output predictions",
         "privacy": EdgeSettings.GROUPS["privacy"],
         "computing": EdgeSettings.GROUPS["computing"],
     }
 
-    data: str
+    data: str | None = None
     """Files, or a Hugging Face data set, as for training. Rows as there, or with `prompt`,
     `choices` and `answer` (the right choice, as text or as a number from 0)."""
     columns: dict[str, str] = field(default_factory=dict)
     """Names of columns in the data, as for training: prompt=question,answer=label."""
-    adapter: Path | None = None
-    """Adapter folder, as `dlora train` or peft writes it; default: the served model as it is."""
     exact_match: bool = False
     """Also answer every prompt, greedily, and count answers that equal the completion."""
     max_new_tokens: int = 32
     """With exact_match and predictions: longest answer in tokens."""
-    batch_size: int = 8
-    """Rows of a micro-batch."""
+    tasks: list[str] = field(default_factory=list)
+    """Tasks of EleutherAI's lm-evaluation-harness by name, or groups, or patterns such as mmlu_*.
+    The results are kept with the adapter, too, and stand in its README."""
+    tasks_path: Path | None = None
+    """Folder with tasks of your own, as the harness has them: YAML files. Python that they name is
+    run here."""
+    num_fewshot: int | None = None
+    """Examples in front of a question. Default: as the task has it. A task that says 0 keeps 0."""
+    chat: bool = False
+    """Put what is asked into the model's chat template."""
+    adapter: Path | None = None
+    """Adapter folder, as `dlora train` or peft writes it; default: the served model as it is."""
+    batch_size: InFlight = "auto"
+    """Rows of a micro-batch. auto: with tasks as many as the server takes by its own limits, with
+    data 8."""
     limit: int | None = None
-    """Only the first N rows."""
+    """Only the first N rows, of each task."""
     output: Path | None = None
     """File for the result as JSON."""
     predictions: Path | None = None
@@ -211,8 +231,24 @@ class EvalSettings(EdgeSettings):
         check_columns(self.columns)
         for name in ("batch_size", "max_new_tokens", "limit"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if isinstance(value, int) and value < 1:
                 raise UsageError(f"{name}: got {value}, want at least 1")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise UsageError(f"num_fewshot: got {self.num_fewshot}, want 0 or more")
+
+        # What is of the other kind would count for nothing.
+        if (self.data is None) == (not self.tasks):
+            also = ", not both: run the command twice" if self.tasks else ""
+            raise UsageError(f"give data or tasks{also}")
+        others, wanted = (_OF_DATA, "data") if self.tasks else (_OF_TASKS, "tasks")
+        for name, unset in others.items():
+            if getattr(self, name) != unset:
+                raise UsageError(f"{name}: goes with {wanted} alone: leave it out")
+
+    @property
+    def data_rows(self) -> int:
+        """Rows of a micro-batch of data."""
+        return _DATA_ROWS if self.batch_size == "auto" else self.batch_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,15 @@ files are open to their user alone.
 
 On the way there: a `RecordingLink` between model and server collects the frames of a micro-batch.
 Hooks on the model note the truth of the same micro-batch. When the cloud is done a `Recorder`
-writes both; a `Recording` reads them back.
+writes both; a `Recording` reads them back. Between its forward and its backward other passes may
+run, as those of a reference do under DPO: the truth is kept with the first frame that it is of.
 
 Shapes: B batch, T tokens.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,11 +41,15 @@ from dlora.errors import UsageError, WireError
 from dlora.files import write_private
 from dlora.privacy.cloud_view import CloudView
 from dlora.proto import dlora_pb2 as pb
+from dlora.runs import RunFolder
 
 __all__ = ["Module", "Recorder", "Recording", "RecordingLink", "Truth"]
 
 _FORMAT: Final = 1
 _TOKENS: Final = ("input_ids", "attention_mask", "labels")
+_MOST_BEGUN: Final = 16
+"""Micro-batches between forward and backward whose truth is kept: those that never come to a
+backward would stay for ever."""
 
 Keep = Callable[[list[pb.EdgeFrame], list[pb.CloudFrame]], None]
 """What is called with the frames of a whole micro-batch, of the edge and of the cloud."""
@@ -66,8 +72,11 @@ class RecordingLink:
         wanted: Callable[[], bool] = lambda: True,
         *,
         training: bool = True,
+        begun: Callable[[pb.Begin], None] = lambda _: None,
     ) -> None:
+        """`begun` is called with the first frame of each, also where it runs again."""
         self.link, self.keep, self.wanted, self.training = link, keep, wanted, training
+        self.begun = begun
         self.description = link.description
 
     @property
@@ -78,7 +87,7 @@ class RecordingLink:
     def open(self) -> Stream:
         """Start a micro-batch, recorded if it is wanted."""
         stream = self.link.open()
-        return _RecordingStream(stream, self.keep, self.training) if self.wanted() else stream
+        return _RecordingStream(stream, self) if self.wanted() else stream
 
     def put_adapter(self, modules: Sequence[pb.FrozenModule]) -> None:
         """Hand it on."""
@@ -104,15 +113,18 @@ class RecordingLink:
 class _RecordingStream:
     """A stream of which `keep` gets all frames, once the cloud is done."""
 
-    def __init__(self, stream: Stream, keep: Keep, training: bool) -> None:
-        self.stream, self.keep, self.training = stream, keep, training
+    def __init__(self, stream: Stream, link: RecordingLink) -> None:
+        self.stream, self.link = stream, link
         self.edge: list[pb.EdgeFrame] = []
         self.cloud: list[pb.CloudFrame] = []
         self.wanted = False
 
     def send(self, frame: pb.EdgeFrame) -> None:
         if frame.WhichOneof("kind") == "begin":
-            self.wanted = frame.begin.training == self.training and not frame.begin.cache_length
+            begin = frame.begin
+            self.wanted = begin.training == self.link.training and not begin.cache_length
+            if self.wanted:
+                self.link.begun(begin)
         if self.wanted:
             self.edge.append(frame)
         self.stream.send(frame)
@@ -122,7 +134,7 @@ class _RecordingStream:
         if self.wanted:
             self.cloud.append(frame)
             if frame.WhichOneof("kind") == "done":
-                self.keep(self.edge, self.cloud)
+                self.link.keep(self.edge, self.cloud)
         return frame
 
     def close(self) -> None:
@@ -179,17 +191,22 @@ class Truth:
 class Recorder:
     """Writes the first `count` training micro-batches of a run into a folder.
 
-    `link` goes between the model and its server, then `watch` the model. Where a run is resumed,
-    set `number` to the micro-batches that its checkpoint has seen: those that the run repeats are
-    written once more, over the same files.
+    `link` goes between the model and its server, then `watch` the model: whatever trains it, trl's
+    preference trainers too. Where a run is resumed, set `number` to the micro-batches that its
+    checkpoint has seen: those that the run repeats are written once more, over the same files.
     """
 
     def __init__(self, folder: Path, count: int) -> None:
         self.folder, self.count = folder, count
         self.number = 0
         """Micro-batches of the run until now."""
-        self.truth: Truth | None = None
         self.fingerprint = ""
+        self._noted: Truth | None = None
+        """Of a forward call whose micro-batch has not begun yet."""
+        self._called: Truth | None = None
+        """Of the newest forward call, for its loss."""
+        self._begun: dict[bytes, Truth] = {}
+        """By what a micro-batch begins with, the newest last."""
 
     @property
     def active(self) -> bool:
@@ -204,12 +221,22 @@ class Recorder:
     def link(self, link: Link) -> RecordingLink:
         """The link for the model."""
         self.fingerprint = link.description.fingerprint
-        return RecordingLink(link, self._write, lambda: self.active)
+        return RecordingLink(link, self._write, lambda: self.active, begun=self._begin)
 
     def watch(self, model: SplitModel) -> None:
-        """Make the folder, and note the truth of every training micro-batch."""
+        """Make the folder, and note the truth of every training micro-batch.
+
+        Where the run has no run.json, as with a trainer of your own, it gets one with what an audit
+        wants to know. Raises UsageError for a model over another link, and for one that does not
+        send micro-batches whole.
+        """
+        if not isinstance(model.link, RecordingLink):
+            raise UsageError("record: build the model over `recorder.link(link)`, then watch it")
+        if model.options.in_flight != 1 or model.options.cache_prefix:
+            raise UsageError("record keeps whole micro-batches: in_flight 1, and no cache_prefix")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o700)
+        _write_settings(self.folder, model)
 
         # Before the model's own hook, which gathers the labels.
         model.register_forward_pre_hook(self._note_truth, with_kwargs=True, prepend=True)
@@ -218,37 +245,47 @@ class Recorder:
     def _note_truth(
         self, model: SplitModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
-        self.truth = None
-        ids, labels = kwargs.get("input_ids"), kwargs.get("labels")
+        self._noted = self._called = None
+        ids = kwargs.get("input_ids", args[0] if args else None)
         training = model.training and torch.is_grad_enabled()
-        if not self.active or not training or ids is None or labels is None:
+        if not self.active or not training or ids is None:
             return
 
-        mask = kwargs.get("attention_mask")
-        self.truth = Truth(
+        mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
+        self._noted = self._called = Truth(
             input_ids=_copy(ids),
             attention_mask=_copy(torch.ones_like(ids) if mask is None else mask),
-            labels=_copy(labels),
+            labels=_copy(torch.full_like(ids, IGNORE) if labels is None else labels),
             modules=list(_modules(model)),
         )
+
+    def _begin(self, begin: pb.Begin) -> None:
+        """Keep what was noted, by what the micro-batch sends if it runs again, too."""
+        truth, self._noted = self._noted, None
+        if truth is not None:
+            self._begun[_name(begin)] = truth
+        while len(self._begun) > _MOST_BEGUN:
+            del self._begun[next(iter(self._begun))]
 
     def _note_loss(
         self, model: SplitModel, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> None:
-        loss = getattr(output, "loss", None)
-        if self.truth is None or loss is None:
+        truth, loss = self._called, getattr(output, "loss", None)
+        if truth is None or loss is None:
             return
 
         # With accumulation the trainer divides by the labels of all micro-batches of a step.
         items = kwargs.get("num_items_in_batch")
-        own = max(1, int(self.truth.supervised.sum()))
-        self.truth.loss = float(loss.detach()) * (1.0 if items is None else float(items) / own)
+        own = max(1, int(truth.supervised.sum()))
+        truth.loss = float(loss.detach()) * (1.0 if items is None else float(items) / own)
 
     def _write(self, edge: list[pb.EdgeFrame], cloud: list[pb.CloudFrame]) -> None:
         """Write what was seen and noted; nothing if no truth was."""
-        truth, self.truth = self.truth, None
-        if truth is None:
+        truth = self._begun.pop(_name(edge[0].begin), None)
+        if truth is None or not self.active:
             return
+        if not truth.supervised.any():
+            truth.labels = _learned_labels(truth.input_ids, CloudView(edge, cloud))
         stem = f"{self.number:04d}"
 
         frame_files: list[tuple[str, Sequence[Any]]] = [("edge", edge), ("cloud", cloud)]
@@ -276,8 +313,38 @@ class Recorder:
         self.number += 1
 
 
+def _write_settings(folder: Path, model: SplitModel) -> None:
+    run, noise = RunFolder(folder.parent), model.options.noise
+    if run.recording == folder and not run.run_file.exists():
+        values = {"noise_entry": noise.entry, "noise_tail": noise.tail, "noise_clip": noise.clip}
+        run.write({"settings": values})
+
+
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().clone()
+
+
+def _name(begin: pb.Begin) -> bytes:
+    """What tells micro-batches apart; of one that runs again it is the same."""
+    parts = begin.embeddings.data, begin.attention_mask, bytes(str(list(begin.keep)), "ascii")
+    return hashlib.blake2b(b"".join(map(_digest, parts))).digest()
+
+
+def _digest(part: bytes) -> bytes:
+    return hashlib.blake2b(part).digest()
+
+
+def _learned_labels(ids_BT: Tensor, view: CloudView) -> Tensor:
+    """The labels of a trainer that hands none to the model, as trl's on-policy ones do, [B, T].
+
+    They score the token behind a hidden state, so that token is the label where the state gets a
+    gradient.
+    """
+    learned_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+    learned_BT.view(-1)[view.keep] = view.exit_grad.any(1)
+    labels_BT = torch.full_like(ids_BT, IGNORE)
+    labels_BT[:, 1:] = ids_BT[:, 1:].masked_fill(~learned_BT[:, :-1], IGNORE)
+    return labels_BT
 
 
 def _modules(model: SplitModel) -> Iterator[Module]:

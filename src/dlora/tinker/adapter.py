@@ -4,8 +4,7 @@ Rows go through the split model as those of any training do: with labels where l
 wanted, so that only those hidden states come back. Log-probabilities, losses, gradients and the
 optimizer are here.
 
-Shapes: B rows of a micro-batch, T tokens of the longest and one more, N tokens of a row, M wanted
-positions of it, K targets at each, V vocabulary.
+Shapes: N tokens of a row, M wanted positions of it, K targets at each, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from dlora.edge.labels import IGNORE
 from dlora.edge.model import SplitModel
+from dlora.edge.wanted_logits import wanted_logits
 from dlora.errors import DivergedError, UsageError
 from dlora.formulas import pass_bytes
 from dlora.proto import dlora_pb2 as pb
@@ -211,34 +210,9 @@ def _no_loss(logits: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 def logits_of(model: SplitModel, rows: Sequence[Row], places: Sequence[Tensor]) -> list[Tensor]:
-    """Logits at those places of each row, float32 [places, V].
-
-    The label of a position is what follows it. So there is a column more than tokens, without a
-    token: it does not travel, and the last position can have a label.
-    """
-    longest = max(len(row.ids_N) for row in rows)
-    ids_BT = torch.zeros(len(rows), longest + 1, dtype=torch.int64)
-    mask_BT, labels_BT = torch.zeros_like(ids_BT), torch.full_like(ids_BT, IGNORE)
-    for index, (row, asked_N) in enumerate(zip(rows, places, strict=True)):
-        length = len(row.ids_N)
-        ids_BT[index, :length], mask_BT[index, :length] = row.ids_N, 1
-        following_N = labels_BT[index, 1 : length + 1]
-        following_N[asked_N] = row.targets_NK[asked_N, 0]
-
-    device = model.device
-    logits = model(
-        input_ids=ids_BT.to(device),
-        attention_mask=mask_BT.to(device),
-        labels=labels_BT.to(device),
-    ).logits.float()
-
-    # What comes back are the rows' wanted positions, one after another, or all of their positions.
-    if model.link.description.full_head:
-        return [
-            one[: len(asked_N)][asked_N.to(device)]
-            for one, asked_N in zip(logits, places, strict=True)
-        ]
-    return [one[: int(asked_N.sum())] for one, asked_N in zip(logits, places, strict=True)]
+    """Logits at those places of each row, float32 [places, V]."""
+    following = [row.targets_NK[asked_N, 0] for row, asked_N in zip(rows, places, strict=True)]
+    return wanted_logits(model, [row.ids_N for row in rows], places, following)
 
 
 def micro_batches(

@@ -26,9 +26,9 @@ from transformers import (
 )
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
-from dlora.edge.description import has_cache
 from dlora.edge.kv_cache import CloudCache
 from dlora.edge.model import SplitModel
+from dlora.edge.room import fits_cache
 from dlora.proto import dlora_pb2 as pb
 
 __all__ = ["Choices", "Sampled", "fitting", "sample"]
@@ -152,13 +152,7 @@ def fitting(rows: Sequence[Sampled], limits: pb.Limits, most_rows: int) -> int:
     for count in range(min(most_rows, len(rows)), 1, -1):
         longest = max(len(row.prompt) for row in rows[:count])
         length = longest + max(row.choices.most for row in rows[:count])
-        each = length * limits.cache_bytes_per_token + limits.cache_bytes_per_sequence
-        if (
-            length <= limits.max_length
-            and count * longest <= limits.max_tokens
-            and has_cache(limits)
-            and count * each <= limits.max_inflight_bytes // 2
-        ):
+        if fits_cache(limits, count, longest, length):
             return count
     return 1
 

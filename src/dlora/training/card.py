@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dlora.edge.adapter_card import card_head, how_to_load
+from dlora.edge.adapter_results import card_with_results
 from dlora.edge.bottleneck import CONFIG_FILE
 from dlora.edge.meter import Meter
 from dlora.runs import RunFolder
@@ -26,6 +27,7 @@ def write_run_card(folder: RunFolder, run: dict[str, Any]) -> None:
     """Write README.md beside the adapter; `run` is what run.json holds."""
     bottleneck = (folder.path / CONFIG_FILE).is_file()
     text = "\n".join(run_card(folder.path.resolve().name, run, bottleneck=bottleneck))
+    text = card_with_results(text, folder.path)
     (folder.path / "README.md").write_text(text, encoding="utf-8")
 
 
