@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import signal
-from contextlib import nullcontext
+import sys
+from collections.abc import Callable
+from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import NO_DRAIN
 from helpers import same
 from test_endings import At, Broken, broken, send, with_callback
+from transformers import PreTrainedTokenizerFast
 
+import dlora
+from dlora.cli.main import main
+from dlora.cli.train_screen import ending, shown
+from dlora.cloud.model import CloudModel
+from dlora.edge.data import load_rows
 from dlora.embedded import InProcessLink
+from dlora.errors import DataError, RewardError, UsageError
+from dlora.server.server import Server
+from dlora.training.report import write_report
 from dlora.training.run import train
 from dlora.training.settings import TrainSettings
 
@@ -48,7 +63,7 @@ RATED = [
     {"prompt": row["prompt"], "completion": row["chosen"], "label": n % 2 == 0}
     for n, row in enumerate(PAIRS)
 ]
-ASKED = [{"prompt": row["prompt"], "answer": row["chosen"]} for row in PAIRS]
+ASKED = [{"prompt": row["prompt"], "answer": row["chosen"]} for row in PAIRS[:4]]
 ROWS = {"dpo": PAIRS, "kto": RATED, "grpo": ASKED}
 
 # Answers of a draw are learned from in two steps, twice: most checkpoints fall in between.
@@ -125,3 +140,272 @@ def test_a_run_that_ends_again_and_again_equals_one_that_did_not(
         for name in ("whole", "run")
     )
     assert len(log) == 5 and log.items() <= whole_log.items()  # one ended before it was logged
+
+
+# ----------------------------------------------------------------- what a run leaves
+
+
+def test_log_report_and_card_have_what_the_task_logs(
+    link: InProcessLink,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Accuracies and margins stand in the log, in run.json, at the end on the screen, in the card
+    and in the report; a step costs one round trip more than of sft, the reference's, as announced.
+    """
+    chosen = settings(tmp_path, "dpo", val_size=2, eval_steps=3, save_steps=3)
+    caplog.set_level(logging.INFO)
+    with shown(chosen) as screen:
+        run = train(chosen, link, screen)
+    said = capsys.readouterr().out + caplog.text
+    figures = run["figures"]
+    names = ("rewards/accuracies", "rewards/margins")
+    steps = [entry for entry in entries(tmp_path / "run") if "loss" in entry]
+    assert {name: steps[-1][name] for name in names}.items() <= figures.items()
+    assert 0 <= figures["eval_rewards/accuracies"] <= 1 and run["best_eval_loss"] < 0.69
+
+    # Two micro-batches of three sites: two each, one, and one of the reference.
+    assert steps[0]["round_trips"] == 2 * (2 * 3 + 1 + 1)
+    assert "16 round trips" in said and "6 pairs of" in said and "dpo with beta 0.1" in said
+    assert (
+        f"reward accuracy {figures['rewards/accuracies']:.3f}"
+        in dict(ending(run, chosen))["learned"]
+    )
+    card = (tmp_path / "run/README.md").read_text()
+    assert (
+        f"| reward margin | {figures['rewards/margins']:.4f} |" in card and "| task | dpo |" in card
+    )
+    write_report([tmp_path / "run"], tmp_path / "report")
+    page = (tmp_path / "report/report.html").read_text()
+    assert f"{figures['eval_rewards/accuracies']:.4f}" in page and "held-out reward margin" in page
+
+
+def test_preferences_of_an_adapter_are_compared_with_it(
+    link: InProcessLink, tmp_path: Path
+) -> None:
+    """A run that starts from an adapter has that as its reference: at its first step nothing
+    differs, and the adapter that is left is one adapter.
+    """
+    train(settings(tmp_path, "dpo", "first"), link)
+    train(settings(tmp_path, "dpo", adapter=tmp_path / "first", lora_dropout=0.0), link)
+    first, *_, last = [entry for entry in entries(tmp_path / "run") if "loss" in entry]
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-3) and last["rewards/margins"] > 0.1
+    assert first["round_trips"] == 2 * (2 * 3 + 1 + 4)  # the reference's sites are asked too
+    assert not (tmp_path / "run/ref").exists() and not same(tmp_path / "first", tmp_path / "run")
+
+
+@pytest.mark.parametrize("as_messages", [False, True])
+@pytest.mark.parametrize("task", ROWS)
+def test_rows_become_what_the_trainer_reads(
+    link: InProcessLink, tmp_path: Path, task: str, as_messages: bool
+) -> None:
+    """Texts and messages of each task train; columns may have other names; messages may stand
+    without a prompt of their own.
+    """
+    rows: list[dict[str, Any]] = []
+    for row in ROWS[task]:
+        new = dict(row)
+        if as_messages:
+            new["prompt"] = [{"role": "user", "content": row["prompt"]}]
+            for name in {"chosen", "rejected", "completion"} & row.keys():
+                new[name] = [{"role": "assistant", "content": row[name]}]
+            if task == "dpo":  # as some data has it: whole conversations
+                prompt = new.pop("prompt")
+                new |= {name: prompt + new[name] for name in ("chosen", "rejected")}
+        else:
+            new["question"] = new.pop("prompt")
+        rows.append(new)
+    columns = {} if as_messages else {"prompt": "question"}
+    data = write_lines(tmp_path / "rows.jsonl", rows)
+    run = train(settings(tmp_path, task, data=str(data), columns=columns, max_steps=1), link)
+    assert run["status"] == "finished" and run["rows"]["data"]["count"] == len(rows)
+
+
+# ----------------------------------------------------------------- rewards
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fails", r"raised KeyError at reward.py:\d+: mend it"),
+        ("no_number", "returned nan for answer 1 of 8, want a finite number"),
+        ("few", "returned 1 numbers for 8 answers"),
+        ("nothing", r"8 of 8 answers have no number of any reward \(None\)"),
+    ],
+)
+def test_a_reward_that_fails_loses_nothing(
+    link: InProcessLink, tmp_path: Path, name: str, message: str
+) -> None:
+    """A reward that raises, or gives no number for each answer, ends the run with one line; the
+    steps before are saved, nothing of an answer is in run.json, and a mended one goes on.
+    """
+    chosen = settings(
+        tmp_path, "grpo", reward=[f"{tmp_path}/reward.py:{name}"], trainer=DRAWN | {"beta": 0.0}
+    )
+    with pytest.raises(RewardError, match=message) as caught:
+        train(chosen, link)
+    run = json.loads((tmp_path / "run/run.json").read_text())
+    assert run["status"] == "failed" and run["error"] == str(caught.value).splitlines()[0]
+    steps = 2 if name in ("fails", "no_number") else 0
+    assert run["steps"] == steps
+    assert f"{steps} of 2 finished steps are saved" in caught.value.__notes__[-1] or not steps
+
+
+def test_a_reward_that_fails_in_another_file_resumes(link: InProcessLink, tmp_path: Path) -> None:
+    """A run that a reward ended goes on with the mended file, as a run that never had the fault."""
+    names = {"reward": [f"{tmp_path}/reward.py:fails"], "trainer": DRAWN | {"beta": 0.0}}
+    with pytest.raises(RewardError):
+        train(settings(tmp_path, "grpo", **names), link)
+    mended = REWARD.replace("raise KeyError(completions[0])", "pass")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "REWARD", mended)
+        run = train(settings(tmp_path, "grpo", resume=True, **names), link)
+        whole = train(settings(tmp_path, "grpo", "whole", **names), link)
+    assert run["steps"] == whole["steps"] == 6 and same(tmp_path / "run", tmp_path / "whole")
+
+
+# ----------------------------------------------------------------- refusals
+
+
+MESSAGES = [{"role": "user", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        (
+            "dpo",
+            {"prompt": "a", "chosen": " b"},
+            "got columns prompt, chosen; task dpo wants `prom",
+        ),
+        ("dpo", {"prompt": "a", "chosen": "", "rejected": "c"}, "`chosen` is missing or empty"),
+        ("dpo", {"prompt": "a", "chosen": " ", "rejected": "c"}, "`chosen` is empty"),
+        ("dpo", {"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
+        ("dpo", {"prompt": "a", "chosen": "b", "rejected": 3}, "`rejected` is a number, want text"),
+        ("dpo", {"chosen": MESSAGES, "rejected": MESSAGES}, "`chosen` must have role assistant"),
+        ("kto", {"prompt": "a", "completion": "b", "label": 1}, "`label` is 1, want true"),
+        ("kto", {"prompt": "a", "completion": "b", "label": "good"}, "`label` is 'good', want"),
+        ("kto", {"prompt": "a", "completion": "b", "label": None}, "`label` is missing or empty"),
+        ("grpo", {"prompt": "a", "completions": "b"}, "'completions' cannot be handed to rewards"),
+        ("grpo", {"question": "a"}, "got columns question; task grpo wants `prompt`"),
+    ],
+)
+def test_bad_rows_name_file_and_line(tmp_path: Path, task: str, row: Any, message: str) -> None:
+    """A row that nothing can be learned from is refused with file, line and what is wanted."""
+    is_first = "got columns" in message or isinstance(row.get("chosen"), list)
+    file = write_lines(tmp_path / "x.jsonl", [row] if is_first else [ROWS[task][0], row])
+    with pytest.raises(DataError, match=re.escape(message)) as caught:
+        load_rows(str(file), task=task)
+    assert str(caught.value).startswith(f"{file}:{1 if is_first else 2}: ")
+
+
+def test_labels_of_tables_are_words(tmp_path: Path) -> None:
+    """A table says true and false in any case."""
+    (tmp_path / "a.csv").write_text("prompt,completion,label\na,b,True\na,c,false\n")
+    rows, _ = load_rows(str(tmp_path / "a.csv"), task="kto")
+    assert rows["label"][:] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "message"),
+    [
+        (
+            "sft",
+            {"reward": ["r.py:a"]},
+            "reward: got r.py:a with task sft: rewards are for task gr",
+        ),
+        ("dpo", {"reward": ["r.py:a"]}, "reward: got r.py:a with task dpo"),
+        ("dpo", {"record": 2}, "record: got 2 with task dpo"),
+        ("kto", {"kind": "series", "target_modules": ["q_proj"]}, "kind: got series with task kto"),
+        ("grpo", {"reward": []}, "reward: task grpo wants one or more"),
+        ("grpo", {"pad_to": 8}, "pad_to: got 8 with task grpo"),
+        ("grpo", {"overlong": "truncate"}, "overlong: got truncate with task grpo"),
+        ("grpo", {"trainer": {"use_vllm": True}}, "trainer: use_vllm cannot be set here"),
+        ("dpo", {"columns": {"text": "a"}}, "want prompt, chosen or rejected"),
+    ],
+)
+def test_settings_without_use_are_refused_by_name(
+    tmp_path: Path, task: str, changes: dict[str, Any], message: str
+) -> None:
+    """A setting that a task has no use for is refused by name and value, and never passed over."""
+    values: dict[str, Any] = {"reward": ["r.py:a"]} if task == "grpo" else {}
+    common = {"server": "s", "data": "d", "output": tmp_path / "run", "task": task}
+    with pytest.raises(UsageError, match=message):
+        TrainSettings(**(common | values | changes))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--reward", "nowhere.py:a"], "--reward: nowhere.py: no such file"),
+        (["--reward", "reward.py"], "--reward: got 'reward.py', want FILE.py:NAME"),
+        (["--reward", "reward.py:longr"], "reward.py has no function longr; did you mean longer?"),
+        (["--reward", "broken.py:a"], "--reward: broken.py:2: not Python"),
+        (["--reward", "reward.py:dice", "--data", "pairs.jsonl"], "got columns chosen"),
+    ],
+)
+def test_rewards_and_columns_are_looked_at_before_anything_is_loaded(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
+    """A reward's file and name, and the columns of the data, are refused with one line before a
+    server is asked.
+    """
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reward.py").write_text(REWARD)
+    (tmp_path / "broken.py").write_text("def a():\n  return )\n")
+    write_lines(tmp_path / "rows.jsonl", ASKED)
+    write_lines(tmp_path / "pairs.jsonl", [{"chosen": "a"}])
+    common = ["--server", "127.0.0.1:1", "--task", "grpo", "--output", "run"]
+    data = [] if "--data" in words else ["--data", "rows.jsonl"]
+    assert main(["train", *common, *data, *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_arguments_of_the_tasks_trainer_are_checked_by_name(
+    link: InProcessLink, tmp_path: Path
+) -> None:
+    """--trainer reaches the fields of the task's own configuration, and no others."""
+    with pytest.raises(UsageError, match="DPOConfig of trl has no argument bta; did you mean beta"):
+        train(settings(tmp_path, "dpo", trainer={"bta": 1.0}), link)
+    with pytest.raises(UsageError, match="training arguments: generation_batch_size"):
+        train(settings(tmp_path, "grpo", trainer={"num_generations": 3}), link)
+    run = train(settings(tmp_path, "dpo", trainer={"beta": 0.7}, max_steps=1), link)
+    assert run["settings"]["trainer"] == {"beta": 0.7}
+
+
+def test_a_tenant_with_one_stream_is_told_before_the_run(
+    cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """A step of dpo holds two streams: whoever may have one is refused at once, with one line."""
+    options = replace(NO_DRAIN, max_streams=1)
+    with (
+        Server(cloud_models("llama"), tokenizer, options=options) as server,
+        closing(dlora.connect(server.address, cache=tmp_path / "cache")) as connected,
+        pytest.raises(UsageError, match=r"two streams at once .* allows 1 here"),
+    ):
+        train(settings(tmp_path, "dpo"), connected)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("overlong", ["error", "drop", "truncate"])
+@pytest.mark.parametrize("task", ["dpo", "kto"])
+def test_long_rows_are_refused_dropped_or_cut(
+    link: InProcessLink, tmp_path: Path, task: str, overlong: str
+) -> None:
+    """max_length holds for the prompt with the longer completion, and no sequence is longer."""
+    rows = [dict(ROWS[task][0]), dict(ROWS[task][1]), dict(ROWS[task][2])]
+    rows[1]["chosen" if task == "dpo" else "completion"] = " desk" * 20
+    data = write_lines(tmp_path / "long.jsonl", rows)
+    chosen = settings(tmp_path, task, data=str(data), max_length=24, overlong=overlong, max_steps=1)
+    if overlong == "error":
+        with pytest.raises(DataError, match=r"long.jsonl:2: \d+ tokens, max_length is 24; 1 of 3"):
+            train(chosen, link)
+        return
+    run = train(chosen, link)
+    assert run["rows"]["data"]["count"] == (2 if overlong == "drop" else 3)

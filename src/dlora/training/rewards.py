@@ -14,16 +14,19 @@ import functools
 import hashlib
 import importlib.util
 import inspect
+import logging
 import math
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dlora.errors import RewardError, UsageError
 
 __all__ = ["Reward", "check_rewards", "digests", "load_rewards"]
+
+log = logging.getLogger(__name__)
 
 Reward = Callable[..., list[float | None]]
 """As trl calls it: `prompts`, `completions` and every other column as keywords, a number each."""
@@ -73,9 +76,16 @@ def load_rewards(names: Sequence[str]) -> list[Reward]:
     ]
 
 
-def digests(names: Sequence[str]) -> dict[str, str]:
-    """SHA-256 of the file of each reward, as run.json keeps it."""
-    return {one: hashlib.sha256(_parts(one)[0].read_bytes()).hexdigest() for one in names}
+def digests(names: Sequence[str], earlier: Mapping[str, str]) -> dict[str, str]:
+    """SHA-256 of the file of each reward, as run.json keeps it; a change is said, and allowed."""
+    now = {one: hashlib.sha256(_parts(one)[0].read_bytes()).hexdigest() for one in names}
+    if changed := [one for one in names if earlier.get(one, now[one]) != now[one]]:
+        log.warning(
+            "reward %s is another than when the run began: from here on it rates answers as it "
+            "does now",
+            ", ".join(changed),
+        )
+    return now
 
 
 # ----------------------------------------------------------------- the file

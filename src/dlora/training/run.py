@@ -28,6 +28,7 @@ from dlora.training.card import write_run_card
 from dlora.training.ending import failure, results, way_on
 from dlora.training.output import began, check_output, first_values
 from dlora.training.parts import follow_parts
+from dlora.training.rewards import digests
 from dlora.training.run_lock import alone_in_output
 from dlora.training.settings import TrainSettings
 from dlora.training.split_trainer import SplitTrainer
@@ -64,6 +65,8 @@ def train(
     if settings.resume:
         log.info("resuming from %s", checkpoint or "the start: there is no checkpoint yet")
     run = first_values(settings, link) | {"rows": trainer.rows} | began(folder, checkpoint)
+    if settings.reward:
+        run["rewards"] = digests(settings.reward, folder.read().get("rewards", {}))
     folder.path.mkdir(parents=True, exist_ok=True)
     follow_parts(run, folder, model, resume=settings.resume)
     folder.write(run)
