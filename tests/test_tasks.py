@@ -6,26 +6,34 @@ import json
 import logging
 import re
 import signal
+import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import NO_DRAIN
-from helpers import same
+from conftest import NO_DRAIN, make_base
+from helpers import cli, dlora_command, same
 from test_endings import At, Broken, broken, send, with_callback
 from transformers import PreTrainedTokenizerFast
 
 import dlora
+from dlora.cli.demo import serving
 from dlora.cli.main import main
 from dlora.cli.train_screen import ending, shown
+from dlora.cloud.limits import Limits
+from dlora.cloud.load import DEMO_MODEL
 from dlora.cloud.model import CloudModel
 from dlora.edge.data import load_rows
+from dlora.edge.load import load_base
 from dlora.embedded import InProcessLink
 from dlora.errors import DataError, RewardError, UsageError
+from dlora.runs import RunFolder, step_of
 from dlora.server.server import Server
 from dlora.training.report import write_report
 from dlora.training.run import train
@@ -409,3 +417,111 @@ def test_long_rows_are_refused_dropped_or_cut(
         return
     run = train(chosen, link)
     assert run["rows"]["data"]["count"] == (2 if overlong == "drop" else 3)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "hosted": {"wire": "hosted", "upload_consent": True},
+    "factored, in flight": {"wire": "factored", "in_flight": 2},
+    "kill and revive": {
+        "kr": "on",
+        "kr_options": {"budget": 0.4, "interval": 2, "drop_steps": 0},
+        "target_modules": ["q_proj", "v_proj", "o_proj"],
+    },
+    "int8, dropped input gradients": {"wire_dtype": "int8", "input_grad": "drop"},
+    "layers here": {"edge_first": 1, "edge_last": 1},
+    "padded": {"pad_to": 8},
+    "prefixes": {"cache_prefix": True, "target_modules": r".*layers\.2.*q_proj"},
+    "noise": {"noise_entry": 0.1, "noise_tail": 0.1},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("task", ROWS)
+def test_a_task_goes_every_way_that_answers_go(
+    cloud_models: Callable[[str], CloudModel],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    task: str,
+    way: str,
+) -> None:
+    """Wires, parts in flight, Kill and Revive, codecs, layers and prefixes hold for every task, and
+    a run that is stopped in any of them ends with the bits of one that was not.
+    """
+    if task == "grpo" and way in ("padded", "prefixes"):
+        pytest.skip("refused by name")
+    limits = replace(Limits(), edge_first=1, edge_last=1)
+    cloud = CloudModel(make_base("llama"), model_id="example-org/llama", limits=limits)
+    with (
+        Server(cloud, tokenizer, options=NO_DRAIN) as server,
+        closing(dlora.connect(server.address, cache=tmp_path / "cache")) as connected,
+    ):
+        whole = train(settings(tmp_path, task, "whole", **WAYS[way]), connected)
+        with with_callback(At("on_step_begin", 2, send(signal.SIGINT))):
+            train(settings(tmp_path, task, **WAYS[way]), connected)
+        again = train(settings(tmp_path, task, resume=True, **WAYS[way]), connected)
+    assert whole["steps"] == again["steps"] == 6
+    assert same(tmp_path / "whole", tmp_path / "run")
+
+
+# ----------------------------------------------------------------- the real model, over a socket
+
+
+@pytest.fixture(scope="module")
+def real_server() -> Iterator[str]:
+    """A server process with SmolLM2."""
+    with serving(DEMO_MODEL) as address:
+        yield address
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["dpo", "grpo"])
+def test_a_killed_run_of_the_real_model_goes_on_bit_for_bit(
+    real_server: str, tmp_path: Path, task: str
+) -> None:
+    """An edge process that is killed in the middle of a step, and the same command with --resume,
+    end with the very bits of a run that nobody killed.
+    """
+    (tmp_path / "reward.py").write_text(REWARD)
+    data = write_lines(tmp_path / "rows.jsonl", ROWS[task][:4])
+    words = ["--server", real_server, "--task", task, "--data", str(data), "--max_steps", "4"]
+    words += ["--batch_size", "2", "--save_steps", "1", "--report_to", "none"]
+    words += ["--target_modules", r".*layers\.2\d.*[qv]_proj", "--save_total_limit", "9"]
+    if task == "grpo":  # steps 2 and 4 learn from answers that were drawn for the step before
+        words += ["--reward", f"{tmp_path}/reward.py:longer,{tmp_path}/reward.py:dice"]
+        words += ["--trainer.num_generations", "2", "--trainer.steps_per_generation", "2"]
+        words += ["--trainer.max_completion_length", "6"]
+    assert cli("train", *words, "--output", str(tmp_path / "whole")).returncode == 0
+
+    output = ["--output", str(tmp_path / "run")]
+    with subprocess.Popen(dlora_command("train", *words, *output)) as process:
+        while not (tmp_path / "run/checkpoints/checkpoint-1/trainer_state.json").is_file():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.kill()
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "running"
+    saved = RunFolder(tmp_path / "run").newest_complete()
+    assert saved is not None and step_of(saved) < 4
+    done = cli("train", *words, *output, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert same(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_dpo_raises_the_share_of_preferred_answers(
+    real_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On pairs about things that no training pair is about, the real model comes to find the
+    preferred answer likelier, and to begin its own answers in that way.
+    """
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    preferences = import_module("preferences")
+    link = dlora.connect(real_server, cache=tmp_path / "cache")
+    with closing(link):
+        rows, tokenizer = preferences.held_out()[:12], dlora.load_tokenizer(link)
+        before = preferences.measure(load_base(link), tokenizer, rows)
+        preferences.one_seed(real_server, 0, tmp_path)
+        model = dlora.load_adapter(link, tmp_path / "run-0", is_trainable=False).eval()
+        after = preferences.measure(model, tokenizer, rows)
+    assert before["preferred"] < 0.4 and before["polite"] < 0.2
+    assert after["preferred"] > 0.8 and after["polite"] > 0.5
