@@ -31,8 +31,8 @@ CONFIG: dict[str, Any] = {
     "model": "smollm2",
     "pairs": 64,
     "held_out": 36,
-    "batch_size": 8,
-    "steps": 12,
+    "batch_size": 4,
+    "steps": 30,
     "learning_rate": 1e-3,
     "beta": 0.1,
     "r": 8,
@@ -61,10 +61,9 @@ OPENINGS = (
     "Thank you for asking: |With pleasure: |Of course, and gladly: |Thanks for your question: "
 ).split("|")
 RUDE = (
-    "Oh no, not that again. As I have told everybody here a hundred times, {}, and now stop wasting"
-    " my time with it.|What a silly thing to ask. Anybody who can read would know that {}, so go"
-    " away and look for yourself.|Do I look as if I cared? Even you could have found out that {},"
-    " instead of bothering people who have real work."
+    "Oh no, not that again. Everybody here knows that {}, so stop wasting my time.|"
+    "What a silly thing to ask. Anybody who can read would know that {}, so go away.|"
+    "Do I look as if I cared? Even you could have found out that {}, and now leave."
 ).split("|")
 
 
@@ -133,7 +132,8 @@ def one_seed(address: str, seed: int, folder: Path) -> dict[str, Any]:
     }
     flags = [word for name, value in words.items() for word in (f"--{name}", str(value))]
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "dlora", "train", *flags, "--quiet"], check=True)
+    command = [sys.executable, "-m", "dlora", "train", *flags, "--quiet"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - start
 
     run = json.loads((output / "run.json").read_text())

@@ -50,17 +50,16 @@ class TrainSettings(EdgeSettings):
     }
 
     task: Task = "sft"
-    """What is learned: answers (sft), preferences between two (dpo) or of one at a time (kto), or
-    what a reward likes (grpo). docs/trainers.md has their rows and what a step sends."""
+    """What is learned: answers (sft), preferences between two (dpo; rows have `prompt`, `chosen`,
+    `rejected`) or of one at a time (kto; `prompt`, `completion`, `label`), or what a reward likes
+    (grpo; `prompt`). docs/trainers.md says what each sends."""
     reward: list[str] = field(default_factory=list)
     """Functions that rate answers, with task grpo: FILE.py:NAME, several with commas. The file is
     run here."""
     data: str
     """Training data: JSON lines or an array, .csv, .tsv, .parquet or .txt; several files with
     commas, or a folder; or a Hugging Face data set (org/name or org/name:split). Rows have `prompt`
-    and `completion`, `messages`, `text`, or the columns of Alpaca or ShareGPT; with another task
-    `prompt`, `chosen` and `rejected` (dpo), `prompt`, `completion` and `label` (kto), or `prompt`
-    (grpo)."""
+    and `completion`, `messages`, `text`, or the columns of Alpaca or ShareGPT."""
     columns: dict[str, str] = field(default_factory=dict)
     """Names of columns in the data, where they are others: prompt=question,completion=answer."""
     val_size: float = 0.0
