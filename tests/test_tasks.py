@@ -358,6 +358,29 @@ def test_bad_rows_name_file_and_line(tmp_path: Path, task: str, row: Any, messag
     assert str(caught.value).startswith(f"{file}:{1 if is_first else 2}: ")
 
 
+@pytest.mark.parametrize("task", ["dpo", "grpo"])
+def test_messages_that_the_template_refuses_name_file_and_line(
+    cloud_models: Callable[[str], CloudModel],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    task: str,
+) -> None:
+    """A role that the model's chat template does not take is refused where it stands."""
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}{{ m['content'] }}{% endfor %}"
+    )
+    answers = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    rows = [{"prompt": [{"role": role, "content": "a"}]} | answers for role in ("user", "system")]
+    data = write_lines(tmp_path / "rows.jsonl", rows)
+    with (
+        closing(InProcessLink(cloud_models("llama"), strict)) as other,
+        pytest.raises(DataError, match=r"rows.jsonl:2: the model's chat template .*no system"),
+    ):
+        train(settings(tmp_path, task, data=str(data)), other)
+
+
 def test_labels_of_tables_are_words(tmp_path: Path) -> None:
     """A table says true and false in any case."""
     (tmp_path / "a.csv").write_text("prompt,completion,label\na,b,True\na,c,false\n")

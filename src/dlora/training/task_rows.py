@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 
 from dlora.edge.description import has_cache
 from dlora.edge.model import SplitModel
+from dlora.edge.templates import tokenising
 from dlora.errors import DataError, UsageError
 from dlora.formulas import pass_bytes
 from dlora.training.row_sizes import RowSizes
@@ -109,7 +110,8 @@ def _fit_prompts(
             f"trainer: max_completion_length {answer} leaves no prompt in max_length "
             f"{settings.max_length}: lower it, or raise max_length"
         )
-    prompts = [len(ids) for ids in trainer._tokenize_prompts(list(rows["prompt"]))[0]]
+    with tokenising(trainer.processing_class, (rows, origins), refused="prompts"):
+        prompts = [len(ids) for ids in trainer._tokenize_prompts(list(rows["prompt"]))[0]]
     lengths = [prompt + answer for prompt in prompts]
     over = [index for index, length in enumerate(lengths) if length > settings.max_length]
     if over:
