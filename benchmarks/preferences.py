@@ -191,6 +191,8 @@ def table(record: dict[str, Any]) -> str:
             f"{after['polite']:.0%} | {one['figures']['rewards/accuracies']:.0%} | "
             f"{crossed[0]:.0f}, {crossed[1]:.0f} |"
         )
+    if len(record["seeds"]) == 1:
+        return "\n".join(lines)
     means = [
         statistics.mean(one["after"][name] for one in record["seeds"])
         for name in ("preferred", "polite")
