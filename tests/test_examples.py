@@ -18,6 +18,12 @@ SERVE = ["serve.yaml", "serve-others.yaml"]
 TRAIN = sorted(file.name for file in EXAMPLES.glob("*.yaml") if file.name not in SERVE)
 SMALLER = {"max_steps": 2, "edge_first": 1, "edge_last": 1, "eval_steps": 1, "save_steps": 1}
 """In place of what an example has, for a tiny model and a short run."""
+ROWS: dict[str, dict[str, str]] = {
+    "sft": {"completion": " the north desk"},
+    "dpo": {"chosen": " the north desk", "rejected": " who knows"},
+    "grpo": {"wanted": "north"},
+}
+"""What rows have beside the prompt, by task."""
 ELSEWHERE = ("tls_ca", "token_file")  # files that the provider of an example gives
 
 
@@ -30,16 +36,20 @@ def address(model_folder: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("name", TRAIN)
-def test_an_example_trains(address: str, name: str, tmp_path: Path) -> None:
+def test_an_example_trains(
+    address: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each example is a whole run: its settings are known, fit each other, and end in an adapter;
     `run.json` has them as they stand in the file.
     """
     settings = yaml.safe_load((EXAMPLES / name).read_text())
+    monkeypatch.chdir(EXAMPLES.parent)  # where the paths in an example begin
     smaller = {key: value for key, value in SMALLER.items() if key in settings}
     kept = {key: value for key, value in settings.items() if key not in ELSEWHERE}
     file, data = tmp_path / name, tmp_path / "rows.jsonl"
     file.write_text(yaml.safe_dump(kept | smaller | {"max_steps": 2, "server": address}))
-    rows = [{"prompt": f"parcel {n}:", "completion": " the north desk"} for n in range(40)]
+    more = ROWS[settings.get("task", "sft")]
+    rows = [{"prompt": f"parcel {n}:", **more} for n in range(40)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     output = tmp_path / "mine"

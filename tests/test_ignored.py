@@ -26,7 +26,7 @@ from dlora.inference.chat import Chat
 from dlora.inference.evaluate import evaluate
 from dlora.inference.settings import ChatSettings, EvalSettings, GenerateSettings
 from dlora.training.settings import TrainSettings
-from dlora.training.trainer import trainer_arguments
+from dlora.training.trainer_config import trainer_arguments
 from dlora.training.trainer_settings import check_trainer
 
 PROMPT = "the desk of the message"

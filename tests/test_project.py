@@ -77,6 +77,7 @@ def test_every_promise_of_the_threat_model_names_its_evidence() -> None:
         ("load", "benchmarks"),
         ("links", "benchmarks"),
         ("cache_prefix", "slow-link"),
+        ("preferences", "trainers"),
         ("plan", "benchmarks"),
         ("quantized", "benchmarks"),
         ("families", "models"),

@@ -9,14 +9,14 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 import openai
 import pytest
 from transformers import PreTrainedTokenizerFast
-from trl import SFTConfig
+from trl import DPOConfig, GRPOConfig, KTOConfig, SFTConfig
 
 import dlora
 from dlora.cli.commands import COMMANDS
@@ -101,17 +101,18 @@ def test_text_inside_of_a_dictionary() -> None:
 
 def test_every_text_of_the_trainer_is_known() -> None:
     """No argument of trl that is text is read as YAML."""
-    hints, unknown = get_type_hints(SFTConfig), []
-    for field in dataclasses.fields(SFTConfig):
-        kinds = members(hints[field.name])
-        is_more = any({dict, bool} & {one, get_origin(one)} for one in kinds)
-        if not is_more and {str, list[str]} & set(kinds):
-            try:
-                check_trainer({field.name: "x"})
-                unknown.append(field.name)
-            except UsageError:  # it cannot be given here
-                pass
-    assert set(unknown) == TrainerTexts.__annotations__.keys()
+    unknown = set()
+    configs = {"sft": SFTConfig, "dpo": DPOConfig, "kto": KTOConfig, "grpo": GRPOConfig}
+    for task, config in configs.items():
+        hints = get_type_hints(config)
+        for field in dataclasses.fields(config):
+            kinds = members(hints[field.name])
+            is_more = any({dict, bool} & {one, get_origin(one)} for one in kinds)
+            if not is_more and {str, list[str]} & set(kinds):
+                with suppress(UsageError):  # it cannot be given here
+                    check_trainer({field.name: "x"}, task)
+                    unknown.add(field.name)
+    assert unknown == TrainerTexts.__annotations__.keys()
 
 
 def test_text_behind_a_flag_and_in_a_settings_file(tmp_path: Path) -> None:

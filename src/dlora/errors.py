@@ -11,6 +11,7 @@ Below DLoRAError stand:
   - AdapterMissing: the cloud does not hold a frozen module; put it there and try again
     - PrefixMissing: nor a sequence that was named; send the micro-batch whole
 - DivergedError (ArithmeticError): training produced a value that is not finite
+- RewardError (ValueError): a reward function of the user failed, or gave no numbers
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ __all__ = [
     "PeerError",
     "PeerLost",
     "PrefixMissing",
+    "RewardError",
     "UsageError",
     "WireError",
     "clear_frames",
@@ -82,6 +84,10 @@ class PrefixMissing(AdapterMissing):
 
 class DivergedError(DLoRAError, ArithmeticError):
     """Training produced a value that is not finite; nothing was updated with it."""
+
+
+class RewardError(DLoRAError, ValueError):
+    """A reward function of the user failed or gave no numbers; nothing was updated with them."""
 
 
 def clear_frames(error: BaseException) -> None:

@@ -209,6 +209,12 @@ class Run:
         return self.cost.sent_bytes + self.cost.received_bytes
 
     @property
+    def figures(self) -> dict[str, float]:
+        """What the task logs beside the loss, at the end."""
+        figures = self.values.get("figures")
+        return figures if isinstance(figures, dict) else {}
+
+    @property
     def kind(self) -> str:
         """FT, Kill and Revive, or the name of a baseline."""
         config = self.values.get("kill_revive", {}).get("config")

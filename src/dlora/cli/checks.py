@@ -10,14 +10,17 @@ import contextlib
 import difflib
 import re
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from itertools import chain, islice
 from pathlib import Path
 from typing import Final
 
 from dlora.cli.settings import DemoSettings, MergeSettings
-from dlora.edge.data_files import data_files
+from dlora.edge.data_files import data_files, read_file
+from dlora.edge.data_forms import renamed
 from dlora.edge.server_address import check_address
 from dlora.edge.settings import AccessSettings, EdgeSettings, InfoSettings
+from dlora.edge.task_forms import Task, task_form
 from dlora.errors import DataError, UsageError
 from dlora.extras import check_extra, is_installed
 from dlora.inference.settings import ApiSettings, ChatSettings, EvalSettings, GenerateSettings
@@ -29,6 +32,7 @@ from dlora.tinker.settings import TinkerSettings
 from dlora.training.data_settings import DataSettings
 from dlora.training.output import check_folder
 from dlora.training.plan_settings import PlanSettings
+from dlora.training.rewards import check_rewards
 from dlora.training.settings import ReportSettings, TrainSettings
 
 __all__ = [
@@ -77,6 +81,9 @@ def check_train(settings: TrainSettings) -> None:
         for pattern in getattr(settings, name):
             check_pattern(name, pattern)
     _check_loggers(settings.report_to)
+    check_rewards(settings.reward)
+    for source in filter(None, (settings.data, settings.eval_data)):
+        _check_form(source, settings.columns, settings.task)
     check_folder(settings)
 
 
@@ -271,6 +278,14 @@ def _check_source(name: str, source: str | None) -> None:
             data_files(source)
     except DataError as error:
         raise UsageError(f"{name}: {error}") from error
+
+
+def _check_form(source: str, columns: Mapping[str, str], task: Task) -> None:
+    """The first row of files has the columns of a task; a hub's rows are for the run to ask for."""
+    files = None if task == "sft" else data_files(source)
+    for name, number, row in islice(chain.from_iterable(map(read_file, files or ())), 1):
+        where = f"{name}:{number}"
+        task_form(where, renamed(where, row, columns), task)
 
 
 def _check_adapter(name: str, folder: Path | None) -> None:

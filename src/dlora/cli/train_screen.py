@@ -21,12 +21,11 @@ from dlora.edge.meter import Meter
 from dlora.edge.model import SplitModel
 from dlora.training.advice import SEEN
 from dlora.training.plan_settings import plan_of
-from dlora.training.planned_run import load_of
-from dlora.training.planned_traffic import traffic
 from dlora.training.readable import clock, counted, readable_bytes, readable_time
-from dlora.training.row_sizes import RowSizes
 from dlora.training.settings import TrainSettings
-from dlora.training.trainer import SplitTrainer
+from dlora.training.split_trainer import SplitTrainer
+from dlora.training.task_traffic import step_traffic_of
+from dlora.training.tasks import best_metric, said
 
 __all__ = ["TrainScreen", "beginning", "ending", "shown"]
 
@@ -104,9 +103,11 @@ class TrainScreen(TrainerCallback):
         """Show loss, speed and traffic; losses of evaluations stay as lines above the bar."""
         logs = logs or {}
         if "eval_loss" in logs:
-            best = state.best_metric
-            is_best = best is None or float(logs["eval_loss"]) <= best
-            mark = ", the best so far" if is_best else ""
+            best, name = state.best_metric, best_metric(self.settings.task)
+            sign = 1 if name.endswith("loss") else -1
+            is_best = best is None or sign * float(logs[name]) <= sign * best
+            mark = "".join(f", {text}" for text in said(logs, "eval_"))
+            mark += ", the best so far" if is_best else ""
             log.info("step %d: eval loss %.4f%s", state.global_step, logs["eval_loss"], mark)
         elif "loss" not in logs:
             return
@@ -163,7 +164,8 @@ def _behind_the_bar(logs: dict[str, Any], state: TrainerState) -> str:
     """A log entry in few words; costs are since the entry before."""
     steps = max(1, state.logging_steps or 1)
     crossed = (logs.get("sent_mb", 0.0) + logs.get("received_mb", 0.0)) * 1e6 / steps
-    text = f"loss {float(logs['loss']):.3f}, {readable_bytes(crossed)}/step"
+    texts = [f"loss {float(logs['loss']):.3f}", *said(logs), f"{readable_bytes(crossed)}/step"]
+    text = ", ".join(texts)
     if "cost_share" in logs:
         return f"{text}, {logs['cost_share']:.0%} of FT"
     return f"{text}, {logs.get('tokens_per_second', 0):.0f} tok/s"
@@ -181,24 +183,41 @@ def beginning(
     layers = counted(served.layers.count, "layer")
     yield "model", f"{served.model_id} ({layers}, {served.compute_dtype}) at {model.link.address}"
 
-    rows = RowSizes.of(trainer.train_dataset)
+    rows = trainer.sizes["data"]
     yield "data", f"{settings.data}: {rows}"
-    if trainer.eval_dataset is not None:
+    if "eval_data" in trainer.sizes:
         source = settings.eval_data or "held out of it"
-        yield "", f"{source}: {RowSizes.of(trainer.eval_dataset)}"
+        yield "", f"{source}: {trainer.sizes['eval_data']}"
+    if settings.task != "sft":
+        yield "task", _task(settings, trainer)
     yield "adapter", _adapter(settings, model)
 
     several = settings.gradient_accumulation_steps
     each = settings.batch_size * several
-    epoch = -(-rows.micro_batches(settings.batch_size) // several)
+    epoch = -(-trainer.micro_batches // several)
     parts = f" ({several} micro-batches)" if several > 1 else ""
+    unit = "answer" if settings.task == "grpo" else rows.noun
     yield (
         "run",
-        f"{counted(steps, 'step')} of {counted(each, 'row')}{parts}, {epoch} an epoch; "
+        f"{counted(steps, 'step')} of {counted(each, unit)}{parts}, {epoch} an epoch; "
         f"learning rate {settings.learning_rate:g}, {settings.lr_scheduler_type}",
     )
-    yield from _costs(settings, model, rows, steps)
+    yield from _costs(settings, trainer, steps)
     yield "output", f"{settings.output}; Ctrl-C finishes the step and saves"
+
+
+def _task(settings: TrainSettings, trainer: SplitTrainer) -> str:
+    """What is learned from, and what it is compared with."""
+    arguments: Any = trainer.args
+    reference = "the model without an adapter" if settings.adapter is None else "the first adapter"
+    if settings.task != "grpo":
+        return f"{settings.task} with beta {arguments.beta:g} against {reference}"
+    names = ", ".join(one.rpartition(":")[2] for one in settings.reward)
+    text = (
+        f"grpo: {arguments.num_generations} answers to a prompt, of up to "
+        f"{arguments.max_completion_length} tokens, rated by {names}"
+    )
+    return f"{text}; beta {arguments.beta:g} against {reference}" if arguments.beta else text
 
 
 def _adapter(settings: TrainSettings, model: SplitModel) -> str:
@@ -214,25 +233,20 @@ def _adapter(settings: TrainSettings, model: SplitModel) -> str:
     )
 
 
-def _costs(
-    settings: TrainSettings, model: SplitModel, rows: RowSizes, steps: int
-) -> Iterator[tuple[str, str]]:
+def _costs(settings: TrainSettings, trainer: SplitTrainer, steps: int) -> Iterator[tuple[str, str]]:
     """What a step sends now, and all of them."""
-    load = load_of(rows, model, settings.batch_size, settings.pad_to)
-    parts = settings.in_flight if isinstance(settings.in_flight, int) else 1
-    plan = plan_of(settings)
-    one = traffic(plan, model, model.sites, parts=min(parts, settings.batch_size), load=load)
-    several = settings.gradient_accumulation_steps
-    sent, received = several * one.sent, several * one.received
-    kr, share = settings.kr != "off", plan.share
+    one = step_traffic_of(settings, trainer.args, trainer.model, trainer.sizes["data"])
+    kr, share = settings.kr != "off", plan_of(settings).share
+    most = "up to " if settings.task == "grpo" else ""
     yield (
         "a step",
-        f"{readable_bytes(sent)} up, {readable_bytes(received)} down, "
-        f"{several * one.round_trips} round trips ({settings.wire} wire, {settings.wire_dtype}"
+        f"{most}{readable_bytes(one.sent)} up, {readable_bytes(one.received)} down, "
+        f"{one.round_trips} round trips ({settings.wire} wire, {settings.wire_dtype}"
         f"{', with all modules' if kr else ''})",
     )
     budget = f"a budget of {share:.0%}" if kr else "without evaluations"
-    yield "in all", f"about {readable_bytes(share * steps * (sent + received))}, {budget}"
+    crossed = readable_bytes(share * steps * (one.sent + one.received))
+    yield "in all", f"{most or 'about '}{crossed}, {budget}"
     yield "is seen", f"by the cloud: {SEEN[settings.wire]}"
 
 
@@ -248,6 +262,7 @@ def ending(run: dict[str, Any], settings: TrainSettings) -> Iterator[tuple[str, 
     loss = "no loss yet" if run["train_loss"] is None else f"loss {run['train_loss']:.4f}"
     took = readable_time(run["seconds"])
     yield run["status"], f"after {counted(run['steps'], 'step')} and {took}: {loss}"
+    yield from _figures(run)
     yield from _best(run, settings)
 
     yield (
@@ -275,26 +290,38 @@ def ending(run: dict[str, Any], settings: TrainSettings) -> Iterator[tuple[str, 
     yield "next", "\n".join(map(shell, _next(settings)))
 
 
+def _figures(run: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the task logs beside the loss, at the end."""
+    figures = run.get("figures", {})
+    if now := said(figures):
+        held_out = said(figures, "eval_")
+        yield "learned", ", ".join(now) + (f"; held out {', '.join(held_out)}" if held_out else "")
+
+
 def _best(run: dict[str, Any], settings: TrainSettings) -> Iterator[tuple[str, str]]:
     """The best evaluation, and whether its adapter is the one that is kept."""
     if run["eval_loss"] is None:
         return
-    best = run["best_eval_loss"]
+    metric = best_metric(settings.task)
+    best, last_one = run[f"best_{metric}"], run["eval_loss"]
     if best is None or not settings.keep_best:
         yield "eval loss", f"{run['eval_loss']:.4f} at the end"
         return
+    if metric != "eval_loss":
+        last_one = run["figures"][metric]
     where = ""
     if run.get("best_checkpoint"):
         where = f" after step {run['best_checkpoint'].rpartition('-')[2]}: that adapter is kept"
-    last = "" if run["eval_loss"] == best else f"; the last one has {run['eval_loss']:.4f}"
-    yield "best", f"eval loss {best:.4f}{where}{last}"
+    last = "" if last_one == best else f"; the last one has {last_one:.4f}"
+    yield "best", f"{metric.replace('_', ' ')} {best:.4f}{where}{last}"
 
 
 def _next(settings: TrainSettings) -> Iterator[list[str]]:
     """Commands that use what there is now."""
     server, adapter = served_at(settings), ["--adapter", str(settings.output)]
     yield ["dlora", "generate", *server, *adapter, "--prompt", "..."]
-    yield ["dlora", "eval", *server, *adapter, "--data", settings.eval_data or "..."]
+    if settings.task == "sft":
+        yield ["dlora", "eval", *server, *adapter, "--data", settings.eval_data or "..."]
     yield ["dlora", "report", str(settings.output)]
     if settings.record:
         yield ["dlora", "audit", str(settings.output), *server]

@@ -15,6 +15,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final, overload
 
+import pyarrow
 from datasets import Dataset, Features, List, Value, load_dataset
 from datasets.arrow_writer import ArrowWriter
 
@@ -27,6 +28,7 @@ from dlora.edge.data_forms import (
     own_row,
     renamed,
 )
+from dlora.edge.task_forms import Task, task_form, task_row
 from dlora.errors import DataError
 from dlora.files import ScratchFolder
 
@@ -85,11 +87,13 @@ def load_rows(
     chat: bool = True,
     limit: int | None = None,
     refused: list[str] | None = None,
+    task: Task = "sft",
 ) -> tuple[Dataset, Origins]:
     """Load a source's rows, or the first of them, as trl takes them, and where each came from.
 
     A source is a file, a folder, several of them with commas, or a hub data set. `columns` maps
-    names of ours to the data's. `chat`: the model has a chat template.
+    names of ours to the data's. `chat`: the model has a chat template. `task`: what the rows are
+    for, which decides their columns.
     `messages` become prompt (all but the last) and completion (the last, which must be the
     assistant's): the loss is on completions wherever they exist, else on the whole text.
     Raises DataError, naming file and line; with a list `refused`, rows that cannot be trained on
@@ -97,22 +101,35 @@ def load_rows(
     """
     origins = Origins()
     located = islice(_located(source, columns), limit)
-    rows = _own_rows(located, origins, chat=chat, refused=refused)
+    rows = _own_rows(located, origins, chat=chat, refused=refused, task=task)
     size = sum(file.stat().st_size for file in data_files(source) or ())
-    large = limit is None and size > MOST_IN_MEMORY
-    return (_mapped(rows) if large else Dataset.from_list(list(rows))), origins
+    # Columns for rewards have types that no first row can say.
+    large = limit is None and size > MOST_IN_MEMORY and task != "grpo"
+    if large:
+        return _mapped(rows), origins
+    try:
+        return Dataset.from_list(list(rows)), origins
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{source}: a column has values of several kinds: {reason}") from None
 
 
 def _own_rows(
-    located: Iterable[Row], origins: Origins, *, chat: bool, refused: list[str] | None
+    located: Iterable[Row], origins: Origins, *, chat: bool, refused: list[str] | None, task: Task
 ) -> Iterator[dict[str, Any]]:
     """Rows of the form that the first one has; `origins` takes up where they stand."""
-    form = None
+    form = task_of = None
     for name, number, row in located:
         where = f"{name}:{number}"
-        form = form or form_of(where, row)
+        if task == "sft":
+            form = form or form_of(where, row)
+        else:
+            task_of = task_of or task_form(where, row, task)
         try:
-            own = own_row(where, row, form, chat=chat)
+            if task_of is not None:
+                own = task_row(where, row, task_of)
+            else:
+                own = own_row(where, row, form or (), chat=chat)
         except DataError as error:
             if refused is None:
                 raise
@@ -138,12 +155,10 @@ def _mapped(rows: Iterator[dict[str, Any]]) -> Dataset:
 
 
 def _features(row: dict[str, Any]) -> Features:
-    """Types of columns, which no row can change: texts, or lists of messages."""
+    """Types of columns, which no row can change: texts, lists of messages, or a truth value."""
     text = Value("string")
-    messages = List({"role": text, "content": text})
-    return Features(
-        {name: messages if isinstance(value, list) else text for name, value in row.items()}
-    )
+    kinds = {list: List({"role": text, "content": text}), bool: Value("bool")}
+    return Features({name: kinds.get(type(value), text) for name, value in row.items()})
 
 
 def read_rows(

@@ -7,7 +7,7 @@ Forms by their columns: `prompt` and `completion`; `messages`; Alpaca (`instruct
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from dlora.edge.data_files import kind_of
@@ -45,15 +45,15 @@ _ALPACA: Final = (
 _PAIRED: Final = ", paired with an input that provides further context"
 
 
-def check_columns(columns: Mapping[str, str]) -> None:
+def check_columns(columns: Mapping[str, str], names: Sequence[str] = _NAMES) -> None:
     """Raises UsageError for a mapping to names that no form has."""
     for name in columns:
-        if name not in _NAMES:
-            near = difflib.get_close_matches(name, _NAMES, n=1)
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UsageError(
-                f"columns: got {name!r} in front of =, want {', '.join(_NAMES[:-1])} or "
-                f"{_NAMES[-1]}, and behind it the name in the data{hint}"
+                f"columns: got {name!r} in front of =, want {', '.join(names[:-1])} or "
+                f"{names[-1]}, and behind it the name in the data{hint}"
             )
 
 
@@ -179,7 +179,7 @@ def _sharegpt(where: str, row: dict[str, Any]) -> list[Any]:
 # ----------------------------------------------------------------- texts
 
 
-def check_messages(where: str, messages: Any) -> None:
+def check_messages(where: str, messages: Any, column: str = "messages") -> None:
     """Raises DataError for what is no list of messages, or has more in it than texts."""
     fine = isinstance(messages, list) and all(
         isinstance(message, dict)
@@ -189,7 +189,7 @@ def check_messages(where: str, messages: Any) -> None:
     )
     if not fine:
         raise DataError(
-            f"{where}: `messages` must be a list of {{role, content}} with text in both"
+            f"{where}: `{column}` must be a list of {{role, content}} with text in both"
         )
     for message in messages:
         if name := _calls(message):
@@ -197,7 +197,7 @@ def check_messages(where: str, messages: Any) -> None:
                 f"{where}: `{name}` of a message is not supported, and would be left out: write "
                 "the call into `content`, as the model's chat template writes it"
             )
-        check_text(where, "messages", message["content"])
+        check_text(where, column, message["content"])
 
 
 def _calls(message: dict[str, Any]) -> str | None:

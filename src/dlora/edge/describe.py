@@ -181,6 +181,9 @@ def _describe_run(folder: Path) -> Iterator[tuple[str, str]]:
         text = "none yet" if loss is None else f"{loss:.4f}"
         yield "loss", text if eval_loss is None else f"{text}, eval {eval_loss:.4f}"
 
+        if (task := run["settings"].get("task", "sft")) != "sft":
+            figures = sorted(run.get("figures", {}).items())
+            yield "task", ", ".join([task, *(f"{name} {one:.4f}" for name, one in figures)])
         yield "data", str(run["settings"]["data"])
         yield "trained on", f"{run['model_id']}, fingerprint {run['fingerprint']}"
         yield "versions", ", ".join(f"{name} {number}" for name, number in run["versions"].items())

@@ -14,6 +14,8 @@ from dlora.protocol.text import clean_text
 
 __all__ = ["tokenising"]
 
+_FOLLOWS = ("completion", "chosen", "rejected")
+"""Columns of messages that follow a prompt."""
 _ERRORS = (RuntimeError, ValueError, TypeError, TemplateError)
 """What tokenising rows raises where a row, a template or a tokenizer does not suit."""
 
@@ -53,14 +55,17 @@ def _name_refused_row(
 ) -> None:
     """Raises DataError for the first row whose messages the model's chat template refuses.
 
-    Rows have prompt and completion, both texts or both messages; `origins` says where each stands.
+    Rows have a prompt and what may follow it, all texts or all messages; `origins` says where each
+    stands.
     """
     if not tokenizer.chat_template:
         return
     for row, where in zip(rows, origins, strict=False):
         if isinstance(row.get("prompt"), list):
+            follows = [row[name] for name in _FOLLOWS if isinstance(row.get(name), list)]
             try:
-                tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
+                for messages in follows or [[]]:
+                    tokenizer.apply_chat_template(row["prompt"] + messages, tokenize=False)
             except Exception as error:
                 raise DataError(
                     f"{where}: the model's chat template refused these messages: "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
@@ -119,10 +119,12 @@ def _average(dataloader: Any, args: TrainingArguments) -> Rows:
     count = min(len(data), _LOOKED_AT)
     numbers = [int((i + 0.5) * len(data) / count) for i in range(count)]
     batch = dataloader.collate_fn([data[number] for number in numbers])
-    if not {"input_ids", "attention_mask", "labels"} <= set(batch):
+    names = set(batch) if isinstance(batch, Mapping) else set()
+    if "attention_mask" not in names or not {"labels", "completion_mask"} & names:
         return replace(USUAL, accumulated=accumulated)
     tokens = int(batch["attention_mask"].sum())
-    supervised = int((batch["labels"][:, 1:] != IGNORE).sum())
+    learned_BT = batch["labels"] != IGNORE if "labels" in names else batch["completion_mask"] > 0
+    supervised = int(learned_BT[:, 1:].sum())
     return Rows(
         max(1.0, args.train_batch_size * tokens / count), supervised / max(1, tokens), accumulated
     )

@@ -86,7 +86,7 @@ class FileInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ..., sha256: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_tokens", "max_length", "max_message_bytes", "max_inflight_bytes", "bytes_per_token", "bytes_per_token_squared", "cache_bytes_per_token", "deep_rollback", "cache_bytes_per_sequence", "no_rollback", "whole_prompts", "prefix_bytes")
+    __slots__ = ("max_tokens", "max_length", "max_message_bytes", "max_inflight_bytes", "bytes_per_token", "bytes_per_token_squared", "cache_bytes_per_token", "deep_rollback", "cache_bytes_per_sequence", "no_rollback", "whole_prompts", "prefix_bytes", "max_streams")
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -99,6 +99,7 @@ class Limits(_message.Message):
     NO_ROLLBACK_FIELD_NUMBER: _ClassVar[int]
     WHOLE_PROMPTS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_STREAMS_FIELD_NUMBER: _ClassVar[int]
     max_tokens: int
     max_length: int
     max_message_bytes: int
@@ -111,7 +112,8 @@ class Limits(_message.Message):
     no_rollback: bool
     whole_prompts: bool
     prefix_bytes: int
-    def __init__(self, max_tokens: _Optional[int] = ..., max_length: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_inflight_bytes: _Optional[int] = ..., bytes_per_token: _Optional[float] = ..., bytes_per_token_squared: _Optional[float] = ..., cache_bytes_per_token: _Optional[int] = ..., deep_rollback: _Optional[bool] = ..., cache_bytes_per_sequence: _Optional[int] = ..., no_rollback: _Optional[bool] = ..., whole_prompts: _Optional[bool] = ..., prefix_bytes: _Optional[int] = ...) -> None: ...
+    max_streams: int
+    def __init__(self, max_tokens: _Optional[int] = ..., max_length: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_inflight_bytes: _Optional[int] = ..., bytes_per_token: _Optional[float] = ..., bytes_per_token_squared: _Optional[float] = ..., cache_bytes_per_token: _Optional[int] = ..., deep_rollback: _Optional[bool] = ..., cache_bytes_per_sequence: _Optional[int] = ..., no_rollback: _Optional[bool] = ..., whole_prompts: _Optional[bool] = ..., prefix_bytes: _Optional[int] = ..., max_streams: _Optional[int] = ...) -> None: ...
 
 class Description(_message.Message):
     __slots__ = ("protocol_version", "software_version", "model_id", "fingerprint", "config_json", "compute_dtype", "embedding_width", "hidden_width", "sites", "wire_dtypes", "limits", "edge_files", "replicas", "layers", "head_width", "full_head", "all_rows", "tables", "experts")

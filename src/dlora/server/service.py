@@ -94,7 +94,6 @@ class Service:
         # Edges learn here what the server takes.
         limits = self.description.limits
         limits.max_message_bytes = min(limits.max_message_bytes, largest_message(self.description))
-        self._described = self.description.SerializeToString()
         self._rules = rules_of(self.description)
 
         self.tenancy = Tenancy(
@@ -143,9 +142,10 @@ class Service:
     async def _describe(self, call: Call) -> None:
         """What is served. No place: an edge has to connect before it can wait for one."""
         with self._beside_places(call):
-            await answer_describe(call, lambda: self._described)
             tenant = self.tenancy.tenant(call.credential.tenant)
-            self.tenancy.count_traffic(tenant, sent=len(self._described))
+            described = _described(self.description, self.options.max_streams, tenant)
+            await answer_describe(call, lambda: described)
+            self.tenancy.count_traffic(tenant, sent=len(described))
 
     async def _fetch_edge_files(self, call: Call) -> None:
         """The edge's files in chunks, or the named files of layers."""
@@ -371,3 +371,11 @@ class Service:
         self.workers.shutdown(cancel_futures=True)
         if self.access_log is not None:
             self.access_log.close()
+
+
+def _described(description: pb.Description, most: int, tenant: Tenant) -> bytes:
+    """The description as a message, with the streams of `most` that a tenant may have."""
+    told = pb.Description()
+    told.CopyFrom(description)
+    told.limits.max_streams = min(most, tenant.limits.max_streams)
+    return told.SerializeToString()

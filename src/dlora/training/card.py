@@ -12,14 +12,17 @@ from dlora.edge.bottleneck import CONFIG_FILE
 from dlora.edge.meter import Meter
 from dlora.runs import RunFolder
 from dlora.training.advice import SEEN
+from dlora.training.tasks import TITLES
 
 __all__ = ["run_card", "write_run_card"]
 
 _SETTINGS: Final = (
+    "task",
     *("kind", "r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters"),
     *("learning_rate", "optim"),
     *("lr_scheduler_type", "warmup_steps", "weight_decay", "epochs", "max_steps", "batch_size"),
     *("gradient_accumulation_steps", "max_length", "overlong", "seed", "kr", "input_grad"),
+    "trainer",
 )
 
 
@@ -73,10 +76,15 @@ def _figures(run: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "begun", run["started"]
     for key, title in (
         *(("train_loss", "last training loss"), ("eval_loss", "last eval loss")),
-        ("best_eval_loss", "best eval loss"),
+        *(("best_eval_loss", "best eval loss"), ("best_eval_reward", "best eval reward")),
     ):
         if run.get(key) is not None:
             yield title, f"{run[key]:.4f}"
+    figures = run.get("figures", {})
+    for name, title in TITLES.items():
+        for use, key in (("", name), ("held-out ", f"eval_{name}")):
+            if figures.get(key) is not None:
+                yield f"{use}{title}", f"{figures[key]:.4f}"
 
 
 def _cost(run: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -91,8 +99,9 @@ def _cost(run: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _privacy(settings: dict[str, Any]) -> Iterator[str]:
     """What the cloud could see, by the settings that decide it."""
     wire = settings.get("wire", "plain")
+    kept = "rewards" if settings.get("task") == "grpo" else "labels"
     yield (
-        f"Text and labels were not sent. The cloud saw {SEEN[wire]} (`--wire {wire}`, "
+        f"Text and {kept} were not sent. The cloud saw {SEEN[wire]} (`--wire {wire}`, "
         f"`--wire_dtype {settings['wire_dtype']}`). That is not confidentiality against a cloud "
         "that records what it receives."
     )
@@ -112,6 +121,7 @@ def _is_said(settings: dict[str, Any], key: str) -> bool:
     """Whether a setting had an effect."""
     value = settings.get(key)
     idle = {
+        "task": "sft",
         "max_steps": -1,
         "kind": "lora",
         "kr": "off",
@@ -124,6 +134,8 @@ def _is_said(settings: dict[str, Any], key: str) -> bool:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        value = [f"{name}: {one}" for name, one in value.items()]
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

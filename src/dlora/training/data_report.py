@@ -21,6 +21,7 @@ from dlora.edge.data_forms import form_of
 from dlora.edge.labels import IGNORE
 from dlora.edge.link import Link
 from dlora.edge.load import load_tokenizer
+from dlora.edge.task_forms import task_form
 from dlora.edge.tokenise import tokenising_trainer
 from dlora.errors import DataError
 from dlora.training.calibrate import calibrate
@@ -48,14 +49,19 @@ def describe(settings: DataSettings, link: Link | None = None) -> Iterator[str]:
     tokenizer = None if link is None else load_tokenizer(link)
     chat = tokenizer is None or bool(tokenizer.chat_template)
     refused: list[str] = []
-    rows, origins = load_rows(settings.data, settings.columns, chat=chat, refused=refused)
+    rows, origins = load_rows(
+        settings.data, settings.columns, chat=chat, refused=refused, task=settings.task
+    )
     if not len(rows):
         raise DataError(refused[0])
 
     yield f"data         {settings.data}: {len(rows) + len(refused)} rows"
     ((where, first),) = read_rows(settings.data, settings.columns, limit=1)
-    as_messages = isinstance(rows[0].get("prompt"), list)
-    yield f"form         {', '.join(form_of(where, first))}{', as messages' * as_messages}"
+    if settings.task == "sft":
+        names, as_messages = form_of(where, first), isinstance(rows[0].get("prompt"), list)
+    else:
+        _, names, as_messages = task_form(where, first, settings.task)
+    yield f"form         {', '.join(names)}{', as messages' * as_messages}"
     if refused:
         yield f"refused      {len(refused)} rows; the first is {refused[0]}"
 
@@ -87,14 +93,16 @@ def _in_characters(settings: DataSettings, rows: Dataset) -> Iterator[str]:
         for name, text in row.items():
             yield from _wrapped(name, _escaped(text))
     yield ""
-    yield "With --server the same in tokens, with what is learned, and what an epoch costs."
+    if settings.task == "sft":
+        yield "With --server the same in tokens, with what is learned, and what an epoch costs."
 
 
 def _plain(value: Any) -> str:
     """A column's text; of messages all of them."""
-    if isinstance(value, str):
-        return value
-    return "\n".join(f"[{message['role']}] {message['content']}" for message in value)
+    try:
+        return "\n".join(f"[{message['role']}] {message['content']}" for message in value)
+    except (TypeError, KeyError):  # a text, or a column for rewards
+        return str(value)
 
 
 def _lengths(lengths: Sequence[int], unit: str) -> Iterator[str]:

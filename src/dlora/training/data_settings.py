@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from dlora.edge.data_forms import check_columns
 from dlora.edge.options import SplitOptions, Wire, check_consent
 from dlora.edge.settings import AccessSettings, target_names
+from dlora.edge.task_forms import Task, check_task_columns
 from dlora.errors import UsageError
 from dlora.training.link_speed import link_speed
 
@@ -19,11 +19,13 @@ class DataSettings(AccessSettings):
     """Settings of `dlora data`."""
 
     GROUPS: ClassVar[dict[str, str]] = {
-        "data": "data columns show max_length batch_size",
+        "data": "task data columns show max_length batch_size",
         "connection": f"server {AccessSettings.GROUPS['connection']}",
         "cost of an epoch": "link target_modules r wire wire_dtype upload_consent",
     }
 
+    task: Task = "sft"
+    """What the rows are for, as for training. Those of other tasks are shown without a server."""
     data: str
     """Files, a folder or a Hugging Face data set, as for training."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -54,7 +56,12 @@ class DataSettings(AccessSettings):
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
         super().__post_init__()
-        check_columns(self.columns)
+        check_task_columns(self.columns, self.task)
+        if self.task != "sft" and self.server is not None:
+            raise UsageError(
+                f"server: got {self.server} with task {self.task}, whose rows are shown in "
+                "characters: leave it out. `dlora train` counts their tokens at its beginning"
+            )
         check_consent(self.wire, self.upload_consent)
         link_speed(self.link)
         for name, least in (("show", 0), ("max_length", 1), ("batch_size", 1), ("r", 1)):

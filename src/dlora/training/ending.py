@@ -11,7 +11,8 @@ from dlora.edge.model import SplitModel
 from dlora.errors import DivergedError, DLoRAError
 from dlora.runs import RunFolder, step_of
 from dlora.training.callbacks import time_line
-from dlora.training.trainer import SplitTrainer
+from dlora.training.split_trainer import SplitTrainer
+from dlora.training.tasks import best_metric, figures_of
 
 __all__ = ["failure", "results", "way_on"]
 
@@ -46,6 +47,7 @@ def results(trainer: SplitTrainer) -> dict[str, Any]:
     state, model = trainer.state, trainer.model
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     eval_losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+    figures, best_name = figures_of(state.log_history), f"best_{best_metric(trainer.task)}"
     finite = bool(losses) and math.isfinite(losses[-1])  # JSON knows no others
     return {
         "steps": state.global_step,
@@ -53,8 +55,9 @@ def results(trainer: SplitTrainer) -> dict[str, Any]:
         "seconds": trainer.accounting.total_s,
         "train_loss": losses[-1] if finite else None,
         "eval_loss": eval_losses[-1] if eval_losses else None,
-        "best_eval_loss": state.best_metric,
+        best_name: state.best_metric,
         "best_checkpoint": state.best_model_checkpoint,
+        **({"figures": figures} if figures else {}),
         "cost": asdict(trainer.accounting.total),
         "micro_batch": time_line(model.waits) if isinstance(model, SplitModel) else [],
     } | _kill_revive_results(trainer)

@@ -19,6 +19,7 @@ from matplotlib import pyplot
 from matplotlib.colors import LogNorm
 
 from dlora.runs import Run
+from dlora.training.tasks import TITLES
 
 __all__ = ["Figure", "figures_of"]
 
@@ -53,7 +54,8 @@ def figures_of(runs: Sequence[Run]) -> Iterator[Figure]:
 # ----------------------------------------------------------------- learning
 
 _LEARNING: Final = (
-    "Loss in nats a supervised token, and the share of supervised tokens that were the likeliest. "
+    "Loss in nats a supervised token, and the share of supervised tokens that were the likeliest; "
+    "of preferences and rewards the task's own loss, and what it logs beside it. "
     "Thin lines: training; points: evaluation. The same curves against steps, megabytes that "
     "crossed the network, and seconds."
 )
@@ -62,7 +64,7 @@ _LEARNING: Final = (
 def _learning(runs: Sequence[Run]) -> Any:
     """A row for each measure that was logged, a column for each axis."""
     keys = {key for run in runs for entry in run.log for key in entry}
-    measures = [("loss", "loss"), ("mean_token_accuracy", "token accuracy")]
+    measures = [("loss", "loss"), ("mean_token_accuracy", "token accuracy"), *TITLES.items()]
     measures = [(key, title) for key, title in measures if key in keys]
     if not measures:
         return None
@@ -83,7 +85,8 @@ def _learning(runs: Sequence[Run]) -> Any:
             panel.grid(alpha=0.3)
 
         row[0].set_ylabel(title)
-        if key == "loss":
+        # A loss of rewards may be negative.
+        if key == "loss" and all(entry.get(key, 1.0) > 0 for run in runs for entry in run.log):
             row[0].set_yscale("log")
     panels[0][0].legend(frameon=False)
     return figure

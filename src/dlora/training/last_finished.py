@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,11 @@ class LastFinished(TrainerCallback):
     copied before an update, and the copy is dropped when the step is finished.
     """
 
-    def __init__(self, kill_revive: KillReviveCallback | None) -> None:
-        self.kill_revive = kill_revive
+    def __init__(
+        self, kill_revive: KillReviveCallback | None, attributes: Sequence[str] = ()
+    ) -> None:
+        """`attributes` of the trainer change in a step as well. They are replaced, not changed."""
+        self.kill_revive, self.attributes = kill_revive, attributes
         self.step = 0
         """Number of finished steps."""
         self.epoch_ended = False
@@ -43,6 +47,7 @@ class LastFinished(TrainerCallback):
         self._counters: dict[str, Any] = {}
         self._log_length = 0
         self._flos = 0.0
+        self._own: dict[str, Any] = {}
         self._states: list[tuple[Any, dict[str, Any]]] = []
         self._weights: list[Tensor] | None = None
         self._before_update: tuple[list[Tensor], dict[str, Any], dict[str, Any]] | None = None
@@ -55,6 +60,7 @@ class LastFinished(TrainerCallback):
 
         self._counters, self._log_length = dict(vars(state)), len(state.log_history)
         self._flos = trainer.current_flos
+        self._own = {name: getattr(trainer, name) for name in self.attributes}
         self._states = [
             (callback, callback.state()["attributes"])
             for callback in trainer.callback_handler.callbacks
@@ -119,6 +125,7 @@ class LastFinished(TrainerCallback):
         vars(trainer.state).update(self._counters)
         trainer.state.log_history = trainer.state.log_history[: self._log_length]
         trainer.current_flos = self._flos
+        vars(trainer).update(self._own)
         for callback, attributes in self._states:
             vars(callback).update(attributes)
         if self.kill_revive is not None:

@@ -15,6 +15,7 @@ from dlora.edge.options import (
     check_input_grad,
 )
 from dlora.edge.settings import EdgeSettings, target_names
+from dlora.edge.task_forms import Task
 from dlora.errors import UsageError
 from dlora.kill_revive.config import from_options
 from dlora.training.link_speed import link_speed
@@ -34,7 +35,8 @@ class PlanSettings(EdgeSettings):
 
     GROUPS: ClassVar[dict[str, str]] = {
         "connection": f"{EdgeSettings.GROUPS['connection']} input_grad in_flight",
-        "run": "data columns val_size eval_data eval_steps eval_batch_size max_length overlong "
+        "run": "task "
+        "data columns val_size eval_data eval_steps eval_batch_size max_length overlong "
         "pad_to batch_size gradient_accumulation_steps epochs max_steps seed",
         "rows without data": "length supervised",
         "adapter": "adapter kind r target_modules target_parameters rank_pattern",
@@ -45,6 +47,8 @@ class PlanSettings(EdgeSettings):
         "computing": EdgeSettings.GROUPS["computing"],
     }
 
+    task: Task = TrainSettings.task
+    """What is learned, as for training. Plans are of sft."""
     data: str | None = None
     """Training data, as for training: steps and lengths of rows are then those of the run. Default:
     rows that all have `length` tokens."""
@@ -118,6 +122,12 @@ class PlanSettings(EdgeSettings):
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
         super().__post_init__()
+        if self.task != "sft":
+            raise UsageError(
+                f"task: got {self.task}, and plans are of sft: `dlora train` says at its beginning "
+                "what a step of another task sends. Leave task and data out for what a micro-batch "
+                "of so many rows costs"
+            )
         check_input_grad(self.wire, self.input_grad)
         check_in_flight(self.in_flight, self.wire)
         if self.target_parameters and self.link is not None:
@@ -183,8 +193,8 @@ def run_of(settings: PlanSettings, output: Path) -> TrainSettings:
 
 
 def plan_of(settings: TrainSettings) -> PlanSettings:
-    """A run's settings as a plan takes them, without its data."""
-    return PlanSettings(**_common(settings) | {"data": None})
+    """A run's settings as a plan takes them, without its data and its task."""
+    return PlanSettings(**_common(settings) | {"data": None, "task": "sft"})
 
 
 def _common(settings: PlanSettings | TrainSettings) -> dict[str, Any]:

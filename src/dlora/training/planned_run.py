@@ -65,9 +65,7 @@ def read_run(
     with tempfile.TemporaryDirectory(prefix="dlora-plan-") as scratch:
         asked = run_of(replace(settings, link=None), Path(scratch))
         trainer = build_trainer(replace(asked, report_to=[]), model, load_tokenizer(link))
-    rows, held = RowSizes.of(trainer.train_dataset), None
-    if trainer.eval_dataset is not None:
-        held = RowSizes.of(trainer.eval_dataset)
+    rows, held = trainer.sizes["data"], trainer.sizes.get("eval_data")
 
     # Steps and evaluations as transformers counts them.
     epoch = math.ceil(
@@ -102,7 +100,7 @@ def load_of(rows: RowSizes, model: SplitModel, batch_size: int, pad_to: int = 0)
     tokens, supervised = rows.travelling(batch_size)
     if not pad_to and not model.link.description.all_rows:
         return Load(tokens, supervised)
-    number = len(rows.lengths) / rows.micro_batches(batch_size)
+    number = len(rows.lengths) / rows.micro_batches(batch_size)  # sequences of a micro-batch
     everything = number * rows.padded(batch_size, pad_to)
     return Load(everything, everything if pad_to else supervised)
 

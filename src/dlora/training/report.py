@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from dlora.extras import missing_extra
 from dlora.runs import Run, load_run
 from dlora.training.readable import counted, readable_time
+from dlora.training.tasks import TITLES
 
 __all__ = ["write_report"]
 
@@ -79,7 +80,7 @@ def _rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         ("data", each(lambda run: _rows_of(run, "data"))),
         ("evaluated on", each(lambda run: _rows_of(run, "eval_data"))),
         # How they were trained.
-        ("trained", each(lambda run: run.kind)),
+        ("trained", each(_trained)),
         ("adapter on", each(_adapter)),
         ("batch", each(_batch)),
         ("learning rate", each(_learning_rate)),
@@ -87,6 +88,7 @@ def _rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         ("steps", each(_steps)),
         ("training loss", each(lambda run: _loss(run, "train_loss"))),
         ("evaluation loss", each(lambda run: _loss(run, "eval_loss"))),
+        *_figures(runs),
         # What the runs cost.
         ("traffic", counted(lambda run: run.traffic, 1e6, "MB")),
         ("round trips", each(lambda run: f"{run.cost.round_trips:,}")),
@@ -95,6 +97,21 @@ def _rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         ("cloud", counted(lambda run: run.cost.cloud_flops, 1e9, "GFLOP")),
         ("time of the whole run", each(_time)),
     ]
+
+
+def _figures(runs: Sequence[Run]) -> Iterator[tuple[str, list[str]]]:
+    """What tasks log beside the loss, where one of the runs has it."""
+    for short, title in TITLES.items():
+        for use, name in (("", short), ("held-out ", f"eval_{short}")):
+            values = [run.figures.get(name) for run in runs]
+            if any(value is not None for value in values):
+                yield use + title, ["" if value is None else f"{value:.4f}" for value in values]
+
+
+def _trained(run: Run) -> str:
+    """The task, where it is another than answers, and all modules or few."""
+    task = run.values.get("settings", {}).get("task", "sft")
+    return run.kind if task == "sft" else f"{task}, {run.kind}"
 
 
 def _date(run: Run) -> str:

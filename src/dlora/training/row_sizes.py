@@ -18,10 +18,15 @@ __all__ = ["RowSizes"]
 
 @dataclass(frozen=True)
 class RowSizes:
-    """Of each row, its tokens and how many of them are learned."""
+    """Of each sequence of tokens, its length and how many of them are learned."""
 
     lengths: Sequence[int]
     learned: Sequence[int]
+    sequences: int = 1
+    """Of a row."""
+    noun: str = "row"
+    learned_is: str = ""
+    """What is said before the learned tokens."""
 
     @classmethod
     def of(cls, rows: Dataset) -> RowSizes:
@@ -32,18 +37,23 @@ class RowSizes:
         learned = [sum(label != IGNORE for label in labels[1:]) for labels in rows["labels"]]
         return cls(lengths, learned)
 
+    @property
+    def count(self) -> int:
+        """Rows."""
+        return len(self.lengths) // self.sequences
+
     def __str__(self) -> str:
         least, most = min(self.lengths), max(self.lengths)
         tokens = f"{least} to {most} tokens" if least < most else f"{most} tokens"
         middle, learned = median(self.lengths), sum(self.learned) / len(self.learned)
         return (
-            f"{counted(len(self.lengths), 'row')} of {tokens}, median {middle:.0f}, "
-            f"{learned:.0f} learned"
+            f"{counted(self.count, self.noun)} of {tokens}, median {middle:.0f}, "
+            f"{self.learned_is}{learned:.0f} learned"
         )
 
     def micro_batches(self, batch_size: int) -> int:
         """Of all rows once; the last may be smaller."""
-        return math.ceil(len(self.lengths) / batch_size)
+        return math.ceil(self.count / batch_size)
 
     def padded(self, batch_size: int, pad_to: int = 0) -> int:
         """Tokens of a row with padding, on average over batches of shuffled rows."""
@@ -57,6 +67,6 @@ class RowSizes:
         return sum(self.lengths) / number, sum(self.learned) / number
 
     def _shuffled(self, batch_size: int) -> Iterator[Sequence[int]]:
-        order = random.Random(0).sample(self.lengths, len(self.lengths))
-        for start in range(0, len(order), batch_size):
-            yield order[start : start + batch_size]
+        order, size = random.Random(0).sample(self.lengths, len(self.lengths)), self.sequences
+        for start in range(0, len(order), size * batch_size):
+            yield order[start : start + size * batch_size]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import random
 from collections.abc import Sequence
@@ -18,10 +19,13 @@ from dlora.errors import DataError, UsageError
 from dlora.runs import RunFolder
 from dlora.training.settings import TrainSettings
 
-__all__ = ["check_same_rows", "digest", "fit_rows", "rows_of"]
+__all__ = ["check_same_rows", "digest", "fit_rows", "refuse_or_warn", "rows_of"]
 
 log = logging.getLogger(__name__)
 
+_TRAINED: Final = (
+    *("input_ids", "labels", "prompt_ids", "chosen_ids", "rejected_ids", "completion_ids", "label"),
+)
 _PER_TOKEN: Final = ("input_ids", "completion_mask", "assistant_masks", "labels")
 
 
@@ -30,22 +34,24 @@ def rows_of(
 ) -> tuple[tuple[Dataset, Sequence[str]], tuple[Dataset | None, Sequence[str]]]:
     """Rows to train on and rows to evaluate, each with where they stand. Raises DataError."""
     chat = bool(tokenizer.chat_template)
-    rows, origins = load_rows(settings.data, settings.columns, chat=chat)
+    task = settings.task
+    rows, origins = load_rows(settings.data, settings.columns, chat=chat, task=task)
     if settings.eval_data is not None:
-        return (rows, origins), load_rows(settings.eval_data, settings.columns, chat=chat)
+        held_out = load_rows(settings.eval_data, settings.columns, chat=chat, task=task)
+        return (rows, origins), held_out
     if not settings.val_size:
         return (rows, origins), (None, [])
 
     number = settings.val_size if settings.val_size >= 1 else settings.val_size * len(rows)
-    held_out = max(1, round(number))
-    if held_out >= len(rows):
+    count = max(1, round(number))
+    if count >= len(rows):
         raise DataError(
-            f"{settings.data}: val_size {settings.val_size:g} holds out {held_out} of {len(rows)} "
+            f"{settings.data}: val_size {settings.val_size:g} holds out {count} of {len(rows)} "
             "rows: nothing is left to learn"
         )
 
     # A choice of its own seed, in the order of the data.
-    chosen = sorted(random.Random(settings.seed).sample(range(len(rows)), held_out))
+    chosen = sorted(random.Random(settings.seed).sample(range(len(rows)), count))
     rest = sorted(set(range(len(rows))).difference(chosen))
     train, held = (
         (rows.select(indices), [origins[index] for index in indices]) for indices in (rest, chosen)
@@ -62,7 +68,7 @@ def fit_rows(rows: Dataset, origins: Sequence[str], settings: TrainSettings) -> 
     lengths = [len(ids) for ids in rows["input_ids"]]
     over = [index for index, length in enumerate(lengths) if length > settings.max_length]
     if over:
-        _refuse_or_warn(over, lengths, origins, settings)
+        refuse_or_warn(over, lengths, origins, settings)
 
     kept: Sequence[int] = range(len(rows))
     if over and settings.overlong == "drop":
@@ -78,13 +84,18 @@ def fit_rows(rows: Dataset, origins: Sequence[str], settings: TrainSettings) -> 
     return rows
 
 
-def _refuse_or_warn(
-    over: list[int], lengths: list[int], origins: Sequence[str], settings: TrainSettings
+def refuse_or_warn(
+    over: list[int],
+    lengths: list[int],
+    origins: Sequence[str],
+    settings: TrainSettings,
+    counted: str = "",
 ) -> None:
-    """What there is to say about rows that are too long."""
+    """What there is to say about rows that are too long; `counted` says what is in a length."""
     if settings.overlong == "error":
         raise DataError(
-            f"{origins[over[0]]}: {lengths[over[0]]} tokens, max_length is {settings.max_length}; "
+            f"{origins[over[0]]}: {lengths[over[0]]} tokens{counted}, max_length is "
+            f"{settings.max_length}; "
             f"{len(over)} of {len(lengths)} rows are longer (the longest has {max(lengths)} "
             "tokens). Raise max_length, or set overlong to drop or truncate."
         )
@@ -131,12 +142,17 @@ def _check_labels(
 
 
 def digest(rows: Dataset) -> dict[str, Any]:
-    """What run.json keeps of rows as they are trained: how many, and SHA-256 of ids and labels."""
+    """What run.json keeps of rows as they are trained: how many, and SHA-256 of ids and labels.
+
+    Of rows that are no tokens yet, their columns as they are.
+    """
     content = hashlib.sha256()
-    columns = [name for name in ("input_ids", "labels") if name in rows.column_names]
-    for row in rows.select_columns(columns):
+    columns = [name for name in _TRAINED if name in rows.column_names]
+    for row in rows.select_columns(columns) if columns else rows:
+        if not columns:
+            content.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
         for name in columns:
-            values = np.asarray(row[name], dtype="<i8")
+            values = np.asarray(row[name], dtype="<i8").ravel()
             content.update(len(values).to_bytes(8, "little") + values.tobytes())
     return {"count": len(rows), "sha256": content.hexdigest()}
 

@@ -1,4 +1,4 @@
-"""A training run: settings in, an adapter folder out, on trl's SFTTrainer.
+"""A training run: settings in, an adapter folder out, on trl's trainer of the task.
 
 settings, link -> model -> trainer, with data that fits -> the loop -> adapter and run.json.
 What the folder then holds, and by which names, is in `dlora.runs`.
@@ -28,9 +28,13 @@ from dlora.training.card import write_run_card
 from dlora.training.ending import failure, results, way_on
 from dlora.training.output import began, check_output, first_values
 from dlora.training.parts import follow_parts
+from dlora.training.rewards import digests
 from dlora.training.run_lock import alone_in_output
 from dlora.training.settings import TrainSettings
-from dlora.training.trainer import SplitTrainer, build_trainer
+from dlora.training.split_trainer import SplitTrainer
+from dlora.training.task_rows import check_streams
+from dlora.training.trainer import build_trainer
+from dlora.training.trainer_config import trainer_config
 from dlora.training.waiting import SayWaiting
 
 __all__ = ["train"]
@@ -61,6 +65,8 @@ def train(
     if settings.resume:
         log.info("resuming from %s", checkpoint or "the start: there is no checkpoint yet")
     run = first_values(settings, link) | {"rows": trainer.rows} | began(folder, checkpoint)
+    if settings.reward:
+        run["rewards"] = digests(settings.reward, folder.read().get("rewards", {}))
     folder.path.mkdir(parents=True, exist_ok=True)
     follow_parts(run, folder, model, resume=settings.resume)
     folder.write(run)
@@ -73,7 +79,7 @@ def train(
         model.set_options(retry=replace(model.options.retry, sleep=trainer.stop.sleep))
         with trainer.stop.listening():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        trainer.save_model(str(folder.path))
+        trainer.save_adapter(folder.path)
     except BaseException as error:
         is_saved = trainer.save_finished()
         if not (is_saved and trainer.stop.asked and isinstance(error, PeerLost)):
@@ -81,7 +87,7 @@ def train(
             error.add_note(way_on(folder, trainer, error))
             raise
         log.warning("stopped in the middle of a step, as the server is lost: %s", error)
-        trainer.save_model(str(folder.path))
+        trainer.save_adapter(folder.path)
 
     run["status"] = "interrupted" if trainer.stop.asked else "finished"
     run |= results(trainer)
@@ -95,11 +101,13 @@ def _prepare(
 ) -> tuple[Recorder | None, SplitModel, SplitTrainer]:
     """Refuse what can be refused: until it is over nothing is written into the folder."""
     check_output(settings, link)
+    trainer_config(settings)  # before anything is loaded: it checks itself
     set_seed(settings.seed)
     tokenizer = load_tokenizer(link)
     recording = RunFolder(settings.output).recording
     recorder = Recorder(recording, settings.record) if settings.record else None
     model = _build_model(settings, link if recorder is None else recorder.link(link))
+    check_streams(settings, model)
     return recorder, model, build_trainer(settings, model, tokenizer)
 
 

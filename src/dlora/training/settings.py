@@ -8,7 +8,6 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from dlora.edge.data_forms import check_columns
 from dlora.edge.noise import Noise
 from dlora.edge.options import (
     InFlight,
@@ -20,9 +19,11 @@ from dlora.edge.options import (
     check_input_grad,
 )
 from dlora.edge.settings import AccessSettings, EdgeSettings, target_names
+from dlora.edge.task_forms import check_task_columns
 from dlora.errors import UsageError
 from dlora.files import expand_homes
 from dlora.kill_revive.config import KillReviveConfig, from_options
+from dlora.training.tasks import Task, check_task
 from dlora.training.trainer_settings import check_trainer
 
 __all__ = ["ReportSettings", "TrainSettings"]
@@ -34,6 +35,7 @@ class TrainSettings(EdgeSettings):
 
     GROUPS: ClassVar[dict[str, str]] = {
         "connection": f"{EdgeSettings.GROUPS['connection']} input_grad in_flight cache_prefix",
+        "task": "task reward",
         "data": "data columns val_size max_length overlong batch_size",
         "adapter": "adapter kind r lora_alpha lora_dropout target_modules target_parameters "
         "use_rslora rank_pattern alpha_pattern activation scale",
@@ -47,6 +49,13 @@ class TrainSettings(EdgeSettings):
         "computing": EdgeSettings.GROUPS["computing"],
     }
 
+    task: Task = "sft"
+    """What is learned: answers (sft), preferences between two (dpo; rows have `prompt`, `chosen`,
+    `rejected`) or of one at a time (kto; `prompt`, `completion`, `label`), or what a reward likes
+    (grpo; `prompt`). docs/trainers.md says what each sends."""
+    reward: list[str] = field(default_factory=list)
+    """Functions that rate answers, with task grpo: FILE.py:NAME, several with commas. The file is
+    run here."""
     data: str
     """Training data: JSON lines or an array, .csv, .tsv, .parquet or .txt; several files with
     commas, or a folder; or a Hugging Face data set (org/name or org/name:split). Rows have `prompt`
@@ -161,7 +170,8 @@ class TrainSettings(EdgeSettings):
     `output`/recording, with the text it came from: the folder holds private data. 24 batches of 16
     rows are enough."""
     trainer: dict[str, Any] = field(default_factory=dict)
-    """More arguments for trl.SFTConfig, by name; what is a setting is given as one."""
+    """More arguments for trl's configuration of the task (SFTConfig, DPOConfig and so on), by name,
+    such as beta; what is a setting is given as one."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work, all checks here and nowhere else."""
@@ -173,13 +183,14 @@ class TrainSettings(EdgeSettings):
         )
         self._check_adapter()
         self._check_amounts()
-        check_columns(self.columns)
+        check_task(self.task, vars(self))
+        check_task_columns(self.columns, self.task)
         _check_held_out(self.val_size, self.eval_data)
         self._check_evaluation()
         self._check_kill_revive()
         if self.output.exists() and not self.output.is_dir():
             raise UsageError(f"output: {self.output} is a file, want a folder")
-        check_trainer(self.trainer)
+        check_trainer(self.trainer, self.task)
 
     def _check_adapter(self) -> None:
         self._check_least("r", 1)
@@ -303,23 +314,8 @@ class TrainSettings(EdgeSettings):
         return target_names(self.target_modules)
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """Names of settings whose value in `other`, a saved `as_dict`, is another.
-
-        Where the run may go on elsewhere or wait longer, a difference does not count.
-        """
-        free = {"resume", "server", "give_up_after_s", "output", "report_to", "device", "record"}
-        free |= {"save_minutes"}
-        free |= {field.name for field in dataclasses.fields(AccessSettings)}
-        # A run of an earlier version lacks what came later, and ran as the default says.
-        defaults = {
-            one.name: one.default if one.default_factory is MISSING else one.default_factory()
-            for one in dataclasses.fields(self)
-        }
-        return [
-            name
-            for name, value in self.as_dict().items()
-            if name not in free and other.get(name, defaults[name]) != value
-        ]
+        """Names of settings whose value in `other`, a saved `as_dict`, is another."""
+        return _differences(self, other)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as they go into run.json."""
@@ -327,6 +323,23 @@ class TrainSettings(EdgeSettings):
         return {
             name: str(value) if isinstance(value, Path) else value for name, value in values.items()
         }
+
+
+def _differences(settings: TrainSettings, other: dict[str, Any]) -> list[str]:
+    """Where the run may go on elsewhere or wait longer, a difference does not count."""
+    free = {"resume", "server", "give_up_after_s", "output", "report_to", "device", "record"}
+    free |= {"save_minutes"}
+    free |= {field.name for field in dataclasses.fields(AccessSettings)}
+    # A run of an earlier version lacks what came later, and ran as the default says.
+    defaults = {
+        one.name: one.default if one.default_factory is MISSING else one.default_factory()
+        for one in dataclasses.fields(settings)
+    }
+    return [
+        name
+        for name, value in settings.as_dict().items()
+        if name not in free and other.get(name, defaults[name]) != value
+    ]
 
 
 def _check_held_out(val_size: float, eval_data: str | None) -> None:

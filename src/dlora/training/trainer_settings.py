@@ -1,10 +1,11 @@
-"""What `trainer` of a run may hold: more arguments for trl.SFTConfig. No torch here."""
+"""What `trainer` of a run may hold: more arguments for trl's configuration. No torch here."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Final, Literal, TypedDict
 
+from dlora.edge.task_forms import Task
 from dlora.errors import UsageError
 
 __all__ = ["TrainerTexts", "check_trainer"]
@@ -15,6 +16,23 @@ _RESERVED: Final = frozenset(
     "remove_unused_columns resume_from_checkpoint completion_only_loss assistant_only_loss "
     "dataloader_num_workers restore_callback_states_from_checkpoint".split()
 )
+_RESERVED_BY_TASK: Final[dict[Task, frozenset[str]]] = {
+    "sft": frozenset(),
+    **dict.fromkeys(
+        ("dpo", "kto", "grpo"),
+        frozenset(
+            "model_init_kwargs precompute_ref_log_probs precompute_ref_batch_size sync_ref_model "
+            "ref_model_mixup_alpha ref_model_sync_steps truncation_mode activation_offloading "
+            "use_liger_kernel cast_lm_head_to_fp32 use_vllm use_transformers_continuous_batching "
+            "transformers_continuous_batching_config use_transformers_paged cache_implementation "
+            "max_tool_calling_iterations ds3_gather_for_generation log_completions "
+            "log_completions_hub_repo log_multimodal log_unique_prompts num_completions_to_print "
+            "dataset_num_proc trust_remote_code".split()
+        ),
+    ),
+}
+"""The same of one task: other models than the adapter and its copy, weights that would have to be
+here, texts in a log."""
 _SETTINGS: Final = {
     name: name
     for name in (
@@ -68,16 +86,24 @@ class TrainerTexts(TypedDict, total=False):
     eos_token: str | None
     truncation_mode: str
     packing_strategy: str
-    loss_type: str
+    loss_type: list[str] | str
     pad_token: str | None
 
+    # Of dpo and grpo alone.
+    f_divergence_type: str
+    importance_sampling_level: str
+    multi_objective_aggregation: str
+    scale_rewards: str
 
-def check_trainer(arguments: Mapping[str, Any]) -> None:
+
+def check_trainer(arguments: Mapping[str, Any], task: Task = "sft") -> None:
     """Raises UsageError for arguments that are fixed, or that are settings of their own.
 
     Of two values for one thing one would count for nothing, and only settings are checked.
     """
-    if reserved := sorted(_RESERVED & arguments.keys()):
+    reserved = sorted((_RESERVED | _RESERVED_BY_TASK[task]) & arguments.keys())
+    reserved += sorted(name for name in arguments if name.startswith("vllm_"))
+    if reserved:
         raise UsageError(f"trainer: {', '.join(reserved)} cannot be set here")
     if twice := sorted(_SETTINGS.keys() & arguments.keys()):
         name = twice[0]
