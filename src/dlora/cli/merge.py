@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from peft import PeftModel
+from peft import PeftModel, TaskType
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -41,6 +41,12 @@ def merge(settings: MergeSettings) -> tuple[str, str]:
 
     check_mergeable(settings.adapter)
     config = read_adapter_config(settings.adapter)
+    if config.task_type == TaskType.SEQ_CLS:
+        raise UsageError(
+            f"adapter: {settings.adapter} classifies text (task_type SEQ_CLS), and what is merged "
+            "here are causal LMs: use peft's merge_and_unload on an "
+            "AutoModelForSequenceClassification"
+        )
     weights = read_adapter_weights(settings.adapter)
     loaded = load_model(settings.model, dtype=settings.dtype)
     misfit = f"the adapter in {settings.adapter} does not fit {settings.model}"

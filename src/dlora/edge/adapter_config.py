@@ -14,6 +14,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from transformers import PreTrainedModel
 
 from dlora.edge.bottleneck import BottleneckConfig, load_bottleneck_config
+from dlora.edge.ends import CLASSIFIERS
 from dlora.errors import UsageError
 from dlora.protocol.text import clean_text
 
@@ -24,7 +25,7 @@ _SUPPORTED_OPTIONS: Final = frozenset(
     "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
     "r target_modules target_parameters exclude_modules lora_alpha lora_dropout fan_in_fan_out "
     "use_rslora init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern "
-    "kind activation scale".split()
+    "modules_to_save trainable_token_indices ensure_weight_tying kind activation scale".split()
 )
 _SUPPORTED_INITS: Final = (True, False, "gaussian", "orthogonal")
 
@@ -51,10 +52,20 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
 
 
 def checked_config(config: LoraConfig) -> LoraConfig:
-    """A copy of the config for causal LMs; refuses, by name, options that need the base weights."""
+    """A copy of the config; refuses, by name, options that need the base weights.
+
+    It is for causal LMs, or for classifiers, whose head is then among `modules_to_save`.
+    """
     if not isinstance(config, LoraConfig):
         raise UsageError(f"got a {type(config).__name__}, want a peft.LoraConfig")
-    config = dataclasses.replace(config, task_type=TaskType.CAUSAL_LM)
+    config = dataclasses.replace(config, task_type=config.task_type or TaskType.CAUSAL_LM)
+    if config.task_type == TaskType.SEQ_CLS:
+        config.modules_to_save = sorted({*(config.modules_to_save or ()), *CLASSIFIERS})
+    elif config.task_type != TaskType.CAUSAL_LM:
+        raise UsageError(
+            f"task_type {config.task_type} is not supported: a decoder has an LM head (CAUSAL_LM) "
+            "or one that classifies a text (SEQ_CLS) here"
+        )
 
     plain = type(config)()
     for option in dataclasses.fields(config):
@@ -65,21 +76,30 @@ def checked_config(config: LoraConfig) -> LoraConfig:
                 "weights, only B(A(x))"
             )
 
-    if isinstance(config, BottleneckConfig) and config.target_parameters:
-        raise UsageError("bottleneck adapters sit on linear modules: no target_parameters")
-    if isinstance(config, BottleneckConfig) and (
-        config.rank_pattern or config.alpha_pattern or config.use_rslora
-    ):
-        raise UsageError(
-            "bottleneck adapters have one size and one scale: no rank_pattern, alpha_pattern or "
-            "use_rslora"
-        )
+    if isinstance(config, BottleneckConfig):
+        _check_bottleneck(config)
     if config.init_lora_weights not in _SUPPORTED_INITS:
         raise UsageError(
             f"LoraConfig.init_lora_weights={config.init_lora_weights!r} needs the base weights, "
             f"which stay in the cloud: use one of {_SUPPORTED_INITS}"
         )
     return config
+
+
+def _check_bottleneck(config: BottleneckConfig) -> None:
+    """Raises UsageError for what LoRA has and bottleneck adapters have not."""
+    if config.target_parameters:
+        raise UsageError("bottleneck adapters sit on linear modules: no target_parameters")
+    if config.rank_pattern or config.alpha_pattern or config.use_rslora:
+        raise UsageError(
+            "bottleneck adapters have one size and one scale: no rank_pattern, alpha_pattern or "
+            "use_rslora"
+        )
+    if config.modules_to_save or config.trainable_token_indices:
+        raise UsageError(
+            "bottleneck adapters are saved alone: no modules_to_save, no trainable_token_indices, "
+            "no task_type SEQ_CLS"
+        )
 
 
 def targetable(names: Iterable[str], model: PreTrainedModel) -> list[str]:

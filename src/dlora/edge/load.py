@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final, Unpack
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, TaskType
 from peft.utils import set_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
@@ -27,6 +27,8 @@ from dlora.edge.adapter_config import (
     targetable,
 )
 from dlora.edge.adapter_weights import check_adapter_weights, read_adapter_weights
+from dlora.edge.classifier import labels_in
+from dlora.edge.ends import add_rows, check_trained, rows_needed
 from dlora.edge.experts import check_parameters
 from dlora.edge.link import Link
 from dlora.edge.model import SplitModel, check_options
@@ -51,6 +53,8 @@ def get_peft_model(
     config: LoraConfig,
     *,
     device: str | torch.device = "cpu",
+    num_labels: int | None = None,
+    num_tokens: int = 0,
     **options: Unpack[OptionArguments],
 ) -> SplitModel:
     """Put a fresh adapter on the cloud's model: `peft.get_peft_model` for a model elsewhere.
@@ -59,10 +63,14 @@ def get_peft_model(
     or `dlora.in_process`. `options` are the fields of `SplitOptions`: `wire_dtype` is fp32 (exact),
     fp16, bf16, int8 or int4; `wire` is plain or factored; with `edge_layers` this many of the first
     and of the last decoder layers run here. At the same seed the adapter starts with the same
-    values as `peft.get_peft_model` on the full model. Raises UsageError for what cannot be
-    supported, and for targets and patterns that match no module, by name.
+    values as `peft.get_peft_model` on the full model.
+
+    `num_labels` is for task type SEQ_CLS: the outputs of its new head, 2 by default.
+    `num_tokens=len(tokenizer)` after `tokenizer.add_tokens(...)` gives embedding and LM head rows
+    for the new tokens, as `resize_token_embeddings` does; they stay here. Raises UsageError for
+    what cannot be supported, and for targets and patterns that match no module, by name.
     """
-    model = _put_on(link, config, device, options)
+    model = _put_on(link, config, device, options, num_labels, num_tokens)
     tuner = model.base_model
     # Those that hold others, such as a layer, are excluded by no name.
     modules = [name for name, one in tuner.model.named_modules() if hasattr(one, "weight")]
@@ -75,7 +83,12 @@ def get_peft_model(
 
 
 def _put_on(
-    link: Link, config: LoraConfig, device: str | torch.device, options: OptionArguments
+    link: Link,
+    config: LoraConfig,
+    device: str | torch.device,
+    options: OptionArguments,
+    num_labels: int | None = None,
+    num_tokens: int = 0,
 ) -> SplitModel:
     """A fresh adapter on the cloud's model, with those targets that match."""
     split_options = SplitOptions().changed(**options)
@@ -83,7 +96,12 @@ def _put_on(
     config = checked_config(config)
     edge_layers = edge_layers_of(link, split_options.edge_layers)
 
-    base = build_skeleton(link, edge_layers)
+    classifies = config.task_type == TaskType.SEQ_CLS
+    if num_labels is not None and not classifies:
+        raise UsageError("num_labels is of a classifier: say task_type SEQ_CLS in the config")
+    base = build_skeleton(link, edge_layers, (num_labels or 2) if classifies else None)
+    add_rows(base, num_tokens)
+    check_trained(config, base)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == _ALL_LINEAR:
         config.target_modules = _all_linear(base, link)
     check_parameters(config, base, link.description, split_options.wire)
@@ -146,7 +164,8 @@ def load_adapter(
     config.inference_mode = not is_trainable
     weights = read_adapter_weights(folder, device)
     misfit = f"the adapter in {folder} does not fit {link.description.model_id}"
-    model = _put_on(link, config, device, options)
+    rows, labels = rows_needed(config, weights), labels_in(weights)
+    model = _put_on(link, config, device, options, labels, rows)
 
     check_adapter_weights(model, weights, misfit)
     try:

@@ -47,13 +47,13 @@ from dlora.edge.bottleneck import BottleneckConfig, make_bottleneck, save_bottle
 from dlora.edge.cloud_layers import CloudLayers, Kept
 from dlora.edge.description import has_cache
 from dlora.edge.edge_layers import EdgeDecoder
+from dlora.edge.ends import check_trained, head_flops, head_of
 from dlora.edge.forward_call import ForwardCall, ForwardCalls
 from dlora.edge.hosted import KeptVersions, check_hosted
 from dlora.edge.in_flight import PartCount
 from dlora.edge.kv_cache import CloudCache, cache_for
 from dlora.edge.labels import spread
 from dlora.edge.link import Link
-from dlora.edge.lora import layer_flops
 from dlora.edge.meter import Meter
 from dlora.edge.micro_batch import as_node
 from dlora.edge.options import OPTION_NAMES, OptionArguments, SplitOptions, check_experts
@@ -200,7 +200,8 @@ class SplitModel(PeftModelForCausalLM):
         labels = call.request.labels
         head_rows = batch * length if labels is None else labels.numel()
         training = kept_KD.requires_grad
-        self.meter.head_flops += _head_flops(self.get_output_embeddings(), head_rows, training)
+        head = head_of(self.get_base_model())
+        self.meter.head_flops += head_flops(head, head_rows, training=training)
         return call.request.arrange(kept_KD, rows.keep_BT)
 
     def _through_cloud(self, new: PassInput, cache: CloudCache | None) -> Tensor:
@@ -354,7 +355,11 @@ class SplitModel(PeftModelForCausalLM):
                 "target_parameters: an adapter on experts has to be the model's first: build "
                 "another one with it"
             )
-        super().add_adapter(adapter_name, checked_config(peft_config), *args, **kwargs)
+        config = checked_config(peft_config)
+        if config.task_type != self.peft_config["default"].task_type:
+            raise UsageError(f"task_type {config.task_type}: the model was built for another")
+        check_trained(config, self.get_base_model())
+        super().add_adapter(adapter_name, config, *args, **kwargs)
         self._match_sites()
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
@@ -398,14 +403,3 @@ def _check_codecs(link: Link, codecs: Codecs) -> None:
         raise UsageError(
             f"wire dtype: {link.address} does not know {name_of(codecs)!r}, only {', '.join(known)}"
         )
-
-
-def _head_flops(head: Any, rows: int, training: bool) -> int:
-    """FLOPs of the LM head and of an adapter on it, if there is any, on this many rows."""
-    if head is None:
-        return 0
-    vocab, width = head.weight.shape
-    flops = 2 * rows * int(vocab) * int(width) * (2 if training else 1)
-    if isinstance(head, LoraLayer) and not head.disable_adapters:
-        flops += layer_flops(head, rows, training=training, input_grad=training)
-    return flops

@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from dlora.edge.bottleneck import BottleneckConfig, is_series
+from dlora.edge.classifier import refuse_classifier
 from dlora.edge.experts import adapted_name, experts_of, fused_sites, offered_experts
 from dlora.edge.lora import active_names
 from dlora.errors import UsageError
@@ -155,8 +156,11 @@ def _leave_head(model: PeftModel, layers: dict[str, LoraLayer]) -> None:
 
 
 def refuse_head(model: PeftModel, description: pb.Description) -> None:
-    """Raises UsageError for an adapter on the LM head, where a loss reads the head's weight."""
+    """Raises UsageError where a loss reads the LM head's weight: for an adapter on it, and for none
+    at all, as of a classifier.
+    """
     base = model.get_base_model()
+    refuse_classifier(base, "training on text")
     head = base.get_output_embeddings()
     if isinstance(head, LoraLayer):
         name = next(name for name, module in base.named_modules() if module is head)

@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from dlora.edge.classifier import refuse_classifier
+from dlora.edge.ends import frozen_part
 from dlora.edge.kv_cache import CloudCache
 from dlora.edge.link import Link, RetryPolicy
 from dlora.edge.load import load_adapter, load_base
@@ -70,6 +72,7 @@ def load_for_inference(
         if adapter is None
         else load_adapter(link, adapter, is_trainable=False, **options)
     )
+    refuse_classifier(model.get_base_model(), "answering")
     served = model.generation_config
     kept = {name: getattr(served, name) for name in _KEPT_OF_SERVED}
     model.get_base_model().generation_config = GenerationConfig(**kept)
@@ -85,10 +88,12 @@ def share_ends(model: SplitModel, other: SplitModel) -> None:
         (model.get_input_embeddings(), other.get_input_embeddings()),
         (model.get_output_embeddings(), other.get_output_embeddings()),
     ):
-        # Where an adapter is on the head, that is its own, and what it is on is shared.
-        kept, twin = getattr(kept, "base_layer", kept), getattr(twin, "base_layer", twin)
+        # Where an adapter is on them, that is its own, and what it is on is shared. Where tokens
+        # were added to one of the models, the two are not of one size.
+        kept, twin = frozen_part(kept), frozen_part(twin)
         for name, parameter in kept.named_parameters(recurse=False):
-            setattr(twin, name, parameter)
+            if parameter.shape == twin.get_parameter(name).shape:
+                setattr(twin, name, parameter)
 
 
 def complete(
