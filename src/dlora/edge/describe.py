@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from dlora.edge.adapter_config import read_adapter_config
 from dlora.edge.bottleneck import BottleneckConfig, is_series
 from dlora.edge.description import has_cache
+from dlora.edge.ends import token_indices
 from dlora.edge.experts import layer_widths, offered_experts
 from dlora.edge.sites import allowed_names
 from dlora.edge.wall import wall
@@ -101,6 +102,10 @@ def describe_adapter(
     fused = sorted(config.target_parameters or ())
     of_experts = f"; fused weights of experts: {', '.join(fused)}" if fused else ""
     yield "modules", f"{len(names)}: {', '.join(sorted(kinds))}{of_experts}"
+    if whole := config.modules_to_save:
+        yield "trained whole", ", ".join(sorted(whole))
+    for module, tokens in token_indices(config).items():
+        yield "trained rows", f"{len(tokens)} of {module or 'the embedding'}"
     parameters = sum(math.prod(shape) for shape in shapes.values())
     size = sum(file.stat().st_size for file in folder.glob("adapter_model.*"))
     yield "size", f"{parameters} parameters, {size / 2**20:.1f} MiB"

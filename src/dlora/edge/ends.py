@@ -7,26 +7,30 @@ their gradient back where the embedding is trained.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dlora.edge.lora import layer_flops
+from dlora.edge.model_config import read_config
 from dlora.errors import UsageError
+from dlora.proto import dlora_pb2 as pb
 
 __all__ = [
     "CLASSIFIERS",
     "add_rows",
     "check_trained",
     "frozen_part",
+    "has_more_rows",
     "head_flops",
     "head_of",
     "rows_needed",
+    "show_bias",
     "token_indices",
 ]
 
@@ -46,6 +50,16 @@ def frozen_part(module: nn.Module) -> nn.Module:
     if isinstance(module, AuxiliaryTrainingWrapper):
         module = module.original_module
     return module.get_base_layer() if isinstance(module, LoraLayer) else module
+
+
+def show_bias(base: PreTrainedModel) -> None:
+    """Let a head some of whose rows are trained show its bias: trl's fused head asks for it.
+
+    peft's wrapper hands on the weight alone.
+    """
+    head = head_of(base)
+    if isinstance(head, TrainableTokensWrapper):  # beside the parameters, where it is already
+        object.__setattr__(head, "bias", getattr(head.original_module, "bias", None))
 
 
 def head_flops(head: nn.Module | None, rows: int, *, training: bool) -> int:
@@ -111,13 +125,23 @@ def _offer(names: Iterable[str]) -> str:
 # ----------------------------------------------------------------- more tokens
 
 
-def add_rows(base: PreTrainedModel, num_tokens: int) -> None:
+def add_rows(base: PreTrainedModel, num_tokens: int, tables: Sequence[str] = ()) -> None:
     """Give embedding and LM head at least so many rows, as `resize_token_embeddings` does it.
 
-    Fewer than there are change nothing: many models have rows to spare.
+    Fewer than there are change nothing: many models have rows to spare. Raises UsageError for a
+    model that looks tokens up in more `tables`.
     """
-    if num_tokens > len(base.get_input_embeddings().get_parameter("weight")):
-        base.resize_token_embeddings(num_tokens)
+    if num_tokens <= len(base.get_input_embeddings().get_parameter("weight")):
+        return
+    if tables:
+        raise UsageError(f"num_tokens: {tables[0]} is looked up by token, too, and cannot grow")
+    base.resize_token_embeddings(num_tokens)
+
+
+def has_more_rows(base: PreTrainedModel, description: pb.Description) -> bool:
+    """Whether the model has rows for tokens that the served one has not."""
+    served = read_config(description).get_text_config().vocab_size
+    return bool(base.config.get_text_config().vocab_size > served)
 
 
 def rows_needed(config: LoraConfig, weights: Mapping[str, Tensor]) -> int:

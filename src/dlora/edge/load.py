@@ -100,7 +100,7 @@ def _put_on(
     if num_labels is not None and not classifies:
         raise UsageError("num_labels is of a classifier: say task_type SEQ_CLS in the config")
     base = build_skeleton(link, edge_layers, (num_labels or 2) if classifies else None)
-    add_rows(base, num_tokens)
+    add_rows(base, num_tokens, link.description.tables)
     check_trained(config, base)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == _ALL_LINEAR:
         config.target_modules = _all_linear(base, link)

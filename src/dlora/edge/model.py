@@ -47,7 +47,7 @@ from dlora.edge.bottleneck import BottleneckConfig, make_bottleneck, save_bottle
 from dlora.edge.cloud_layers import CloudLayers, Kept
 from dlora.edge.description import has_cache
 from dlora.edge.edge_layers import EdgeDecoder
-from dlora.edge.ends import check_trained, head_flops, head_of
+from dlora.edge.ends import check_trained, has_more_rows, head_flops, head_of, show_bias
 from dlora.edge.forward_call import ForwardCall, ForwardCalls
 from dlora.edge.hosted import KeptVersions, check_hosted
 from dlora.edge.in_flight import PartCount
@@ -83,6 +83,7 @@ class SplitModel(PeftModelForCausalLM):
     ) -> None:
         super().__init__(base, config, adapter_name="default")
         make_bottleneck(self, "default")
+        show_bias(base)
         self.link = link
         self.options = options
         """What was chosen when the model was built; `set_options` changes it."""
@@ -213,8 +214,7 @@ class SplitModel(PeftModelForCausalLM):
         if with_grad:
             parameters = [parameter for site in sites for parameter in site.parameters]
             # Trainers let inputs ask for gradients without need: backward would go to the bottom.
-            needs_input_grad = self._edge_decoder.trains_before_cloud()
-            wants_input_grad = new.entry_ND.requires_grad and needs_input_grad
+            wants_input_grad = new.entry_ND.requires_grad and self.trains_before_cloud
         training = bool(parameters) or wants_input_grad
 
         cloud = _cloud_layers(self, sites)
@@ -235,6 +235,11 @@ class SplitModel(PeftModelForCausalLM):
         micro_batch.measure(self.waits, self.probe_norms, self.output_squares)
         entry_ND = new.entry_ND if wants_input_grad else new.entry_ND.detach()
         return as_node(micro_batch, entry_ND, parameters)
+
+    @property
+    def trains_before_cloud(self) -> bool:
+        """Whether anything is trained here of which the cloud has to send a gradient."""
+        return self._edge_decoder.trains_before_cloud()
 
     def forget_kept(self) -> None:
         """Send the hosted wire's adapter whole the next time, as after an optimizer step."""
@@ -346,19 +351,7 @@ class SplitModel(PeftModelForCausalLM):
         self, adapter_name: str, peft_config: LoraConfig, *args: Any, **kwargs: Any
     ) -> None:
         """Add another adapter, under the same rules as the first."""
-        if isinstance(peft_config, BottleneckConfig) or isinstance(
-            self.peft_config["default"], BottleneckConfig
-        ):
-            raise UsageError("bottleneck adapters stand alone: load each on a model of its own")
-        if peft_config.target_parameters and not self._fused_names():
-            raise UsageError(
-                "target_parameters: an adapter on experts has to be the model's first: build "
-                "another one with it"
-            )
-        config = checked_config(peft_config)
-        if config.task_type != self.peft_config["default"].task_type:
-            raise UsageError(f"task_type {config.task_type}: the model was built for another")
-        check_trained(config, self.get_base_model())
+        config = _checked_other(self, peft_config, has_experts=bool(self._fused_names()))
         super().add_adapter(adapter_name, config, *args, **kwargs)
         self._match_sites()
 
@@ -367,8 +360,26 @@ class SplitModel(PeftModelForCausalLM):
         if isinstance(self.peft_config["default"], BottleneckConfig):
             save_bottleneck(self, Path(save_directory).expanduser())
             return
-        kwargs.setdefault("save_embedding_layers", False)
+        grown = has_more_rows(self.get_base_model(), self.link.description)
+        kwargs.setdefault("save_embedding_layers", grown)
         super().save_pretrained(str(Path(save_directory).expanduser()), *args, **kwargs)
+
+
+def _checked_other(model: SplitModel, config: LoraConfig, *, has_experts: bool) -> LoraConfig:
+    """The configuration of one more adapter. Raises UsageError for what cannot stand beside."""
+    first = model.peft_config["default"]
+    if isinstance(config, BottleneckConfig) or isinstance(first, BottleneckConfig):
+        raise UsageError("bottleneck adapters stand alone: load each on a model of its own")
+    if config.target_parameters and not has_experts:
+        raise UsageError(
+            "target_parameters: an adapter on experts has to be the model's first: build "
+            "another one with it"
+        )
+    config = checked_config(config)
+    if config.task_type != first.task_type:
+        raise UsageError(f"task_type {config.task_type}: the model was built for another")
+    check_trained(config, model.get_base_model())
+    return config
 
 
 def _cloud_layers(model: SplitModel, sites: Sequence[ActiveSite]) -> CloudLayers:
