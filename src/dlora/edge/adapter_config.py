@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from peft import LoraConfig, PeftConfig, TaskType
+from peft import LoraConfig, PeftConfig, PeftType, PromptLearningConfig, TaskType
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers import PreTrainedModel
 
 from dlora.edge.bottleneck import BottleneckConfig, load_bottleneck_config
 from dlora.edge.ends import CLASSIFIERS
+from dlora.edge.prompt import checked_prompt
 from dlora.errors import UsageError
 from dlora.protocol.text import clean_text
 
-__all__ = ["check_matched", "checked_config", "read_adapter_config", "targetable"]
+__all__ = [
+    "check_matched",
+    "checked_config",
+    "checked_lora",
+    "read_adapter_config",
+    "read_any_config",
+    "targetable",
+]
 
 # Options of LoraConfig that need nothing but A and B. Every other option must be at its default.
 _SUPPORTED_OPTIONS: Final = frozenset(
@@ -27,37 +35,69 @@ _SUPPORTED_OPTIONS: Final = frozenset(
     "use_rslora init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern "
     "modules_to_save trainable_token_indices ensure_weight_tying kind activation scale".split()
 )
+_REASONS: Final[Mapping[PeftType, str]] = {
+    PeftType.IA3: "it scales outputs and inputs of modules, which are not deltas of what a module "
+    "reads: use LoRA, or dlora.BottleneckConfig(kind='series'), which reads outputs",
+    PeftType.ADALORA: "it moves ranks between modules by scores of its own: use LoRA with "
+    "rank_pattern, or Kill and Revive (docs/kill-and-revive.md)",
+    PeftType.TRAINABLE_TOKENS: "use LoRA's trainable_token_indices",
+}
+_OTHER_KINDS: Final = (
+    "it reads or changes weights and layers that are in the cloud: use LoRA, a bottleneck adapter "
+    "(dlora.BottleneckConfig), prompt tuning or P-tuning"
+)
 _SUPPORTED_INITS: Final = (True, False, "gaussian", "orthogonal")
 
 
 def read_adapter_config(folder: str | Path) -> LoraConfig:
-    """The configuration of a local adapter folder; asks no hub.
+    """The configuration of a local LoRA or bottleneck folder; asks no hub.
 
     Raises UsageError if there is none, and for adapters of another kind.
     """
+    config = read_any_config(folder)
+    if not isinstance(config, LoraConfig):
+        raise UsageError(f"the adapter in {folder} is of kind {config.peft_type.value}, want LORA")
+    return config
+
+
+def read_any_config(folder: str | Path) -> PeftConfig:
+    """The same, of whatever kind the adapter is."""
     bottleneck = load_bottleneck_config(folder)
     if bottleneck is not None:
         return bottleneck
     if not (Path(folder) / "adapter_config.json").is_file():
         raise UsageError(f"{folder} holds no adapter: adapter_config.json is missing")
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        config: PeftConfig = PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # of JSON, of peft for kinds and options that it does not know
         raise UsageError(
             f"{folder}/adapter_config.json cannot be read: {clean_text(error) or 'no reason given'}"
         ) from error
-    if not isinstance(config, LoraConfig):
-        raise UsageError(f"the adapter in {folder} is of kind {config.peft_type}, want LORA")
     return config
 
 
-def checked_config(config: LoraConfig) -> LoraConfig:
+def checked_config(config: PeftConfig) -> LoraConfig | PromptLearningConfig:
+    """A copy of the config of LoRA, a bottleneck adapter or a prompt.
+
+    Raises UsageError, by name, for other kinds of adapters and for options that cannot work here.
+    """
+    if isinstance(config, PromptLearningConfig):
+        return checked_prompt(config)
+    if isinstance(config, PeftConfig):
+        return checked_lora(config)
+    raise UsageError(f"got a {type(config).__name__}, want a peft.LoraConfig")
+
+
+def checked_lora(config: PeftConfig) -> LoraConfig:
     """A copy of the config; refuses, by name, options that need the base weights.
 
     It is for causal LMs, or for classifiers, whose head is then among `modules_to_save`.
     """
-    if not isinstance(config, LoraConfig):
-        raise UsageError(f"got a {type(config).__name__}, want a peft.LoraConfig")
+    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
+        raise UsageError(
+            f"{getattr(config.peft_type, 'value', config.peft_type)} is not supported: "
+            f"{_REASONS.get(config.peft_type, _OTHER_KINDS)}"
+        )
     config = dataclasses.replace(config, task_type=config.task_type or TaskType.CAUSAL_LM)
     if config.task_type == TaskType.SEQ_CLS:
         config.modules_to_save = sorted({*(config.modules_to_save or ()), *CLASSIFIERS})

@@ -6,12 +6,12 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from safetensors import SafetensorError, safe_open
 
-from dlora.edge.adapter_config import read_adapter_config
+from dlora.edge.adapter_config import read_any_config
 from dlora.edge.bottleneck import BottleneckConfig, is_series
 from dlora.edge.description import has_cache
 from dlora.edge.ends import token_indices
@@ -24,6 +24,9 @@ from dlora.protocol.codecs import MIXES
 from dlora.protocol.text import clean_text
 
 __all__ = ["describe_adapter", "describe_server"]
+
+_PROMPT: Final = "prompt_embeddings"
+"""What peft calls the rows of a prompt."""
 
 
 def describe_server(address: str, description: pb.Description) -> Iterator[tuple[str, str]]:
@@ -86,8 +89,12 @@ def describe_adapter(
 
     Raises UsageError for a folder without adapter.
     """
-    config = read_adapter_config(folder)
+    config = read_any_config(folder)
     shapes = _shapes(folder)
+    if not isinstance(config, LoraConfig):
+        yield from _describe_prompt(folder, config, shapes, description)
+        yield from _describe_run(folder)
+        return
     names = sorted(
         {
             name.split(".lora_")[0].removeprefix("base_model.model.")
@@ -113,6 +120,23 @@ def describe_adapter(
     if description is not None:
         yield from _describe_fit(config, names, shapes, description)
     yield from _describe_run(folder)
+
+
+def _describe_prompt(
+    folder: Path,
+    config: PeftConfig,
+    shapes: dict[str, tuple[int, ...]],
+    description: pb.Description | None,
+) -> Iterator[tuple[str, str]]:
+    """Virtual tokens, and whether they are as wide as the server's embedding."""
+    shape = shapes.get(_PROMPT, (0, 0))
+    yield "adapter", f"{folder}, {config.peft_type.value}, {shape[0]} virtual tokens"
+    yield "base", config.base_model_name_or_path or "not named"
+    if description is not None:
+        width = description.embedding_width
+        fits = "yes" if shape[-1] == width else f"no: width {shape[-1]}, here {width}"
+        yield "sites", "none: 1 round trip a generated token"
+        yield "fit", fits
 
 
 def _kind_of(config: LoraConfig) -> str:
@@ -216,6 +240,6 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             }
     except SafetensorError as error:
         raise UsageError(f"{file} cannot be read: {error}; is it a whole file?") from error
-    if not any(".lora_" in name for name in shapes):
+    if not any(".lora_" in name or name == _PROMPT for name in shapes):
         raise UsageError(f"the adapter in {folder} has no weights: {file.name} holds none of LoRA")
     return shapes

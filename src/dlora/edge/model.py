@@ -35,14 +35,14 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import torch
-from peft import LoraConfig, PeftModelForCausalLM
+from peft import LoraConfig, PeftConfig, PeftModelForCausalLM
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dlora.edge.active_set import ActiveSet, Idle
 from dlora.edge.adapter_card import refuse_merging, write_card
-from dlora.edge.adapter_config import checked_config
+from dlora.edge.adapter_config import checked_lora
 from dlora.edge.bottleneck import BottleneckConfig, make_bottleneck, save_bottleneck
 from dlora.edge.cloud_layers import CloudLayers, Kept
 from dlora.edge.description import has_cache
@@ -58,6 +58,7 @@ from dlora.edge.meter import Meter
 from dlora.edge.micro_batch import as_node
 from dlora.edge.options import OPTION_NAMES, OptionArguments, SplitOptions, check_experts
 from dlora.edge.passes import PassInput, fill_padding, is_right_padded
+from dlora.edge.prompt import trains_prompt, virtual_tokens
 from dlora.edge.remote_forward import stand_in
 from dlora.edge.responder import Wait
 from dlora.edge.sites import ActiveSite, match_sites
@@ -76,7 +77,7 @@ class SplitModel(PeftModelForCausalLM):
     def __init__(
         self,
         base: PreTrainedModel,
-        config: LoraConfig,
+        config: PeftConfig,
         link: Link,
         options: SplitOptions,
         edge_layers: EdgeLayers,
@@ -113,8 +114,8 @@ class SplitModel(PeftModelForCausalLM):
         self.accepts_position_ids = "position_ids" in arguments
         stand_in(self, base, self._edge_decoder.is_running)
         # generate() calls the base model and not this one; peft may call the base model's forward
-        # and not the model. So hook both.
-        self._calls.hook(self, base)
+        # and not the model. So hook both; but a prompt makes the text longer between the two.
+        self._calls.hook(*([] if config.is_prompt_learning else [self]), base)
 
     # -------------------------------------- options
 
@@ -239,7 +240,7 @@ class SplitModel(PeftModelForCausalLM):
     @property
     def trains_before_cloud(self) -> bool:
         """Whether anything is trained here of which the cloud has to send a gradient."""
-        return self._edge_decoder.trains_before_cloud()
+        return self._edge_decoder.trains_before_cloud() or trains_prompt(self)
 
     def forget_kept(self) -> None:
         """Send the hosted wire's adapter whole the next time, as after an optimizer step."""
@@ -339,7 +340,8 @@ class SplitModel(PeftModelForCausalLM):
         Raises UsageError for cache implementations that need keys and values here.
         """
         config = kwargs.get("generation_config") or self.generation_config
-        cache = cache_for(args, kwargs, config) if self.has_cache else None
+        ahead = virtual_tokens(self)
+        cache = cache_for(args, kwargs, config, ahead) if self.has_cache else None
         if cache is None:
             return super().generate(*args, **kwargs)
         try:
@@ -348,9 +350,12 @@ class SplitModel(PeftModelForCausalLM):
             cache.close()
 
     def add_adapter(
-        self, adapter_name: str, peft_config: LoraConfig, *args: Any, **kwargs: Any
+        self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any
     ) -> None:
         """Add another adapter, under the same rules as the first."""
+        if not self.peft_config:  # a prompt, which peft adds while the model is built
+            super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+            return
         config = _checked_other(self, peft_config, has_experts=bool(self._fused_names()))
         super().add_adapter(adapter_name, config, *args, **kwargs)
         self._match_sites()
@@ -365,17 +370,19 @@ class SplitModel(PeftModelForCausalLM):
         super().save_pretrained(str(Path(save_directory).expanduser()), *args, **kwargs)
 
 
-def _checked_other(model: SplitModel, config: LoraConfig, *, has_experts: bool) -> LoraConfig:
+def _checked_other(model: SplitModel, config: PeftConfig, *, has_experts: bool) -> LoraConfig:
     """The configuration of one more adapter. Raises UsageError for what cannot stand beside."""
     first = model.peft_config["default"]
     if isinstance(config, BottleneckConfig) or isinstance(first, BottleneckConfig):
         raise UsageError("bottleneck adapters stand alone: load each on a model of its own")
+    if not isinstance(config, LoraConfig) or not isinstance(first, LoraConfig):
+        raise UsageError("prompts stand alone: load each on a model of its own")
     if config.target_parameters and not has_experts:
         raise UsageError(
             "target_parameters: an adapter on experts has to be the model's first: build "
             "another one with it"
         )
-    config = checked_config(config)
+    config = checked_lora(config)
     if config.task_type != first.task_type:
         raise UsageError(f"task_type {config.task_type}: the model was built for another")
     check_trained(config, model.get_base_model())

@@ -24,6 +24,7 @@ from dlora.edge.load import load_adapter, load_base
 from dlora.edge.meter import Meter
 from dlora.edge.model import SplitModel
 from dlora.edge.options import Wire
+from dlora.edge.prompt import virtual_tokens
 from dlora.errors import DLoRAError, UsageError
 from dlora.inference.prompts import Prompt, encode_prompts, pad_token, to_text
 
@@ -183,7 +184,7 @@ def check_options(options: dict[str, Any]) -> None:
 
 def check_room(model: SplitModel, length: int, wanted: int, where: str = "") -> int:
     """How many of the `wanted` new tokens fit behind `length` tokens. UsageError if none does."""
-    limit = int(model.link.description.limits.max_length)
+    limit = int(model.link.description.limits.max_length) - virtual_tokens(model)
     if length >= limit:
         raise UsageError(
             f"the prompt has {length} tokens, this server takes sequences of up to {limit}: "
@@ -229,7 +230,8 @@ class Continuing:
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
         """As `model.generate`, for ids of shape [1, T]."""
         config = options.get("generation_config") or self.model.generation_config
-        if self._needs_own_cache(config, options) or input_ids.shape[0] > 1:
+        own_cache = self._needs_own_cache(config, options) or virtual_tokens(self.model)
+        if own_cache or input_ids.shape[0] > 1:
             ids_1T: Tensor = self.model.generate(input_ids=input_ids, **options)
             return ids_1T
 
