@@ -33,7 +33,8 @@ _SUPPORTED_OPTIONS: Final = frozenset(
     "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
     "r target_modules target_parameters exclude_modules lora_alpha lora_dropout fan_in_fan_out "
     "use_rslora init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern "
-    "modules_to_save trainable_token_indices ensure_weight_tying kind activation scale".split()
+    "modules_to_save trainable_token_indices ensure_weight_tying eva_config kind activation "
+    "scale".split()
 )
 _REASONS: Final[Mapping[PeftType, str]] = {
     PeftType.IA3: "it scales outputs and inputs of modules, which are not deltas of what a module "
@@ -46,7 +47,15 @@ _OTHER_KINDS: Final = (
     "it reads or changes weights and layers that are in the cloud: use LoRA, a bottleneck adapter "
     "(dlora.BottleneckConfig), prompt tuning or P-tuning"
 )
-_SUPPORTED_INITS: Final = (True, False, "gaussian", "orthogonal")
+_SUPPORTED_INITS: Final = (True, False, "gaussian", "orthogonal", "eva")
+_INIT_REASONS: Final = {
+    "pissa": "it begins with the principal part of the base weights, and leaves them the rest",
+    "olora": "it begins with a QR decomposition of the base weights, and leaves them the rest",
+    "mica": "it begins with the smallest directions of the base weights",
+    "corda": "it decomposes the base weights by what modules read, and leaves them the rest",
+    "loftq": "it makes up for the rounding of base weights in low bits, of which it needs both",
+    "lora_ga": "it begins with gradients of the base weights, and takes them off the weights",
+}
 
 
 def read_adapter_config(folder: str | Path) -> LoraConfig:
@@ -107,6 +116,7 @@ def checked_lora(config: PeftConfig) -> LoraConfig:
             "or one that classifies a text (SEQ_CLS) here"
         )
 
+    _check_init(config.init_lora_weights)
     plain = type(config)()
     for option in dataclasses.fields(config):
         value = getattr(config, option.name)
@@ -118,12 +128,19 @@ def checked_lora(config: PeftConfig) -> LoraConfig:
 
     if isinstance(config, BottleneckConfig):
         _check_bottleneck(config)
-    if config.init_lora_weights not in _SUPPORTED_INITS:
-        raise UsageError(
-            f"LoraConfig.init_lora_weights={config.init_lora_weights!r} needs the base weights, "
-            f"which stay in the cloud: use one of {_SUPPORTED_INITS}"
-        )
     return config
+
+
+def _check_init(init: Any) -> None:
+    """Raises UsageError for a way to begin that needs base weights."""
+    if init not in _SUPPORTED_INITS:
+        names = (name for name in _INIT_REASONS if str(init).startswith(name))
+        why = _INIT_REASONS.get(next(names, ""), "it is not known here, and may need base weights")
+        raise UsageError(
+            f"LoraConfig.init_lora_weights={init!r}: {why}. They stay in the cloud: use 'eva', "
+            "which begins with what modules read (dlora.initialize_eva), 'orthogonal', 'gaussian' "
+            "or True"
+        )
 
 
 def _check_bottleneck(config: BottleneckConfig) -> None:

@@ -98,7 +98,7 @@ class SplitModel(PeftModelForCausalLM):
         description = link.description
         self._calls = ForwardCalls(self)
         self._edge_decoder = EdgeDecoder(base, edge_layers, description, self._calls.runner)
-        self._match_sites()
+        self.match_sites()
 
         self.meter = Meter()
         self.waits: list[Wait] = []
@@ -270,7 +270,7 @@ class SplitModel(PeftModelForCausalLM):
 
     # -------------------------------------- active and idle modules
 
-    def _match_sites(self) -> None:
+    def match_sites(self) -> None:
         """Find where the adapters sit: at sites of the cloud, or in edge layers."""
         self.active_set.sites, adapters = match_sites(self, self.link.description, self.edge_layers)
         self._edge_decoder.use_adapters(adapters)
@@ -358,7 +358,7 @@ class SplitModel(PeftModelForCausalLM):
             return
         config = _checked_other(self, peft_config, has_experts=bool(self._fused_names()))
         super().add_adapter(adapter_name, config, *args, **kwargs)
-        self._match_sites()
+        self.match_sites()
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
         """Write a standard adapter folder. Unlike peft's own default this never asks a hub."""
