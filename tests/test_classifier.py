@@ -44,7 +44,11 @@ def rows(seed: int, side: str = "right", labels: int = 3) -> dict[str, torch.Ten
 
 @pytest.mark.parametrize(
     ("family", "wire", "side"),
-    [("llama", "plain", "right"), ("llama", "hosted", "left"), ("gpt2", "factored", "right")],
+    [
+        ("llama", "plain", "right"),
+        ("llama", "hosted", "left"),
+        pytest.param("gpt2", "factored", "right", marks=pytest.mark.slow),
+    ],
 )
 def test_three_steps_are_local_pefts(
     links: Callable[[str], GrpcLink], tmp_path: Path, family: str, wire: str, side: str

@@ -72,7 +72,13 @@ def local(family: str, rows: int, seed: int = 1) -> Any:
     return base
 
 
-@pytest.mark.parametrize("kind", _KINDS)
+_SLOW = ("head", "new-in")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.slow) if kind in _SLOW else kind for kind in _KINDS],
+)
 def test_three_steps_are_local_pefts(
     links: Callable[[str], GrpcLink], tmp_path: Path, kind: str
 ) -> None:
@@ -178,7 +184,7 @@ def test_rows_that_were_added_later_are_saved(link: InProcessLink, tmp_path: Pat
 @pytest.mark.parametrize(
     "changes",
     [
-        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        pytest.param({"modules_to_save": ["embed_tokens", "lm_head"]}, marks=pytest.mark.slow),
         {"trainable_token_indices": {"embed_tokens": [40, 41], "lm_head": [40, 41]}},
     ],
 )

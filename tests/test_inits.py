@@ -31,7 +31,9 @@ def test_beginnings_without_base_weights_are_local_pefts(link: InProcessLink, in
         assert torch.equal(adapter(split)[name], parameter), name
 
 
-@pytest.mark.parametrize(("rho", "wire"), [(1.0, "plain"), (2.0, "factored")])
+@pytest.mark.parametrize(
+    ("rho", "wire"), [pytest.param(1.0, "plain", marks=pytest.mark.slow), (2.0, "factored")]
+)
 def test_eva_is_local_pefts(link: InProcessLink, rho: float, wire: Any) -> None:
     """EVA, from padded batches with labels, gives each module the directions and the rank that it
     gives it where the model is local; and such an adapter trains as there.

@@ -60,7 +60,11 @@ def answer(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("family", "wire", "make"),
-    [("llama", "plain", prompt), ("llama", "hosted", encoder), ("gpt2", "factored", prompt)],
+    [
+        ("llama", "plain", prompt),
+        ("llama", "hosted", encoder),
+        pytest.param("gpt2", "factored", prompt, marks=pytest.mark.slow),
+    ],
 )
 def test_three_steps_are_local_pefts(
     links: Callable[[str], GrpcLink], tmp_path: Path, family: str, wire: str, make: Any
