@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import subprocess
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import adapter, batches
+from conftest import FAMILIES, adapter, batches, make_base
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+from transformers import AutoModelForSequenceClassification
 
 
 class FlopCount(TorchDispatchMode):
@@ -33,6 +36,23 @@ class FlopCount(TorchDispatchMode):
         if func._overloadpacket in flop_registry:
             self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
         return out
+
+
+def local_classifier(family: str, split: Any, num_labels: int, *, bare: bool = False) -> Any:
+    """The local classifier of a family's model with the split one's adapter and head, or `bare`."""
+    config = copy.deepcopy(FAMILIES[family][0])
+    config.num_labels = num_labels
+    base = AutoModelForSequenceClassification.from_config(config)
+    missing = base.load_state_dict(make_base(family).state_dict(), strict=False).missing_keys
+    assert missing == ["score.weight"]
+    if bare:
+        return base
+    config = copy.deepcopy(split.peft_config["default"])
+    config.base_model_name_or_path = None
+    local = get_peft_model(base, config)
+    weights = get_peft_model_state_dict(split, save_embedding_layers=False)
+    set_peft_model_state_dict(local, weights)
+    return local
 
 
 def assert_same_grads(

@@ -166,6 +166,26 @@ def test_accumulated_micro_batches_are_planned(server: Server, tmp_path: Path, w
     link.close()
 
 
+@pytest.mark.parametrize("wire", ["plain", "hosted"])
+def test_a_trained_embedding_is_planned(server: Server, tmp_path: Path, wire: Any) -> None:
+    """A step that trains rows of the embedding has the predicted bytes: gradients of the embedded
+    tokens come, too.
+    """
+    link = dlora.connect(server.address, cache=tmp_path)
+    settings = PlanSettings(
+        server=server.address,
+        target_modules="q_proj,v_proj",
+        trainable_token_indices={"embed_tokens": [5, 6]},
+        wire=wire,
+        upload_consent=wire == "hosted",
+        batch_size=8,
+        length=40,
+        supervised=6,
+    )
+    predicted_and_run(settings, link)
+    link.close()
+
+
 def test_the_link_is_in_the_seconds(server: Server, tmp_path: Path) -> None:
     """Round trip time counts once a round trip, a bandwidth by bytes in its own direction and in
     place of what is.

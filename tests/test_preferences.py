@@ -13,7 +13,7 @@ import torch
 import trl
 from conftest import adapter, batches, lora, make_local, make_split
 from datasets import Dataset
-from helpers import assert_same_grads
+from helpers import assert_same_grads, local_classifier
 from transformers import PreTrainedTokenizerFast
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
@@ -39,6 +39,7 @@ _RATED = [
     for n, row in enumerate(_PAIRS)
 ]
 _PROMPTS = [{"prompt": row["prompt"]} for row in _PAIRS]
+_RANKED = [{key: row[key] for key in ("chosen", "rejected")} for row in _PAIRS]
 _COMPLETED = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in _PAIRS]
 
 # What differs from run to run, and what looks at logits of padding, which never travels.
@@ -59,6 +60,7 @@ _TRAINERS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "CPO": ({"beta": 0.5, "max_length": 64}, _PAIRS),
     "GRPO": (_ON_POLICY, _PROMPTS),
     "RLOO": (_ON_POLICY, _PROMPTS),
+    "Reward": ({"center_rewards_coefficient": 0.01}, _RANKED),
 }
 
 
@@ -127,8 +129,12 @@ def test_trainer_logs_and_learns_what_local_peft_does(
     accuracies and the adapter's change are those of local peft.
     """
     wire = _WIRES.get(name, "plain")
-    local = make_local("llama", lora())
-    split = make_split(link, lora(), wire=wire, upload_consent=wire == "hosted")
+    if name == "Reward":
+        split = make_split(link, lora(task_type="SEQ_CLS"), num_labels=1)
+        local = local_classifier("llama", split, num_labels=1)
+    else:
+        local = make_local("llama", lora())
+        split = make_split(link, lora(), wire=wire, upload_consent=wire == "hosted")
     start = {key: parameter.detach().clone() for key, parameter in adapter(local).items()}
     want = train(name, local, tokenizer, tmp_path / "local")
     got = train(name, split, tokenizer, tmp_path / "split")

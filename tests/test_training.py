@@ -429,7 +429,7 @@ def test_bad_settings_are_refused_by_name(
     [
         ("use_dora", True),
         ("bias", "all"),
-        ("modules_to_save", ["lm_head"]),
+        ("lora_bias", True),
         ("init_lora_weights", "pissa"),
     ],
 )

@@ -26,6 +26,7 @@ from dlora.version import __version__
 
 if TYPE_CHECKING:
     from dlora.edge.bottleneck import BottleneckConfig, apply_bottleneck
+    from dlora.edge.eva import initialize_eva
     from dlora.edge.grpc_link import connect
     from dlora.edge.kv_cache import CloudCache
     from dlora.edge.link import RetryPolicy
@@ -61,6 +62,7 @@ __all__ = [
     "connect",
     "get_peft_model",
     "in_process",
+    "initialize_eva",
     "load_adapter",
     "load_tokenizer",
 ]
@@ -79,6 +81,7 @@ _HOMES = {
     "connect": "dlora.edge.grpc_link",
     "get_peft_model": "dlora.edge.load",
     "in_process": "dlora.embedded",
+    "initialize_eva": "dlora.edge.eva",
     "load_adapter": "dlora.edge.load",
     "load_tokenizer": "dlora.edge.load",
 }

@@ -7,15 +7,18 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from peft import PeftModel
+import torch
+from peft import PeftModel, TaskType
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import PreTrainedModel
 
 from dlora.cli.checks import check_mergeable
 from dlora.cli.settings import MergeSettings
 from dlora.cloud.load import load_model
 from dlora.edge.adapter_config import read_adapter_config
 from dlora.edge.adapter_weights import check_adapter_weights, read_adapter_weights
+from dlora.edge.ends import add_rows, rows_needed
 from dlora.errors import DLoRAError, UsageError
 from dlora.protocol.text import clean_text
 
@@ -41,8 +44,15 @@ def merge(settings: MergeSettings) -> tuple[str, str]:
 
     check_mergeable(settings.adapter)
     config = read_adapter_config(settings.adapter)
+    if config.task_type == TaskType.SEQ_CLS:
+        raise UsageError(
+            f"adapter: {settings.adapter} classifies text (task_type SEQ_CLS), and what is merged "
+            "here are causal LMs: use peft's merge_and_unload on an "
+            "AutoModelForSequenceClassification"
+        )
     weights = read_adapter_weights(settings.adapter)
     loaded = load_model(settings.model, dtype=settings.dtype)
+    add_rows(loaded.model, rows_needed(config, weights))
     misfit = f"the adapter in {settings.adapter} does not fit {settings.model}"
     try:
         with warnings.catch_warnings():
@@ -53,6 +63,7 @@ def merge(settings: MergeSettings) -> tuple[str, str]:
         check_adapter_weights(model, weights, misfit)
         _untie_adapted_head(model)
         merged = model.merge_and_unload()
+        _untie_other_ends(merged)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         if isinstance(error, DLoRAError):
             raise
@@ -83,5 +94,16 @@ def _untie_adapted_head(model: PeftModel) -> None:
     inner = head.get_base_layer()
     if inner.weight is base.get_input_embeddings().weight:
         inner.weight = nn.Parameter(inner.weight.detach().clone(), requires_grad=False)
-        base.config.tie_word_embeddings = False
-        base.config.get_text_config().tie_word_embeddings = False
+        _untie(base)
+
+
+def _untie_other_ends(merged: PreTrainedModel) -> None:
+    """Where one of two tied ends was trained, whole, let the saved model have both."""
+    embedding, head = merged.get_input_embeddings(), merged.get_output_embeddings()
+    if head is not None and not torch.equal(head.weight, embedding.weight):
+        _untie(merged)
+
+
+def _untie(model: PreTrainedModel) -> None:
+    model.config.tie_word_embeddings = False
+    model.config.get_text_config().tie_word_embeddings = False

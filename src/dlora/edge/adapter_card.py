@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from huggingface_hub import ModelCardData
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, PromptLearningConfig
 
 from dlora.errors import UsageError
 
@@ -24,8 +24,7 @@ def write_card(model: PeftModel, output_dir: str) -> None:
     base = model.get_base_model().name_or_path
     config = model.active_peft_config
     text = (
-        f"{card_head(base)}\n# A LoRA adapter for {base}\n\n"
-        f"Rank {config.r}, alpha {config.lora_alpha}, on {_targets(config)}. Made "
+        f"{card_head(base)}\n# {_what(config)} for {base}\n\n{_size(config)}. Made "
         f"with DLoRA.\n\n{how_to_load(base, Path(output_dir).name)}"
     )
     file.write_text(text, encoding="utf-8")
@@ -55,6 +54,16 @@ def how_to_load(base: str, folder: str, *, bottleneck: bool = False) -> str:
         "With the base model in the cloud, and text and adapter here:\n\n```\n"
         f"dlora generate --server HOST:PORT --adapter {folder} --prompt ...\n```\n"
     )
+
+
+def _what(config: PeftConfig) -> str:
+    return "A prompt" if isinstance(config, PromptLearningConfig) else "A LoRA adapter"
+
+
+def _size(config: PeftConfig) -> str:
+    if isinstance(config, PromptLearningConfig):
+        return f"{config.num_virtual_tokens} virtual tokens, {config.peft_type.value}"
+    return f"Rank {config.r}, alpha {config.lora_alpha}, on {_targets(config)}"
 
 
 def _targets(config: LoraConfig) -> str:

@@ -6,14 +6,15 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from safetensors import SafetensorError, safe_open
 
-from dlora.edge.adapter_config import read_adapter_config
+from dlora.edge.adapter_config import read_any_config
 from dlora.edge.bottleneck import BottleneckConfig, is_series
 from dlora.edge.description import has_cache
+from dlora.edge.ends import token_indices
 from dlora.edge.experts import layer_widths, offered_experts
 from dlora.edge.sites import allowed_names
 from dlora.edge.wall import wall
@@ -23,6 +24,9 @@ from dlora.protocol.codecs import MIXES
 from dlora.protocol.text import clean_text
 
 __all__ = ["describe_adapter", "describe_server"]
+
+_PROMPT: Final = "prompt_embeddings"
+"""What peft calls the rows of a prompt."""
 
 
 def describe_server(address: str, description: pb.Description) -> Iterator[tuple[str, str]]:
@@ -85,8 +89,12 @@ def describe_adapter(
 
     Raises UsageError for a folder without adapter.
     """
-    config = read_adapter_config(folder)
+    config = read_any_config(folder)
     shapes = _shapes(folder)
+    if not isinstance(config, LoraConfig):
+        yield from _describe_prompt(folder, config, shapes, description)
+        yield from _describe_run(folder)
+        return
     names = sorted(
         {
             name.split(".lora_")[0].removeprefix("base_model.model.")
@@ -101,6 +109,10 @@ def describe_adapter(
     fused = sorted(config.target_parameters or ())
     of_experts = f"; fused weights of experts: {', '.join(fused)}" if fused else ""
     yield "modules", f"{len(names)}: {', '.join(sorted(kinds))}{of_experts}"
+    if whole := config.modules_to_save:
+        yield "trained whole", ", ".join(sorted(whole))
+    for module, tokens in token_indices(config).items():
+        yield "trained rows", f"{len(tokens)} of {module or 'the embedding'}"
     parameters = sum(math.prod(shape) for shape in shapes.values())
     size = sum(file.stat().st_size for file in folder.glob("adapter_model.*"))
     yield "size", f"{parameters} parameters, {size / 2**20:.1f} MiB"
@@ -108,6 +120,23 @@ def describe_adapter(
     if description is not None:
         yield from _describe_fit(config, names, shapes, description)
     yield from _describe_run(folder)
+
+
+def _describe_prompt(
+    folder: Path,
+    config: PeftConfig,
+    shapes: dict[str, tuple[int, ...]],
+    description: pb.Description | None,
+) -> Iterator[tuple[str, str]]:
+    """Virtual tokens, and whether they are as wide as the server's embedding."""
+    shape = shapes.get(_PROMPT, (0, 0))
+    yield "adapter", f"{folder}, {config.peft_type.value}, {shape[0]} virtual tokens"
+    yield "base", config.base_model_name_or_path or "not named"
+    if description is not None:
+        width = description.embedding_width
+        fits = "yes" if shape[-1] == width else f"no: width {shape[-1]}, here {width}"
+        yield "sites", "none: 1 round trip a generated token"
+        yield "fit", fits
 
 
 def _kind_of(config: LoraConfig) -> str:
@@ -214,6 +243,6 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             }
     except SafetensorError as error:
         raise UsageError(f"{file} cannot be read: {error}; is it a whole file?") from error
-    if not any(".lora_" in name for name in shapes):
+    if not any(".lora_" in name or name == _PROMPT for name in shapes):
         raise UsageError(f"the adapter in {folder} has no weights: {file.name} holds none of LoRA")
     return shapes

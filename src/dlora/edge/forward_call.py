@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlora.edge.classifier import is_classifier, last_token, reads_last_token
 from dlora.edge.labels import HeadRequest, head_request
 from dlora.edge.passes import PassInput
 from dlora.errors import UsageError
@@ -93,6 +94,9 @@ class ForwardCalls:
         self._model = model
         self._per_token: HeadRequest | None = None
         self._signature = inspect.signature(model.forward)
+        base, width = model.get_base_model(), model.link.description.hidden_width
+        self._classifies = is_classifier(base)
+        self._reads_last = self._classifies and reads_last_token(base, width)
 
     def hook(self, *modules: nn.Module) -> None:
         """See the calls of these modules; of nested ones, which are one call, the outer counts."""
@@ -118,6 +122,9 @@ class ForwardCalls:
                 "a split model cannot be a trainer's ref_model: leave it out, and the reference is "
                 "the model itself with its adapter as it was, or switched off"
             )
+        if self._classifies:
+            self.current = ForwardCall(self._of_classifier(args, kwargs))
+            return args, kwargs
         options, description = self._model.options, self._model.link.description
         request = head_request(
             args,
@@ -131,6 +138,14 @@ class ForwardCalls:
             return args, kwargs
         self._per_token = request if request.per_token else None
         return args, {**kwargs, "labels": request.labels}
+
+    def _of_classifier(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HeadRequest:
+        """What a classifier's head reads; all, where nobody can say. Its labels are of rows."""
+        ids_BT = kwargs.get("input_ids", args[0] if args else None)
+        if not self._reads_last or ids_BT is None:
+            return HeadRequest()
+        config = self._model.get_base_model().config.get_text_config()
+        return last_token(ids_BT, config.pad_token_id)
 
     def _end(self, _: nn.Module, __: Any, output: Any) -> None:
         """Put what the fused head says of each kept position where its token is."""

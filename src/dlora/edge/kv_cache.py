@@ -353,11 +353,12 @@ def _slice_length(responder: Responder, batch: int, length: int) -> int:
 
 
 def cache_for(
-    args: tuple[Any, ...], kwargs: dict[str, Any], config: GenerationConfig
+    args: tuple[Any, ...], kwargs: dict[str, Any], config: GenerationConfig, ahead: int = 0
 ) -> CloudCache | None:
     """The cache that a call of `generate` with these arguments needs; None: it brings its own.
 
-    Raises UsageError for what needs keys and values here.
+    `ahead` virtual tokens stand in front of the prompt. Raises UsageError for what needs keys and
+    values here, and for several new tokens on top of virtual ones, of which peft takes the last.
     """
     implementation = kwargs.get("cache_implementation", config.cache_implementation)
     if implementation not in (None, "dynamic"):
@@ -370,13 +371,18 @@ def cache_for(
     drafts = kwargs.get("assistant_model") or kwargs.get(
         "prompt_lookup_num_tokens", config.prompt_lookup_num_tokens
     )
+    if ahead and (drafts or (given is not None and given.get_seq_length())):
+        raise UsageError(
+            "behind virtual tokens an answer begins with an empty KV cache, and without drafts"
+        )
     if drafts and given is not None and given.get_seq_length():
         raise UsageError(
             "transformers' drafting reads the whole prompt: it cannot continue a KV cache"
         )
     if given is not None or kwargs.get("use_cache", config.use_cache) is False:
         return None
-    return CloudCache(_expected_length(args, kwargs, config))
+    expected = _expected_length(args, kwargs, config)
+    return CloudCache(expected + ahead if expected else 0)
 
 
 def _expected_length(

@@ -99,9 +99,10 @@ def head_request(
 
     if labels_BT is None:
         keep_last = kwargs.get("logits_to_keep", 0)
-        ids_BT = kwargs.get("input_ids", args[0] if args else None)
-        if isinstance(keep_last, int) and keep_last > 0 and ids_BT is not None:
-            return _newest_positions(ids_BT, keep_last)
+        given = kwargs.get("input_ids", args[0] if args else None)
+        given = kwargs.get("inputs_embeds") if given is None else given
+        if isinstance(keep_last, int) and keep_last > 0 and given is not None:
+            return _newest_positions(given, keep_last)
         return HeadRequest()
     if kwargs.get("shift_labels") is not None:
         return HeadRequest()
@@ -117,9 +118,9 @@ def head_request(
     return _gather_labels(labels_BT, per_token=per_token)
 
 
-def _newest_positions(ids_BT: Tensor, count: int) -> HeadRequest:
-    """The last `count` positions of every row: what generation reads."""
-    keep_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+def _newest_positions(given: Tensor, count: int) -> HeadRequest:
+    """The last `count` positions of every row, of ids or embeddings: what generation reads."""
+    keep_BT = torch.zeros(given.shape[:2], dtype=torch.bool, device=given.device)
     keep_BT[:, -count:] = True
     return HeadRequest(keep_BT)
 

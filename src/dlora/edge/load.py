@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final, Unpack
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig, PromptLearningConfig, TaskType
 from peft.utils import set_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
@@ -23,14 +23,17 @@ from transformers.pytorch_utils import Conv1D
 from dlora.edge.adapter_config import (
     check_matched,
     checked_config,
-    read_adapter_config,
+    read_any_config,
     targetable,
 )
 from dlora.edge.adapter_weights import check_adapter_weights, read_adapter_weights
+from dlora.edge.classifier import labels_in
+from dlora.edge.ends import add_rows, check_trained, head_of, rows_needed
 from dlora.edge.experts import check_parameters
 from dlora.edge.link import Link
 from dlora.edge.model import SplitModel, check_options
 from dlora.edge.options import OptionArguments, SplitOptions
+from dlora.edge.prompt import check_prompt, without_draw
 from dlora.edge.sites import allowed_names
 from dlora.edge.skeleton import build_skeleton, drop_stand_ins, edge_layers_of
 from dlora.edge.tokenizer import fit_tokenizer
@@ -48,21 +51,30 @@ _ALL_LINEAR: Final = "all-linear"
 
 def get_peft_model(
     link: Link,
-    config: LoraConfig,
+    config: PeftConfig,
     *,
     device: str | torch.device = "cpu",
+    num_labels: int | None = None,
+    num_tokens: int = 0,
     **options: Unpack[OptionArguments],
 ) -> SplitModel:
     """Put a fresh adapter on the cloud's model: `peft.get_peft_model` for a model elsewhere.
 
-    `config` is a peft.LoraConfig or a `dlora.BottleneckConfig`. `link` comes from `dlora.connect`
+    `config` is a peft.LoraConfig, a `dlora.BottleneckConfig`, or one of prompt tuning or P-tuning,
+    which take no exchange. `link` comes from `dlora.connect`
     or `dlora.in_process`. `options` are the fields of `SplitOptions`: `wire_dtype` is fp32 (exact),
     fp16, bf16, int8 or int4; `wire` is plain or factored; with `edge_layers` this many of the first
     and of the last decoder layers run here. At the same seed the adapter starts with the same
-    values as `peft.get_peft_model` on the full model. Raises UsageError for what cannot be
-    supported, and for targets and patterns that match no module, by name.
+    values as `peft.get_peft_model` on the full model.
+
+    `num_labels` is for task type SEQ_CLS: the outputs of its new head, 2 by default.
+    `num_tokens=len(tokenizer)` after `tokenizer.add_tokens(...)` gives embedding and LM head rows
+    for the new tokens, as `resize_token_embeddings` does; they stay here. Raises UsageError for
+    what cannot be supported, and for targets and patterns that match no module, by name.
     """
-    model = _put_on(link, config, device, options)
+    model = _put_on(link, config, device, options, num_labels, num_tokens)
+    if not isinstance(config, LoraConfig):
+        return model
     tuner = model.base_model
     # Those that hold others, such as a layer, are excluded by no name.
     modules = [name for name, one in tuner.model.named_modules() if hasattr(one, "weight")]
@@ -75,18 +87,31 @@ def get_peft_model(
 
 
 def _put_on(
-    link: Link, config: LoraConfig, device: str | torch.device, options: OptionArguments
+    link: Link,
+    config: PeftConfig,
+    device: str | torch.device,
+    options: OptionArguments,
+    num_labels: int | None = None,
+    num_tokens: int = 0,
 ) -> SplitModel:
-    """A fresh adapter on the cloud's model, with those targets that match."""
+    """A fresh adapter or prompt on the cloud's model, with those targets that match."""
     split_options = SplitOptions().changed(**options)
     check_options(link, split_options)
     config = checked_config(config)
     edge_layers = edge_layers_of(link, split_options.edge_layers)
 
-    base = build_skeleton(link, edge_layers)
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == _ALL_LINEAR:
-        config.target_modules = _all_linear(base, link)
-    check_parameters(config, base, link.description, split_options.wire)
+    classifies = config.task_type == TaskType.SEQ_CLS
+    if num_labels is not None and not classifies:
+        raise UsageError("num_labels is of a classifier: say task_type SEQ_CLS in the config")
+    base = build_skeleton(link, edge_layers, (num_labels or 2) if classifies else None)
+    add_rows(base, num_tokens, link.description.tables)
+    if isinstance(config, LoraConfig):
+        check_trained(config, base)
+        if isinstance(config.target_modules, str) and config.target_modules.lower() == _ALL_LINEAR:
+            config.target_modules = _all_linear(base, link)
+        check_parameters(config, base, link.description, split_options.wire)
+    else:
+        check_prompt(config, link.description)
     config.base_model_name_or_path = link.description.model_id
     try:
         model = SplitModel(base, config, link, split_options, edge_layers)
@@ -112,7 +137,7 @@ def _allowed(link: Link) -> list[str]:
 def _all_linear(base: PreTrainedModel, link: Link) -> set[str]:
     """All modules that this server lets edges adapt; says what peft would have taken beside."""
     names = set(targetable(_allowed(link), base))
-    head = base.get_output_embeddings()
+    head = head_of(base)
     others = [
         name
         for name, module in base.named_modules()
@@ -142,11 +167,15 @@ def load_adapter(
     kind of adapter, other modules, other shapes.
     """
     folder = Path(folder).expanduser()
-    config = read_adapter_config(folder)
+    config = read_any_config(folder)
     config.inference_mode = not is_trainable
+    if is_trainable and isinstance(config, PromptLearningConfig):
+        config = without_draw(config)
     weights = read_adapter_weights(folder, device)
     misfit = f"the adapter in {folder} does not fit {link.description.model_id}"
-    model = _put_on(link, config, device, options)
+    of_lora = isinstance(config, LoraConfig)
+    rows, labels = rows_needed(config, weights) if of_lora else 0, labels_in(weights)
+    model = _put_on(link, config, device, options, labels, rows)
 
     check_adapter_weights(model, weights, misfit)
     try:

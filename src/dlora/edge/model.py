@@ -35,29 +35,30 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import torch
-from peft import LoraConfig, PeftModelForCausalLM
+from peft import LoraConfig, PeftConfig, PeftModelForCausalLM
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dlora.edge.active_set import ActiveSet, Idle
 from dlora.edge.adapter_card import refuse_merging, write_card
-from dlora.edge.adapter_config import checked_config
+from dlora.edge.adapter_config import checked_lora
 from dlora.edge.bottleneck import BottleneckConfig, make_bottleneck, save_bottleneck
 from dlora.edge.cloud_layers import CloudLayers, Kept
 from dlora.edge.description import has_cache
 from dlora.edge.edge_layers import EdgeDecoder
+from dlora.edge.ends import check_trained, has_more_rows, head_flops, head_of, show_bias
 from dlora.edge.forward_call import ForwardCall, ForwardCalls
 from dlora.edge.hosted import KeptVersions, check_hosted
 from dlora.edge.in_flight import PartCount
 from dlora.edge.kv_cache import CloudCache, cache_for
 from dlora.edge.labels import spread
 from dlora.edge.link import Link
-from dlora.edge.lora import layer_flops
 from dlora.edge.meter import Meter
 from dlora.edge.micro_batch import as_node
 from dlora.edge.options import OPTION_NAMES, OptionArguments, SplitOptions, check_experts
 from dlora.edge.passes import PassInput, fill_padding, is_right_padded
+from dlora.edge.prompt import trains_prompt, virtual_tokens
 from dlora.edge.remote_forward import stand_in
 from dlora.edge.responder import Wait
 from dlora.edge.sites import ActiveSite, match_sites
@@ -76,13 +77,14 @@ class SplitModel(PeftModelForCausalLM):
     def __init__(
         self,
         base: PreTrainedModel,
-        config: LoraConfig,
+        config: PeftConfig,
         link: Link,
         options: SplitOptions,
         edge_layers: EdgeLayers,
     ) -> None:
         super().__init__(base, config, adapter_name="default")
         make_bottleneck(self, "default")
+        show_bias(base)
         self.link = link
         self.options = options
         """What was chosen when the model was built; `set_options` changes it."""
@@ -96,7 +98,7 @@ class SplitModel(PeftModelForCausalLM):
         description = link.description
         self._calls = ForwardCalls(self)
         self._edge_decoder = EdgeDecoder(base, edge_layers, description, self._calls.runner)
-        self._match_sites()
+        self.match_sites()
 
         self.meter = Meter()
         self.waits: list[Wait] = []
@@ -112,8 +114,8 @@ class SplitModel(PeftModelForCausalLM):
         self.accepts_position_ids = "position_ids" in arguments
         stand_in(self, base, self._edge_decoder.is_running)
         # generate() calls the base model and not this one; peft may call the base model's forward
-        # and not the model. So hook both.
-        self._calls.hook(self, base)
+        # and not the model. So hook both; but a prompt makes the text longer between the two.
+        self._calls.hook(*([] if config.is_prompt_learning else [self]), base)
 
     # -------------------------------------- options
 
@@ -200,7 +202,8 @@ class SplitModel(PeftModelForCausalLM):
         labels = call.request.labels
         head_rows = batch * length if labels is None else labels.numel()
         training = kept_KD.requires_grad
-        self.meter.head_flops += _head_flops(self.get_output_embeddings(), head_rows, training)
+        head = head_of(self.get_base_model())
+        self.meter.head_flops += head_flops(head, head_rows, training=training)
         return call.request.arrange(kept_KD, rows.keep_BT)
 
     def _through_cloud(self, new: PassInput, cache: CloudCache | None) -> Tensor:
@@ -212,8 +215,7 @@ class SplitModel(PeftModelForCausalLM):
         if with_grad:
             parameters = [parameter for site in sites for parameter in site.parameters]
             # Trainers let inputs ask for gradients without need: backward would go to the bottom.
-            needs_input_grad = self._edge_decoder.trains_before_cloud()
-            wants_input_grad = new.entry_ND.requires_grad and needs_input_grad
+            wants_input_grad = new.entry_ND.requires_grad and self.trains_before_cloud
         training = bool(parameters) or wants_input_grad
 
         cloud = _cloud_layers(self, sites)
@@ -234,6 +236,11 @@ class SplitModel(PeftModelForCausalLM):
         micro_batch.measure(self.waits, self.probe_norms, self.output_squares)
         entry_ND = new.entry_ND if wants_input_grad else new.entry_ND.detach()
         return as_node(micro_batch, entry_ND, parameters)
+
+    @property
+    def trains_before_cloud(self) -> bool:
+        """Whether anything is trained here of which the cloud has to send a gradient."""
+        return self._edge_decoder.trains_before_cloud() or trains_prompt(self)
 
     def forget_kept(self) -> None:
         """Send the hosted wire's adapter whole the next time, as after an optimizer step."""
@@ -263,7 +270,7 @@ class SplitModel(PeftModelForCausalLM):
 
     # -------------------------------------- active and idle modules
 
-    def _match_sites(self) -> None:
+    def match_sites(self) -> None:
         """Find where the adapters sit: at sites of the cloud, or in edge layers."""
         self.active_set.sites, adapters = match_sites(self, self.link.description, self.edge_layers)
         self._edge_decoder.use_adapters(adapters)
@@ -333,7 +340,8 @@ class SplitModel(PeftModelForCausalLM):
         Raises UsageError for cache implementations that need keys and values here.
         """
         config = kwargs.get("generation_config") or self.generation_config
-        cache = cache_for(args, kwargs, config) if self.has_cache else None
+        ahead = virtual_tokens(self)
+        cache = cache_for(args, kwargs, config, ahead) if self.has_cache else None
         if not self.has_cache and kwargs.get("use_cache"):
             kwargs["use_cache"] = False  # the same answers, in more time
         if cache is None:
@@ -344,28 +352,43 @@ class SplitModel(PeftModelForCausalLM):
             cache.close()
 
     def add_adapter(
-        self, adapter_name: str, peft_config: LoraConfig, *args: Any, **kwargs: Any
+        self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any
     ) -> None:
         """Add another adapter, under the same rules as the first."""
-        if isinstance(peft_config, BottleneckConfig) or isinstance(
-            self.peft_config["default"], BottleneckConfig
-        ):
-            raise UsageError("bottleneck adapters stand alone: load each on a model of its own")
-        if peft_config.target_parameters and not self._fused_names():
-            raise UsageError(
-                "target_parameters: an adapter on experts has to be the model's first: build "
-                "another one with it"
-            )
-        super().add_adapter(adapter_name, checked_config(peft_config), *args, **kwargs)
-        self._match_sites()
+        if not self.peft_config:  # a prompt, which peft adds while the model is built
+            super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+            return
+        config = _checked_other(self, peft_config, has_experts=bool(self._fused_names()))
+        super().add_adapter(adapter_name, config, *args, **kwargs)
+        self.match_sites()
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
         """Write a standard adapter folder. Unlike peft's own default this never asks a hub."""
         if isinstance(self.peft_config["default"], BottleneckConfig):
             save_bottleneck(self, Path(save_directory).expanduser())
             return
-        kwargs.setdefault("save_embedding_layers", False)
+        grown = has_more_rows(self.get_base_model(), self.link.description)
+        kwargs.setdefault("save_embedding_layers", grown)
         super().save_pretrained(str(Path(save_directory).expanduser()), *args, **kwargs)
+
+
+def _checked_other(model: SplitModel, config: PeftConfig, *, has_experts: bool) -> LoraConfig:
+    """The configuration of one more adapter. Raises UsageError for what cannot stand beside."""
+    first = model.peft_config["default"]
+    if isinstance(config, BottleneckConfig) or isinstance(first, BottleneckConfig):
+        raise UsageError("bottleneck adapters stand alone: load each on a model of its own")
+    if not isinstance(config, LoraConfig) or not isinstance(first, LoraConfig):
+        raise UsageError("prompts stand alone: load each on a model of its own")
+    if config.target_parameters and not has_experts:
+        raise UsageError(
+            "target_parameters: an adapter on experts has to be the model's first: build "
+            "another one with it"
+        )
+    config = checked_lora(config)
+    if config.task_type != first.task_type:
+        raise UsageError(f"task_type {config.task_type}: the model was built for another")
+    check_trained(config, model.get_base_model())
+    return config
 
 
 def _cloud_layers(model: SplitModel, sites: Sequence[ActiveSite]) -> CloudLayers:
@@ -400,14 +423,3 @@ def _check_codecs(link: Link, codecs: Codecs) -> None:
         raise UsageError(
             f"wire dtype: {link.address} does not know {name_of(codecs)!r}, only {', '.join(known)}"
         )
-
-
-def _head_flops(head: Any, rows: int, training: bool) -> int:
-    """FLOPs of the LM head and of an adapter on it, if there is any, on this many rows."""
-    if head is None:
-        return 0
-    vocab, width = head.weight.shape
-    flops = 2 * rows * int(vocab) * int(width) * (2 if training else 1)
-    if isinstance(head, LoraLayer) and not head.disable_adapters:
-        flops += layer_flops(head, rows, training=training, input_grad=training)
-    return flops

@@ -16,8 +16,10 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from dlora.edge.bottleneck import BottleneckConfig, is_series
+from dlora.edge.classifier import refuse_classifier
 from dlora.edge.experts import adapted_name, experts_of, fused_sites, offered_experts
 from dlora.edge.lora import active_names
+from dlora.edge.prompt import virtual_tokens
 from dlora.errors import UsageError
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.layers import EdgeLayers, layer_of
@@ -155,8 +157,16 @@ def _leave_head(model: PeftModel, layers: dict[str, LoraLayer]) -> None:
 
 
 def refuse_head(model: PeftModel, description: pb.Description) -> None:
-    """Raises UsageError for an adapter on the LM head, where a loss reads the head's weight."""
+    """Raises UsageError for what `dlora train` cannot train: an adapter on the LM head, as its loss
+    reads the head's weight; a classifier, which has none; a prompt, which makes its rows longer.
+    """
     base = model.get_base_model()
+    refuse_classifier(base, "training on text")
+    if virtual_tokens(model):
+        raise UsageError(
+            "prompts are trained from Python, by any trainer (docs/adapters.md), and not by this "
+            "command: use LoRA or a bottleneck adapter"
+        )
     head = base.get_output_embeddings()
     if isinstance(head, LoraLayer):
         name = next(name for name, module in base.named_modules() if module is head)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from dlora.edge.classifier import draw_head, empty_classifier, empty_head
 from dlora.edge.description import has_cache
 from dlora.edge.link import Link, SharesWeights
 from dlora.edge.model_config import read_config
@@ -53,25 +54,32 @@ def edge_layers_of(link: Link, edge_layers: tuple[int, int]) -> EdgeLayers:
     return EdgeLayers(first, last, offer.count)
 
 
-def build_skeleton(link: Link, edge_layers: EdgeLayers) -> PreTrainedModel:
+def build_skeleton(
+    link: Link, edge_layers: EdgeLayers, num_labels: int | None = None
+) -> PreTrainedModel:
     """The architecture's own class: real embedding, head and edge layers, the rest without memory.
 
-    What lies between decoder and head is real, too. No random number is drawn: an adapter starts as
-    it would on the full model.
+    What lies between decoder and head is real, too. With `num_labels` it is a classifier, whose new
+    head is drawn. No other random number is: an adapter starts as it would on the full model.
 
     Raises ModelError for a model type or for weights that do not fit, PeerError for what cannot be
     built.
     """
     folder = Path() if isinstance(link, SharesWeights) else link.edge_files()
     with wall("the model", link.address), torch.random.fork_rng(devices=[]):
-        return _build(link, folder, edge_layers)
+        model = _build(link, folder, edge_layers, num_labels)
+    if num_labels is not None:
+        draw_head(model)
+    return model
 
 
-def _build(link: Link, folder: Path, edge_layers: EdgeLayers) -> PreTrainedModel:
+def _build(
+    link: Link, folder: Path, edge_layers: EdgeLayers, num_labels: int | None
+) -> PreTrainedModel:
     description = link.description
-    model = _empty_model(description, for_edge_layers=bool(edge_layers))
+    model = _empty_model(description, num_labels, for_edge_layers=bool(edge_layers))
     weights, generation_config = _served(link, folder)
-    model.generation_config = generation_config or model.generation_config
+    model.generation_config = generation_config or model.generation_config or GenerationConfig()
     if not has_cache(description.limits):
         log.warning("%s is served without KV cache: generation is slow", description.model_id)
         model.generation_config.use_cache = False
@@ -89,7 +97,10 @@ def _build(link: Link, folder: Path, edge_layers: EdgeLayers) -> PreTrainedModel
 
     dtype = embedding.weight.dtype
     real = [*embedding.parameters(), *([] if head is None else head.parameters())]
-    real += _fill_outside(link, model, weights)
+    if num_labels is None:
+        real += _fill_outside(link, model, weights)
+    else:
+        real += empty_head(model, description.hidden_width, dtype)
     tables = [_table(model, name) for name in description.tables]
     _check_widths(description, embedding, head, tables)
     if edge_layers:
@@ -112,11 +123,15 @@ def _served(link: Link, folder: Path) -> tuple[Mapping[str, Tensor], GenerationC
         raise ModelError(f"edge.safetensors from {link.address} cannot be read: {error}") from error
 
 
-def _empty_model(description: pb.Description, *, for_edge_layers: bool) -> PreTrainedModel:
+def _empty_model(
+    description: pb.Description, num_labels: int | None, *, for_edge_layers: bool
+) -> PreTrainedModel:
     """The served architecture; buffers have their values, parameters no memory."""
     config = read_config(description, dropout=not for_edge_layers)
     # Buffers keep their values (Gemma scales its embedding with one).
     with bounded_building(), init_empty_weights(include_buffers=False):
+        if num_labels is not None:
+            return empty_classifier(config, num_labels)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return model
 

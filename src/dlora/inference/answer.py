@@ -16,12 +16,15 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from dlora.edge.classifier import refuse_classifier
+from dlora.edge.ends import frozen_part
 from dlora.edge.kv_cache import CloudCache
 from dlora.edge.link import Link, RetryPolicy
 from dlora.edge.load import load_adapter, load_base
 from dlora.edge.meter import Meter
 from dlora.edge.model import SplitModel
 from dlora.edge.options import Wire
+from dlora.edge.prompt import virtual_tokens
 from dlora.errors import DLoRAError, UsageError
 from dlora.inference.prompts import Prompt, encode_prompts, pad_token, to_text
 
@@ -70,6 +73,7 @@ def load_for_inference(
         if adapter is None
         else load_adapter(link, adapter, is_trainable=False, **options)
     )
+    refuse_classifier(model.get_base_model(), "answering")
     served = model.generation_config
     kept = {name: getattr(served, name) for name in _KEPT_OF_SERVED}
     model.get_base_model().generation_config = GenerationConfig(**kept)
@@ -85,10 +89,12 @@ def share_ends(model: SplitModel, other: SplitModel) -> None:
         (model.get_input_embeddings(), other.get_input_embeddings()),
         (model.get_output_embeddings(), other.get_output_embeddings()),
     ):
-        # Where an adapter is on the head, that is its own, and what it is on is shared.
-        kept, twin = getattr(kept, "base_layer", kept), getattr(twin, "base_layer", twin)
+        # Where an adapter is on them, that is its own, and what it is on is shared. Where tokens
+        # were added to one of the models, the two are not of one size.
+        kept, twin = frozen_part(kept), frozen_part(twin)
         for name, parameter in kept.named_parameters(recurse=False):
-            setattr(twin, name, parameter)
+            if parameter.shape == twin.get_parameter(name).shape:
+                setattr(twin, name, parameter)
 
 
 def complete(
@@ -178,7 +184,7 @@ def check_options(options: dict[str, Any]) -> None:
 
 def check_room(model: SplitModel, length: int, wanted: int, where: str = "") -> int:
     """How many of the `wanted` new tokens fit behind `length` tokens. UsageError if none does."""
-    limit = int(model.link.description.limits.max_length)
+    limit = int(model.link.description.limits.max_length) - virtual_tokens(model)
     if length >= limit:
         raise UsageError(
             f"the prompt has {length} tokens, this server takes sequences of up to {limit}: "
@@ -224,7 +230,8 @@ class Continuing:
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
         """As `model.generate`, for ids of shape [1, T]."""
         config = options.get("generation_config") or self.model.generation_config
-        if self._needs_own_cache(config, options) or input_ids.shape[0] > 1:
+        own_cache = self._needs_own_cache(config, options) or virtual_tokens(self.model)
+        if own_cache or input_ids.shape[0] > 1:
             ids_1T: Tensor = self.model.generate(input_ids=input_ids, **options)
             return ids_1T
 

@@ -24,6 +24,7 @@ from dlora.edge.data import ChoiceRow, check_choices, load_rows, read_rows
 from dlora.edge.kv_cache import CloudCache
 from dlora.edge.labels import IGNORE
 from dlora.edge.model import SplitModel
+from dlora.edge.prompt import virtual_tokens
 from dlora.edge.tokenise import tokenising_trainer
 from dlora.errors import DataError, UsageError
 from dlora.inference.answer import complete
@@ -272,6 +273,11 @@ def _tail_logprobs(
     if model.generation_config.use_cache is False:
         raise UsageError(
             "choices share their prompt's KV cache, and this model is served without one"
+        )
+    if virtual_tokens(model):
+        raise UsageError(
+            "choices share their prompt's KV cache, and peft puts virtual tokens in front of each "
+            "of its passes: score this adapter by loss or exact match"
         )
     pad = pad_token(tokenizer)
     longest = max(len(prompt) for prompt in prompts)

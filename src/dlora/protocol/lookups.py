@@ -40,12 +40,12 @@ class Lookups:
     @property
     def widths(self) -> list[int]:
         """How wide the rows of each are."""
-        return [int(module.get_parameter("weight").shape[1]) for module in self.modules]
+        return [int(_weight(module).shape[1]) for module in self.modules]
 
     @property
     def num_rows(self) -> int:
         """Token ids that all of them know."""
-        return min(len(module.get_parameter("weight")) for module in self.modules)
+        return min(len(_weight(module)) for module in self.modules)
 
     def __call__(self, ids_BT: Tensor) -> Tensor:
         """[B, T, W] of these tokens."""
@@ -55,6 +55,11 @@ class Lookups:
     def apart(self, rows_BTW: Tensor) -> list[Tensor]:
         """What each has looked up."""
         return list(rows_BTW.split(self.widths, dim=-1))
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """The table [tokens, width] of an embedding; the first, where some of it is trained."""
+    return next(module.parameters())
 
 
 @torch.no_grad()

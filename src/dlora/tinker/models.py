@@ -23,6 +23,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dlora.edge.adapter_config import read_adapter_config
 from dlora.edge.adapter_weights import check_adapter_weights, read_adapter_weights
+from dlora.edge.classifier import refuse_classifier
+from dlora.edge.ends import rows_needed
 from dlora.edge.link import Link
 from dlora.edge.load import get_peft_model, load_adapter, load_base
 from dlora.edge.model import SplitModel
@@ -101,7 +103,9 @@ class Models:
     def load(self, folder: Path) -> SplitModel:
         """A saved adapter, to go on training it. Raises UsageError for one that does not fit."""
         with _quiet():
-            return self._sharing(load_adapter(self.link, folder, **self.options))
+            model = load_adapter(self.link, folder, **self.options)
+            refuse_classifier(model.get_base_model(), "the Tinker interface")
+            return self._sharing(model)
 
     def put(self, model: SplitModel, weights: Weights) -> None:
         """Give a model's adapter these weights. Raises UsageError where they do not fit."""
@@ -116,7 +120,9 @@ class Models:
         model, known = self._samplers.pop(weights.kind, (None, None))
         if model is None:
             with _quiet():
-                model = self._to_sample(get_peft_model(self.link, weights.config, **self.options))
+                rows = rows_needed(weights.config, weights.tensors)
+                options = {"num_tokens": rows, **self.options}
+                model = self._to_sample(get_peft_model(self.link, weights.config, **options))
         if known is not weights:
             self.put(model, weights)
         self._samplers[weights.kind] = model, weights

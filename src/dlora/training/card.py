@@ -12,13 +12,14 @@ from dlora.edge.bottleneck import CONFIG_FILE
 from dlora.edge.meter import Meter
 from dlora.runs import RunFolder
 from dlora.training.advice import SEEN
+from dlora.training.settings import OF_LORA
 from dlora.training.tasks import TITLES
 
 __all__ = ["run_card", "write_run_card"]
 
 _SETTINGS: Final = (
     "task",
-    *("kind", "r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters"),
+    *("kind", "r", "lora_alpha", "lora_dropout", "target_modules", *OF_LORA),
     *("learning_rate", "optim"),
     *("lr_scheduler_type", "warmup_steps", "weight_decay", "epochs", "max_steps", "batch_size"),
     *("gradient_accumulation_steps", "max_length", "overlong", "seed", "kr", "input_grad"),

@@ -39,7 +39,8 @@ class PlanSettings(EdgeSettings):
         "data columns val_size eval_data eval_steps eval_batch_size max_length overlong "
         "pad_to batch_size gradient_accumulation_steps epochs max_steps seed",
         "rows without data": "length supervised",
-        "adapter": "adapter kind r target_modules target_parameters rank_pattern",
+        "adapter": "adapter kind r target_modules target_parameters modules_to_save "
+        "trainable_token_indices rank_pattern",
         "Kill and Revive": "kr kr_options sites",
         "link": "link rtt_ms up_mbit down_mbit",
         "how good the plan is": "check",
@@ -89,6 +90,10 @@ class PlanSettings(EdgeSettings):
     """Linear modules to adapt, as for training. Default: peft's for this architecture."""
     target_parameters: list[str] | None = None
     """Fused weights of experts to adapt, as for training."""
+    modules_to_save: list[str] | None = None
+    """Embedding or LM head to train whole, as for training."""
+    trainable_token_indices: dict[str, list[int]] = field(default_factory=dict)
+    """Rows of them to train, as for training."""
     r: int = TrainSettings.r
     """LoRA rank."""
     sites: int | None = None

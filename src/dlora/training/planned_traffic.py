@@ -12,7 +12,6 @@ from dlora.edge.sites import ActiveSite
 from dlora.formulas import round_trips, step_traffic
 from dlora.protocol.channel import MODULE_FRAMES
 from dlora.protocol.codecs import mix
-from dlora.protocol.layers import layer_of
 from dlora.protocol.wire import payload_bytes
 from dlora.training.calibrate import widths
 from dlora.training.plan_settings import PlanSettings
@@ -104,8 +103,7 @@ def _of_part(
 ) -> Traffic:
     rows, hosted = round(load.tokens), settings.wire == "hosted"
     kept = rows if model.edge_layers.last else round(load.supervised)
-    first = model.edge_layers.first
-    input_grad = any(layer_of(name) < first for name, _ in model.edge_layer_adapters())
+    input_grad = model.trains_before_cloud
 
     def payload(sites: Sequence[ActiveSite]) -> tuple[int, int]:
         return step_traffic(

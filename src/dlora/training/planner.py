@@ -25,6 +25,7 @@ from dlora.protocol.layers import layer_of
 from dlora.training.calibrate import Calibration, calibrate, check, evenly_spread
 from dlora.training.plan_settings import PlanSettings
 from dlora.training.planned_traffic import Load, hosted_transfer_s, traffic
+from dlora.training.settings import OF_LORA
 
 __all__ = [
     "Prediction",
@@ -106,9 +107,8 @@ def _planned_config(settings: PlanSettings) -> LoraConfig:
     common: dict[str, Any] = {"r": settings.r, "target_modules": settings.targets}
     if settings.kind != "lora":
         return BottleneckConfig(kind=settings.kind, **common)
-    return LoraConfig(
-        rank_pattern=settings.rank_pattern, target_parameters=settings.target_parameters, **common
-    )
+    more = {name: getattr(settings, name) or None for name in OF_LORA}
+    return LoraConfig(rank_pattern=settings.rank_pattern, **more, **common)
 
 
 def predict(

@@ -17,6 +17,7 @@ from typing import Any
 from dlora.extras import missing_extra
 from dlora.runs import Run, load_run
 from dlora.training.readable import counted, readable_time
+from dlora.training.settings import OF_LORA
 from dlora.training.tasks import TITLES
 
 __all__ = ["write_report"]
@@ -161,7 +162,7 @@ def _adapter(run: Run) -> str:
     targets = settings.get("target_modules")
     names = ["peft's default"] if targets is None else targets
     names = [names] if isinstance(names, str) else names
-    names = ", ".join([*names, *(settings.get("target_parameters") or ())])
+    names = ", ".join([*names, *(one for more in OF_LORA for one in settings.get(more) or ())])
     return f"{names}; rank {settings.get('r')}"
 
 

@@ -30,7 +30,7 @@ from dlora.training.output import began, check_output, first_values
 from dlora.training.parts import follow_parts
 from dlora.training.rewards import digests
 from dlora.training.run_lock import alone_in_output
-from dlora.training.settings import TrainSettings
+from dlora.training.settings import OF_LORA, TrainSettings
 from dlora.training.split_trainer import SplitTrainer
 from dlora.training.task_rows import check_streams
 from dlora.training.trainer import build_trainer
@@ -148,7 +148,7 @@ def _config(settings: TrainSettings) -> peft.LoraConfig:
     return peft.LoraConfig(
         lora_alpha=settings.lora_alpha,
         use_rslora=settings.use_rslora,
-        target_parameters=settings.target_parameters,
+        **{name: getattr(settings, name) or None for name in OF_LORA},
         rank_pattern=settings.rank_pattern,
         alpha_pattern=settings.alpha_pattern,
         **common,

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Final, Literal
 
 from dlora.edge.noise import Noise
 from dlora.edge.options import (
@@ -26,7 +26,10 @@ from dlora.kill_revive.config import KillReviveConfig, from_options
 from dlora.training.tasks import Task, check_task
 from dlora.training.trainer_settings import check_trainer
 
-__all__ = ["ReportSettings", "TrainSettings"]
+__all__ = ["OF_LORA", "ReportSettings", "TrainSettings"]
+
+OF_LORA: Final = ("target_parameters", "modules_to_save", "trainable_token_indices")
+"""What LoRA can train beside linear modules."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,8 @@ class TrainSettings(EdgeSettings):
         "task": "task reward",
         "data": "data columns val_size max_length overlong batch_size",
         "adapter": "adapter kind r lora_alpha lora_dropout target_modules target_parameters "
-        "use_rslora rank_pattern alpha_pattern activation scale",
+        "modules_to_save trainable_token_indices use_rslora rank_pattern alpha_pattern activation "
+        "scale",
         "optimizer": "learning_rate epochs max_steps gradient_accumulation_steps optim "
         "lr_scheduler_type warmup_steps weight_decay max_grad_norm seed trainer",
         "evaluation": "eval_data eval_batch_size eval_steps keep_best early_stopping_patience",
@@ -97,6 +101,12 @@ class TrainSettings(EdgeSettings):
     target_parameters: list[str] | None = None
     """Fused weights of experts to adapt beside target_modules, which may then be []: names such as
     mlp.experts.gate_up_proj; `dlora info` has the server's. On the hosted wire alone."""
+    modules_to_save: list[str] | None = None
+    """Embedding or LM head, to be trained whole and saved with the adapter: embed_tokens,lm_head.
+    They stay here."""
+    trainable_token_indices: dict[str, list[int]] = field(default_factory=dict)
+    """Rows of embedding and LM head to train, by the module's name: '{embed_tokens: [5, 7]}'. Where
+    the two are tied the embedding's are both."""
     use_rslora: bool = False
     """Multiply deltas by alpha / sqrt(r) instead."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -187,7 +197,7 @@ class TrainSettings(EdgeSettings):
         check_task_columns(self.columns, self.task)
         _check_held_out(self.val_size, self.eval_data)
         self._check_evaluation()
-        self._check_kill_revive()
+        _check_kill_revive(self)
         if self.output.exists() and not self.output.is_dir():
             raise UsageError(f"output: {self.output} is a file, want a folder")
         check_trainer(self.trainer, self.task)
@@ -211,11 +221,9 @@ class TrainSettings(EdgeSettings):
                 "are o_proj,down_proj in Llama, out_proj,fc2 in OPT, dense,dense_4h_to_h in "
                 "BLOOM, c_proj in GPT-2"
             )
-        if self.use_rslora or self.rank_pattern or self.alpha_pattern or self.target_parameters:
-            raise UsageError(
-                f"kind={self.kind}: use_rslora, rank_pattern, alpha_pattern and target_parameters "
-                "are of LoRA"
-            )
+        of_lora = (*OF_LORA, "use_rslora", "rank_pattern", "alpha_pattern")
+        if given := [name for name in of_lora if getattr(self, name)]:
+            raise UsageError(f"kind={self.kind}: {given[0]} is of LoRA")
 
     def _check_amounts(self) -> None:
         """Rows, tokens and steps."""
@@ -269,29 +277,6 @@ class TrainSettings(EdgeSettings):
                 "needs checkpoints at evaluations: give eval_steps, and a multiple of it as "
                 "save_steps, or keep_best false"
             )
-
-    def _check_kill_revive(self) -> None:
-        if self.kr == "off" and self.kr_options:
-            raise UsageError("kr_options need kr on or paper")
-        if self.kr != "off" and self.target_parameters:
-            raise UsageError("kr measures linear modules: no target_parameters, or kr off")
-        config = self.kill_revive
-        if config is not None and config.idle == "cloud" and not self.upload_consent:
-            raise UsageError(
-                "kr_options idle=cloud uploads killed modules to the cloud, which then holds part "
-                "of the adapter: agree with --upload_consent true, or use idle=drop"
-            )
-        if config is not None and self.wire == "hosted":
-            if config.idle == "edge":
-                raise UsageError(
-                    "kr_options idle=edge: on the hosted wire the edge computes no module: use "
-                    "idle=drop or cloud"
-                )
-            if config.policy == "output":
-                raise UsageError(
-                    "kr_options policy=output measures deltas, which the hosted wire leaves to the "
-                    "cloud: use another policy, or wire=factored or plain"
-                )
 
     def _check_least(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -350,6 +335,33 @@ def _check_held_out(val_size: float, eval_data: str | None) -> None:
         )
     if val_size and eval_data is not None:
         raise UsageError("val_size: rows are held out in place of eval_data: give one of them")
+
+
+def _check_kill_revive(settings: TrainSettings) -> None:
+    """Raises UsageError for what cannot be together with Kill and Revive."""
+    if settings.kr == "off":
+        if settings.kr_options:
+            raise UsageError("kr_options need kr on or paper")
+        return
+    if given := [name for name in OF_LORA if getattr(settings, name)]:
+        raise UsageError(f"kr measures linear modules: no {given[0]}, or kr off")
+    config = settings.kill_revive
+    if config is not None and config.idle == "cloud" and not settings.upload_consent:
+        raise UsageError(
+            "kr_options idle=cloud uploads killed modules to the cloud, which then holds part "
+            "of the adapter: agree with --upload_consent true, or use idle=drop"
+        )
+    if config is not None and settings.wire == "hosted":
+        if config.idle == "edge":
+            raise UsageError(
+                "kr_options idle=edge: on the hosted wire the edge computes no module: use "
+                "idle=drop or cloud"
+            )
+        if config.policy == "output":
+            raise UsageError(
+                "kr_options policy=output measures deltas, which the hosted wire leaves to the "
+                "cloud: use another policy, or wire=factored or plain"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
