@@ -227,8 +227,13 @@ def choice_scores(
     `questions` are (prompt, choices). The prompts are read once, in one pass; a second pass reads
     the continuations, all of them at once, each behind a copy of its prompt's KV cache. Where all
     continuations have one token the second pass is not needed. Raises DataError for a choice
-    without tokens.
+    without tokens, UsageError for an adapter that is a prompt.
     """
+    if virtual_tokens(model):
+        raise UsageError(
+            "choices share their prompt's KV cache, and peft puts virtual tokens in front of each "
+            "of its passes: score this adapter by loss or exact match"
+        )
     prompts: list[list[int]] = []
     tails: list[list[int]] = []
     owners: list[int] = []
@@ -273,11 +278,6 @@ def _tail_logprobs(
     if model.generation_config.use_cache is False:
         raise UsageError(
             "choices share their prompt's KV cache, and this model is served without one"
-        )
-    if virtual_tokens(model):
-        raise UsageError(
-            "choices share their prompt's KV cache, and peft puts virtual tokens in front of each "
-            "of its passes: score this adapter by loss or exact match"
         )
     pad = pad_token(tokenizer)
     longest = max(len(prompt) for prompt in prompts)
