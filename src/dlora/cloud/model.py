@@ -416,5 +416,5 @@ def _fingerprint(config_json: str, model: PreTrainedModel, weights: dict[str, Te
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         data = weight.detach().to("cpu").contiguous()
         if data.numel():
-            digest.update(data.reshape(-1).view(torch.uint8).numpy())
+            digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
