@@ -181,6 +181,6 @@ def _micro_batches_before(trainer: SplitTrainer, checkpoint: Path | None) -> int
     """
     steps = step_of(checkpoint) if checkpoint else 0
     of_step = trainer.args.gradient_accumulation_steps
-    of_epoch = len(trainer.get_train_dataloader())
+    of_epoch = trainer.micro_batches
     epochs, rest = divmod(steps, max(1, math.ceil(of_epoch / of_step)))
     return epochs * of_epoch + rest * of_step

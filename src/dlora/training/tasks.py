@@ -32,17 +32,15 @@ TITLES: Final = {
 _ALSO: Final = ("reward_std", "kl", "completions/mean_length")
 
 _NOT_GRPO: Final = ((), "rewards are for task grpo")
-_NO_AUDIT: Final = ((0,), "an audit reads micro-batches of task sft")
 _ONE_ADAPTER: Final = (
     ("lora",),
     "the reference is a second adapter, and bottleneck adapters stand alone",
 )
 _REFUSED: Final[dict[Task, dict[str, tuple[tuple[Any, ...], str]]]] = {
     "sft": {"reward": _NOT_GRPO},
-    "dpo": {"reward": _NOT_GRPO, "record": _NO_AUDIT, "kind": _ONE_ADAPTER},
-    "kto": {"reward": _NOT_GRPO, "record": _NO_AUDIT, "kind": _ONE_ADAPTER},
+    "dpo": {"reward": _NOT_GRPO, "kind": _ONE_ADAPTER},
+    "kto": {"reward": _NOT_GRPO, "kind": _ONE_ADAPTER},
     "grpo": {
-        "record": _NO_AUDIT,
         "cache_prefix": ((False,), "answers are new in every step, and no row comes again"),
         "pad_to": ((0,), "prompts are padded on the left, where padding does not travel"),
         "overlong": (("error", "drop"), "a prompt that is cut asks for something else"),
