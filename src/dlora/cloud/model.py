@@ -135,7 +135,13 @@ class CloudModel:
             *(self.cache_cost, self.limits, ids_BT),
         )
         self.other_flops = other_flops(
-            *(counted.flops, *ids_BT.shape, self.sites, len(self.layers_with_sites), model.config)
+            *(
+                counted.flops or 0,
+                *ids_BT.shape,
+                self.sites,
+                len(self.layers_with_sites),
+                model.config,
+            )
         )
         load_checks.check_layers(parts, self.sites, self.layers, self.limits, ids_BT)
 
@@ -348,17 +354,23 @@ class CloudModel:
 
 
 class _CountedPass:
-    """A forward of the decoder over tokens; its matmul FLOPs and its last hidden states."""
+    """A forward of the decoder over tokens; matmul FLOPs and last hidden states of the first one.
+
+    Those that come later are watched with trial adapters inside, which compute as well.
+    """
+
+    hidden_BTD: Tensor
 
     def __init__(self, parts: Parts, ids_BT: Tensor) -> None:
         self.parts, self.ids_BT = parts, ids_BT
-        self.flops = 0
+        self.flops: int | None = None
 
     def __call__(self) -> Any:
         """Run it; what the decoder returns."""
         with FlopCount() as count:
             output = self.parts.run(self.ids_BT)
-        self.flops, self.hidden_BTD = count.total, last_hidden(output).detach()
+        if self.flops is None:
+            self.flops, self.hidden_BTD = count.total, last_hidden(output).detach()
         return output
 
 

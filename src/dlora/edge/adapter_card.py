@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from huggingface_hub import ModelCardData
-from peft import LoraConfig, PeftConfig, PeftModel, PromptLearningConfig
+from peft import LoraConfig, PeftConfig, PeftModel, PromptLearningConfig, TaskType
 
+from dlora.edge.ends import has_more_rows
 from dlora.errors import UsageError
 
 __all__ = ["card_head", "how_to_load", "refuse_merging", "write_card"]
@@ -23,37 +24,61 @@ def write_card(model: PeftModel, output_dir: str) -> None:
         return
     base = model.get_base_model().name_or_path
     config = model.active_peft_config
+    own = model.get_base_model()
+    labels = own.config.num_labels if config.task_type == TaskType.SEQ_CLS else None
+    grown = has_more_rows(own, model.link.description)
+    rows = own.config.get_text_config().vocab_size if grown else 0
     text = (
-        f"{card_head(base)}\n# {_what(config)} for {base}\n\n{_size(config)}. Made "
-        f"with DLoRA.\n\n{how_to_load(base, Path(output_dir).name)}"
+        f"{card_head(base, classifies=labels is not None)}\n# {_what(config)} for {base}\n\n"
+        f"{_size(config)}. Made with DLoRA.\n\n"
+        f"{how_to_load(base, Path(output_dir).name, num_labels=labels, num_tokens=rows)}"
     )
     file.write_text(text, encoding="utf-8")
 
 
-def card_head(base: str) -> str:
+def card_head(base: str, *, classifies: bool = False) -> str:
     """The lines that programs read: base, library, task."""
     data = ModelCardData(
         base_model=base,
         library_name="peft",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if classifies else "text-generation",
         tags=["dlora", "lora"],
     )
     return f"---\n{data.to_yaml()}\n---\n"
 
 
-def how_to_load(base: str, folder: str, *, bottleneck: bool = False) -> str:
-    """The section on using an adapter, with the base at hand and without."""
+def how_to_load(
+    base: str,
+    folder: str,
+    *,
+    bottleneck: bool = False,
+    num_labels: int | None = None,
+    num_tokens: int = 0,
+) -> str:
+    """The section on using an adapter, with the base at hand and without.
+
+    `num_labels` are a classifier's, `num_tokens` the rows of an embedding with new tokens.
+    """
     library, call = "from peft import PeftModel", "PeftModel.from_pretrained"
     if bottleneck:  # which peft does not know
         library, call = "import dlora", "dlora.apply_bottleneck"
-    return (
+    head, more = "AutoModelForCausalLM", ""
+    if num_labels is not None:
+        head, more = "AutoModelForSequenceClassification", f", num_labels={num_labels}"
+    grow = f"base.resize_token_embeddings({num_tokens})\n" if num_tokens else ""
+    here = (
         "## How to load it\n\nWhere the base model is:\n\n```python\n"
-        f"{library}\nfrom transformers import AutoModelForCausalLM\n\n"
-        f"base = AutoModelForCausalLM.from_pretrained({base!r})\n"
+        f"{library}\nfrom transformers import {head}\n\n"
+        f"base = {head}.from_pretrained({base!r}{more})\n{grow}"
         f"model = {call}(base, {folder!r})\n```\n\n"
-        "With the base model in the cloud, and text and adapter here:\n\n```\n"
-        f"dlora generate --server HOST:PORT --adapter {folder} --prompt ...\n```\n"
+        "With the base model in the cloud, and text and adapter here:\n\n"
     )
+    if num_labels is not None:
+        return (
+            f"{here}```python\nimport dlora\n\n"
+            f'model = dlora.load_adapter(dlora.connect("HOST:PORT"), {folder!r})\n```\n'
+        )
+    return f"{here}```\ndlora generate --server HOST:PORT --adapter {folder} --prompt ...\n```\n"
 
 
 def _what(config: PeftConfig) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig, TaskType
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
@@ -95,7 +95,8 @@ def check_trained(config: LoraConfig, base: PreTrainedModel) -> None:
     wanted += [("trainable_token_indices", key) for key in tokens if key]
     for option, key in wanted:
         found = [name for name in modules if name.endswith(key)]  # as peft looks for them
-        if not found and key not in CLASSIFIERS:
+        is_new = config.task_type == TaskType.SEQ_CLS and key in CLASSIFIERS
+        if not found and not is_new:
             raise UsageError(f"{option}: {key!r} names no module. {_offer(names)}")
         if away := [name for name in found if name not in names]:
             raise UsageError(
@@ -112,7 +113,7 @@ def check_trained(config: LoraConfig, base: PreTrainedModel) -> None:
             )
 
 
-def token_indices(config: LoraConfig) -> dict[str, list[int]]:
+def token_indices(config: PeftConfig) -> dict[str, list[int]]:
     """Token ids whose rows are trained, by the name of their table; "" for the embedding."""
     given: Any = getattr(config, "trainable_token_indices", None) or {}
     return dict(given) if isinstance(given, Mapping) else {"": list(given)}
@@ -144,7 +145,7 @@ def has_more_rows(base: PreTrainedModel, description: pb.Description) -> bool:
     return bool(base.config.get_text_config().vocab_size > served)
 
 
-def rows_needed(config: LoraConfig, weights: Mapping[str, Tensor]) -> int:
+def rows_needed(config: PeftConfig, weights: Mapping[str, Tensor]) -> int:
     """Rows that embedding and LM head must have for the weights of an adapter's folder."""
     counts = [index + 1 for indices in token_indices(config).values() for index in indices]
     for name, weight in weights.items():

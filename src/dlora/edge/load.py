@@ -103,7 +103,9 @@ def _put_on(
     classifies = config.task_type == TaskType.SEQ_CLS
     if num_labels is not None and not classifies:
         raise UsageError("num_labels is of a classifier: say task_type SEQ_CLS in the config")
-    base = build_skeleton(link, edge_layers, (num_labels or 2) if classifies else None)
+    base = build_skeleton(
+        link, edge_layers, (2 if num_labels is None else num_labels) if classifies else None
+    )
     add_rows(base, num_tokens, link.description.tables)
     if isinstance(config, LoraConfig):
         check_trained(config, base)
@@ -173,8 +175,7 @@ def load_adapter(
         config = without_draw(config)
     weights = read_adapter_weights(folder, device)
     misfit = f"the adapter in {folder} does not fit {link.description.model_id}"
-    of_lora = isinstance(config, LoraConfig)
-    rows, labels = rows_needed(config, weights) if of_lora else 0, labels_in(weights)
+    rows, labels = rows_needed(config, weights), labels_in(weights)
     model = _put_on(link, config, device, options, labels, rows)
 
     check_adapter_weights(model, weights, misfit)

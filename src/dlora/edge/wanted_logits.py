@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dlora.edge.labels import IGNORE
+from dlora.edge.prompt import virtual_tokens
 
 __all__ = ["wanted_logits"]
 
@@ -42,10 +43,12 @@ def wanted_logits(
         labels=labels_BT.to(device),
     ).logits.float()
 
-    # What comes back are the rows' wanted positions, one after another, or all of their positions.
+    # What comes back are the rows' wanted positions, one after another, or all of their positions,
+    # those of virtual tokens first.
     if model.link.description.full_head:
+        ahead = virtual_tokens(model)
         return [
-            one[: len(asked_N)][asked_N.to(device)]
+            one[ahead : ahead + len(asked_N)][asked_N.to(device)]
             for one, asked_N in zip(logits, places, strict=True)
         ]
     return [one[: int(asked_N.sum())] for one, asked_N in zip(logits, places, strict=True)]

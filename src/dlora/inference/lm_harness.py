@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dlora.edge.model import SplitModel
+from dlora.edge.prompt import virtual_tokens
 from dlora.edge.room import fits_cache, pass_tokens
 from dlora.edge.wanted_logits import wanted_logits
 from dlora.errors import UsageError
@@ -59,6 +60,7 @@ class KeptAnswers:
     def __init__(self, file: Path, of: dict[str, Any]) -> None:
         self.file = file
         self._known: dict[str, Answer] = {}
+        self._asked: set[str] = set()
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
         if lines and _parsed(lines[0]) == {"of": of}:
             for one in map(_parsed, lines[1:]):
@@ -84,15 +86,20 @@ class KeptAnswers:
 
     def get(self, kind: str, arguments: Sequence[Any]) -> Answer | None:
         """The answer to a request, or nothing. What is sampled is answered anew."""
-        if kind == "generate_until" and arguments[1].get("do_sample"):
+        key = hash_args(kind, arguments)
+        self._asked.add(key)
+        if kind == "generate_until" and normalize_gen_kwargs(arguments[1]).get("do_sample"):
             return None
-        answer = self._known.get(hash_args(kind, arguments))
+        answer = self._known.get(key)
         return tuple(answer) if isinstance(answer, list) else answer
 
     def close(self, *, remove: bool) -> None:
-        """Nothing more comes; what is over needs no file."""
+        """Nothing more comes; a file whose answers were all asked for is not needed any more.
+
+        Others are of tasks that another evaluation was interrupted in.
+        """
         self._out.close()
-        if remove:
+        if remove and self._known.keys() <= self._asked:
             self.file.unlink(missing_ok=True)
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -126,7 +133,10 @@ class SplitLM(HFLM):
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
         self._limits = model.link.description.limits
-        self._max_length = min(self.max_length, int(self._limits.max_length))
+        self._ahead = virtual_tokens(model)
+        """Tokens that stand before each row."""
+        self._most_length = int(self._limits.max_length) - self._ahead
+        self._max_length = min(self.max_length, self._most_length)
         self._most_rows = _MOST_ROWS if batch_size == "auto" else batch_size
         hosted = model.options.wire == "hosted"
         exchanged = () if hosted else model.active_set.exchanged()
@@ -240,9 +250,9 @@ class SplitLM(HFLM):
         for row in sorted(asked, key=lambda row: (-len(row), row)):
             rows, longest = len(batch) + 1, len((batch or [row])[0]) + 1
             logits = sum(asked[one] for one in (*batch, row)) * vocab
-            fits = rows * longest <= self._most_tokens and logits <= _MOST_LOGITS
+            fits = rows * (self._ahead + longest) <= self._most_tokens and logits <= _MOST_LOGITS
             # No column is left for the token behind the longest: all have to be as long.
-            fits &= longest <= self._limits.max_length or len(row) == longest - 1
+            fits &= longest <= self._most_length or len(row) == longest - 1
             if batch and (rows > self._most_rows or not fits):
                 yield batch
                 batch = []
@@ -254,7 +264,7 @@ class SplitLM(HFLM):
     def _logprobs(self, batch: list[tuple[tuple[int, ...], int]]) -> Iterator[Tensor]:
         """Of each row the log-probabilities behind its last positions, as many as are asked for."""
         ids = [torch.tensor(row) for row, _ in batch]
-        if len(ids[0]) >= self._limits.max_length:
+        if len(ids[0]) >= self._most_length:
             most = max(count for _, count in batch)
             ids_BT = torch.stack(ids).to(self.device)
             logits_BMV = self.model(input_ids=ids_BT, logits_to_keep=most).logits.float()
@@ -308,6 +318,7 @@ class SplitLM(HFLM):
         batch: list[int] = []
         for number in sorted(range(len(sizes)), key=lambda n: (sizes[n][0], -sizes[n][1], n)):
             kind, longest, most = sizes[(batch or [number])[0]]
+            longest += self._ahead
             rows = len(batch) + 1
             if self.model.has_cache:
                 fits = fits_cache(self._limits, rows, longest, longest + most)

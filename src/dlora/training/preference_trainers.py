@@ -33,8 +33,7 @@ class SplitDPOTrainer(SplitTrainer, DPOTrainer):
     def __init__(self, *, is_new: bool, max_length: int, **arguments: Any) -> None:
         """`is_new`: the adapter adds nothing yet."""
         super().__init__(**arguments)
-        if is_new:
-            self.drop_reference()
+        self.fix_reference(is_new=is_new)
 
 
 class SplitKTOTrainer(SplitTrainer, KTOTrainer):
@@ -46,8 +45,7 @@ class SplitKTOTrainer(SplitTrainer, KTOTrainer):
         """The mismatched sequences, which no row has, are cut to `max_length` tokens."""
         super().__init__(**arguments)
         self.data_collator.max_length = max_length
-        if is_new:
-            self.drop_reference()
+        self.fix_reference(is_new=is_new)
 
 
 class SplitGRPOTrainer(SplitTrainer, GRPOTrainer):
@@ -61,8 +59,7 @@ class SplitGRPOTrainer(SplitTrainer, GRPOTrainer):
 
     def __init__(self, *, is_new: bool, max_length: int, **arguments: Any) -> None:
         super().__init__(**arguments)
-        if is_new:
-            self.drop_reference()
+        self.fix_reference(is_new=is_new)
 
     @property
     def micro_batches(self) -> int:
@@ -83,7 +80,8 @@ class SplitGRPOTrainer(SplitTrainer, GRPOTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         buffered: dict[int, dict[str, torch.Tensor]] = {}
-        with safe_open(Path(resume_from_checkpoint) / _ROLLOUTS_FILE, framework="pt") as file:
+        file_name, device = Path(resume_from_checkpoint) / _ROLLOUTS_FILE, self.accelerator.device
+        with safe_open(file_name, framework="pt", device=str(device)) as file:
             self._step = int(file.metadata()["step"])
             for key in file.keys():  # noqa: SIM118  # it is no dictionary
                 index, _, name = key.partition(".")

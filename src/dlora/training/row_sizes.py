@@ -27,6 +27,8 @@ class RowSizes:
     noun: str = "row"
     learned_is: str = ""
     """What is said before the learned tokens."""
+    beside: int = 0
+    """Tokens of the longest sequence that is in no row: a prompt with another row's completion."""
 
     @classmethod
     def of(cls, rows: Dataset) -> RowSizes:

@@ -141,13 +141,13 @@ def _check_labels(
 # ----------------------------------------------------------------- the same rows
 
 
-def digest(rows: Dataset) -> dict[str, Any]:
+def digest(rows: Dataset, *, as_text: bool = False) -> dict[str, Any]:
     """What run.json keeps of rows as they are trained: how many, and SHA-256 of ids and labels.
 
-    Of rows that are no tokens yet, their columns as they are.
+    Of rows that are no tokens yet (`as_text`), all their columns as they are, whatever their names.
     """
     content = hashlib.sha256()
-    columns = [name for name in _TRAINED if name in rows.column_names]
+    columns = [name for name in _TRAINED if name in rows.column_names and not as_text]
     for row in rows.select_columns(columns) if columns else rows:
         if not columns:
             content.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")

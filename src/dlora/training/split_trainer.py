@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
+from torch import nn
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer
 from trl import SFTTrainer
 
@@ -163,6 +164,18 @@ class SplitTrainer(Trainer):
         """Write the adapter that was trained, and no copy of it that a loss compared with."""
         self.drop_reference()
         self.save_model(str(folder))
+
+    def fix_reference(self, *, is_new: bool) -> None:
+        """Let the reference be what the run begins with, in every pass the same.
+
+        Of an adapter that `is_new` that is the model without one; of another it is trl's copy, which
+        drops nothing.
+        """
+        if is_new:
+            self.drop_reference()
+        for module in self.model.modules():
+            if _REFERENCE in (dropouts := getattr(module, "lora_dropout", {})):
+                dropouts[_REFERENCE] = nn.Identity()
 
     def drop_reference(self) -> None:
         """Let the model without an adapter be the reference, and no copy of the adapter."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from datasets import Dataset
 from transformers import TrainingArguments
 
+from dlora.edge.choose_parts import CHOICES
 from dlora.edge.description import has_cache
 from dlora.edge.model import SplitModel
 from dlora.edge.templates import tokenising
@@ -22,6 +24,7 @@ from dlora.formulas import pass_bytes
 from dlora.training.row_sizes import RowSizes
 from dlora.training.rows import fit_rows, refuse_or_warn
 from dlora.training.settings import TrainSettings
+from dlora.training.tasks import SEQUENCES
 
 __all__ = ["check_room", "check_streams", "fit_task_rows"]
 
@@ -32,14 +35,22 @@ _COMPLETIONS: Final = {"dpo": ("chosen_ids", "rejected_ids"), "kto": ("completio
 
 
 def fit_task_rows(
-    rows: Dataset, origins: Sequence[str], settings: TrainSettings, trainer: Any
+    rows: Dataset,
+    origins: Sequence[str],
+    settings: TrainSettings,
+    trainer: Any,
+    *,
+    training: bool,
 ) -> tuple[Dataset, RowSizes]:
-    """Apply `max_length` to a trainer's rows, and count them. Raises DataError, naming a row."""
+    """Apply `max_length` to a trainer's rows, and count them; `training`: they are not held out.
+
+    Raises DataError, naming a row.
+    """
     if settings.task == "sft":
         rows = fit_rows(rows, origins, settings)
         return rows, RowSizes.of(rows)
     if settings.task == "grpo":
-        return _fit_prompts(rows, origins, settings, trainer)
+        return _fit_prompts(rows, origins, settings, trainer, training=training)
 
     names = _COMPLETIONS[settings.task]
     lengths = _lengths(rows, names)
@@ -55,7 +66,20 @@ def fit_task_rows(
             f"{origins[0]}: like all rows it is longer than max_length {settings.max_length}, and "
             "nothing is left"
         )
-    return rows, _sizes(rows, names)
+    if settings.task == "dpo":
+        return rows, _sizes(rows, names)
+
+    # Completions of rows that are gone are not compared with either: paired again, as trl does.
+    if over:
+        rows = rows.map(_paired, batched=True, batch_size=settings.batch_size, desc="Pairing")
+    mixed = max(_lengths(rows, ("KL_completion_ids",)))
+    return rows, replace(_sizes(rows, names), beside=min(mixed, settings.max_length))
+
+
+def _paired(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Each prompt of a batch with the completion of the row before it."""
+    completions = rows["completion_ids"]
+    return {"KL_completion_ids": completions[-1:] + completions[:-1]}
 
 
 def _lengths(rows: Dataset, names: Sequence[str]) -> list[int]:
@@ -101,7 +125,12 @@ def _sizes(rows: Dataset, names: Sequence[str]) -> RowSizes:
 
 
 def _fit_prompts(
-    rows: Dataset, origins: Sequence[str], settings: TrainSettings, trainer: Any
+    rows: Dataset,
+    origins: Sequence[str],
+    settings: TrainSettings,
+    trainer: Any,
+    *,
+    training: bool,
 ) -> tuple[Dataset, RowSizes]:
     """Prompts that leave room for an answer."""
     answer = trainer.args.max_completion_length
@@ -119,7 +148,7 @@ def _fit_prompts(
         rows = rows.select(sorted(set(range(len(rows))).difference(over)))
         lengths = [length for length in lengths if length <= settings.max_length]
     at_once = trainer.args.generation_batch_size // trainer.args.num_generations
-    if len(rows) < at_once:
+    if training and len(rows) < at_once:
         raise DataError(
             f"{origins[0]}: {len(rows)} prompts fit, and a step takes {at_once}: give more, lower "
             "batch_size or gradient_accumulation_steps, or raise trainer.num_generations"
@@ -140,7 +169,7 @@ def check_room(
 ) -> None:
     """Raises UsageError if a batch of the longest rows, padded, is more than the server takes."""
     limits, pad_to = model.link.description.limits, settings.pad_to
-    longest = max(sizes.lengths)
+    longest = max(*sizes.lengths, sizes.beside)
     padded = math.ceil(longest / pad_to) * pad_to if pad_to else longest
     row = f"the longest row has {longest} tokens"
     if pad_to:
@@ -187,7 +216,8 @@ def _check_cache(drawn: int, length: int, prompt: int, model: SplitModel) -> Non
 def check_streams(settings: TrainSettings, model: SplitModel) -> None:
     """Raises UsageError where a step holds more streams than this tenant may have.
 
-    The policy's stream waits for its backward pass while the reference is asked.
+    The policy's streams, one for each part, wait for their backward pass while the reference is
+    asked.
     """
     allowed = model.link.description.limits.max_streams
     if settings.task not in ("dpo", "kto") or not allowed:
@@ -198,7 +228,16 @@ def check_streams(settings: TrainSettings, model: SplitModel) -> None:
             f"reference's), and {model.link.address} allows {allowed} here: ask for a larger "
             "quota, or train with trl's precompute_ref_log_probs from Python (docs/trainers.md)"
         )
+    parts = max(CHOICES) if settings.in_flight == "auto" else int(settings.in_flight)
+    parts = min(parts, settings.batch_size * SEQUENCES[settings.task])
+    parts = 1 if settings.wire == "hosted" else parts
+    if parts >= allowed:
+        raise UsageError(
+            f"a step of task {settings.task} holds {parts} streams for its parts in flight while "
+            f"it asks the reference, and {model.link.address} allows {allowed} in all: set "
+            f"in_flight to {allowed - 1} or less"
+        )
     log.info(
-        "a step of task %s holds two streams at once, of %d that are allowed here",
-        *(settings.task, allowed),
+        "a step of task %s holds up to %d streams at once, of %d that are allowed here",
+        *(settings.task, 2 * parts, allowed),
     )

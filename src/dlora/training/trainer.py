@@ -72,10 +72,12 @@ def build_trainer(
     for use, name, places in uses:
         if (dataset := getattr(trainer, name)) is None:
             continue
-        fitting, sizes = fit_task_rows(dataset, places, settings, trainer)
+        training = use == "data"
+        fitting, sizes = fit_task_rows(dataset, places, settings, trainer, training=training)
         setattr(trainer, name, fitting)
-        trainer.sizes[use], trainer.rows[use] = sizes, digest(fitting)
-        check_room(sizes, settings, trainer.args, model, training=use == "data")
+        trainer.sizes[use] = sizes
+        trainer.rows[use] = digest(fitting, as_text=settings.task == "grpo")
+        check_room(sizes, settings, trainer.args, model, training=training)
     check_same_rows(folder, trainer.rows)
     return trainer
 

@@ -96,4 +96,4 @@ def _of_task(settings: TrainSettings) -> dict[str, Any]:
     # Length is checked by `fit_rows`, with file and line.
     if settings.task == "sft":
         return {"max_length": None, "completion_only_loss": None}
-    return {"max_length": None, "disable_dropout": not settings.lora_dropout}
+    return {"max_length": None, "disable_dropout": not (settings.lora_dropout or settings.adapter)}

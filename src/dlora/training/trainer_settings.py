@@ -27,7 +27,7 @@ _RESERVED_BY_TASK: Final[dict[Task, frozenset[str]]] = {
             "transformers_continuous_batching_config use_transformers_paged cache_implementation "
             "max_tool_calling_iterations ds3_gather_for_generation log_completions "
             "log_completions_hub_repo log_multimodal log_unique_prompts num_completions_to_print "
-            "dataset_num_proc trust_remote_code".split()
+            "dataset_num_proc trust_remote_code metric_for_best_model greater_is_better".split()
         ),
     ),
 }

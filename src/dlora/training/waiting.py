@@ -14,7 +14,6 @@ from dlora.edge.model import SplitModel
 from dlora.errors import PeerError, PeerLost
 from dlora.formulas import round_trips
 from dlora.kill_revive.config import KillReviveConfig
-from dlora.protocol.layers import layer_of
 from dlora.training.settings import TrainSettings
 
 __all__ = ["SayWaiting", "faster", "round_trips_of"]
@@ -78,12 +77,10 @@ class SayWaiting(TrainerCallback):
 
 def round_trips_of(model: SplitModel) -> int:
     """Those of a training micro-batch that follow each other, with the sites that are active."""
-    sites, first = len(model.active_set.exchanged()), model.edge_layers.first
-    input_grad = any(layer_of(name) < first for name, _ in model.edge_layer_adapters())
     return round_trips(
-        sites,
+        len(model.active_set.exchanged()),
         hosted=model.options.wire == "hosted",
-        input_grad=input_grad,
+        input_grad=model.trains_before_cloud,
         drop_input_grads=model.options.input_grad == "drop",
     )
 
