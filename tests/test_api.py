@@ -340,6 +340,18 @@ def test_command_serves_until_it_is_told_to_stop(
 # ----------------------------------------------------------------- several adapters
 
 
+def test_a_table_of_its_own_stays_an_adapters_own(link: Any, tmp_path: Path) -> None:
+    """An adapter whose folder brings an embedding answers with that, beside others too."""
+    folder = tmp_path / "a"
+    make_split(link, lora(), seed=0).save_pretrained(str(folder))
+    one, other = (load_for_inference(link, folder) for _ in range(2))
+    table = other.get_input_embeddings()
+    table.weight = torch.nn.Parameter(table.weight * 2, requires_grad=False)
+    share_ends(one, other)
+    assert not torch.equal(one.get_input_embeddings().weight, other.get_input_embeddings().weight)
+    assert one.get_output_embeddings().weight is other.get_output_embeddings().weight
+
+
 def test_several_adapters_by_name(
     link: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

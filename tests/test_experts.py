@@ -25,9 +25,11 @@ from test_hosted import Watched, train
 from transformers import PreTrainedTokenizerFast
 
 import dlora
+from dlora.cloud import costs
 from dlora.cloud.limits import Limits
 from dlora.cloud.low_rank import LowRank
 from dlora.cloud.model import CloudModel
+from dlora.cloud.zero_edge import sample_ids
 from dlora.edge.describe import describe_adapter, describe_server
 from dlora.edge.description import read_description
 from dlora.errors import DLoRAError, PeerError, UsageError
@@ -324,6 +326,17 @@ def test_cloud_counts_what_it_computes_for_experts(own: Watched) -> None:
     while len(counted) < 2 and time.monotonic() < deadline:  # `Done` is sent before
         time.sleep(0.01)
     assert told[1] - told[0] == counted[1] - counted[0] > 0
+
+
+def test_flops_of_experts_are_of_a_plain_forward(own: Watched) -> None:
+    """What experts compute is counted without the factors that are tried on them at load."""
+    cloud = own.link.cloud
+    ids_BT = sample_ids(cloud.model, 2, 8)
+    with costs.FlopCount() as count:
+        cloud.parts.hidden(ids_BT)
+    layers = len(cloud.layers_with_sites)
+    want = costs.other_flops(count.total, 2, 8, cloud.sites, layers, cloud.model.config)
+    assert cloud.other_flops == want > 0
 
 
 def test_no_weight_is_made_for_a_stream(own: Watched) -> None:

@@ -87,7 +87,8 @@ RATED = [
     {"prompt": row["prompt"], "completion": row["chosen"], "label": n % 2 == 0}
     for n, row in enumerate(PAIRS)
 ]
-ASKED = [{"prompt": row["prompt"], "answer": row["chosen"]} for row in PAIRS[:4]]
+# A column for rewards may have the name of one that is trained on.
+ASKED = [{"prompt": row["prompt"], "answer": row["chosen"], "label": "yes"} for row in PAIRS[:4]]
 ROWS = {"dpo": PAIRS, "kto": RATED, "grpo": ASKED}
 
 # Answers of a draw are learned from in two steps, twice: most checkpoints fall in between.

@@ -168,8 +168,8 @@ class SplitTrainer(Trainer):
     def fix_reference(self, *, is_new: bool) -> None:
         """Let the reference be what the run begins with, in every pass the same.
 
-        Of an adapter that `is_new` that is the model without one; of another it is trl's copy, which
-        drops nothing.
+        Of an adapter that `is_new` that is the model without one; of another trl's copy of it,
+        which drops nothing.
         """
         if is_new:
             self.drop_reference()
