@@ -90,10 +90,10 @@ def share_ends(model: SplitModel, other: SplitModel) -> None:
         (model.get_output_embeddings(), other.get_output_embeddings()),
     ):
         # Where an adapter is on them, that is its own, and what it is on is shared. Where tokens
-        # were added to one of the models, the two are not of one size.
+        # were added to one of the models, or a table came with its adapter, the two differ.
         kept, twin = frozen_part(kept), frozen_part(twin)
         for name, parameter in kept.named_parameters(recurse=False):
-            if parameter.shape == twin.get_parameter(name).shape:
+            if torch.equal(parameter, twin.get_parameter(name)):
                 setattr(twin, name, parameter)
 
 
