@@ -164,6 +164,19 @@ class SplitTrainer(Trainer):
         self.drop_reference()
         self.save_model(str(folder))
 
+    def begin_reference(self, *, is_new: bool) -> None:
+        """Let the reference be the adapter as it begins, or none where it adds nothing yet.
+
+        trl copies what has ".default." in its name: not so trained rows, whose name ends with it.
+        """
+        if is_new:
+            self.drop_reference()
+        elif _REFERENCE in self.model.peft_config:
+            for name, parameter in self.model.named_parameters():
+                if name.endswith(".default"):
+                    copied = self.model.get_parameter(name.removesuffix("default") + _REFERENCE)
+                    copied.data.copy_(parameter.data)
+
     def drop_reference(self) -> None:
         """Let the model without an adapter be the reference, and no copy of the adapter."""
         if _REFERENCE in self.model.peft_config:
