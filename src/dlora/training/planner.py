@@ -21,11 +21,11 @@ from dlora.edge.model import SplitModel
 from dlora.edge.sites import ActiveSite, refuse_head, shared_sites
 from dlora.errors import UsageError
 from dlora.formulas import adapter_flops, forward_flops, seconds_in_flight
+from dlora.kill_revive.config import OF_LORA
 from dlora.protocol.layers import layer_of
 from dlora.training.calibrate import Calibration, calibrate, check, evenly_spread
 from dlora.training.plan_settings import PlanSettings
 from dlora.training.planned_traffic import Load, hosted_transfer_s, traffic
-from dlora.training.settings import OF_LORA
 
 __all__ = [
     "Prediction",
