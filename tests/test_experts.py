@@ -437,7 +437,7 @@ def test_a_run_trains_experts(
         ({"wire": "hosted", "upload_consent": True, "kr": "on"}, "Revive measures linear modules"),
         (
             {"wire": "hosted", "upload_consent": True, "kind": "series", "target_modules": ["x"]},
-            "target_parameters are of LoRA",
+            "target_parameters is of LoRA",
         ),
     ],
 )

@@ -30,6 +30,8 @@ from dlora.kill_revive.decide import (
 )
 from dlora.kill_revive.scores import Measured, score
 from dlora.kill_revive.units import costs_of, units_of
+from dlora.training.plan_settings import PlanSettings
+from dlora.training.planner import planned_model
 from dlora.training.run import train
 from dlora.training.settings import TrainSettings
 
@@ -541,6 +543,8 @@ def test_more_than_linear_modules_is_refused(link: InProcessLink, tmp_path: Path
     with pytest.raises(UsageError, match="an adapter with trainable_token_indices"):
         train(TrainSettings(**values, kr="on"), link)
     assert not (tmp_path / "run/run.json").exists()
+    with pytest.raises(UsageError, match="an adapter with trainable_token_indices"):
+        planned_model(PlanSettings(server="x", adapter=tmp_path / "adapter", kr="on"), link)
 
 
 def test_resumed_run_equals_one_never_stopped(link: InProcessLink, tmp_path: Path) -> None:
