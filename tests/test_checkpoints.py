@@ -17,7 +17,7 @@ from helpers import same
 from dlora.embedded import InProcessLink
 from dlora.errors import PeerLost
 from dlora.runs import RunFolder, damage, step_of
-from dlora.training import trainer as trainer_module
+from dlora.training import split_trainer as trainer_module
 from dlora.training.checkpoints import rotate_checkpoints
 from dlora.training.run import train
 from dlora.training.settings import TrainSettings

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,12 @@ from transformers import AutoModelForCausalLM
 import dlora
 from dlora.cli.merge import merge
 from dlora.cli.settings import MergeSettings
+from dlora.cloud.model import CloudModel
 from dlora.edge.grpc_link import GrpcLink
+from dlora.edge.load import load_base
 from dlora.embedded import InProcessLink
 from dlora.errors import UsageError
+from dlora.inference.answer import share_ends
 from dlora.training.run import train
 from dlora.training.settings import TrainSettings
 
@@ -179,6 +183,32 @@ def test_rows_that_were_added_later_are_saved(link: InProcessLink, tmp_path: Pat
     again = dlora.load_adapter(link, tmp_path, is_trainable=False, wire_dtype="fp32")
     with torch.no_grad():
         torch.testing.assert_close(again(**batch(VOCAB + 2, 0)).logits, want)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_table_that_came_with_an_adapter_is_its_own(
+    cloud_models: Callable[[str], CloudModel], tmp_path: Path, family: str
+) -> None:
+    """An embedding of the served size in an adapter folder is that of its own model alone: the
+    cloud in this process and other models keep theirs, and it is saved with the adapter again.
+    """
+    whole = peft_model(make_base(family), lora(family))
+    whole.get_input_embeddings().weight.data += 0.1
+    whole.save_pretrained(tmp_path / "first", save_embedding_layers=True)
+    want, cloud = whole.eval()(**batch(0, 0)).logits, cloud_models(family)
+    served = {name: value.clone() for name, value in cloud.model.state_dict().items()}
+    with closing(InProcessLink(cloud)) as link:
+        options: dict[str, Any] = {"is_trainable": False, "wire_dtype": "fp32"}
+        base, split = load_base(link), dlora.load_adapter(link, tmp_path / "first", **options)
+        share_ends(base, split)
+        split.save_pretrained(tmp_path / "second")
+        again = dlora.load_adapter(link, tmp_path / "second", **options)
+        tokens_BT = batch(0, 0)["attention_mask"].bool()
+        for model in (split, again):
+            with torch.no_grad():
+                got = model(**batch(0, 0)).logits
+            torch.testing.assert_close(got[tokens_BT], want[tokens_BT], rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(served[name], now) for name, now in cloud.model.state_dict().items())
 
 
 @pytest.mark.parametrize(

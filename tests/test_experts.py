@@ -447,10 +447,10 @@ def test_a_run_trains_experts(
     ("words", "message"),
     [
         ({}, "mlp.experts.gate_up_proj is a fused weight of experts.*wire=plain"),
-        ({"wire": "hosted", "upload_consent": True, "kr": "on"}, "kr measures linear modules"),
+        ({"wire": "hosted", "upload_consent": True, "kr": "on"}, "Revive measures linear modules"),
         (
             {"wire": "hosted", "upload_consent": True, "kind": "series", "target_modules": ["x"]},
-            "target_parameters are of LoRA",
+            "target_parameters is of LoRA",
         ),
     ],
 )

@@ -30,6 +30,8 @@ from dlora.kill_revive.decide import (
 )
 from dlora.kill_revive.scores import Measured, score
 from dlora.kill_revive.units import costs_of, units_of
+from dlora.training.plan_settings import PlanSettings
+from dlora.training.planner import planned_model
 from dlora.training.run import train
 from dlora.training.settings import TrainSettings
 
@@ -520,6 +522,29 @@ def test_callback_wants_a_split_model(tmp_path: Path) -> None:
     callback = KillReviveCallback(KillReviveConfig())
     with pytest.raises(UsageError, match="wants a split model, got Linear"):
         callback.on_train_begin(None, None, None, model=torch.nn.Linear(1, 1))
+
+
+def test_more_than_linear_modules_is_refused(link: InProcessLink, tmp_path: Path) -> None:
+    """An adapter that trains the head or rows beside linear modules is refused by name, from a
+    folder before anything is written and by the callback; a new classification head is not.
+    """
+    split = make_split(link, lora(modules_to_save=["lm_head"]))
+    with pytest.raises(UsageError, match="an adapter with modules_to_save, want one without"):
+        KillAndRevive(split, KillReviveConfig(), 10)
+    with pytest.raises(UsageError, match="an adapter with modules_to_save, want one without"):
+        KillReviveCallback(KillReviveConfig()).on_train_begin(None, None, None, model=split)
+    KillAndRevive(make_split(link, lora(task_type="SEQ_CLS")), KillReviveConfig(), 10)
+
+    rows = make_split(link, lora(trainable_token_indices=[5]))
+    rows.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    values: dict[str, Any] = {"server": "in-process", "data": str(tmp_path / "data.jsonl")}
+    values |= {"adapter": tmp_path / "adapter", "output": tmp_path / "run", "lora_dropout": 0.0}
+    with pytest.raises(UsageError, match="an adapter with trainable_token_indices"):
+        train(TrainSettings(**values, kr="on"), link)
+    assert not (tmp_path / "run/run.json").exists()
+    with pytest.raises(UsageError, match="an adapter with trainable_token_indices"):
+        planned_model(PlanSettings(server="x", adapter=tmp_path / "adapter", kr="on"), link)
 
 
 def test_resumed_run_equals_one_never_stopped(link: InProcessLink, tmp_path: Path) -> None:

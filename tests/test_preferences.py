@@ -67,7 +67,7 @@ _TRAINERS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 # trainer -> micro-batches of the three steps, forward passes alone counted in, as the table of
 # docs/trainers.md has them
 _STREAMS = {
-    **dict.fromkeys(("SFT", "ORPO", "CPO"), 3),
+    **dict.fromkeys(("SFT", "ORPO", "CPO", "Reward"), 3),
     **dict.fromkeys(("DPO", "DPO-ipo"), 3 * 2),
     "DPO-precomputed": 3 + 1,
     "KTO": 3 * 4,

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 import trl
-from conftest import NO_DRAIN, make_base
+from conftest import NO_DRAIN, adapter, lora, make_base, make_split
 from helpers import cli, dlora_command, same
 from peft import LoraConfig, get_peft_model
 from test_endings import At, Broken, broken, send, with_callback
@@ -284,6 +284,22 @@ def test_preferences_of_an_adapter_are_compared_with_it(
     assert abs(last["rewards/margins"]) > 0.01
     assert first["round_trips"] == 2 * (2 * 3 + 1 + 4)  # the reference's sites are asked too
     assert not (tmp_path / "run/ref").exists() and not same(tmp_path / "first", tmp_path / "run")
+
+
+def test_trained_rows_are_those_of_the_reference(link: InProcessLink, tmp_path: Path) -> None:
+    """Rows of the embedding that an adapter has trained are its reference's too: at the first step
+    nothing differs.
+    """
+    rows = list(range(3, 290))
+    model = make_split(link, lora(trainable_token_indices={"embed_tokens": rows}))
+    for name, parameter in adapter(model).items():
+        parameter.data += 0.1 * torch.randn_like(parameter) * ("tokens_delta" in name)
+    model.save_pretrained(tmp_path / "first")
+    train(
+        settings(tmp_path, "dpo", adapter=tmp_path / "first", lora_dropout=0.0, max_steps=1), link
+    )
+    (first,) = (entry for entry in entries(tmp_path / "run") if "loss" in entry)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-3)
 
 
 @pytest.mark.parametrize(

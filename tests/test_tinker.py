@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NO_DRAIN, VOCAB, make_base, make_split
+from conftest import NO_DRAIN, VOCAB, lora, make_base, make_split
 from google.protobuf.proto import parse_length_prefixed
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GenerationConfig, PreTrainedTokenizerFast
@@ -35,6 +35,7 @@ from tinker import types
 from tinker.proto import request_conv
 
 from dlora.tinker.app import build_app
+from dlora.tinker.models import weights_of
 from dlora.tinker.sampling import Choices, Sampled, sample
 from dlora.tinker.service import Service
 from dlora.tinker.targets import is_attention
@@ -660,6 +661,27 @@ def test_the_cloud_sees_an_ordinary_split_model(link: Any, tmp_path: Path) -> No
     assert truth.loss == pytest.approx(want.loss) and torch.equal(truth.labels, want.labels)
     with pytest.raises(UsageError, match="holds a run already"):
         build_service(settings(tmp_path, record=1), link)
+
+
+@pytest.mark.parametrize("rows", [VOCAB, VOCAB + 2])
+def test_tables_of_an_adapter_are_sampled_with(service: Service, tmp_path: Path, rows: int) -> None:
+    """An adapter that came with an embedding and head of its own, of more rows or as many, is
+    sampled with these, and one of the same configuration without them is not.
+    """
+    plain = make_split(service.models.link, lora(), num_tokens=rows)
+    plain.save_pretrained(tmp_path / "plain", save_embedding_layers=False)
+    for end in (plain.get_input_embeddings(), plain.get_output_embeddings()):
+        end.weight = torch.nn.Parameter(end.weight + 0.1, requires_grad=False)
+    plain.save_pretrained(tmp_path / "own", save_embedding_layers=True)
+
+    batch = {"input_ids": torch.tensor([[7, 8, 9]])}
+    for folder in ("own", "plain", "own"):
+        trained = service.models.load(tmp_path / folder).eval()
+        sampled = service.models.sampling(weights_of(trained))
+        with torch.no_grad():
+            got, want = (model(**batch).logits for model in (sampled, trained))
+        assert got.shape[-1] == (rows if folder == "own" else VOCAB)
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize(

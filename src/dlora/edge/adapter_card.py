@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from huggingface_hub import ModelCardData
 from peft import LoraConfig, PeftConfig, PeftModel, PromptLearningConfig, TaskType
 
-from dlora.edge.ends import has_more_rows
+from dlora.edge.model_config import read_config
 from dlora.errors import UsageError
 
 __all__ = ["card_head", "how_to_load", "refuse_merging", "write_card"]
@@ -26,12 +26,12 @@ def write_card(model: PeftModel, output_dir: str) -> None:
     config = model.active_peft_config
     own = model.get_base_model()
     labels = own.config.num_labels if config.task_type == TaskType.SEQ_CLS else None
-    grown = has_more_rows(own, model.link.description)
-    rows = own.config.get_text_config().vocab_size if grown else 0
+    rows = own.config.get_text_config().vocab_size
+    served = read_config(model.link.description).get_text_config().vocab_size
     text = (
         f"{card_head(base, classifies=labels is not None)}\n# {_what(config)} for {base}\n\n"
         f"{_size(config)}. Made with DLoRA.\n\n"
-        f"{how_to_load(base, Path(output_dir).name, num_labels=labels, num_tokens=rows)}"
+        f"{how_to_load(base, Path(output_dir).name, num_labels=labels, num_tokens=rows if rows > served else 0)}"
     )
     file.write_text(text, encoding="utf-8")
 

@@ -9,13 +9,14 @@ from typing import Final
 
 import torch
 from peft import PeftModel
-from peft.utils import get_peft_model_state_dict, load_peft_weights
+from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 
+from dlora.edge.ends import own_ends
 from dlora.errors import UsageError
 from dlora.protocol.text import clean_text
 
-__all__ = ["check_adapter_weights", "read_adapter_weights"]
+__all__ = ["check_adapter_weights", "put_adapter_weights", "read_adapter_weights"]
 
 _NAMES: Final = ("adapter_model.safetensors", "adapter_model.bin")
 _SHOWN: Final = 2
@@ -41,10 +42,24 @@ def read_adapter_weights(
     return weights
 
 
-def check_adapter_weights(model: PeftModel, weights: Mapping[str, Tensor], misfit: str) -> None:
-    """Raises UsageError unless the weights are those of the model's adapter, by name and shape.
+def put_adapter_weights(model: PeftModel, weights: Mapping[str, Tensor], misfit: str) -> None:
+    """Give the model's adapter these weights, and the model the embedding and head among them.
 
-    `misfit` is how the message begins.
+    Raises UsageError unless they are those of the adapter, by name and shape. `misfit` is how the
+    message begins.
+    """
+    if check_adapter_weights(model, weights, misfit):
+        own_ends(model.get_base_model())
+    try:
+        set_peft_model_state_dict(model, dict(weights))
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(f"{misfit}: {clean_text(error)}") from error
+
+
+def check_adapter_weights(model: PeftModel, weights: Mapping[str, Tensor], misfit: str) -> bool:
+    """Whether weights of the embedding or head themselves are beside the adapter's.
+
+    Raises UsageError as `put_adapter_weights`.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft takes a bottleneck's biases for broken matrices
@@ -61,3 +76,4 @@ def check_adapter_weights(model: PeftModel, weights: Mapping[str, Tensor], misfi
             raise UsageError(
                 f"{misfit}: {name} has shape {list(tensor.shape)}, want {list(known[name].shape)}"
             )
+    return not weights.keys() <= wanted.keys()

@@ -26,9 +26,10 @@ __all__ = [
     "add_rows",
     "check_trained",
     "frozen_part",
-    "has_more_rows",
+    "has_own_ends",
     "head_flops",
     "head_of",
+    "own_ends",
     "rows_needed",
     "show_bias",
     "token_indices",
@@ -36,6 +37,7 @@ __all__ = [
 
 CLASSIFIERS: Final = ("classifier", "score")
 """What a classification head may be called: peft trains and saves these, and no others."""
+_OWN: Final = "_has_own_ends"
 
 
 def head_of(base: PreTrainedModel) -> nn.Module | None:
@@ -139,10 +141,27 @@ def add_rows(base: PreTrainedModel, num_tokens: int, tables: Sequence[str] = ())
     base.resize_token_embeddings(num_tokens)
 
 
-def has_more_rows(base: PreTrainedModel, description: pb.Description) -> bool:
-    """Whether the model has rows for tokens that the served one has not."""
+def own_ends(base: PreTrainedModel) -> None:
+    """Give embedding and head memory of their own, for others than the served ones to be put in.
+
+    What was served may be the cloud's own memory, or another model's. Tied ends stay tied.
+    """
+    own: dict[int, nn.Parameter] = {}
+    ends = [end for end in (base.get_input_embeddings(), head_of(base)) if end is not None]
+    for part in map(frozen_part, ends):
+        for name, served in list(part.named_parameters(recurse=False)):
+            copied = nn.Parameter(served.detach().clone(), requires_grad=served.requires_grad)
+            setattr(part, name, own.setdefault(id(served), copied))
+    setattr(base, _OWN, True)
+
+
+def has_own_ends(base: PreTrainedModel, description: pb.Description) -> bool:
+    """Whether embedding and head are not the served ones, so that an adapter is saved with them.
+
+    They have rows for more tokens, or came with an adapter (`own_ends`).
+    """
     served = read_config(description).get_text_config().vocab_size
-    return bool(base.config.get_text_config().vocab_size > served)
+    return getattr(base, _OWN, False) or base.config.get_text_config().vocab_size > served
 
 
 def rows_needed(config: PeftConfig, weights: Mapping[str, Tensor]) -> int:

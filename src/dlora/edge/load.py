@@ -14,7 +14,6 @@ from typing import Final, Unpack
 
 import torch
 from peft import LoraConfig, PeftConfig, PromptLearningConfig, TaskType
-from peft.utils import set_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +25,7 @@ from dlora.edge.adapter_config import (
     read_any_config,
     targetable,
 )
-from dlora.edge.adapter_weights import check_adapter_weights, read_adapter_weights
+from dlora.edge.adapter_weights import put_adapter_weights, read_adapter_weights
 from dlora.edge.classifier import labels_in
 from dlora.edge.ends import add_rows, check_trained, head_of, rows_needed
 from dlora.edge.experts import check_parameters
@@ -39,7 +38,6 @@ from dlora.edge.skeleton import build_skeleton, drop_stand_ins, edge_layers_of
 from dlora.edge.tokenizer import fit_tokenizer
 from dlora.edge.wall import wall
 from dlora.errors import DLoRAError, UsageError
-from dlora.protocol.text import clean_text
 
 __all__ = ["get_peft_model", "load_adapter", "load_base", "load_tokenizer"]
 
@@ -178,11 +176,7 @@ def load_adapter(
     rows, labels = rows_needed(config, weights), labels_in(weights)
     model = _put_on(link, config, device, options, labels, rows)
 
-    check_adapter_weights(model, weights, misfit)
-    try:
-        set_peft_model_state_dict(model, weights)
-    except (RuntimeError, ValueError) as error:
-        raise UsageError(f"{misfit}: {clean_text(error)}") from error
+    put_adapter_weights(model, weights, misfit)
     return model
 
 

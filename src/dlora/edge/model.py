@@ -47,7 +47,7 @@ from dlora.edge.bottleneck import BottleneckConfig, make_bottleneck, save_bottle
 from dlora.edge.cloud_layers import CloudLayers, Kept
 from dlora.edge.description import has_cache
 from dlora.edge.edge_layers import EdgeDecoder
-from dlora.edge.ends import check_trained, has_more_rows, head_flops, head_of, show_bias
+from dlora.edge.ends import check_trained, has_own_ends, head_flops, head_of, show_bias
 from dlora.edge.forward_call import ForwardCall, ForwardCalls
 from dlora.edge.hosted import KeptVersions, check_hosted
 from dlora.edge.in_flight import PartCount
@@ -367,8 +367,8 @@ class SplitModel(PeftModelForCausalLM):
         if isinstance(self.peft_config["default"], BottleneckConfig):
             save_bottleneck(self, Path(save_directory).expanduser())
             return
-        grown = has_more_rows(self.get_base_model(), self.link.description)
-        kwargs.setdefault("save_embedding_layers", grown)
+        own = has_own_ends(self.get_base_model(), self.link.description)
+        kwargs.setdefault("save_embedding_layers", own)
         super().save_pretrained(str(Path(save_directory).expanduser()), *args, **kwargs)
 
 

@@ -89,8 +89,8 @@ def share_ends(model: SplitModel, other: SplitModel) -> None:
         (model.get_input_embeddings(), other.get_input_embeddings()),
         (model.get_output_embeddings(), other.get_output_embeddings()),
     ):
-        # Where an adapter is on them, that is its own, and what it is on is shared. An adapter's
-        # folder may bring a table of its own, with rows of new tokens or without.
+        # Where an adapter is on them, that is its own, and what it is on is shared. Where tokens
+        # were added to one of the models, or a table came with its adapter, the two differ.
         kept, twin = frozen_part(kept), frozen_part(twin)
         for name, parameter in kept.named_parameters(recurse=False):
             if torch.equal(parameter, twin.get_parameter(name)):

@@ -16,6 +16,7 @@ from dlora.errors import UsageError
 from dlora.kill_revive.apply import KillAndRevive, Noted
 from dlora.kill_revive.config import KillReviveConfig
 from dlora.kill_revive.costs import USUAL, Rows
+from dlora.kill_revive.units import check_measurable
 
 __all__ = ["KillReviveCallback"]
 
@@ -58,6 +59,7 @@ class KillReviveCallback(TrainerCallback):
         """Bind to the model; take up the state of the checkpoint that the run continues from."""
         if not isinstance(model, SplitModel):
             raise UsageError(f"Kill and Revive wants a split model, got {type(model).__name__}")
+        check_measurable(model)
         rows = _average(train_dataloader, args)
         self.reviver = KillAndRevive(model, self.config, state.max_steps, rows)
         if state.global_step:

@@ -5,13 +5,16 @@ After arXiv:2404.05182: where the paper is silent the options below say what is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from dlora.errors import UsageError
 
-__all__ = ["PAPER", "KillReviveConfig", "Policy", "from_options"]
+__all__ = ["OF_LORA", "PAPER", "KillReviveConfig", "Policy", "check_linear", "from_options"]
+
+OF_LORA: Final = ("target_parameters", "modules_to_save", "trainable_token_indices")
+"""What LoRA can train beside linear modules."""
 
 Policy = Literal[
     "kr",
@@ -132,3 +135,16 @@ def from_options(name: Literal["on", "paper"], options: Mapping[str, Any]) -> Ki
     if unknown := sorted(options.keys() - known.keys()):
         raise UsageError(f"kr_options: {unknown[0]} is not known; there are: {', '.join(known)}")
     return KillReviveConfig(**(known | dict(options)))
+
+
+def check_linear(adapter: object, allowed: Collection[str] = ()) -> None:
+    """Raises UsageError where settings, or peft's configuration, have more than linear modules.
+
+    `allowed` are names of modules that may be trained beside them.
+    """
+    for name in OF_LORA:
+        if set(getattr(adapter, name, None) or ()) - set(allowed):
+            raise UsageError(
+                f"Kill and Revive measures linear modules: got an adapter with {name}, want one "
+                "without, or kr off"
+            )

@@ -8,32 +8,38 @@ from typing import Any, Final
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from dlora.edge.ends import CLASSIFIERS
 from dlora.edge.lora import product_of
 from dlora.edge.model import SplitModel
-from dlora.errors import UsageError
+from dlora.kill_revive.config import check_linear
 from dlora.kill_revive.costs import USUAL, Costs, Rows, Unit
 from dlora.proto import dlora_pb2 as pb
 from dlora.protocol.layers import layer_of
 from dlora.protocol.wire import payload_bytes
 
-__all__ = ["costs_of", "parameters_of", "units_of", "weights_of"]
+__all__ = ["check_measurable", "costs_of", "parameters_of", "units_of", "weights_of"]
 
 _WIDTH: Final = 1024  # a whole number of groups in every codec
+
+
+def check_measurable(model: SplitModel) -> None:
+    """Raises UsageError for adapters with parts of which nothing could be measured.
+
+    A new classification head, which is always trained, is none of them.
+    """
+    for config in model.peft_config.values():
+        check_linear(config, CLASSIFIERS)
 
 
 def units_of(model: SplitModel, kind: str) -> list[Unit]:
     """The units of a model's adapter, of kind "site" or "module", in the cloud's calling order.
 
-    Raises UsageError for experts, of which nothing could be measured.
+    Raises UsageError for adapters of more than linear modules.
     """
+    check_measurable(model)
     units = []
     for site in model.sites:
         names = site.names
-        if site.is_fused:
-            raise UsageError(
-                f"Kill and Revive measures linear modules, and not {names[0]}: leave "
-                "target_parameters out, or train with kr off"
-            )
         layer = layer_of(names[0])
         if kind == "site":
             units.append(Unit(f"site {site.index}: {', '.join(names)}", tuple(names), layer))

@@ -16,15 +16,15 @@ from typing import Any, Final
 
 import torch
 from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict
 from tinker import types
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dlora.edge.adapter_config import read_adapter_config
-from dlora.edge.adapter_weights import check_adapter_weights, read_adapter_weights
+from dlora.edge.adapter_weights import put_adapter_weights, read_adapter_weights
 from dlora.edge.classifier import refuse_classifier
-from dlora.edge.ends import rows_needed
+from dlora.edge.ends import has_own_ends, rows_needed
 from dlora.edge.link import Link
 from dlora.edge.load import get_peft_model, load_adapter, load_base
 from dlora.edge.model import SplitModel
@@ -53,8 +53,9 @@ class Weights:
 
     @property
     def kind(self) -> str:
-        """The same for weights that fit on the same model."""
-        return json.dumps(self.config.to_dict(), sort_keys=True, default=_listed)
+        """The same for weights that fit on the same model, with embedding and head among them."""
+        shapes = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
+        return json.dumps([self.config.to_dict(), shapes], sort_keys=True, default=_listed)
 
 
 def _listed(value: Any) -> Any:
@@ -62,9 +63,10 @@ def _listed(value: Any) -> Any:
 
 
 def weights_of(model: SplitModel) -> Weights:
-    """A copy of the weights of a model's adapter."""
+    """A copy of the weights of a model's adapter, and of embedding and head that are its own."""
+    own = has_own_ends(model.get_base_model(), model.link.description)
     with _quiet():
-        tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+        tensors = get_peft_model_state_dict(model, save_embedding_layers=own)
     return Weights(
         model.peft_config["default"],
         {name: tensor.detach().clone() for name, tensor in tensors.items()},
@@ -109,9 +111,8 @@ class Models:
 
     def put(self, model: SplitModel, weights: Weights) -> None:
         """Give a model's adapter these weights. Raises UsageError where they do not fit."""
-        check_adapter_weights(model, weights.tensors, "the saved adapter does not fit")
         with _quiet():
-            set_peft_model_state_dict(model, dict(weights.tensors))
+            put_adapter_weights(model, weights.tensors, "the saved adapter does not fit")
 
     def sampling(self, weights: Weights | None) -> SplitModel:
         """A model to sample with that has these weights, until the next call."""

@@ -10,9 +10,9 @@ from dlora.edge.adapter_card import card_head, how_to_load
 from dlora.edge.adapter_results import card_with_results
 from dlora.edge.bottleneck import CONFIG_FILE
 from dlora.edge.meter import Meter
+from dlora.kill_revive.config import OF_LORA
 from dlora.runs import RunFolder
 from dlora.training.advice import SEEN
-from dlora.training.settings import OF_LORA
 from dlora.training.tasks import TITLES
 
 __all__ = ["run_card", "write_run_card"]

@@ -21,11 +21,12 @@ from dlora.edge.model import SplitModel
 from dlora.edge.sites import ActiveSite, refuse_head, shared_sites
 from dlora.errors import UsageError
 from dlora.formulas import adapter_flops, forward_flops, seconds_in_flight
+from dlora.kill_revive.config import OF_LORA
+from dlora.kill_revive.units import check_measurable
 from dlora.protocol.layers import layer_of
 from dlora.training.calibrate import Calibration, calibrate, check, evenly_spread
 from dlora.training.plan_settings import PlanSettings
 from dlora.training.planned_traffic import Load, hosted_transfer_s, traffic
-from dlora.training.settings import OF_LORA
 
 __all__ = [
     "Prediction",
@@ -99,6 +100,8 @@ def planned_model(settings: PlanSettings, link: Link) -> SplitModel:
     else:
         model = get_peft_model(link, _planned_config(settings), **options)
     refuse_head(model, link.description)
+    if settings.kr != "off":
+        check_measurable(model)
     return model
 
 

@@ -33,7 +33,7 @@ class SplitDPOTrainer(SplitTrainer, DPOTrainer):
     def __init__(self, *, is_new: bool, max_length: int, **arguments: Any) -> None:
         """`is_new`: the adapter adds nothing yet."""
         super().__init__(**arguments)
-        self.fix_reference(is_new=is_new)
+        self.begin_reference(is_new=is_new)
 
 
 class SplitKTOTrainer(SplitTrainer, KTOTrainer):
@@ -45,7 +45,7 @@ class SplitKTOTrainer(SplitTrainer, KTOTrainer):
         """The mismatched sequences, which no row has, are cut to `max_length` tokens."""
         super().__init__(**arguments)
         self.data_collator.max_length = max_length
-        self.fix_reference(is_new=is_new)
+        self.begin_reference(is_new=is_new)
 
 
 class SplitGRPOTrainer(SplitTrainer, GRPOTrainer):
@@ -59,7 +59,7 @@ class SplitGRPOTrainer(SplitTrainer, GRPOTrainer):
 
     def __init__(self, *, is_new: bool, max_length: int, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.fix_reference(is_new=is_new)
+        self.begin_reference(is_new=is_new)
 
     @property
     def micro_batches(self) -> int:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from dlora.extras import missing_extra
+from dlora.kill_revive.config import OF_LORA
 from dlora.runs import Run, load_run
 from dlora.training.readable import counted, readable_time
-from dlora.training.settings import OF_LORA
 from dlora.training.tasks import TITLES
 
 __all__ = ["write_report"]

@@ -22,6 +22,8 @@ from dlora.edge.load import get_peft_model, load_adapter, load_tokenizer
 from dlora.edge.model import SplitModel
 from dlora.edge.sites import refuse_head
 from dlora.errors import PeerLost
+from dlora.kill_revive.config import OF_LORA
+from dlora.kill_revive.units import check_measurable
 from dlora.privacy.recording import Recorder
 from dlora.runs import RunFolder, step_of
 from dlora.training.card import write_run_card
@@ -30,7 +32,7 @@ from dlora.training.output import began, check_output, first_values
 from dlora.training.parts import follow_parts
 from dlora.training.rewards import digests
 from dlora.training.run_lock import alone_in_output
-from dlora.training.settings import OF_LORA, TrainSettings
+from dlora.training.settings import TrainSettings
 from dlora.training.split_trainer import SplitTrainer
 from dlora.training.task_rows import check_streams
 from dlora.training.trainer import build_trainer
@@ -128,6 +130,8 @@ def _build_model(settings: TrainSettings, link: Link) -> SplitModel:
     }
     if settings.adapter is not None:
         model = load_adapter(link, settings.adapter, **options)
+        if settings.kr != "off":
+            check_measurable(model)
     else:
         model = get_peft_model(link, _config(settings), **options)
     refuse_head(model, link.description)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Literal
 
 from dlora.edge.noise import Noise
 from dlora.edge.options import (
@@ -22,14 +22,11 @@ from dlora.edge.settings import AccessSettings, EdgeSettings, target_names
 from dlora.edge.task_forms import check_task_columns
 from dlora.errors import UsageError
 from dlora.files import expand_homes
-from dlora.kill_revive.config import KillReviveConfig, from_options
+from dlora.kill_revive.config import OF_LORA, KillReviveConfig, check_linear, from_options
 from dlora.training.tasks import Task, check_task
 from dlora.training.trainer_settings import check_trainer
 
-__all__ = ["OF_LORA", "ReportSettings", "TrainSettings"]
-
-OF_LORA: Final = ("target_parameters", "modules_to_save", "trainable_token_indices")
-"""What LoRA can train beside linear modules."""
+__all__ = ["ReportSettings", "TrainSettings"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,8 +340,7 @@ def _check_kill_revive(settings: TrainSettings) -> None:
         if settings.kr_options:
             raise UsageError("kr_options need kr on or paper")
         return
-    if given := [name for name in OF_LORA if getattr(settings, name)]:
-        raise UsageError(f"kr measures linear modules: no {given[0]}, or kr off")
+    check_linear(settings)
     config = settings.kill_revive
     if config is not None and config.idle == "cloud" and not settings.upload_consent:
         raise UsageError(

@@ -165,14 +165,20 @@ class SplitTrainer(Trainer):
         self.drop_reference()
         self.save_model(str(folder))
 
-    def fix_reference(self, *, is_new: bool) -> None:
-        """Let the reference be what the run begins with, in every pass the same.
+    def begin_reference(self, *, is_new: bool) -> None:
+        """Let the reference be the adapter as it begins, or none where it adds nothing yet.
 
-        Of an adapter that `is_new` that is the model without one; of another trl's copy of it,
-        which drops nothing.
+        trl copies what has ".default." in its name: not so trained rows, whose name ends with it.
+        And it drops nothing, so that it is the same in every pass.
         """
         if is_new:
             self.drop_reference()
+        if _REFERENCE not in self.model.peft_config:
+            return
+        for name, parameter in self.model.named_parameters():
+            if name.endswith(".default"):
+                copied = self.model.get_parameter(name.removesuffix("default") + _REFERENCE)
+                copied.data.copy_(parameter.data)
         for module in self.model.modules():
             if _REFERENCE in (dropouts := getattr(module, "lora_dropout", {})):
                 dropouts[_REFERENCE] = nn.Identity()
