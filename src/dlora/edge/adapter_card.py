@@ -26,12 +26,13 @@ def write_card(model: PeftModel, output_dir: str) -> None:
     config = model.active_peft_config
     own = model.get_base_model()
     labels = own.config.num_labels if config.task_type == TaskType.SEQ_CLS else None
-    rows = own.config.get_text_config().vocab_size
+    rows: int = own.config.get_text_config().vocab_size
     served = read_config(model.link.description).get_text_config().vocab_size
+    grown = rows if rows > served else 0
     text = (
         f"{card_head(base, classifies=labels is not None)}\n# {_what(config)} for {base}\n\n"
         f"{_size(config)}. Made with DLoRA.\n\n"
-        f"{how_to_load(base, Path(output_dir).name, num_labels=labels, num_tokens=rows if rows > served else 0)}"
+        f"{how_to_load(base, Path(output_dir).name, num_labels=labels, num_tokens=grown)}"
     )
     file.write_text(text, encoding="utf-8")
 
