@@ -228,7 +228,7 @@ ARMS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "q,k,v hosted int4": ("FT hosted", {"wire_dtype": "int4"}, ONE),
 }
 TASKS = BOTH
-FIRST = 4
+FIRST = 2
 """Of the arms: those that have all of their runs before any other has one."""
 ARC = {  # as in paper/smollm2-text.yaml, with more eval rows and a base in fp32
     "steps": 40,

@@ -76,6 +76,7 @@ def test_every_promise_of_the_threat_model_names_its_evidence() -> None:
         ("decoding", "benchmarks"),
         ("load", "benchmarks"),
         ("links", "benchmarks"),
+        ("codecs", "benchmarks"),
         ("cache_prefix", "slow-link"),
         ("preferences", "trainers"),
         ("plan", "benchmarks"),
