@@ -359,6 +359,14 @@ def write(line: dict[str, Any]) -> None:
     print({name: line[name] for name in shown if name in line}, flush=True)
 
 
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown: gradients of one batch, then whole runs."""
+    return "\n\n".join(
+        make([run for run in results if run["stage"] == stage])
+        for stage, make in (("gradients", gradients_table), ("whole", whole_table))
+    )
+
+
 def gradients_table(runs: list[dict[str, Any]]) -> str:
     """Markdown: one table a wire, a row a choice; bytes beside those of fp32."""
     parts = []
@@ -437,10 +445,7 @@ if __name__ == "__main__":
     if arguments.what == "run" and arguments.data is None:
         parser.error("run wants --data FOLDER")
     if arguments.what == "table":
-        results = load_results()
-        print(gradients_table([run for run in results if run["stage"] == "gradients"]))
-        print()
-        print(whole_table([run for run in results if run["stage"] == "whole"]))
+        print(table(load_results()))
     elif arguments.whole:
         whole(arguments.data, arguments.folder, arguments.minutes)
     else:

@@ -276,7 +276,7 @@ def test_preferences_of_an_adapter_are_compared_with_it(
     """A run that starts from an adapter has that as its reference: at its first step nothing
     differs, and the adapter that is left is one adapter.
     """
-    train(settings(tmp_path, "dpo", "first", max_steps=1), link)
+    train(settings(tmp_path, "dpo", "first", max_steps=1, lora_dropout=0.0), link)
     second = {"adapter": tmp_path / "first", "lora_dropout": 0.0, "max_steps": 2}
     train(settings(tmp_path, "dpo", **second), link)
     first, last = (entry for entry in entries(tmp_path / "run") if "loss" in entry)
