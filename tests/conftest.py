@@ -240,6 +240,15 @@ def link(
     made.close()
 
 
+@pytest.fixture(scope="module")
+def server(
+    cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedTokenizerFast
+) -> Iterator[Server]:
+    """The same behind gRPC; modules that want another make their own."""
+    with Server(cloud_models("llama"), tokenizer, options=NO_DRAIN) as running:
+        yield running
+
+
 @pytest.fixture(scope="session")
 def model_folder(
     tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory

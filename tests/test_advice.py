@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import NO_DRAIN
-from transformers import PreTrainedTokenizerFast
 
 import dlora
 from dlora.cli.commands import COMMANDS
@@ -28,15 +25,6 @@ from dlora.training.planned_traffic import Traffic, hosted_transfer_s, staged_s
 from dlora.training.planner import Prediction, planned_model
 from dlora.training.settings import TrainSettings
 from dlora.training.waiting import SayWaiting, faster
-
-
-@pytest.fixture(scope="module")
-def server(
-    cloud_models: Callable[[str], Any], tokenizer: PreTrainedTokenizerFast
-) -> Iterator[Server]:
-    """A tiny Llama behind gRPC."""
-    with Server(cloud_models("llama"), tokenizer, options=NO_DRAIN) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

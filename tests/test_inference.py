@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, NO_DRAIN, lora, make_local, make_split
+from conftest import FAMILIES, lora, make_local, make_split
 from helpers import dlora_command
 from transformers import PreTrainedTokenizerFast
 
@@ -31,15 +31,6 @@ from dlora.inference.settings import EvalSettings
 from dlora.server.server import Server
 
 Links = Callable[[str], Any]
-
-
-@pytest.fixture(scope="module")
-def server(
-    cloud_models: Callable[[str], Any], tokenizer: PreTrainedTokenizerFast
-) -> Iterator[Server]:
-    """A server with a tokenizer."""
-    with Server(cloud_models("llama"), tokenizer, options=NO_DRAIN) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 import datasets
 import pytest
-from conftest import NO_DRAIN, lora, make_base, make_local, make_split
+from conftest import lora, make_base, make_local, make_split
 from transformers import PreTrainedTokenizerFast
 
 import dlora
@@ -97,15 +97,6 @@ def tasks_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hub = "task: far\ndataset_path: example-org/far\ntest_split: test\noutput_type: multiple_choice"
     (folder / "far.yaml").write_text(hub)
     return folder
-
-
-@pytest.fixture(scope="module")
-def server(
-    cloud_models: Callable[[str], Any], tokenizer: PreTrainedTokenizerFast
-) -> Iterator[Server]:
-    """A server with a tokenizer."""
-    with Server(cloud_models("llama"), tokenizer, options=NO_DRAIN) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

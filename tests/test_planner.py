@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import NO_DRAIN, make_base
-from transformers import PreTrainedTokenizerFast
 
 import dlora
 from dlora.cli.main import main
@@ -20,15 +18,6 @@ from dlora.server.server import Server
 from dlora.training.calibrate import calibrate
 from dlora.training.plan_settings import PlanSettings
 from dlora.training.planner import check, plan
-
-
-@pytest.fixture(scope="module")
-def server(
-    cloud_models: Callable[[str], Any], tokenizer: PreTrainedTokenizerFast
-) -> Iterator[Server]:
-    """A tiny Llama behind gRPC."""
-    with Server(cloud_models("llama"), tokenizer, options=NO_DRAIN) as running:
-        yield running
 
 
 def predicted_and_run(settings: PlanSettings, link: Any) -> tuple[Any, Any, float]:

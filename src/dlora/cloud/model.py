@@ -135,13 +135,7 @@ class CloudModel:
             *(self.cache_cost, self.limits, ids_BT),
         )
         self.other_flops = other_flops(
-            *(
-                counted.flops or 0,
-                *ids_BT.shape,
-                self.sites,
-                len(self.layers_with_sites),
-                model.config,
-            )
+            *(counted.flops, *ids_BT.shape, self.sites, len(self.layers_with_sites), model.config)
         )
         load_checks.check_layers(parts, self.sites, self.layers, self.limits, ids_BT)
 
@@ -363,13 +357,13 @@ class _CountedPass:
 
     def __init__(self, parts: Parts, ids_BT: Tensor) -> None:
         self.parts, self.ids_BT = parts, ids_BT
-        self.flops: int | None = None
+        self.flops = 0
 
     def __call__(self) -> Any:
         """Run it; what the decoder returns."""
         with FlopCount() as count:
             output = self.parts.run(self.ids_BT)
-        if self.flops is None:
+        if not self.flops:
             self.flops, self.hidden_BTD = count.total, last_hidden(output).detach()
         return output
 

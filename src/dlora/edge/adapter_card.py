@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from huggingface_hub import ModelCardData
 from peft import LoraConfig, PeftConfig, PeftModel, PromptLearningConfig, TaskType
 
-from dlora.edge.model_config import read_config
+from dlora.edge.ends import grown_rows
 from dlora.errors import UsageError
 
 __all__ = ["card_head", "how_to_load", "refuse_merging", "write_card"]
@@ -22,13 +22,9 @@ def write_card(model: PeftModel, output_dir: str) -> None:
     file = Path(output_dir) / "README.md"
     if file.exists():
         return
-    base = model.get_base_model().name_or_path
-    config = model.active_peft_config
-    own = model.get_base_model()
+    own, config = model.get_base_model(), model.active_peft_config
+    base, grown = own.name_or_path, grown_rows(own, model.link.description)
     labels = own.config.num_labels if config.task_type == TaskType.SEQ_CLS else None
-    rows: int = own.config.get_text_config().vocab_size
-    served = read_config(model.link.description).get_text_config().vocab_size
-    grown = rows if rows > served else 0
     text = (
         f"{card_head(base, classifies=labels is not None)}\n# {_what(config)} for {base}\n\n"
         f"{_size(config)}. Made with DLoRA.\n\n"

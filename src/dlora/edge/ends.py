@@ -26,6 +26,7 @@ __all__ = [
     "add_rows",
     "check_trained",
     "frozen_part",
+    "grown_rows",
     "has_own_ends",
     "head_flops",
     "head_of",
@@ -160,8 +161,13 @@ def has_own_ends(base: PreTrainedModel, description: pb.Description) -> bool:
 
     They have rows for more tokens, or came with an adapter (`own_ends`).
     """
-    served = read_config(description).get_text_config().vocab_size
-    return getattr(base, _OWN, False) or base.config.get_text_config().vocab_size > served
+    return getattr(base, _OWN, False) or grown_rows(base, description) > 0
+
+
+def grown_rows(base: PreTrainedModel, description: pb.Description) -> int:
+    """Rows of the embedding of a model that has more than the served one; else 0."""
+    rows: int = base.config.get_text_config().vocab_size
+    return rows if rows > read_config(description).get_text_config().vocab_size else 0
 
 
 def rows_needed(config: PeftConfig, weights: Mapping[str, Tensor]) -> int:

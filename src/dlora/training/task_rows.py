@@ -60,7 +60,7 @@ def fit_task_rows(
         if settings.overlong == "truncate":
             rows, origins = _cut(rows, origins, names, settings.max_length)
         else:
-            rows = rows.select(sorted(set(range(len(rows))).difference(over)))
+            rows = _without(rows, over)
     if not len(rows):
         raise DataError(
             f"{origins[0]}: like all rows it is longer than max_length {settings.max_length}, and "
@@ -74,6 +74,11 @@ def fit_task_rows(
         rows = rows.map(_paired, batched=True, batch_size=settings.batch_size, desc="Pairing")
     mixed = max(_lengths(rows, ("KL_completion_ids",)))
     return rows, replace(_sizes(rows, names), beside=min(mixed, settings.max_length))
+
+
+def _without(rows: Dataset, over: Sequence[int]) -> Dataset:
+    """All rows but these."""
+    return rows.select(sorted(set(range(len(rows))).difference(over)))
 
 
 def _paired(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -145,7 +150,7 @@ def _fit_prompts(
     over = [index for index, length in enumerate(lengths) if length > settings.max_length]
     if over:
         refuse_or_warn(over, lengths, origins, settings, f" with an answer of {answer}")
-        rows = rows.select(sorted(set(range(len(rows))).difference(over)))
+        rows = _without(rows, over)
         lengths = [length for length in lengths if length <= settings.max_length]
     at_once = trainer.args.generation_batch_size // trainer.args.num_generations
     if training and len(rows) < at_once:
