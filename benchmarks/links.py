@@ -10,9 +10,10 @@ The server has one core and one thread, the edge another, as two machines would;
 the edge has. Every arm takes an optimizer step on loopback and then one over the link, all arms in
 turns, after a short one that is not counted. Other work on a machine adds time and never takes
 any: so seconds are the fastest of all turns, and a ratio is of two such. Predicted seconds are
-those of `dlora plan` for this link, of one calibration on loopback, the fastest of three passes as
-well. The planner's pick is the fastest that trains as local tuning does; where another arm trains
-the same way, its steps are the pick's.
+those of `dlora plan` for this link. It calibrates on loopback before the turns, between them and
+after them, since the machine's speed drifts; the fastest calibration counts, as for steps. The
+planner's pick is of the first: the fastest that trains as local tuning does. Where another arm
+trains the same way, its steps are the pick's.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import socket
 import sys
 import threading
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -247,9 +248,12 @@ def _measure(
         for arm in arms
     }
     local, optimizer = _local()
-    predicted_s, pick = _predicted(address, numbers, shape, arms)
+    planner = Planner(address, numbers, shape)
+    planner.calibrate()
+    ways = dict(arms)
     if PICK in arms:
-        arms[PICK] = pick
+        arms[PICK] = ways[PICK] = planner.pick()
+    pick = ways.get(PICK)
     same = next((arm for arm in arms if arm != PICK and arms[arm] == pick), None)
     if PICK in arms and same is not None:  # measured once
         del arms[PICK]
@@ -273,63 +277,75 @@ def _measure(
                     "in_flight": far.model.part_count.number,
                     "tokens": shape[0] * shape[1] * arms[arm].micro_batches,
                 }
+            planner.calibrate()
         for arm, pair in pairs.items():
             found[arm]["trains"] = str(arms[arm])
             for one in pair:
                 one.close()
     if PICK in found and same is not None:
         found[PICK] |= {key: found[same][key] for key in found[same] if key != "arm"}
-    return [found[arm] | {"predicted_s": predicted_s[arm]} for arm in found]
+    planner.close()
+    return [found[arm] | {"predicted_s": planner.seconds(ways[arm])} for arm in found]
 
 
-def _predicted(
-    address: str,
-    numbers: tuple[float, float, float],
-    shape: tuple[int, int, int],
-    arms: dict[str, Arm],
-) -> tuple[dict[str, float], Arm]:
-    """Seconds of a step of each arm, and the planner's pick: all of one calibration, on loopback.
+class Planner:
+    """`dlora plan` for a link, calibrated on loopback as often as it is told to."""
 
-    The pick is the fastest of what trains as local tuning does, whatever the cloud sees.
-    """
-    import dlora
-    from dlora.training.advice import choose
-    from dlora.training.calibrate import calibrate
-    from dlora.training.plan_settings import PlanSettings
-    from dlora.training.planner import planned_model, predict
+    def __init__(
+        self, address: str, numbers: tuple[float, float, float], shape: tuple[int, int, int]
+    ) -> None:
+        import dlora
+        from dlora.training.plan_settings import PlanSettings
+        from dlora.training.planner import planned_model
 
-    rtt_ms, up_mbit, down_mbit = numbers
-    base = PlanSettings(
-        server=address,
-        target_modules=QKV,
-        batch_size=shape[0],
-        length=shape[1],
-        supervised=shape[2],
-        rtt_ms=rtt_ms,
-        up_mbit=up_mbit or None,
-        down_mbit=down_mbit or None,
-    )
-    with closing(dlora.connect(address)) as link:
-        model = planned_model(base, link)
-        measured = calibrate(base, model, ["fp16", "int8"])
-        rows = [row for row in choose(base, model, measured) if row.as_local]
-        best = max(rows, key=lambda row: row.tokens_per_s)
-        pick = Arm(best.choice.wire, in_flight=best.prediction.in_flight)
+        rtt_ms, up_mbit, down_mbit = numbers
+        self.base = PlanSettings(
+            server=address,
+            target_modules=QKV,
+            batch_size=shape[0],
+            length=shape[1],
+            supervised=shape[2],
+            rtt_ms=rtt_ms,
+            up_mbit=up_mbit or None,
+            down_mbit=down_mbit or None,
+        )
+        self.link = dlora.connect(address)
+        self.model = planned_model(self.base, self.link)
+        self.calibrations: list[Any] = []
 
-        seconds = {}
-        for name, arm in arms.items():
-            one = pick if name == PICK else arm
-            choice = replace(
-                base,
-                wire=one.wire,
-                upload_consent=one.wire == "hosted",
-                in_flight=one.in_flight,
-                sites=one.sites,
-                gradient_accumulation_steps=one.micro_batches,
-                wire_dtype=one.options.get("wire_dtype", "fp16"),
-            )
-            seconds[name] = predict(choice, model, measured).seconds
-    return seconds, pick
+    def calibrate(self) -> None:
+        """Measure once more."""
+        from dlora.training.calibrate import calibrate
+
+        self.calibrations.append(calibrate(self.base, self.model, ["fp16", "int8"]))
+
+    def pick(self) -> Arm:
+        """The fastest of what trains as local tuning does, whatever the cloud sees."""
+        from dlora.training.advice import choose
+
+        rows = choose(self.base, self.model, self.calibrations[0])
+        best = max((row for row in rows if row.as_local), key=lambda row: row.tokens_per_s)
+        return Arm(best.choice.wire, in_flight=best.prediction.in_flight)
+
+    def seconds(self, arm: Arm) -> float:
+        """Of a step, by the calibration with the fastest training step."""
+        from dlora.training.planner import predict
+
+        choice = replace(
+            self.base,
+            wire=arm.wire,
+            upload_consent=arm.wire == "hosted",
+            in_flight=arm.in_flight,
+            sites=arm.sites,
+            gradient_accumulation_steps=arm.micro_batches,
+            wire_dtype=arm.options.get("wire_dtype", "fp16"),
+        )
+        measured = min(self.calibrations, key=lambda one: one.lowest_s)
+        return predict(choice, self.model, measured).seconds
+
+    def close(self) -> None:
+        """End the connection."""
+        self.link.close()
 
 
 def table(found: list[dict[str, Any]]) -> str:
