@@ -296,7 +296,7 @@ class Planner:
     ) -> None:
         import dlora
         from dlora.training.plan_settings import PlanSettings
-        from dlora.training.planner import planned_model
+        from dlora.training.planner import hosted_probe, planned_model
 
         rtt_ms, up_mbit, down_mbit = numbers
         self.base = PlanSettings(
@@ -311,13 +311,15 @@ class Planner:
         )
         self.link = dlora.connect(address)
         self.model = planned_model(self.base, self.link)
+        self.hosted = hosted_probe(self.base, self.link)
         self.calibrations: list[Any] = []
 
     def calibrate(self) -> None:
         """Measure once more."""
         from dlora.training.calibrate import calibrate
 
-        self.calibrations.append(calibrate(self.base, self.model, ["fp16", "int8"]))
+        found = calibrate(self.base, self.model, ["fp16", "int8"], self.hosted)
+        self.calibrations.append(found)
 
     def pick(self) -> Arm:
         """The fastest of what trains as local tuning does, whatever the cloud sees."""

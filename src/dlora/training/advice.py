@@ -16,7 +16,7 @@ from dlora.training.calibrate import Calibration, calibrate
 from dlora.training.link_speed import HERE, link_speed
 from dlora.training.plan_settings import PlanSettings
 from dlora.training.planned_traffic import Load
-from dlora.training.planner import Prediction, planned_model, predict
+from dlora.training.planner import Prediction, hosted_probe, planned_model, predict
 from dlora.training.settings import TrainSettings
 
 __all__ = ["MIXES", "SEEN", "Row", "advise", "choose", "command", "mark", "table"]
@@ -76,7 +76,8 @@ def advise(
         settings, link=None, rtt_ms=speed.rtt_ms, up_mbit=speed.up_mbit, down_mbit=speed.down_mbit
     ).for_table
     model = planned_model(base, link) if model is None else model
-    measured = calibrate(base, model, [wire_dtype for wire_dtype, _ in MIXES])
+    wire_dtypes = [wire_dtype for wire_dtype, _ in MIXES]
+    measured = calibrate(base, model, wire_dtypes, hosted_probe(base, link))
     return choose(base, model, measured, load)
 
 

@@ -25,11 +25,24 @@ from dlora.protocol.layers import layer_of
 from dlora.protocol.wire import decode, encode
 from dlora.training.plan_settings import PlanSettings
 
-__all__ = ["Calibration", "calibrate", "check", "evenly_spread", "widths"]
+__all__ = ["Calibration", "HostedStep", "calibrate", "check", "evenly_spread", "widths"]
 
 _PASSES: Final = 3
 _PASSES_S: Final = 20.0
 """No pass is begun after so many seconds of the same."""
+
+
+@dataclass(frozen=True)
+class HostedStep:
+    """Seconds of a training step over the hosted wire, at all sites."""
+
+    sites: int
+    forward_s: float
+    """Of the cloud."""
+    backward_s: float
+    """Of the cloud."""
+    edge_s: float
+    """While the edge does not wait: the adapter to messages and back, head, loss, edge layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +74,20 @@ class Calibration:
     """On the link there is, beside round trips."""
     together: bool
     """Both halves compute on one machine."""
+    hosted: HostedStep | None
+    """Of a hosted model: what plans of the hosted wire are made of."""
 
 
 def calibrate(
-    settings: PlanSettings, model: SplitModel, wire_dtypes: Sequence[str] = ()
+    settings: PlanSettings,
+    model: SplitModel,
+    wire_dtypes: Sequence[str] = (),
+    hosted: SplitModel | None = None,
 ) -> Calibration:
     """Measure with the model as it is: its wire, its active sites.
 
+    `hosted` is the same adapter on the hosted wire, where the model's is another and hosted steps
+    will be planned as well: there the cloud computes the adapter, which no other wire shows.
     `wire_dtypes` are those that will be planned with; none: that of the settings. What sites cost
     the cloud beside the layers' own work shows in forward, where all of them are, against forward
     with one; backward is taken to pay the same. How much longer backward takes than forward shows
@@ -75,6 +95,8 @@ def calibrate(
     meanwhile loses nothing.
     """
     # One label a row: the edge's head has no part in this.
+    if model.options.wire == "hosted":
+        hosted = model
     batch = _random_batch(settings, model, supervised=1)
     rtt_s, sites = measured_rtt(model.link), model.active_set.exchanged()
     whole = [cost for _, cost in _passes(model, batch, training=False)]
@@ -105,7 +127,20 @@ def calibrate(
         rtt_s=rtt_s,
         transfer_per_byte_s=_of_bytes(in_turns, rtt_s),
         together=on_one_machine(model.link, rtt_s),
+        hosted=None if hosted is None else _hosted_step(settings, hosted),
     )
+
+
+def _hosted_step(settings: PlanSettings, model: SplitModel) -> HostedStep:
+    """A training step takes two round trips there, however many sites it has: so it is run."""
+    batch = _random_batch(settings, model, settings.supervised)
+    forward_s = backward_s = edge_s = math.inf
+    for took, cost in _passes(model, batch, training=True):
+        first_s = sum(wait.cloud_s for wait in model.waits[:1])  # no wait: all layers are here
+        forward_s = min(forward_s, first_s)
+        backward_s = min(backward_s, cost.cloud_s - first_s)
+        edge_s = min(edge_s, took - cost.wait_s)
+    return HostedStep(len(model.active_set.exchanged()), forward_s, backward_s, edge_s)
 
 
 def _at_the_lowest(

@@ -2,16 +2,18 @@
 
 Bytes and round trips follow from shapes (`planned_traffic.py`). Seconds are put together from what
 is measured once (`calibrate.py`): a forward pass at all planned sites, a training step at the
-lowest of them alone, one site's share of work on this machine, and the link, unless it is given.
+lowest of them alone, a hosted step, one site's share of work on this machine, and the link, unless
+it is given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
 from peft import LoraConfig
+from torch import nn
 
 from dlora.edge.bottleneck import BottleneckConfig
 from dlora.edge.choose_parts import best_parts, stations
@@ -32,6 +34,7 @@ __all__ = [
     "Prediction",
     "activate",
     "check",
+    "hosted_probe",
     "line_of",
     "plan",
     "planned_model",
@@ -39,6 +42,8 @@ __all__ = [
     "predict_evaluation",
 ]
 
+_STD: Final = 0.01
+"""Of an adapter's weights where values do not matter."""
 _FORWARD: Final = 1 / 3
 """Of the edge's work of a training step, what a forward pass takes: backward is twice as much."""
 
@@ -102,6 +107,15 @@ def planned_model(settings: PlanSettings, link: Link) -> SplitModel:
     refuse_head(model, link.description)
     if settings.kr != "off":
         check_measurable(model)
+    return model
+
+
+def hosted_probe(settings: PlanSettings, link: Link) -> SplitModel:
+    """The planned adapter on the hosted wire with random weights: nothing of a user's goes up."""
+    model = planned_model(replace(settings, wire="hosted", upload_consent=True), link)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=_STD)
     return model
 
 
@@ -176,9 +190,13 @@ def _micro_batch(
     else:
         transfers_s = [wire.sent * up_s, wire.received * down_s]
 
-    # One site stands for all; hosted ones are the cloud's. The input gradients of edge layers cost
-    # about what their forward does.
-    edge_s += 0.0 if hosted else len(sites) * measured.site_s.get(settings.wire, 0.0)
+    # One site stands for all; of hosted ones only messages are made here. The input gradients of
+    # edge layers cost about what their forward does.
+    if hosted and measured.hosted is not None:
+        share = len(sites) / max(1, measured.hosted.sites)
+        edge_s += share * max(0.0, measured.hosted.edge_s - edge_s)
+    elif not hosted:
+        edge_s += len(sites) * measured.site_s.get(settings.wire, 0.0)
     edge_s *= 1.0 if training else _FORWARD
     wire_s = (wire.sent + wire.received) * measured.per_byte_s[settings.wire_dtype]
 
@@ -231,7 +249,7 @@ def _cloud(
 
     What was measured holds for the sites and the wire that it was measured with. Fewer sites take
     their share of what sites cost, and backward ends at the lowest of them. Hosted, sites cost what
-    their adapters compute; factored, what the edge no longer computes comes to it.
+    a hosted step showed; factored, what the edge no longer computes comes to it.
     """
     forward_s = measured.lowest_forward_s
     backward_s = measured.lowest_s - measured.lowest_forward_s
@@ -240,15 +258,21 @@ def _cloud(
         depth = max(1, top - min(layer_of(site.names[0]) for site in sites))
         backward_s *= depth / max(1, top - measured.lowest)
 
+    if settings.wire == "hosted" and measured.hosted is not None:
+        one, share = measured.hosted, len(sites) / max(1, measured.hosted.sites)
+        lowest_backward_s = measured.lowest_s - measured.lowest_forward_s
+        forward_s += share * max(0.0, one.forward_s - measured.lowest_forward_s)
+        backward_s += share * max(0.0, one.backward_s - lowest_backward_s)
+        return forward_s, backward_s
+
     # Exchanges, of which one is in what was measured.
-    hosts = settings.wire == "hosted" and measured.wire != "hosted"
-    if measured.sites > 1 and not hosts:
+    if measured.sites > 1:
         each_s = max(0.0, measured.forward_s - measured.lowest_forward_s) / (measured.sites - 1)
         forward_s += each_s * max(0, len(sites) - 1)
         backward_s += each_s * max(0, len(sites) - 1)
 
-    # Work that another wire leaves to the cloud, at its speed.
-    if settings.wire not in (measured.wire, "plain"):
+    # Work that this wire leaves to the cloud and the plain one does not, at the cloud's speed.
+    if settings.wire == "factored" and measured.wire == "plain":
         adapters, adapters_backward = _adapter_flops(settings, sites)
         speed_s = measured.lowest_forward_s / _frozen_flops(settings, model)
         forward_s += adapters * speed_s
@@ -267,9 +291,7 @@ def _frozen_flops(settings: PlanSettings, model: SplitModel) -> int:
 
 
 def _adapter_flops(settings: PlanSettings, sites: Sequence[ActiveSite]) -> tuple[int, int]:
-    """FLOPs that the cloud does for adapters on this wire and not on the plain one: (forward,
-    backward).
-    """
+    """FLOPs that the cloud does for adapters on the factored wire: (forward, backward)."""
     rows, found = settings.batch_size * settings.length, []
     for training in (False, True):
         flops = 0
@@ -277,10 +299,7 @@ def _adapter_flops(settings: PlanSettings, sites: Sequence[ActiveSite]) -> tuple
             for layer in site.layers:
                 shape = (rows, site.in_features, settings.r, layer.out_features)
                 flops += adapter_flops(*shape, training=training, input_grad=True)
-                if settings.wire == "factored":
-                    flops -= adapter_flops(
-                        *shape, training=training, input_grad=True, factored=True
-                    )
+                flops -= adapter_flops(*shape, training=training, input_grad=True, factored=True)
         found.append(flops)
     forward, both = found
     return forward, both - forward
