@@ -202,22 +202,22 @@ ARMS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         {"wire_dtype": "int4", "input_grad": "drop"},
         BOTH,
     ),
-    "gate,up hosted fp16": ("FT gate,up hosted", {"wire_dtype": "fp16"}, ONE),
-    "gate,up hosted int8, rank 2": ("FT gate,up hosted rank 2", {"wire_dtype": "int8"}, ONE),
+    "gate,up hosted int4, rank 1": ("FT gate,up hosted rank 1", {"wire_dtype": "int4"}, ONE),
+    "gate,up hosted int4, rank 2, 15 of 30 sites": (
+        "spread gate,up hosted rank 2, a half",
+        {"wire_dtype": "int4"},
+        ONE,
+    ),
     "q,k,v hosted fp16": ("FT hosted", {"wire_dtype": "fp16"}, ONE),
-    "gate,up hosted int8, rank 4, 6 of 30 sites": (
-        "spread gate,up hosted rank 4, a fifth",
-        {"wire_dtype": "int8"},
-        ONE,
-    ),
-    "gate,up hosted int8, rank 4, 15 of 30 sites": (
-        "spread gate,up hosted rank 4, a half",
-        {"wire_dtype": "int8"},
-        ONE,
-    ),
+    "gate,up hosted fp16": ("FT gate,up hosted", {"wire_dtype": "fp16"}, ONE),
+    "q,k,v plain fp16": ("FT", {"wire_dtype": "fp16"}, ONE),
     "gate,up hosted int4, rank 2": ("FT gate,up hosted rank 2", {"wire_dtype": "int4"}, ONE),
-    "gate,up hosted int8": ("FT gate,up hosted", {"wire_dtype": "int8"}, ONE),
-    "q,k,v hosted int8": ("FT hosted", {"wire_dtype": "int8"}, ONE),
+    "gate,up hosted int4, rank 4, 6 of 30 sites": (
+        "spread gate,up hosted rank 4, a fifth",
+        {"wire_dtype": "int4"},
+        ONE,
+    ),
+    "gate,up hosted int4": ("FT gate,up hosted", {"wire_dtype": "int4"}, ONE),
     "gate,up factored int8": ("FT gate,up", {"wire_dtype": "int8"}, ONE),
     "gate,up factored int4": ("FT gate,up", {"wire_dtype": "int4"}, ONE),
     "gate,up factored fp16, dx dropped": (
@@ -225,7 +225,6 @@ ARMS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         {"wire_dtype": "fp16", "input_grad": "drop"},
         ONE,
     ),
-    "q,k,v hosted int4": ("FT hosted", {"wire_dtype": "int4"}, ONE),
 }
 TASKS = BOTH
 FIRST = 2
@@ -409,10 +408,14 @@ def traffic(run: dict[str, Any]) -> int:
 
 
 def whole_table(runs: list[dict[str, Any]]) -> str:
-    """Markdown: accuracy by seed, and bytes beside plain fp16 on the same modules' exact run."""
+    """Markdown: accuracy by seed, and bytes, on Banking77 beside those of FT on q, k, v, plain."""
     parts = []
+    full = kr.by_arm(kr.load_results())["FT"]
     for task in TASKS:
-        lines = [f"| {task} | accuracy (seeds) | eval loss | MB |", "|---|---|---|---|"]
+        lines = [
+            f"| {task} | accuracy (seeds) | eval loss | MB | of FT on q, k, v, plain, % |",
+            "|---|---|---|---|---|",
+        ]
         for name in ARMS:
             mine = {run["seed"]: run for run in runs if (run["task"], run["run"]) == (task, name)}
             if not mine:
@@ -422,9 +425,10 @@ def whole_table(runs: list[dict[str, Any]]) -> str:
             )
             seeds = ", ".join(f"{mine[seed]['accuracy']:.3f}" for seed in sorted(mine))
             size = statistics.fmean(traffic(run) for run in mine.values()) / 1e6
+            share = f"{kr.share(mine, full, 'bytes'):.2f}" if task == "banking77" else ""
             lines.append(
                 f"| {name} | **{mean('accuracy'):.3f}** ({seeds}) | {mean('eval_loss'):.3f} | "
-                f"{size:.1f} |"
+                f"{size:.1f} | {share} |"
             )
         if len(lines) > 2:
             parts.append("\n".join(lines))

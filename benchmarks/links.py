@@ -22,6 +22,7 @@ import argparse
 import json
 import os
 import socket
+import statistics
 import sys
 import threading
 import time
@@ -351,8 +352,8 @@ class Planner:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """Markdown: named links, then those that only wait."""
-    rows = []
+    """Markdown: named links, then those that only wait, and how far predictions are off."""
+    rows: list[str] = []
     for waits in (False, True):
         rows += [
             "| link | arm | in flight | MB up, down a step | tokens/s | of loopback | of local "
@@ -361,7 +362,22 @@ def table(found: list[dict[str, Any]]) -> str:
         ]
         rows += [_row(one) for one in found if (not one["settings"][1]) == waits]
         rows.append("")
-    return "\n".join(rows[:-1])
+    hosted = [one for one in found if one["arm"].startswith("FT hosted")]
+    others = [one for one in found if one not in hosted and one["arm"] != PICK]
+    return "\n".join(
+        [
+            *rows,
+            f"- Predicted seconds of the hosted arms, which all picks are: {_off(hosted)}.",
+            f"- Those of the other arms: {_off(others)}.",
+        ]
+    )
+
+
+def _off(found: list[dict[str, Any]]) -> str:
+    """How far predictions are from the fastest step."""
+    shares = [one["predicted_s"] / min(one["seconds"]) - 1 for one in found]
+    median = statistics.median(map(abs, shares))
+    return f"off by {median:.0%} in the median, {min(shares):+.0%} to {max(shares):+.0%}"
 
 
 def _row(one: dict[str, Any]) -> str:

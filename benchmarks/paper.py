@@ -288,17 +288,19 @@ def measure(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> dict[str,
         found: dict[str, Any] = kr.measure(model, tokenizer, rows)
         return found
     model.eval()
-    order, right = sorted(rows, key=lambda row: len(row["prompt"])), 0
+    order = sorted(rows, key=lambda row: len(row["prompt"]))
+    right: list[bool] = []
     for start in range(0, len(rows), 8):
         chosen = order[start : start + 8]
         questions = [(row["prompt"], [" " + choice for choice in row["choices"]]) for row in chosen]
         for row, scores in zip(chosen, choice_scores(model, tokenizer, questions), strict=True):
-            right += row["choices"][scores.index(max(scores))] == row["answer"]
+            right.append(row["choices"][scores.index(max(scores))] == row["answer"])
     answers = [row["choices"].index(row["answer"]) for row in rows]
     majority = max(answers.count(answer) for answer in set(answers)) / len(rows)
     return {
-        "accuracy": right / len(rows),
+        "accuracy": sum(right) / len(rows),
         "rows": len(rows),
+        "right": kr.marks(right),
         "eval_loss": None,
         "majority": majority,
     }

@@ -49,6 +49,23 @@ def half_width(runs: list[Run]) -> float:
     return 1.96 * math.sqrt(shares[0] * (1 - shares[0]) / runs[0]["rows"])
 
 
+def gap_half_width(mine: list[Run], theirs: list[Run]) -> float:
+    """Of the 95 % interval of a difference of accuracy between two arms on one task.
+
+    Paired by seed where both have the same several seeds (t). Of a single one paired by row where
+    both runs kept which rows were right, as McNemar's test does; else as if independent.
+    """
+    pairs = [(a, b) for a in mine for b in theirs if a["seed"] == b["seed"]]
+    whole = len(pairs) == len(mine) == len(theirs)
+    if whole and len(pairs) > 1:
+        gaps = [a["accuracy"] - b["accuracy"] for a, b in pairs]
+        return T_95.get(len(gaps), 2.0) * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    if whole and all(one.get("right") for one in pairs[0]):
+        gaps = [int(a) - int(b) for a, b in zip(*(one["right"] for one in pairs[0]), strict=True)]
+        return 1.96 * statistics.pstdev(gaps) / math.sqrt(len(gaps))
+    return math.hypot(half_width(mine), half_width(theirs))
+
+
 def mean(runs: list[Run]) -> float:
     """Accuracy over seeds."""
     return statistics.fmean(run["accuracy"] for run in runs)
@@ -98,7 +115,7 @@ def accuracy_table(config: Any, runs: list[Run], model: str) -> str:
                 columns += ["", ""]
                 continue
             gap = statistics.fmean(mean(by_task[task]) - mean(full[task]) for task in full)
-            wide = [half_width(found) for task in full for found in (by_task[task], full[task])]
+            wide = [gap_half_width(by_task[task], full[task]) for task in full]
             beside = (
                 f"{other}, {len(full)} task{'s' * (len(full) > 1)}"
                 if other != "base"

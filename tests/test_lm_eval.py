@@ -225,12 +225,13 @@ def test_an_interrupted_evaluation_goes_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """After Ctrl-C the same command asks only for what is missing and finds the same; what was kept
-    is for its user alone, is of no other adapter, and goes at the end.
+    is for its user alone, is of no other adapter, outlives an evaluation with other settings, and
+    goes at the end.
     """
     command = [*words, "--tasks", "choose,answer", "--batch_size", "4", "--output"]
     other = folder.parent / "whole.json"
     assert main([*command, str(other)]) == 0
-    part, once = folder / "evaluation.part", lm_harness.wanted_logits
+    once = lm_harness.wanted_logits
 
     calls: list[int] = []
 
@@ -244,11 +245,15 @@ def test_an_interrupted_evaluation_goes_on(
     stop = 4
     assert main([*command, str(folder.parent / "half.json")]) == 130
     assert "answers are kept: the same command goes on with them" in capsys.readouterr().err
+    (part,) = folder.glob("evaluation-*.part")
     assert part.stat().st_mode & 0o777 == 0o600
     text = part.read_text()
     kept = len(text.splitlines()) - 1
     assert kept >= 12 and "message" not in text
     calls, stop = [], 0
+    assert main([*command, str(folder.parent / "chat.json"), "--chat"]) == 0
+    assert part.read_text() == text
+    calls = []
     with part.open("a") as file:
         file.write('{"key": "cut')
     assert main([*command, str(folder.parent / "half.json")]) == 0

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import NO_DRAIN, make_base
+from peft import LoraConfig
 
 import dlora
 from dlora.cli.main import main
 from dlora.cloud.limits import Limits
 from dlora.cloud.model import CloudModel
 from dlora.server.server import Server
-from dlora.training.calibrate import calibrate
+from dlora.training.calibrate import HostedStep, calibrate
 from dlora.training.plan_settings import PlanSettings
-from dlora.training.planner import check, plan
+from dlora.training.planner import check, hosted_probe, plan, planned_model, predict
 
 
 def predicted_and_run(settings: PlanSettings, link: Any) -> tuple[Any, Any, float]:
@@ -191,6 +193,49 @@ def test_the_link_is_in_the_seconds(server: Server, tmp_path: Path) -> None:
     assert far.link_s == pytest.approx(5 * far.round_trips, rel=0.1)
     slow = plan(PlanSettings(**common, rtt_ms=0, up_mbit=0.01, down_mbit=0.02), link)[1]
     assert slow.link_s == pytest.approx(slow.sent_bytes * 8e-4 + slow.received_bytes * 4e-4)
+    link.close()
+
+
+def test_hosted_sites_cost_what_a_hosted_step_showed(server: Server, tmp_path: Path) -> None:
+    """The cloud's seconds of a hosted plan are those of the hosted step that was measured; of a
+    third of its sites a third of what it took beyond a step without them.
+    """
+    link = dlora.connect(server.address, cache=tmp_path)
+    base = PlanSettings(server=server.address, target_modules="q_proj,v_proj", length=20)
+    model = planned_model(base, link)
+    hosted = HostedStep(sites=3, forward_s=4.0, backward_s=9.0, edge_s=5.0)
+    measured = replace(
+        calibrate(base, model),
+        **{"lowest": 0, "lowest_forward_s": 1.0, "lowest_s": 4.0, "head_s": 2.0},
+        hosted=hosted,
+    )
+    wanted = replace(base, wire="hosted", upload_consent=True)
+    whole = predict(wanted, model, measured)
+    assert (whole.active_sites, whole.cloud_s, whole.edge_s) == (3, 4.0 + 9.0, 5.0)
+    third = predict(replace(wanted, sites=1), model, measured)
+    depth = third.cloud_s - (1.0 + 3.0 / 3)  # backward to the lowest site, of which one is in it
+    assert third.edge_s == pytest.approx(2.0 + 3.0 / 3)
+    assert depth == pytest.approx(3.0 * 2 / 3 + 6.0 / 3)  # of three layers two are above the middle
+    link.close()
+
+
+def test_a_plan_sends_nothing_of_a_users_adapter(server: Server, tmp_path: Path) -> None:
+    """What a plan measures the hosted wire with are random weights in the adapter's shapes, and not
+    the adapter that it would start from.
+    """
+    link = dlora.connect(server.address, cache=tmp_path)
+    own = dlora.get_peft_model(link, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    with torch.no_grad():
+        for parameter in own.parameters():
+            if parameter.requires_grad:
+                parameter.fill_(7.0)
+    own.save_pretrained(tmp_path / "own")
+    settings = PlanSettings(server=server.address, adapter=tmp_path / "own", length=20)
+    probe = hosted_probe(settings, link)
+    trained = [parameter for parameter in probe.parameters() if parameter.requires_grad]
+    assert probe.options.wire == "hosted"
+    assert [p.shape for p in trained] == [p.shape for p in own.parameters() if p.requires_grad]
+    assert all(0 < parameter.abs().max() < 1 for parameter in trained)
     link.close()
 
 

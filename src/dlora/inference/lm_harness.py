@@ -10,6 +10,7 @@ Shapes: N tokens of a row, V vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -52,27 +53,33 @@ Request = tuple[Any, list[int], list[int]]
 class KeptAnswers:
     """Answers of an evaluation that is not over yet, in a file of JSON lines.
 
-    `of` says what they are answers of: model, adapter and settings. A file that is of something
-    else is begun anew, and so is one without sense. The harness's own cache knows a request by its
-    text alone, whatever answered, and unpickles its file.
+    `of` says what they are answers of: model, adapter and settings; its hash is in the file's name,
+    so that an evaluation with other settings leaves it alone. A file that is of something else is
+    begun anew, and so is one without sense. The harness's own cache knows a request by its text
+    alone, whatever answered, and unpickles its file.
     """
 
-    def __init__(self, file: Path, of: dict[str, Any]) -> None:
-        self.file = file
+    def __init__(self, base: Path, of: dict[str, Any]) -> None:
+        digest = hashlib.sha256(json.dumps(of).encode()).hexdigest()[:8]
+        file = self.file = base.with_name(f"{base.name}-{digest}.part")
         self._known: dict[str, Answer] = {}
         self._asked: set[str] = set()
-        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-        if lines and _parsed(lines[0]) == {"of": of}:
-            for one in map(_parsed, lines[1:]):
-                if isinstance(one, dict) and one.keys() == {"key", "answer"}:
-                    self._known[str(one["key"])] = one["answer"]
-        kept = [{"key": key, "answer": answer} for key, answer in self._known.items()]
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        lines = text.splitlines()
+        is_ours = bool(lines) and _parsed(lines[0]) == {"of": of}
+        for one in map(_parsed, lines[1:] if is_ours else ()):
+            if isinstance(one, dict) and one.keys() == {"key", "answer"}:
+                self._known[str(one["key"])] = one["answer"]
 
+        # Added to and not written anew: another evaluation of the same may be at it.
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        self._out = os.fdopen(handle, "w", encoding="utf-8")
-        for one in ({"of": of}, *kept):
-            self._write(one)
+        how = os.O_APPEND if is_ours else os.O_TRUNC
+        handle = os.open(file, os.O_WRONLY | os.O_CREAT | how, 0o600)
+        self._out = os.fdopen(handle, "a", encoding="utf-8")
+        if not is_ours:
+            self._write({"of": of})
+        elif not text.endswith("\n"):  # a line that was cut
+            self._out.write("\n")
 
     def __len__(self) -> int:
         return len(self._known)

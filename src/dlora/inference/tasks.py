@@ -231,12 +231,9 @@ def _write_samples(file: Path, samples: Mapping[str, Sequence[Mapping[str, Any]]
 
 def _kept_answers(settings: EvalSettings, model: SplitModel) -> KeptAnswers | None:
     """Where answers are kept; nowhere without an adapter's folder or an output."""
-    adapter, output = settings.adapter, settings.output
-    if adapter is not None:
-        file = adapter / "evaluation.part"
-    elif output is not None:
-        file = output.with_name(f"{output.name}.part")
-    else:
+    adapter = settings.adapter
+    base = settings.output if adapter is None else adapter / "evaluation"
+    if base is None:
         return None
     asked = ("wire_dtype", "edge_first", "edge_last", "noise_entry", "noise_clip", "chat")
     of = {
@@ -246,7 +243,7 @@ def _kept_answers(settings: EvalSettings, model: SplitModel) -> KeptAnswers | No
         "harness": version("lm_eval"),
         **{name: getattr(settings, name) for name in asked},
     }
-    return KeptAnswers(file, of)
+    return KeptAnswers(base, of)
 
 
 # ----------------------------------------------------------------- the harness's own words
