@@ -57,6 +57,13 @@ _LLAMA_LIKE = _COMMON | {
 }
 _QKV = ["q_proj", "k_proj", "v_proj"]
 
+# Files that take longest, which begin first: at the end two processes have short ones to share.
+_LONG = (
+    *("test_training", "test_audit", "test_faults", "test_inference", "test_walks"),
+    *("test_examples", "test_preferences", "test_endings", "test_paper", "test_gpu_benchmark"),
+    *("test_api", "test_tinker", "test_fuzz", "test_cloud", "test_broken_checkpoints"),
+)
+
 # family -> (config, target modules). Dropout of the base is 0: in the cloud it is always off.
 FAMILIES: dict[str, tuple[PreTrainedConfig, list[str]]] = {
     "llama": (LlamaConfig(**_LLAMA_LIKE), _QKV),
@@ -161,6 +168,12 @@ def batches(
         labels[:, :2] = -100
         made.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
     return made
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; the order within a file stays."""
+    place = {name: number for number, name in enumerate(_LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(scope="session")

@@ -105,7 +105,10 @@ def runs(tmp_path: Path) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("family", TARGETS)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(one, marks=() if one == "llama" else pytest.mark.slow) for one in TARGETS],
+)
 def test_the_command_runs_every_arm_and_shows_it(
     paper: ModuleType,
     setting: Callable[..., list[str]],
