@@ -17,6 +17,7 @@ from dlora.cli.parser import parse
 from dlora.edge.meter import Meter
 from dlora.errors import UsageError
 from dlora.formulas import step_traffic
+from dlora.protocol.codecs import mix
 from dlora.server.server import Server
 from dlora.training.advice import SEEN, Row, advise, command, mark
 from dlora.training.link_speed import HERE, NAMED, LinkSpeed, link_speed
@@ -48,16 +49,34 @@ def rows(table: tuple[list[Row], Any]) -> list[Row]:
 
 def test_every_sensible_choice_is_a_row(rows: list[Row]) -> None:
     """Every wire stands there with all and an eighth of the sites, alone and in flight or
-    accumulated, with codecs that were measured.
+    accumulated, with codecs that were measured: coarse ones on the factored wire, at all sites.
     """
     found = [
         (row.choice.wire, row.prediction.active_sites, row.prediction.in_flight > 1) for row in rows
     ]
     exchanged = ("plain", "factored")
     assert found[:8] == [(w, n, p) for w in exchanged for n in (9, 1) for p in (False, True)]
-    assert found[8:] == [("hosted", 9, False)] * 2 + [("hosted", 1, False)] * 2
-    assert [row.choice.gradient_accumulation_steps for row in rows[8:]] == [1, 4, 1, 4]
-    assert {(row.choice.wire_dtype, row.choice.input_grad) for row in rows} == {("fp16", "exact")}
+    assert found[8:10] == [("factored", 9, False), ("factored", 9, True)]
+    assert found[10:] == [("hosted", 9, False)] * 2 + [("hosted", 1, False)] * 2
+    assert [row.choice.gradient_accumulation_steps for row in rows[10:]] == [1, 4, 1, 4]
+    coarse = {(row.choice.wire_dtype, row.choice.input_grad) for row in rows[8:10]}
+    assert coarse == {("int4", "drop")} and not any(row.as_local for row in rows[8:10])
+    exact = {(row.choice.wire_dtype, row.choice.input_grad) for row in rows[:8] + rows[10:]}
+    assert exact == {("fp16", "exact")}
+
+
+def test_an_adapter_without_few_sites_has_no_row_of_them(server: Server, tmp_path: Path) -> None:
+    """What Kill and Revive refuses, rows of the embedding beside modules, is planned whole."""
+    link = dlora.connect(server.address, cache=tmp_path)
+    settings = PlanSettings(
+        server=server.address,
+        target_modules="q_proj,v_proj",
+        trainable_token_indices={"embed_tokens": [5, 6]},
+        length=20,
+        link="home",
+    )
+    assert {row.choice.sites for row in advise(settings, link)} == {None}
+    link.close()
 
 
 def test_bytes_of_every_row_are_the_formulas(table: tuple[list[Row], Any]) -> None:
@@ -74,7 +93,12 @@ def test_bytes_of_every_row_are_the_formulas(table: tuple[list[Row], Any]) -> No
         sites = every if row.choice.sites is None else [every[4]]
         factored, hosted = wire == "factored", wire == "hosted"
         shape: Any = (4 * 64, 4 * 8, 64, 64)
-        sent, received = step_traffic(*shape, sites, "fp16", factored=factored, hosted=hosted)
+        sent, received = step_traffic(
+            *(*shape, sites, mix(row.choice.wire_dtype, wire)),
+            factored=factored,
+            hosted=hosted,
+            drop_input_grads=row.choice.input_grad == "drop",
+        )
         if factored:  # each part has its own B, and the gradient of it
             b = sum(2 * 8 * width for _, modules in sites for width, _ in modules)
             sent += (row.prediction.in_flight - 1) * b

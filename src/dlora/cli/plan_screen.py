@@ -118,7 +118,10 @@ def _table(
 
     yield "\n*  the fastest that shows no more, trained as local tuning would"
     if any(row.mark == "+" for row in rows):
-        yield "+  faster still, but another training: few modules at a time, or larger steps"
+        yield (
+            "+  faster still, but another training: few modules at a time, larger steps,\n"
+            "   or coarse inputs without their gradients"
+        )
     for row in rows:
         if row.mark:
             whole = _of_the_run(run, row.seconds) if row.as_local and run.rows else ""

@@ -12,6 +12,8 @@ from typing import Any, Final
 
 from dlora.edge.link import Link
 from dlora.edge.model import SplitModel
+from dlora.errors import UsageError
+from dlora.kill_revive.units import check_measurable
 from dlora.training.calibrate import Calibration, calibrate
 from dlora.training.link_speed import HERE, link_speed
 from dlora.training.plan_settings import PlanSettings
@@ -21,9 +23,14 @@ from dlora.training.settings import TrainSettings
 
 __all__ = ["MIXES", "SEEN", "Row", "advise", "choose", "command", "mark", "table"]
 
-MIXES: Final = (("fp16", "exact"),)
-"""(wire dtype, input gradient) of what is advised: those whose accuracy was measured in whole runs,
-and held."""
+_EXACT: Final = ("fp16", "exact")
+MIXES: Final = {
+    "plain": (_EXACT,),
+    "factored": (_EXACT, ("int4", "drop")),
+    "hosted": (_EXACT,),
+}
+"""By wire (wire dtype, input gradient) of what is advised: those whose accuracy was measured in
+whole runs, at all sites where it is coarse, and held (docs/benchmarks.md)."""
 
 SEEN: Final = {
     "plain": "rows at the entry and at sites",
@@ -76,7 +83,7 @@ def advise(
         settings, link=None, rtt_ms=speed.rtt_ms, up_mbit=speed.up_mbit, down_mbit=speed.down_mbit
     ).for_table
     model = planned_model(base, link) if model is None else model
-    wire_dtypes = [wire_dtype for wire_dtype, _ in MIXES]
+    wire_dtypes = sorted({wire_dtype for mixes in MIXES.values() for wire_dtype, _ in mixes})
     measured = calibrate(base, model, wire_dtypes, hosted_probe(base, link))
     return choose(base, model, measured, load)
 
@@ -101,12 +108,11 @@ def _row(base: PlanSettings, choice: PlanSettings, prediction: Prediction) -> Ro
 
 def _choices(base: PlanSettings, model: SplitModel) -> Iterator[PlanSettings]:
     """The rows of the table, and all numbers of parts, of which the best will be taken."""
-    eighth = max(1, round(len(model.sites) / _SHARE))
+    few = () if _refuses_few(model) else (max(1, round(len(model.sites) / _SHARE)),)
     for wire in SEEN:
-        for wire_dtype, input_grad in MIXES:
-            if wire == "hosted" and input_grad == "drop":
-                continue
-            for sites in (None, eighth) if eighth < len(model.sites) else (None,):
+        for wire_dtype, input_grad in MIXES[wire]:
+            is_exact = (wire_dtype, input_grad) == _EXACT
+            for sites in (None, *few) if is_exact else (None,):
                 made: dict[str, Any] = {
                     "wire": wire,
                     "upload_consent": wire == "hosted",
@@ -121,6 +127,15 @@ def _choices(base: PlanSettings, model: SplitModel) -> Iterator[PlanSettings]:
                             yield replace(base, **made, in_flight=parts)
                 elif base.gradient_accumulation_steps == 1:
                     yield replace(base, **made, gradient_accumulation_steps=_ACCUMULATED)
+
+
+def _refuses_few(model: SplitModel) -> bool:
+    """Whether Kill and Revive, which trains few sites at a time, refuses the adapter."""
+    try:
+        check_measurable(model)
+    except UsageError:
+        return True
+    return len(model.sites) < 2
 
 
 def _best_parts(rows: Sequence[Row]) -> list[Row]:
