@@ -73,6 +73,9 @@ ARMS: dict[str, Arm] = {
     "Kill and Revive's eighth": Arm("plain", sites=4),
     "Kill and Revive's eighth, 2 in flight": Arm("plain", in_flight=2, sites=4),
     "FT factored, 4 in flight": Arm("factored", in_flight=4),
+    "FT factored int4-dx, 4 in flight": Arm(
+        "factored", in_flight=4, options={"wire_dtype": "int4", "input_grad": "drop"}
+    ),
     "FT plain": Arm("plain"),
     "FT plain, 4 in flight": Arm("plain", in_flight=4),
 }
@@ -297,7 +300,7 @@ class Planner:
     ) -> None:
         import dlora
         from dlora.training.plan_settings import PlanSettings
-        from dlora.training.planner import hosted_probe, planned_model
+        from dlora.training.planner import planned_model
 
         rtt_ms, up_mbit, down_mbit = numbers
         self.base = PlanSettings(
@@ -312,15 +315,14 @@ class Planner:
         )
         self.link = dlora.connect(address)
         self.model = planned_model(self.base, self.link)
-        self.hosted = hosted_probe(self.base, self.link)
         self.calibrations: list[Any] = []
 
     def calibrate(self) -> None:
         """Measure once more."""
-        from dlora.training.calibrate import calibrate
+        from dlora.training.advice import WIRE_DTYPES
+        from dlora.training.planner import calibrated
 
-        found = calibrate(self.base, self.model, ["fp16", "int8"], self.hosted)
-        self.calibrations.append(found)
+        self.calibrations.append(calibrated(self.base, self.model, [*WIRE_DTYPES, "int8"]))
 
     def pick(self) -> Arm:
         """The fastest of what trains as local tuning does, whatever the cloud sees."""
@@ -342,6 +344,7 @@ class Planner:
             sites=arm.sites,
             gradient_accumulation_steps=arm.micro_batches,
             wire_dtype=arm.options.get("wire_dtype", "fp16"),
+            input_grad=arm.options.get("input_grad", "exact"),
         )
         measured = min(self.calibrations, key=lambda one: one.lowest_s)
         return predict(choice, self.model, measured).seconds
@@ -362,13 +365,17 @@ def table(found: list[dict[str, Any]]) -> str:
         ]
         rows += [_row(one) for one in found if (not one["settings"][1]) == waits]
         rows.append("")
+    picks = [one for one in found if one["arm"] == PICK]
     hosted = [one for one in found if one["arm"].startswith("FT hosted")]
-    others = [one for one in found if one not in hosted and one["arm"] != PICK]
+    others = [one for one in found if one not in hosted and one not in picks]
+    names = ("the planner's picks", "all hosted arms", "the other arms")
     return "\n".join(
         [
             *rows,
-            f"- Predicted seconds of the hosted arms, which all picks are: {_off(hosted)}.",
-            f"- Those of the other arms: {_off(others)}.",
+            *(
+                f"- Predicted seconds of {name}: {_off(group)}."
+                for name, group in zip(names, (picks, hosted, others), strict=True)
+            ),
         ]
     )
 

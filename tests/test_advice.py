@@ -9,11 +9,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import NO_DRAIN, make_base
 
 import dlora
 from dlora.cli.commands import COMMANDS
 from dlora.cli.main import main
 from dlora.cli.parser import parse
+from dlora.cloud.limits import Limits
+from dlora.cloud.model import CloudModel
 from dlora.edge.meter import Meter
 from dlora.errors import UsageError
 from dlora.formulas import step_traffic
@@ -77,6 +80,19 @@ def test_an_adapter_without_few_sites_has_no_row_of_them(server: Server, tmp_pat
     )
     assert {row.choice.sites for row in advise(settings, link)} == {None}
     link.close()
+
+
+def test_a_server_without_room_for_a_hosted_step_plans_the_rest(tmp_path: Path) -> None:
+    """Where memory is enough for a step of the other wires alone, these are in the table."""
+    room = CloudModel(make_base("llama"), model_id="x").memory.of_pass(1, 20, training=True)
+    limits = Limits(max_length=20, max_inflight_bytes=room + room // 3)
+    cloud = CloudModel(make_base("llama"), model_id="x", limits=limits)
+    with Server(cloud, options=NO_DRAIN) as server:
+        link = dlora.connect(server.address, cache=tmp_path)
+        settings = PlanSettings(server=server.address, target_modules="q_proj,v_proj", batch_size=1)
+        rows = advise(replace(settings, length=20, supervised=4, link="home"), link)
+        assert {row.choice.wire for row in rows} == {"plain", "factored"}
+        link.close()
 
 
 def test_bytes_of_every_row_are_the_formulas(table: tuple[list[Row], Any]) -> None:
@@ -155,7 +171,8 @@ def test_the_commands_are_commands(rows: list[Row]) -> None:
         assert not isinstance(parsed, str)
         settings = parsed[1]
         assert isinstance(settings, TrainSettings)
-        for name in ("server", "wire", "wire_dtype", "in_flight", "batch_size", "r"):
+        names = ("server", "wire", "wire_dtype", "input_grad", "in_flight", "batch_size", "r")
+        for name in names:
             assert getattr(settings, name) == getattr(row.choice, name)
         assert settings.targets == row.choice.target_modules
         accumulated = row.choice.gradient_accumulation_steps

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -472,6 +473,29 @@ def test_configs_ask_for_all_eight_tasks(paper: ModuleType, name: str) -> None:
     assert {
         (task, arm) for task in paper_data.TASKS for arm in ("base", "FT", "KR", "random")
     } <= asked
+
+
+def test_intervals_pair_what_can_be_paired(paper: ModuleType) -> None:
+    """A difference is paired by seed where both arms have several, by row where both kept which
+    rows were right, and is as of independent runs elsewhere.
+    """
+    half_width = paper.paper_tables.gap_half_width
+
+    def made(*shares: float, right: str = "") -> list[dict[str, Any]]:
+        return [
+            {"seed": seed, "accuracy": share, "rows": 100, "right": right}
+            for seed, share in enumerate(shares)
+        ]
+
+    # Differences of 0.01, 0.02 and 0.03 have a standard deviation of 0.01; t of two degrees.
+    assert half_width(made(0.11, 0.52, 0.93), made(0.1, 0.5, 0.9)) == pytest.approx(
+        4.30 * 0.01 / math.sqrt(3)
+    )
+    mine, theirs = made(0.5, right="1010" * 25), made(0.25, right="1000" * 25)
+    assert half_width(mine, theirs) == pytest.approx(1.96 * math.sqrt(0.25 * 0.75 / 100))
+    alone = 1.96 * math.sqrt((0.5 * 0.5 + 0.25 * 0.75) / 100)
+    assert half_width(mine, made(0.25)) == pytest.approx(alone)
+    assert half_width(made(0.5), made(0.25)) == pytest.approx(alone)
 
 
 def test_document_shows_the_result_file(paper: ModuleType) -> None:

@@ -33,7 +33,7 @@ from dlora.edge.room import fits_cache, pass_tokens
 from dlora.edge.wanted_logits import wanted_logits
 from dlora.errors import UsageError
 
-__all__ = ["KeptAnswers", "SplitLM"]
+__all__ = ["KeptAnswers", "SplitLM", "is_of"]
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class KeptAnswers:
             if isinstance(one, dict) and one.keys() == {"key", "answer"}:
                 self._known[str(one["key"])] = one["answer"]
 
-        # Added to and not written anew: another evaluation of the same may be at it.
+        # Added to and not written anew: what is there stays on any ending.
         file.parent.mkdir(parents=True, exist_ok=True)
         how = os.O_APPEND if is_ours else os.O_TRUNC
         handle = os.open(file, os.O_WRONLY | os.O_CREAT | how, 0o600)
@@ -112,6 +112,14 @@ class KeptAnswers:
     def _write(self, line: dict[str, Any]) -> None:
         self._out.write(json.dumps(line) + "\n")
         self._out.flush()
+
+
+def is_of(file: Path, **of: Any) -> bool:
+    """Whether a file of kept answers is of these."""
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        found = _parsed(lines.readline())
+    known = found.get("of") if isinstance(found, dict) else None
+    return isinstance(known, dict) and all(known.get(name) == value for name, value in of.items())
 
 
 def _parsed(line: str) -> Any:

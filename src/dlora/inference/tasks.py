@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from dlora.edge.adapter_results import weights_hash
 from dlora.edge.model import SplitModel
 from dlora.errors import DataError, DLoRAError, UsageError
-from dlora.inference.lm_harness import KeptAnswers, SplitLM
+from dlora.inference.lm_harness import KeptAnswers, SplitLM, is_of
 from dlora.inference.settings import EvalSettings
 from dlora.protocol.text import clean_text
 
@@ -243,6 +243,9 @@ def _kept_answers(settings: EvalSettings, model: SplitModel) -> KeptAnswers | No
         "harness": version("lm_eval"),
         **{name: getattr(settings, name) for name in asked},
     }
+    for other in base.parent.glob(f"{base.name}-*.part"):
+        if not is_of(other, adapter=of["adapter"]):  # weights that are no longer here
+            other.unlink(missing_ok=True)
     return KeptAnswers(base, of)
 
 

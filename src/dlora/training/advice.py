@@ -1,6 +1,7 @@
 """Which way to train over a link: a table of sensible choices, and the fastest of them.
 
-All rows come of one calibration (`calibrate.py`), over the plain wire, and `planner.predict`.
+All rows come of one calibration (`calibrate.py`), of passes over the plain wire and a hosted step,
+and `planner.predict`.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from dlora.edge.link import Link
 from dlora.edge.model import SplitModel
 from dlora.errors import UsageError
 from dlora.kill_revive.units import check_measurable
-from dlora.training.calibrate import Calibration, calibrate
+from dlora.protocol.codecs import mix
+from dlora.training.calibrate import Calibration
 from dlora.training.link_speed import HERE, link_speed
 from dlora.training.plan_settings import PlanSettings
 from dlora.training.planned_traffic import Load
-from dlora.training.planner import Prediction, hosted_probe, planned_model, predict
+from dlora.training.planner import Prediction, calibrated, planned_model, predict
 from dlora.training.settings import TrainSettings
 
-__all__ = ["MIXES", "SEEN", "Row", "advise", "choose", "command", "mark", "table"]
+__all__ = ["SEEN", "WIRE_DTYPES", "Row", "advise", "choose", "command", "mark", "table"]
 
 _EXACT: Final = ("fp16", "exact")
 MIXES: Final = {
@@ -31,6 +33,9 @@ MIXES: Final = {
 }
 """By wire (wire dtype, input gradient) of what is advised: those whose accuracy was measured in
 whole runs, at all sites where it is coarse, and held (docs/benchmarks.md)."""
+
+WIRE_DTYPES: Final = tuple(sorted({one for mixes in MIXES.values() for one, _ in mixes}))
+"""What to calibrate for `choose`."""
 
 SEEN: Final = {
     "plain": "rows at the entry and at sites",
@@ -83,8 +88,7 @@ def advise(
         settings, link=None, rtt_ms=speed.rtt_ms, up_mbit=speed.up_mbit, down_mbit=speed.down_mbit
     ).for_table
     model = planned_model(base, link) if model is None else model
-    wire_dtypes = sorted({wire_dtype for mixes in MIXES.values() for wire_dtype, _ in mixes})
-    measured = calibrate(base, model, wire_dtypes, hosted_probe(base, link))
+    measured = calibrated(base, model, WIRE_DTYPES)
     return choose(base, model, measured, load)
 
 
@@ -92,8 +96,11 @@ def choose(
     base: PlanSettings, model: SplitModel, measured: Calibration, load: Load | None = None
 ) -> list[Row]:
     """Every choice with its prediction, marked; the link's numbers are those of `base`."""
-    rows = [_row(base, one, predict(one, model, measured, load)) for one in _choices(base, model)]
-    return mark(_best_parts(rows))
+    wires = [wire for wire in SEEN if wire != "hosted" or measured.hosted is not None]
+    choices = _choices(base, model, wires)
+    return mark(
+        _best_parts([_row(base, one, predict(one, model, measured, load)) for one in choices])
+    )
 
 
 def _row(base: PlanSettings, choice: PlanSettings, prediction: Prediction) -> Row:
@@ -106,11 +113,14 @@ def _row(base: PlanSettings, choice: PlanSettings, prediction: Prediction) -> Ro
     )
 
 
-def _choices(base: PlanSettings, model: SplitModel) -> Iterator[PlanSettings]:
+def _choices(base: PlanSettings, model: SplitModel, wires: Sequence[str]) -> Iterator[PlanSettings]:
     """The rows of the table, and all numbers of parts, of which the best will be taken."""
     few = () if _refuses_few(model) else (max(1, round(len(model.sites) / _SHARE)),)
-    for wire in SEEN:
+    offered = set(model.link.description.wire_dtypes)
+    for wire in wires:
         for wire_dtype, input_grad in MIXES[wire]:
+            if not mix(wire_dtype, wire).dtypes <= offered or (input_grad == "drop" and not few):
+                continue
             is_exact = (wire_dtype, input_grad) == _EXACT
             for sites in (None, *few) if is_exact else (None,):
                 made: dict[str, Any] = {
@@ -216,12 +226,17 @@ def _cells(row: Row) -> list[str]:
     return [
         row.mark,
         choice.wire,
-        choice.wire_dtype + (", no dx" if choice.input_grad == "drop" else ""),
+        choice.wire_dtype + ("-dx" if choice.input_grad == "drop" else ""),
         str(found.in_flight),
         str(choice.gradient_accumulation_steps),
         str(found.active_sites),
         f"{row.seconds:.2f}",
         f"{row.tokens_per_s:.0f}",
-        f"{found.sent_bytes / 1e6:.2f}",
-        f"{found.received_bytes / 1e6:.2f}",
+        _mb(found.sent_bytes),
+        _mb(found.received_bytes),
     ]
+
+
+def _mb(size: int) -> str:
+    """In no more than six places up to ten thousand."""
+    return f"{size / 1e6:.{2 if size < 1e8 else 1}f}"

@@ -8,6 +8,7 @@ it is given.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final
@@ -21,7 +22,7 @@ from dlora.edge.link import Link
 from dlora.edge.load import get_peft_model, load_adapter
 from dlora.edge.model import SplitModel
 from dlora.edge.sites import ActiveSite, refuse_head, shared_sites
-from dlora.errors import UsageError
+from dlora.errors import PeerError, UsageError
 from dlora.formulas import adapter_flops, forward_flops, seconds_in_flight
 from dlora.kill_revive.config import OF_LORA
 from dlora.kill_revive.units import check_measurable
@@ -33,14 +34,16 @@ from dlora.training.planned_traffic import Load, hosted_transfer_s, traffic
 __all__ = [
     "Prediction",
     "activate",
+    "calibrated",
     "check",
-    "hosted_probe",
     "line_of",
     "plan",
     "planned_model",
     "predict",
     "predict_evaluation",
 ]
+
+log = logging.getLogger(__name__)
 
 _STD: Final = 0.01
 """Of an adapter's weights where values do not matter."""
@@ -90,7 +93,10 @@ def activate(settings: PlanSettings, model: SplitModel) -> None:
 
 
 def planned_model(settings: PlanSettings, link: Link) -> SplitModel:
-    """A model with the adapter that is asked for, at all of its sites."""
+    """A model with the adapter that is asked for, at all of its sites.
+
+    An adapter that exists has random weights in it: what is measured sends nothing of a user's.
+    """
     options: dict[str, Any] = {
         "wire": settings.wire,
         "wire_dtype": settings.wire_dtype,
@@ -102,6 +108,9 @@ def planned_model(settings: PlanSettings, link: Link) -> SplitModel:
     }
     if settings.adapter is not None:
         model = load_adapter(link, settings.adapter, **options)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter, std=_STD)
     else:
         model = get_peft_model(link, _planned_config(settings), **options)
     refuse_head(model, link.description)
@@ -110,13 +119,21 @@ def planned_model(settings: PlanSettings, link: Link) -> SplitModel:
     return model
 
 
-def hosted_probe(settings: PlanSettings, link: Link) -> SplitModel:
-    """The planned adapter on the hosted wire with random weights: nothing of a user's goes up."""
-    model = planned_model(replace(settings, wire="hosted", upload_consent=True), link)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=_STD)
-    return model
+def calibrated(
+    settings: PlanSettings, model: SplitModel, wire_dtypes: Sequence[str] = ()
+) -> Calibration:
+    """Measure for choices of every wire: those of `model`, and a hosted step.
+
+    Where the server refuses a hosted step, which takes it more memory than others, there is none.
+    """
+    if model.options.wire == "hosted":
+        return calibrate(settings, model, wire_dtypes)
+    try:
+        hosted = planned_model(replace(settings, wire="hosted", upload_consent=True), model.link)
+        return calibrate(settings, model, wire_dtypes, hosted)
+    except (PeerError, UsageError) as error:
+        log.info("no hosted step is planned: %s", error)
+        return calibrate(settings, model, wire_dtypes)
 
 
 def _planned_config(settings: PlanSettings) -> LoraConfig:
@@ -190,15 +207,15 @@ def _micro_batch(
     else:
         transfers_s = [wire.sent * up_s, wire.received * down_s]
 
-    # One site stands for all; of hosted ones only messages are made here. The input gradients of
-    # edge layers cost about what their forward does.
+    # One site stands for all; of hosted ones only messages are made here, which is more work than
+    # their bytes. The input gradients of edge layers cost about what their forward does.
+    wire_s = (wire.sent + wire.received) * measured.per_byte_s[settings.wire_dtype]
     if hosted and measured.hosted is not None:
         share = len(sites) / max(1, measured.hosted.sites)
-        edge_s += share * max(0.0, measured.hosted.edge_s - edge_s)
+        edge_s += share * max(0.0, measured.hosted.edge_s - edge_s - wire_s)
     elif not hosted:
         edge_s += len(sites) * measured.site_s.get(settings.wire, 0.0)
     edge_s *= 1.0 if training else _FORWARD
-    wire_s = (wire.sent + wire.received) * measured.per_byte_s[settings.wire_dtype]
 
     # Over another link than the one there is, the halves are on two machines.
     together = settings.rtt_ms is None and measured.together
@@ -266,7 +283,7 @@ def _cloud(
         return forward_s, backward_s
 
     # Exchanges, of which one is in what was measured.
-    if measured.sites > 1:
+    if measured.sites > 1 and settings.wire != "hosted":
         each_s = max(0.0, measured.forward_s - measured.lowest_forward_s) / (measured.sites - 1)
         forward_s += each_s * max(0, len(sites) - 1)
         backward_s += each_s * max(0, len(sites) - 1)
