@@ -20,7 +20,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -420,19 +420,31 @@ def whole_table(runs: list[dict[str, Any]]) -> str:
             mine = {run["seed"]: run for run in runs if (run["task"], run["run"]) == (task, name)}
             if not mine:
                 continue
-            mean: Callable[[str], float] = lambda key, mine=mine: statistics.fmean(  # noqa: E731
-                run.get(key) or 0.0 for run in mine.values()
-            )
+            accuracy = statistics.fmean(run["accuracy"] for run in mine.values())
+            losses = [run["eval_loss"] for run in mine.values() if run["eval_loss"] is not None]
+            loss = f"{statistics.fmean(losses):.3f}" if losses else ""
             seeds = ", ".join(f"{mine[seed]['accuracy']:.3f}" for seed in sorted(mine))
             size = statistics.fmean(traffic(run) for run in mine.values()) / 1e6
             share = f"{kr.share(mine, full, 'bytes'):.2f}" if task == "banking77" else ""
             lines.append(
-                f"| {name} | **{mean('accuracy'):.3f}** ({seeds}) | {mean('eval_loss'):.3f} | "
-                f"{size:.1f} | {share} |"
+                f"| {name} | **{accuracy:.3f}** ({seeds}) | {loss} | {size:.1f} | {share} |"
             )
         if len(lines) > 2:
-            parts.append("\n".join(lines))
+            parts.append("\n".join([*lines, *beside(runs, task)]))
     return "\n\n".join(parts)
+
+
+def beside(runs: list[dict[str, Any]], task: str) -> Iterator[str]:
+    """Differences of coarse runs to the exact ones of the same modules, paired by seed."""
+    exact, coarse = list(ARMS)[:FIRST]
+    mine, full = (
+        {run["seed"]: run for run in runs if (run["task"], run["run"]) == (task, name)}
+        for name in (coarse, exact)
+    )
+    if mine.keys() & full.keys():
+        verdict = kr.verdict(mine, full)
+        yield ""
+        yield f"- {coarse}, beside exact on {task}: {kr.interval(mine, full)} ({verdict})"
 
 
 if __name__ == "__main__":
