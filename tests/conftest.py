@@ -60,7 +60,7 @@ _QKV = ["q_proj", "k_proj", "v_proj"]
 # Files that take longest, which begin first: at the end two processes have short ones to share.
 _LONG = (
     *("test_training", "test_audit", "test_faults", "test_inference", "test_walks"),
-    *("test_examples", "test_preferences", "test_endings", "test_paper", "test_gpu_benchmark"),
+    *("test_examples", "test_preferences", "test_endings", "test_paper"),
     *("test_api", "test_tinker", "test_fuzz", "test_cloud", "test_broken_checkpoints"),
 )
 
