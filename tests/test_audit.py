@@ -7,16 +7,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import NO_DRAIN, VOCAB, batches, lora, make_base, make_split
+from conftest import VOCAB, batches, lora, make_base, make_split
 from helpers import same
-from transformers import PreTrainedTokenizerFast
 
 from dlora.cli.demo import data_file, serving
 from dlora.cli.main import main
@@ -548,15 +547,6 @@ def test_token_scores_count_what_they_say() -> None:
 
 
 # ----------------------------------------------------------------- the command
-
-
-@pytest.fixture(scope="module")
-def server(
-    cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedTokenizerFast
-) -> Iterator[Server]:
-    """The model of the run behind gRPC."""
-    with Server(cloud_models("llama"), tokenizer, options=NO_DRAIN) as running:
-        yield running
 
 
 def test_audit_of_a_run(

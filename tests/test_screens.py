@@ -8,15 +8,14 @@ import logging
 import re
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import NO_DRAIN, batches, lora, make_base, make_split
-from transformers import PreTrainedTokenizerFast
+from conftest import batches, lora, make_base, make_split
 
 from dlora.cli import console
 from dlora.cli.commands import COMMANDS
@@ -78,15 +77,6 @@ def flat(text: str) -> str:
 def columns(monkeypatch: pytest.MonkeyPatch) -> None:
     """80 of them."""
     monkeypatch.setenv("COLUMNS", "80")
-
-
-@pytest.fixture(scope="module")
-def server(
-    cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedTokenizerFast
-) -> Iterator[Server]:
-    """A tiny Llama behind gRPC."""
-    with Server(cloud_models("llama"), tokenizer, options=NO_DRAIN) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

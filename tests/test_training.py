@@ -9,14 +9,14 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import NO_DRAIN, make_base
+from conftest import make_base
 from helpers import cli, same
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, TrainerCallback
@@ -33,15 +33,6 @@ from dlora.training.run import train
 from dlora.training.settings import TrainSettings
 
 DESKS = ("north", "south", "east", "west")
-
-
-@pytest.fixture(scope="module")
-def server(
-    cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedTokenizerFast
-) -> Iterator[Server]:
-    """The same behind gRPC, for the command line."""
-    with Server(cloud_models("llama"), tokenizer, options=NO_DRAIN) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
