@@ -25,7 +25,15 @@ from dlora.protocol.layers import layer_of
 from dlora.protocol.wire import decode, encode
 from dlora.training.plan_settings import PlanSettings
 
-__all__ = ["Calibration", "HostedStep", "calibrate", "check", "evenly_spread", "widths"]
+__all__ = [
+    "Calibration",
+    "HostedStep",
+    "calibrate",
+    "check",
+    "evenly_spread",
+    "hosted_step",
+    "widths",
+]
 
 _PASSES: Final = 3
 _PASSES_S: Final = 20.0
@@ -82,12 +90,9 @@ def calibrate(
     settings: PlanSettings,
     model: SplitModel,
     wire_dtypes: Sequence[str] = (),
-    hosted: SplitModel | None = None,
 ) -> Calibration:
     """Measure with the model as it is: its wire, its active sites.
 
-    `hosted` is the same adapter on the hosted wire, where the model's is another and hosted steps
-    will be planned as well: there the cloud computes the adapter, which no other wire shows.
     `wire_dtypes` are those that will be planned with; none: that of the settings. What sites cost
     the cloud beside the layers' own work shows in forward, where all of them are, against forward
     with one; backward is taken to pay the same. How much longer backward takes than forward shows
@@ -95,8 +100,6 @@ def calibrate(
     meanwhile loses nothing.
     """
     # One label a row: the edge's head has no part in this.
-    if model.options.wire == "hosted":
-        hosted = model
     batch = _random_batch(settings, model, supervised=1)
     rtt_s, sites = measured_rtt(model.link), model.active_set.exchanged()
     whole = [cost for _, cost in _passes(model, batch, training=False)]
@@ -127,12 +130,15 @@ def calibrate(
         rtt_s=rtt_s,
         transfer_per_byte_s=_of_bytes(in_turns, rtt_s),
         together=on_one_machine(model.link, rtt_s),
-        hosted=None if hosted is None else _hosted_step(settings, hosted),
+        hosted=hosted_step(settings, model) if model.options.wire == "hosted" else None,
     )
 
 
-def _hosted_step(settings: PlanSettings, model: SplitModel) -> HostedStep:
-    """A training step takes two round trips there, however many sites it has: so it is run."""
+def hosted_step(settings: PlanSettings, model: SplitModel) -> HostedStep:
+    """Run a step of a hosted model: there the cloud computes adapters, which no other wire shows.
+
+    It takes two round trips, however many sites it has.
+    """
     batch = _random_batch(settings, model, settings.supervised)
     forward_s = backward_s = edge_s = math.inf
     for took, cost in _passes(model, batch, training=True):

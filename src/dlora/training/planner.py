@@ -27,7 +27,7 @@ from dlora.formulas import adapter_flops, forward_flops, seconds_in_flight
 from dlora.kill_revive.config import OF_LORA
 from dlora.kill_revive.units import check_measurable
 from dlora.protocol.layers import layer_of
-from dlora.training.calibrate import Calibration, calibrate, check, evenly_spread
+from dlora.training.calibrate import Calibration, calibrate, check, evenly_spread, hosted_step
 from dlora.training.plan_settings import PlanSettings
 from dlora.training.planned_traffic import Load, hosted_transfer_s, traffic
 
@@ -126,14 +126,15 @@ def calibrated(
 
     Where the server refuses a hosted step, which takes it more memory than others, there is none.
     """
-    if model.options.wire == "hosted":
-        return calibrate(settings, model, wire_dtypes)
+    measured = calibrate(settings, model, wire_dtypes)
+    if measured.hosted is not None:
+        return measured
     try:
         hosted = planned_model(replace(settings, wire="hosted", upload_consent=True), model.link)
-        return calibrate(settings, model, wire_dtypes, hosted)
+        return replace(measured, hosted=hosted_step(settings, hosted))
     except (PeerError, UsageError) as error:
         log.info("no hosted step is planned: %s", error)
-        return calibrate(settings, model, wire_dtypes)
+        return measured
 
 
 def _planned_config(settings: PlanSettings) -> LoraConfig:
