@@ -202,15 +202,15 @@ ARMS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         {"wire_dtype": "int4", "input_grad": "drop"},
         BOTH,
     ),
+    "q,k,v hosted fp16": ("FT hosted", {"wire_dtype": "fp16"}, ONE),
+    "gate,up hosted fp16": ("FT gate,up hosted", {"wire_dtype": "fp16"}, ONE),
+    "q,k,v plain fp16": ("FT", {"wire_dtype": "fp16"}, ONE),
     "gate,up hosted int4, rank 1": ("FT gate,up hosted rank 1", {"wire_dtype": "int4"}, ONE),
     "gate,up hosted int4, rank 2, 15 of 30 sites": (
         "spread gate,up hosted rank 2, a half",
         {"wire_dtype": "int4"},
         ONE,
     ),
-    "q,k,v hosted fp16": ("FT hosted", {"wire_dtype": "fp16"}, ONE),
-    "gate,up hosted fp16": ("FT gate,up hosted", {"wire_dtype": "fp16"}, ONE),
-    "q,k,v plain fp16": ("FT", {"wire_dtype": "fp16"}, ONE),
     "gate,up hosted int4, rank 2": ("FT gate,up hosted rank 2", {"wire_dtype": "int4"}, ONE),
     "gate,up hosted int4, rank 4, 6 of 30 sites": (
         "spread gate,up hosted rank 4, a fifth",
@@ -227,7 +227,7 @@ ARMS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     ),
 }
 TASKS = BOTH
-FIRST = 2
+FIRST = 5
 """Of the arms: those that have all of their runs before any other has one."""
 ARC = {  # as in paper/smollm2-text.yaml, with more eval rows and a base in fp32
     "steps": 40,
