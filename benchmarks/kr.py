@@ -65,6 +65,7 @@ ARMS: dict[str, tuple[list[str], int, str, dict[str, Any] | None, tuple[float, .
     "FT hosted": (QKV, 8, "hosted", None, MANY),
     "FT rank 1": (QKV, 1, "plain", None, (2e-3, 4e-3, 8e-3, 1.6e-2)),
     "FT gate,up hosted": (MLP, 8, "hosted", None, MANY),
+    "FT gate,up hosted rank 4": (MLP, 4, "hosted", None, MANY),
     "FT gate,up hosted rank 2": (MLP, 2, "hosted", None, MANY),
     "FT gate,up hosted rank 1": (MLP, 1, "hosted", None, MANY),
     "spread gate,up hosted rank 2, a half": (MLP, 2, "hosted", {**SPREAD, "budget": 0.5}, FEW_MLP),
