@@ -9,11 +9,13 @@ FOLDER holds banking77/{train,eval}.jsonl with `prompt` and `completion`, and
 commonsense/TASK/{train,eval}.jsonl with `instruction`, `choices` and `answer`. One JSON line a
 finished run goes to benchmarks/results/kr.jsonl; runs that are there are not repeated. Several of
 these commands may run at once, one for each core. Both halves run in one process, which changes no
-byte that is counted; the base is bf16, adapters and loss fp32, the wire fp16. Stages: `tune` picks
+byte that is counted; the base is bf16, or fp32 with `--dtype fp32`, where a processor is slow in
+bf16 (each line says what it was); adapters and loss are fp32, the wire fp16. Stages: `tune` picks
 each arm's learning rate and sweeps variants on rows held back from training; `final` runs the arms
 that are compared, on the eval rows, with three seeds, at the learning rate that tuned best;
-`length` trains for two epochs with an evaluation every 125 steps; `task` looks for commonsense
-tasks on which FT learns, and compares there. The margin of a PASS was fixed before any final run.
+`length` trains for two epochs with an evaluation every 125 steps, after which it may be stopped and
+go on; `task` looks for commonsense tasks on which FT learns, and compares there. The margin of a
+PASS was fixed before any final run.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -185,8 +188,9 @@ TRIED = (  # variants that got no sweep: (arm, learning rates)
 )
 # Two epochs: (arm, learning rates), first those that are best at 150 steps, then lower ones.
 LENGTH = (
-    *(("spread gate,up", 8e-3), ("FT", 8e-3), ("spread v", 2.4e-2), ("KR", 1.2e-2)),
-    *(("spread", 1.2e-2), ("FT gate,up", 8e-3), ("KR gate,up cover", 8e-3), ("last", 6e-3)),
+    *(("FT", 8e-3), ("spread v", 2.4e-2), ("KR v cover", 1.2e-2), ("KR", 1.2e-2)),
+    *(("spread gate,up", 8e-3), ("FT gate,up", 8e-3), ("KR gate,up cover", 8e-3)),
+    *(("spread", 1.2e-2), ("last", 6e-3)),
     *(("random", 1.2e-2), ("KR paper", 1.2e-2), ("KR gate,up", 1.6e-2)),
     *(("FT", 4e-3), ("spread gate,up", 4e-3), ("spread v", 1.2e-2), ("KR", 6e-3)),
     *(("FT", 2e-3), ("spread gate,up", 2e-3), ("spread", 6e-3), ("FT gate,up", 4e-3)),
@@ -363,8 +367,12 @@ def best_choice(logits: Any, row: dict[str, Any], tokenizer: Any) -> str:
     return choice
 
 
-def one(spec: dict[str, Any], link: Any, tokenizer: Any, data: Path) -> dict[str, Any]:
-    """Train and measure one arm."""
+def one(
+    spec: dict[str, Any], link: Any, tokenizer: Any, data: Path, until: float = math.inf
+) -> dict[str, Any] | None:
+    """Train and measure one arm; None if a run of `length` was left at a checkpoint, as it is at
+    the first point of its curve after `until` (of `time.monotonic`).
+    """
     import torch
     from peft import LoraConfig
     from provenance import provenance
@@ -408,12 +416,20 @@ def one(spec: dict[str, Any], link: Any, tokenizer: Any, data: Path) -> dict[str
     )
     rate = get_linear_schedule_with_warmup(optimizer, round(0.05 * steps), steps)
     curve: list[dict[str, Any]] = []
-    before, start, losses = model.meter.copy(), time.monotonic(), []
-    for step, batch in enumerate(made):
-        losses.append(take_step(model, batch, step, optimizer, rate, reviver))
+    losses: list[float] = []
+    before, start = model.meter.copy(), time.monotonic()
+    checkpoint = Checkpoint(spec, model, optimizer, rate, reviver)
+    if spec["stage"] == "length" and (kept := checkpoint.load()):
+        losses, curve = kept["losses"], kept["curve"]
+        before, start = type(model.meter)(), start - kept["seconds"]
+    for step in range(len(losses), steps):
+        losses.append(take_step(model, made[step], step, optimizer, rate, reviver))
         if spec["stage"] == "length" and (step + 1) % CURVE_STEPS == 0:
             curve.append(point(model, tokenizer, held[:CURVE_ROWS], step + 1, before))
             print(f"  {curve[-1]}", flush=True)
+            checkpoint.save(losses, curve, before, time.monotonic() - start)
+            if time.monotonic() > until and step + 1 < steps:
+                return None
     seconds, cost = time.monotonic() - start, model.meter - before
     return (
         spec
@@ -439,6 +455,67 @@ def one(spec: dict[str, Any], link: Any, tokenizer: Any, data: Path) -> dict[str
         }
         | ({"curve": curve} if curve else {})
     )
+
+
+class Checkpoint:
+    """State of a long run at a point of its curve, in a folder that git does not see.
+
+    A run that goes on sends modules that the cloud held idle once more.
+    """
+
+    def __init__(
+        self, spec: dict[str, Any], model: Any, optimizer: Any, rate: Any, reviver: Any
+    ) -> None:
+        self.file = RESULT.parent / ".checkpoints" / (name_of(spec) + ".pt")
+        self.model, self.optimizer, self.rate, self.reviver = model, optimizer, rate, reviver
+
+    def save(self, losses: list[float], curve: list[Any], before: Any, seconds: float) -> None:
+        """Keep everything that the next step depends on."""
+        import torch
+
+        reviver = self.reviver and (self.reviver.state_dict(), dict(self.reviver.snapshot))
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        half = self.file.with_suffix(".half")
+        torch.save(
+            {
+                "parameters": self.parameters(),
+                "optimizer": self.optimizer.state_dict(),
+                "rate": self.rate.state_dict(),
+                "reviver": reviver,
+                "meter": asdict(self.model.meter - before),
+                "losses": losses,
+                "curve": curve,
+                "seconds": seconds,
+            },
+            half,
+        )
+        half.replace(self.file)
+
+    def load(self) -> dict[str, Any] | None:
+        """Go on where `save` was called; losses, curve and seconds until then, or None."""
+        import torch
+
+        if not self.file.exists():
+            return None
+        kept: dict[str, Any] = torch.load(self.file, weights_only=True)
+        with torch.no_grad():
+            for name, parameter in self.parameters().items():
+                parameter.copy_(kept["parameters"][name])
+        self.optimizer.load_state_dict(kept["optimizer"])
+        self.rate.load_state_dict(kept["rate"])
+        if self.reviver:
+            self.reviver.load_state_dict(*kept["reviver"])
+        self.model.meter = type(self.model.meter)(**kept["meter"])
+        return kept
+
+    def parameters(self) -> dict[str, Any]:
+        """The whole adapter, by name."""
+        return dict(self.model.named_parameters())
+
+
+def name_of(spec: dict[str, Any]) -> str:
+    """A run's name as one of a file."""
+    return "-".join(map(str, key(spec))).replace(" ", "_")
 
 
 def point(
@@ -533,7 +610,7 @@ def claim() -> tuple[dict[str, Any], FileLock] | None:
     for spec in specs(done):
         if key(spec) in finished or spec["learning_rate"] is None:
             continue
-        lock = FileLock(RESULT.parent / ".locks" / "-".join(map(str, key(spec))).replace(" ", "_"))
+        lock = FileLock(RESULT.parent / ".locks" / name_of(spec))
         try:
             lock.acquire(blocking=False)
         except Timeout:
@@ -544,7 +621,7 @@ def claim() -> tuple[dict[str, Any], FileLock] | None:
     return None
 
 
-def run(data: Path, minutes: float) -> None:
+def run(data: Path, minutes: float, dtype: str) -> None:
     """Go on with the list of runs until the time is up."""
     import torch
 
@@ -553,7 +630,7 @@ def run(data: Path, minutes: float) -> None:
 
     torch.set_num_threads(1)
     end = time.monotonic() + 60 * minutes
-    loaded = load_model("smollm2", dtype="bf16")
+    loaded = load_model("smollm2", dtype=dtype)
     loaded.model.set_attn_implementation(
         "eager"
     )  # on CPUs and short rows the fused backward in bf16 is slower
@@ -566,7 +643,10 @@ def run(data: Path, minutes: float) -> None:
             return
         spec, lock = claimed
         print(spec, flush=True)
-        found = one(spec, link, loaded.tokenizer, data)
+        found = one(spec, link, loaded.tokenizer, data, until=end)
+        if found is None:
+            print("  left at a checkpoint")
+            return
         with FileLock(RESULT.parent / ".locks" / "results"), RESULT.open("a") as file:
             file.write(json.dumps(found) + "\n")
         lock.release()
@@ -755,11 +835,12 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=("run", "table", "figure"))
     parser.add_argument("--data", type=Path, help="folder of the task data")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after so long")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the base")
     arguments = parser.parse_args()
     if arguments.what == "run" and arguments.data is None:
         parser.error("run wants --data FOLDER")
     if arguments.what == "run":
-        run(arguments.data, arguments.minutes)
+        run(arguments.data, arguments.minutes, arguments.dtype)
     elif arguments.what == "figure":
         figure(load_results(), HERE.parent / "docs/images/kr-front.png")
     else:

@@ -1,0 +1,60 @@
+"""The command that trains for two epochs: a run that is stopped goes on as if it had not been."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from dlora.embedded import InProcessLink
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def kr(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """The benchmark, with little to do and results of its own."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import kr
+
+    monkeypatch.setattr(kr, "RESULT", tmp_path / "kr.jsonl")
+    for name, value in {"LENGTH_STEPS": 6, "CURVE_STEPS": 2, "CURVE_ROWS": 2}.items():
+        monkeypatch.setattr(kr, name, value)
+    often = {**kr.START, "interval": 1, "budget": 0.5, "unit": "module"}
+    monkeypatch.setitem(kr.ARMS, "often", (["q_proj", "v_proj"], 2, "plain", often, ()))
+    return kr
+
+
+def test_a_stopped_run_goes_on_to_the_same_result(
+    kr: ModuleType, tmp_path: Path, link: InProcessLink, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Left at every point of its curve, a long run has the losses, sets and scores of one that was
+    not, and the bytes but for modules that a new cloud is sent again.
+    """
+    (tmp_path / "banking77").mkdir()
+    rows = [{"prompt": f"a parcel {n} for", "completion": f" desk {n % 3}"} for n in range(120)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    for part in ("train", "eval"):
+        (tmp_path / f"banking77/{part}.jsonl").write_text(text)
+    spec = {"stage": "length", "task": "banking77", "seed": 0, "learning_rate": 1e-2}
+
+    def run(seed: int, until: float) -> dict[str, Any] | None:
+        return kr.one(spec | {"arm": "often", "seed": seed}, link, tokenizer, tmp_path, until)
+
+    parts = [run(0, -math.inf) for _ in range(3)]
+    (tmp_path / ".checkpoints").rename(tmp_path / "done")
+    whole = run(0, math.inf)
+    last = parts[-1]
+
+    assert parts[:2] == [None, None]
+    assert last is not None and whole is not None
+    assert len(whole["curve"]) == 3 and len(whole["sets"]) > 2
+    for name in ("losses", "train_loss", "sets", "accuracy", "eval_loss", "adapter_flops"):
+        assert last[name] == whole[name], name
+    assert [one["step"] for one in last["curve"]] == [2, 4, 6]
+    assert whole["bytes"] <= last["bytes"] < 1.5 * whole["bytes"]
