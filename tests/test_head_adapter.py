@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import dlora
 from dlora.cli.merge import merge
 from dlora.cli.settings import MergeSettings
+from dlora.edge.describe import describe_adapter
 from dlora.embedded import InProcessLink
 from dlora.errors import UsageError
 
@@ -59,6 +60,19 @@ def test_bottlenecks_do_not_sit_there(link: InProcessLink) -> None:
     """A bottleneck adapter on the head is refused by name, as it would be computed as a LoRA."""
     with pytest.raises(UsageError, match="lm_head cannot be adapted"):
         dlora.get_peft_model(link, dlora.BottleneckConfig(target_modules=TARGETS))
+
+
+def test_it_is_described_as_what_fits(link: InProcessLink, tmp_path: Path) -> None:
+    """`dlora info` finds the head's adapter on the edge, where it is no site; one for a head of
+    another width does not fit.
+    """
+    make_split(link, lora(target_modules=TARGETS)).save_pretrained(tmp_path)
+    shown = dict(describe_adapter(tmp_path, link.description))
+    assert (shown["fit"], shown["sites"][:8]) == ("yes", "3 active")
+    other = type(link.description)()
+    other.CopyFrom(link.description)
+    other.hidden_width += 1
+    assert "lm_head has widths" in dict(describe_adapter(tmp_path, other))["fit"]
 
 
 def test_a_tied_head_is_merged_alone(tmp_path: Path) -> None:

@@ -510,18 +510,36 @@ def test_arguments_of_the_tasks_trainer_are_checked_by_name(tmp_path: Path) -> N
     assert config.beta == 0.7
 
 
-def test_a_tenant_with_one_stream_is_told_before_the_run(
-    cloud_models: Callable[[str], CloudModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+@pytest.mark.parametrize(
+    ("allowed", "in_flight", "refusal"),
+    [
+        (1, 1, r"two streams at once .* allows 1 here"),
+        (3, 4, r"holds 4 streams for its parts in flight .* allows 3 .* in_flight to 2 or less"),
+        (3, 2, None),
+    ],
+)
+def test_a_tenant_with_few_streams_is_told_before_the_run(
+    cloud_models: Callable[[str], CloudModel],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    allowed: int,
+    in_flight: int,
+    refusal: str | None,
 ) -> None:
-    """A step of dpo holds two streams: whoever may have one is refused at once, with one line."""
-    options = replace(NO_DRAIN, max_streams=1)
+    """A step of dpo holds two streams, one of them for each part in flight: whoever may have fewer
+    is refused at once, with one line. What that advises trains: the reference's parts wait for
+    each other.
+    """
+    options = replace(NO_DRAIN, max_streams=allowed)
+    told = nullcontext() if refusal is None else pytest.raises(UsageError, match=refusal)
     with (
         Server(cloud_models("llama"), tokenizer, options=options) as server,
         closing(dlora.connect(server.address, cache=tmp_path / "cache")) as connected,
-        pytest.raises(UsageError, match=r"two streams at once .* allows 1 here"),
+        told,
     ):
-        train(settings(tmp_path, "dpo"), connected)
-    assert not (tmp_path / "run").exists()
+        changes = {"in_flight": in_flight, "max_steps": 1, "give_up_after_s": 60.0}
+        train(settings(tmp_path, "dpo", **changes), connected)
+    assert (tmp_path / "run").exists() == (refusal is None)
 
 
 @pytest.mark.parametrize(
@@ -539,8 +557,16 @@ def test_long_rows_are_refused_dropped_or_cut(
         with pytest.raises(DataError, match=r"long.jsonl:2: \d+ tokens, max_length is 24; 1 of 3"):
             train(chosen, link)
         return
-    run = train(chosen, link)
+    seen: list[Any] = []
+    noted = At("on_train_begin", 0, lambda train_dataloader, **_: seen.append(train_dataloader))
+    with with_callback(noted):
+        run = train(chosen, link)
     assert run["rows"]["data"]["count"] == (2 if overlong == "drop" else 3)
+
+    # No prompt meets the completion of a row that was dropped.
+    if task == "kto":
+        kept = seen[0].dataset
+        assert sorted(kept["KL_completion_ids"]) == sorted(kept["completion_ids"])
 
 
 WAYS: dict[str, dict[str, Any]] = {

@@ -155,15 +155,16 @@ def _describe_fit(
     shapes: dict[str, tuple[int, ...]],
     description: pb.Description,
 ) -> Iterator[tuple[str, str]]:
-    """Whether the modules of an adapter are on the server, and as wide."""
+    """Whether the modules of an adapter are on the server, or here, and as wide."""
     in_series = is_series(config)
+    here = [name for name in names if not any(part.isdigit() for part in name.split("."))]
     sites = [
         site for site in description.sites if any(module.name in names for module in site.modules)
     ]
     fused = {
         name: widths for name, widths in layer_widths(config, description).items() if name in names
     }
-    num_sites = len(names) if in_series else len(sites) + len(fused)
+    num_sites = len(names) - len(here) if in_series else len(sites) + len(fused)
     trips = "1 round trip, on the hosted wire," if fused else f"{num_sites + 1} round trips"
     yield "sites", f"{num_sites} active: {trips} a generated token"
 
@@ -178,6 +179,10 @@ def _describe_fit(
         for module in site.modules
         if module.allowed
     } | fused
+
+    # The LM head is outside of all layers, and on the edge, as is what is trained of it.
+    head_width = description.head_width or description.hidden_width
+    offered |= {name: (head_width, _widths(shapes, name)[1]) for name in here}
     missing = [name for name in names if name not in offered]
     misfits = [name for name in names if name in offered and _widths(shapes, name) != offered[name]]
     if missing:
