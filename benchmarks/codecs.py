@@ -215,6 +215,16 @@ ARMS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         {"wire_dtype": "int4", "factors": "int8"},
         ONE,
     ),
+    "gate,up hosted int4, adapter int8": (
+        "FT gate,up hosted",
+        {"wire_dtype": "int4", "factors": "int8"},
+        ONE,
+    ),
+    "gate,up hosted int4, adapter int8, rank 4": (
+        "FT gate,up hosted rank 4",
+        {"wire_dtype": "int4", "factors": "int8"},
+        ONE,
+    ),
     "gate,up hosted int4, rank 1": ("FT gate,up hosted rank 1", {"wire_dtype": "int4"}, ONE),
     "gate,up hosted int4, rank 2, 15 of 30 sites": (
         "spread gate,up hosted rank 2, a half",
@@ -254,8 +264,8 @@ ARC = {  # as in paper/smollm2-text.yaml, with more eval rows and a base in fp32
 ARC_RATE = 4e-3
 
 
-def whole(data: Path, folder: Path, minutes: float) -> None:
-    """Go on with the whole runs until the time is up."""
+def whole(data: Path, folder: Path, minutes: float, arm: str | None) -> None:
+    """Go on with the whole runs, of one arm or all, until the time is up."""
     import torch
 
     torch.set_num_threads(1)
@@ -263,7 +273,7 @@ def whole(data: Path, folder: Path, minutes: float) -> None:
     LOCKS.mkdir(parents=True, exist_ok=True)
     clouds: dict[str, Any] = {}
     while time.monotonic() < end:
-        claimed = claim()
+        claimed = claim(arm)
         if claimed is None:
             print("nothing is left that can begin now")
             return
@@ -276,9 +286,13 @@ def whole(data: Path, folder: Path, minutes: float) -> None:
         print(f"  accuracy {found['accuracy']:.4f}, {found['seconds']:.0f} s", flush=True)
 
 
-def claim() -> tuple[tuple[str, str, int], FileLock] | None:
-    """The next run that nobody has done or is at, and the lock that says so."""
+def claim(arm: str | None) -> tuple[tuple[str, str, int], FileLock] | None:
+    """The next run, of this arm if there is one, that nobody has done or is at, and the lock that
+    says so.
+    """
     for wanted in order():
+        if arm not in (None, wanted[1]):
+            continue
         lock = FileLock(LOCKS / f"codecs-{'-'.join(map(str, wanted))}".replace(" ", "_"))
         if wanted in finished():
             continue
@@ -480,6 +494,7 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, help="folder of the task data")
     parser.add_argument("--whole", action="store_true", help="whole runs in place of gradients")
     parser.add_argument("--folder", type=Path, default=Path("runs/codecs"), help="trained adapters")
+    parser.add_argument("--arm", choices=ARMS, metavar="NAME", help="of whole runs this alone")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after so long")
     arguments = parser.parse_args()
     if arguments.what == "run" and arguments.data is None:
@@ -487,6 +502,6 @@ if __name__ == "__main__":
     if arguments.what == "table":
         print(table(load_results()))
     elif arguments.whole:
-        whole(arguments.data, arguments.folder, arguments.minutes)
+        whole(arguments.data, arguments.folder, arguments.minutes, arguments.arm)
     else:
         gradients(arguments.data, arguments.folder)
