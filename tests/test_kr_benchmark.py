@@ -58,3 +58,17 @@ def test_a_stopped_run_goes_on_to_the_same_result(
         assert last[name] == whole[name], name
     assert [one["step"] for one in last["curve"]] == [2, 4, 6]
     assert whole["bytes"] <= last["bytes"] < 1.5 * whole["bytes"]
+
+
+def test_rows_are_read_in_one_order(kr: ModuleType, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Two evaluations see the rows in the same order, by which their answers are paired."""
+    rows = [{"prompt": "a " * (n % 7), "completion": f" desk {n}"} for n in range(120)]
+    orders = [
+        [
+            row["completion"]
+            for batch in kr.batches(rows, tokenizer, 6, 20, None)
+            for row in batch["rows"]
+        ]
+        for _ in range(2)
+    ]
+    assert orders[0] == orders[1] and len(orders[0]) == 120
