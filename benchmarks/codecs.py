@@ -225,19 +225,17 @@ ARMS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         {"wire_dtype": "int4", "factors": "int8"},
         ONE,
     ),
-    "gate,up hosted int4, rank 1": ("FT gate,up hosted rank 1", {"wire_dtype": "int4"}, ONE),
-    "gate,up hosted int4, rank 2, 15 of 30 sites": (
-        "spread gate,up hosted rank 2, a half",
-        {"wire_dtype": "int4"},
+    "gate,up hosted int4, adapter int4": (
+        "FT gate,up hosted",
+        {"wire_dtype": "int4", "factors": "int4"},
         ONE,
     ),
-    "gate,up hosted int4, rank 2": ("FT gate,up hosted rank 2", {"wire_dtype": "int4"}, ONE),
-    "gate,up hosted int4, rank 4, 6 of 30 sites": (
-        "spread gate,up hosted rank 4, a fifth",
-        {"wire_dtype": "int4"},
+    "gate,up hosted int4, adapter fp16, rank 1": (
+        "FT gate,up hosted rank 1",
+        {"wire_dtype": "int4", "factors": "fp16"},
         ONE,
     ),
-    "gate,up hosted int4": ("FT gate,up hosted", {"wire_dtype": "int4"}, ONE),
+    "q,k,v plain fp32": ("FT", {"wire_dtype": "fp32"}, ONE),
     "gate,up factored int8": ("FT gate,up", {"wire_dtype": "int8"}, ONE),
     "gate,up factored int4": ("FT gate,up", {"wire_dtype": "int4"}, ONE),
     "gate,up factored fp16, dx dropped": (
@@ -335,7 +333,9 @@ def banking(
     link, tokenizer = clouds["banking77"]
     arm, options, _ = ARMS[name]
     spec = {"stage": "final", "task": "banking77", "arm": arm, "learning_rate": RATE, "seed": seed}
-    split = {"options": split_options(options)}
+    split: dict[str, Any] = {"options": split_options(options)}
+    if "factors" in options:  # what is saved is not rounded
+        split["answers"] = "fp16"
     return kr.one(spec | split, link, tokenizer, data) | {"options": options}
 
 
@@ -348,8 +348,9 @@ def split_options(options: dict[str, Any]) -> dict[str, Any]:
         return options
     others = {name: value for name, value in options.items() if name != "factors"}
     codecs = mix(options["wire_dtype"], "hosted")
-    coarse: Any = WIRE_DTYPES["rotated_int4" if options["factors"] == "int4" else "int8"]
-    return others | {"wire_dtype": replace(codecs, factors=coarse)}
+    names = {"int4": "rotated_int4"}
+    factors: Any = WIRE_DTYPES[names.get(options["factors"], options["factors"])]
+    return others | {"wire_dtype": replace(codecs, factors=factors)}
 
 
 def arc_easy(

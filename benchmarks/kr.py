@@ -371,7 +371,8 @@ def one(
     spec: dict[str, Any], link: Any, tokenizer: Any, data: Path, until: float = math.inf
 ) -> dict[str, Any] | None:
     """Train and measure one arm; None if a run of `length` was left at a checkpoint, as it is at
-    the first point of its curve after `until` (of `time.monotonic`).
+    the first point of its curve after `until` (of `time.monotonic`). `spec["answers"]` is a wire
+    dtype over which the adapter is measured as well.
     """
     import torch
     from peft import LoraConfig
@@ -431,9 +432,13 @@ def one(
             if time.monotonic() > until and step + 1 < steps:
                 return None
     seconds, cost = time.monotonic() - start, model.meter - before
+    found = measure(model, tokenizer, held)
+    if dtype := spec.get("answers"):
+        model.set_options(wire_dtype=dtype)
+        found["answers"] = {"wire_dtype": dtype, **measure(model, tokenizer, held)}
     return (
         spec
-        | measure(model, tokenizer, held)
+        | found
         | {f"base_{name}": base[name] for name in ("accuracy", "eval_loss") if base}
         | {
             "train_loss": statistics.fmean(losses[-10:]),

@@ -156,7 +156,7 @@ def test_masks_have_dropouts_distribution(cloud_models: Callable[[str], CloudMod
     begin = pb.Begin(hosted=True, dropout_seed=7, module_frames=1)
     tensors = pb.HostedTensors()
     for index, module in enumerate(site.modules):
-        b = torch.eye(module.out_features, site.in_features)
+        b = torch.eye(site.in_features, module.out_features)  # turned
         begin.modules.add(site=site.index, module=index, rank=site.in_features, dropouts=parts)
         tensors.modules.add(a=encode(identity, pb.FP32), b=encode(b, pb.FP32))
     store = cloud_models("llama").frozen_store
@@ -511,8 +511,8 @@ UNFIT: dict[str, tuple[Callable[[list[pb.ModuleTensors]], list[pb.EdgeFrame]], s
         r"a of .*q_proj.*\[4, 63\]",
     ),
     "other rank": (
-        lambda all: [part(0, pb.ModuleTensors(a=all[0].a, b=encode(torch.ones(64, 3), pb.FP32)))],
-        r"b of .*q_proj.*\[64, 3\]",
+        lambda all: [part(0, pb.ModuleTensors(a=all[0].a, b=encode(torch.ones(3, 64), pb.FP32)))],
+        r"b of .*q_proj.*\[3, 64\]",
     ),
     "no A": (lambda all: [part(0, pb.ModuleTensors(b=all[0].b))], "a is missing"),
     "a bias": (

@@ -474,7 +474,7 @@ def test_hosted_modules_are_their_owners_alone(
     site = alice.description.sites[0]
     tensors = pb.ModuleTensors(
         a=encode(torch.randn(2, site.in_features), pb.FP32),
-        b=encode(torch.randn(site.modules[0].out_features, 2), pb.FP32),
+        b=encode(torch.randn(2, site.modules[0].out_features), pb.FP32),
     )
     module = pb.HostedModule(rank=2, keep=True)
 

@@ -166,7 +166,7 @@ def step_traffic(
 
     if hosted:  # as much both ways
         adapter = sum(
-            size(codecs.factors, r, d) + size(codecs.factors, o, r)
+            size(codecs.factors, r, d) + size(codecs.factors, r, o)
             for d, modules in sites
             for o, r in modules
         )

@@ -157,7 +157,8 @@ class HostedAdapter:
                 if tensor is not None:
                     # A module that nothing of the loss depends on has no gradient.
                     grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-                    fields[name], tensor.grad = encode(grad, dtype), None
+                    fields[name] = encode(grad.T if name == "b" else grad, dtype)
+                    tensor.grad = None
             messages.append(pb.ModuleTensors(**fields))
         return pb.HostedTensors(first=group[0].number, modules=messages)
 
@@ -240,8 +241,9 @@ def _decoded(message: pb.ModuleTensors, checked: HostedModule) -> HostedTensors:
     """The tensors of a module that came; `decode` checks their bytes first."""
 
     def tensor(name: str, shape: tuple[int, ...]) -> Tensor:
-        values = decode(getattr(message, name), shape, f"{name} of {checked.name}")
-        return values.to(checked.device)
+        came = shape[::-1] if name == "b" else shape  # B travels turned
+        values = decode(getattr(message, name), came, f"{name} of {checked.name}")
+        return (values.T.contiguous() if name == "b" else values).to(checked.device)
 
     for name, shape in zip(_FIELDS, checked.shapes, strict=True):
         if message.HasField(name) != (shape is not None):

@@ -5,7 +5,7 @@ gradients of peft's parameters on the way back. `KeptVersions` decides when the 
 one, so that with gradient accumulation it travels once an optimizer step.
 
 Shapes: D width of what a module reads, R rank (of all active adapters together), O width of what it
-adds to, E experts.
+adds to, E experts. B travels turned, [R, O]: codecs that round rows together want long ones.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ class HostedAdapter:
         messages = []
         for site, number in self.places:
             with torch.no_grad():
-                tensors = _tensors(site.layers[number])
+                a, b, *biases = _tensors(site.layers[number])
+            tensors = (a, b.T, *biases)
             parts = {
                 field: encode(tensor, self.dtype)
                 for field, tensor in zip(_FIELDS, tensors, strict=True)
@@ -212,7 +213,8 @@ class HostedAdapter:
             message = by_number[number]
             # What travelled is linear in the parameters: autograd takes the gradients apart.
             with torch.enable_grad():
-                tensors = _tensors(site.layers[index])
+                a, b, *biases = _tensors(site.layers[index])
+                tensors = (a, b.T, *biases)
             name = site.names[index]
             pairs = [
                 (tensor, decode(getattr(message, field), tuple(tensor.shape), f"{field} of {name}"))

@@ -105,5 +105,5 @@ def _for_adapter(setting: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What keeps B A from being solved for."""
     if setting.get("wire") == "hosted":
         yield "--wire plain", "the adapter is not sent, though it can be solved for"
-    elif setting.get("wire_dtype") not in ("int8", "int4"):
+    elif setting.get("wire") == "plain" and setting.get("wire_dtype") not in ("int8", "int4"):
         yield "--wire_dtype int8", "rounding spoils the solution for B A, and halves the traffic"

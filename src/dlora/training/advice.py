@@ -215,10 +215,13 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 
 _HEADS: Final = (
-    *("", "wire", "codec", "parts", "accum.", "sites", "s/step", "tokens/s", "MB up", "MB down"),
+    *("", "wire", "codec", "parts", "accum.", "sites", "s/step", "tok/s"),
+    *("MB up", "MB down", "sees"),
 )
 _NUMBERS: Final = range(3, 10)
 """Columns of numbers."""
+_SEES: Final = {"plain": "rows", "factored": "+ B", "hosted": "+ A, B"}
+"""`SEEN` in a column."""
 
 
 def _cells(row: Row) -> list[str]:
@@ -234,6 +237,7 @@ def _cells(row: Row) -> list[str]:
         f"{row.tokens_per_s:.0f}",
         _mb(found.sent_bytes),
         _mb(found.received_bytes),
+        _SEES[choice.wire],
     ]
 
 

@@ -59,7 +59,7 @@ class SayWaiting(TrainerCallback):
             return
         number = round_trips_of(self.model) * self.settings.gradient_accumulation_steps
         log.info(
-            "a round trip takes %.1f ms; a step waits for %d of them: %.2f s",
+            "a round trip takes %.1f ms; a step waits for %d of them, %.2f s, and for its bytes",
             *(1000 * rtt_s, number, number * rtt_s),
         )
 
