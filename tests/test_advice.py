@@ -60,12 +60,12 @@ def test_every_sensible_choice_is_a_row(rows: list[Row]) -> None:
     exchanged = ("plain", "factored")
     assert found[:8] == [(w, n, p) for w in exchanged for n in (9, 1) for p in (False, True)]
     assert found[8:10] == [("factored", 9, False), ("factored", 9, True)]
-    assert found[10:] == [("hosted", 9, False)] * 2 + [("hosted", 1, False)] * 2
-    assert [row.choice.gradient_accumulation_steps for row in rows[10:]] == [1, 4, 1, 4]
-    coarse = {(row.choice.wire_dtype, row.choice.input_grad) for row in rows[8:10]}
-    assert coarse == {("int4", "drop")} and not any(row.as_local for row in rows[8:10])
-    exact = {(row.choice.wire_dtype, row.choice.input_grad) for row in rows[:8] + rows[10:]}
-    assert exact == {("fp16", "exact")}
+    assert found[10:] == [("hosted", n, False) for n in (9, 9, 1, 1, 9, 9)]
+    assert [row.choice.gradient_accumulation_steps for row in rows[10:]] == [1, 4] * 3
+    codecs = [(row.choice.wire_dtype, row.choice.input_grad) for row in rows]
+    assert set(codecs[:8] + codecs[10:14]) == {("fp16", "exact")}
+    assert codecs[8:10] == [("int4", "drop")] * 2 and codecs[14:] == [("int4", "exact")] * 2
+    assert not any(row.as_local for row in rows[8:10] + rows[14:])
 
 
 def test_an_adapter_without_few_sites_has_no_row_of_them(server: Server, tmp_path: Path) -> None:
@@ -119,7 +119,8 @@ def test_bytes_of_every_row_are_the_formulas(table: tuple[list[Row], Any]) -> No
             b = sum(2 * 8 * width for _, modules in sites for width, _ in modules)
             sent += (row.prediction.in_flight - 1) * b
             received += (row.prediction.in_flight - 1) * b
-        later = step_traffic(*shape, [], "fp16")[0] if hosted else sent
+        ends = mix(row.choice.wire_dtype, wire)
+        later = step_traffic(*shape, [], ends)[0] if hosted else sent
 
         framing = 4000 * several + 1500 * row.prediction.in_flight
         assert 0 < row.prediction.sent_bytes - sent - (several - 1) * later < framing

@@ -144,8 +144,8 @@ def test_a_begin_says_every_codec(codecs: Codecs) -> None:
 
 
 def test_what_is_small_keeps_16_bits() -> None:
-    """In the coarse mixes factors and adapters are not rounded, and everything large is: hosted,
-    that is the ends.
+    """In the coarse mixes factors are not rounded, and everything large is: hosted the ends, and
+    with int4 the adapter.
     """
     for name in ("int8", "int4"):
         dtypes = asdict(MIXES[name])
@@ -154,7 +154,8 @@ def test_what_is_small_keeps_16_bits() -> None:
         assert not {pb.FP16, pb.FP32} & set(coarse.values())
         assert SplitOptions(wire_dtype=name).codecs == MIXES[name]
         hosted = SplitOptions(wire_dtype=name, wire="hosted", upload_consent=True).codecs
-        assert asdict(hosted) == asdict(MIXES[name]) | {"ends": MIXES[name].x}
+        factors = {"int8": pb.FP16, "int4": pb.ROTATED_INT4}[name]
+        assert asdict(hosted) == asdict(MIXES[name]) | {"ends": MIXES[name].x, "factors": factors}
         assert name_of(hosted) == name_of(MIXES[name]) == name
 
 

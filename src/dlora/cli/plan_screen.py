@@ -120,7 +120,7 @@ def _table(
     if any(row.mark == "+" for row in rows):
         yield (
             "+  faster still, but another training: few modules at a time, larger steps,\n"
-            "   or coarse inputs without their gradients (-dx)"
+            "   or coarse codecs (int4; -dx: without gradients of inputs)"
         )
     for row in rows:
         if row.mark:

@@ -1,8 +1,9 @@
 """Which codec what travels in: one for each kind of tensor, and the mixes that have a name.
 
-Rounding costs not the same everywhere. What is small keeps 16 bits, what an optimizer step hardly
-depends on gets four. `benchmarks/codecs.py` measures the mixes; docs/wire-protocol.md has them as a
-table. No torch here, so that settings can take their names from it.
+Rounding costs not the same everywhere. What is small beside the rest keeps 16 bits, what an
+optimizer step hardly depends on gets four. `benchmarks/codecs.py` measures the mixes;
+docs/wire-protocol.md has them as a table. No torch here, so that settings can take their names from
+it.
 """
 
 from __future__ import annotations
@@ -66,8 +67,11 @@ MIXES: Final[dict[str, Codecs]] = {
 }
 """What `wire_dtype` may be, by name, where sites exchange."""
 
-_HOSTED_ENDS: Final[dict[str, pb.DType]] = {"int8": pb.INT8, "int4": pb.ROTATED_INT4}
-"""On the hosted wire no site does: beside the adapter the ends are all there is."""
+_HOSTED: Final[dict[str, dict[str, pb.DType]]] = {
+    "int8": {"ends": pb.INT8},
+    "int4": {"ends": pb.ROTATED_INT4, "factors": pb.ROTATED_INT4},
+}
+"""On the hosted wire no site does: ends and adapter are all there is."""
 
 
 def mix(wire_dtype: str | Codecs, wire: str) -> Codecs:
@@ -76,10 +80,8 @@ def mix(wire_dtype: str | Codecs, wire: str) -> Codecs:
         return wire_dtype
     if wire_dtype not in MIXES:
         raise UsageError(f"wire dtype: got {wire_dtype!r}, want one of {', '.join(MIXES)}")
-    codecs = MIXES[wire_dtype]
-    if wire == "hosted" and wire_dtype in _HOSTED_ENDS:
-        return replace(codecs, ends=_HOSTED_ENDS[wire_dtype])
-    return codecs
+    hosted = _HOSTED.get(wire_dtype, {}) if wire == "hosted" else {}
+    return replace(MIXES[wire_dtype], **hosted)
 
 
 def name_of(codecs: Codecs) -> str:

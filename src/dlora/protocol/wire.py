@@ -160,7 +160,7 @@ def _encode_grouped(tensor: Tensor, dtype: pb.DType) -> bytes:
         return b""
     rows = tensor.to("cpu", torch.float32).reshape(-1, width)
     if group:
-        rows = torch.nn.functional.pad(rows, (0, -width % group)).view(-1, group)
+        rows = torch.nn.functional.pad(rows, (0, -width % group)).reshape(-1, group)
     if dtype == pb.ROTATED_INT4:
         rows = _exact_product(rows, _ROTATION)
     scales = (rows.abs().amax(dim=1) / top).to(scale_dtype)

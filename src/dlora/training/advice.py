@@ -29,7 +29,7 @@ _EXACT: Final = ("fp16", "exact")
 MIXES: Final = {
     "plain": (_EXACT,),
     "factored": (_EXACT, ("int4", "drop")),
-    "hosted": (_EXACT,),
+    "hosted": (_EXACT, ("int4", "exact")),
 }
 """By wire (wire dtype, input gradient) of what is advised: those whose accuracy was measured in
 whole runs, at all sites where it is coarse, and held (docs/benchmarks.md)."""
@@ -104,12 +104,13 @@ def choose(
 
 
 def _row(base: PlanSettings, choice: PlanSettings, prediction: Prediction) -> Row:
-    same = ("sites", "gradient_accumulation_steps", "input_grad")
+    same = ("sites", "gradient_accumulation_steps")
+    is_exact = (choice.wire_dtype, choice.input_grad) == _EXACT
     return Row(
         choice=choice,
         seconds=prediction.seconds,
         prediction=prediction,
-        as_local=all(getattr(choice, name) == getattr(base, name) for name in same),
+        as_local=is_exact and all(getattr(choice, name) == getattr(base, name) for name in same),
     )
 
 
