@@ -70,6 +70,7 @@ ARMS: dict[str, Arm] = {
     "FT hosted": Arm("hosted"),
     "FT hosted, 4 micro-batches": Arm("hosted", micro_batches=4),
     "FT hosted int8": Arm("hosted", options={"wire_dtype": "int8"}),
+    "FT hosted int4": Arm("hosted", options={"wire_dtype": "int4"}),
     "Kill and Revive's eighth": Arm("plain", sites=4),
     "Kill and Revive's eighth, 2 in flight": Arm("plain", in_flight=2, sites=4),
     "FT factored, 4 in flight": Arm("factored", in_flight=4),

@@ -121,6 +121,7 @@ def test_traffic_is_what_crosses_the_socket_and_what_the_formula_says(
     )
     # Beside so few bytes of a tiny model its frames count, and hosted the mask and positions too.
     near = 0.04 if wire == "hosted" else 0.02 if wire_dtype == "int4" else 0.01
+    near = 0.06 if (wire, wire_dtype) == ("hosted", "int4") else near
     assert split.meter.sent_bytes == pytest.approx(3 * sent, rel=near)
     assert split.meter.received_bytes == pytest.approx(3 * received, rel=near)
     assert split.meter.sent_bytes == pytest.approx(up, rel=near)
