@@ -474,7 +474,7 @@ def whole_table(runs: list[dict[str, Any]]) -> str:
 
 def beside(runs: list[dict[str, Any]], task: str) -> Iterator[str]:
     """Differences of coarse runs to the exact ones of the same modules, paired by seed."""
-    exact, coarse = list(ARMS)[:FIRST]
+    exact, coarse = list(ARMS)[:2]
     mine, full = (
         {run["seed"]: run for run in runs if (run["task"], run["run"]) == (task, name)}
         for name in (coarse, exact)
