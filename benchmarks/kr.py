@@ -14,8 +14,9 @@ bf16 (each line says what it was); adapters and loss are fp32, the wire fp16. St
 each arm's learning rate and sweeps variants on rows held back from training; `final` runs the arms
 that are compared, on the eval rows, with three seeds, at the learning rate that tuned best;
 `length` trains for two epochs with an evaluation every 125 steps, after which it may be stopped and
-go on; `task` looks for commonsense tasks on which FT learns, and compares there. The margin of a
-PASS was fixed before any final run.
+go on; `task` looks for commonsense tasks on which FT learns. The margin of a PASS was fixed before
+any final run. `table` and `figure` also show what `codecs.py` has run on Banking77, over coarser
+and hosted wires.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from filelock import FileLock, Timeout
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "kr.jsonl"
+CODECS = HERE / "results" / "codecs.jsonl"
 MARGIN = 0.02  # points of accuracy that an arm may lose against FT and still PASS
 SEEDS = (0, 1, 2)
 STEPS, BATCH_SIZE, TUNE_ROWS = 150, 16, 800
@@ -144,12 +146,14 @@ FINAL = (
     *("spread v", "KR gate,up", "spread gate,up", "KR gate,up cover", "FT rank 1"),
     *("spread gate,up at 1/5", "spread gate,up at 3/10"),
 )
-TOLD = (  # the ten that tell the story
-    *("FT", "FT gate,up", "spread gate,up at 3/10", "spread gate,up", "KR gate,up cover"),
-    *("spread v", "spread", "random", "KR", "KR paper"),
+TOLD = (  # the ten that tell the story, two of them by codecs.py
+    *("FT", "FT gate,up", "gate,up factored int4, dx dropped", "gate,up hosted fp16"),
+    *("spread gate,up", "KR gate,up cover", "spread v", "spread", "random", "KR"),
 )
-# Each of these is tried at learning rates around the best, until the best is not the largest or the
-# smallest tried.
+# codecs.py's runs of an arm of FINAL with the base in fp32: what its other runs are compared with.
+TWINS = {"FT": "q,k,v plain fp16", "FT gate,up": "gate,up factored fp16"}
+# The learning rates at which these are tried. They go on until the best is not the largest or the
+# smallest, but for KR v cover, FT v and KR paper, whose best is the largest.
 SWEPT = {
     **{arm: ARMS[arm][4] for arm in (*FINAL, "FT v")},
     **dict.fromkeys(("FT", "FT gate,up"), (*MANY, 1.6e-2)),
@@ -186,9 +190,9 @@ TRIED = (  # variants that got no sweep: (arm, learning rates)
         ("sensitivity once", 6e-3),
     ),
 )
-# Two epochs: (arm, learning rates), first those that are best at 150 steps, then lower ones.
+# Two epochs: (arm, learning rates), first those that tuned best at 150 steps, then lower ones.
 LENGTH = (
-    *(("FT", 8e-3), ("spread v", 2.4e-2), ("KR v cover", 1.2e-2), ("KR", 1.2e-2)),
+    *(("FT", 8e-3), ("spread v", 2.4e-2), ("KR v cover", 2.4e-2), ("KR", 1.2e-2)),
     *(("spread gate,up", 8e-3), ("FT gate,up", 8e-3), ("KR gate,up cover", 8e-3)),
     *(("spread", 1.2e-2), ("last", 6e-3)),
     *(("random", 1.2e-2), ("KR paper", 1.2e-2), ("KR gate,up", 1.6e-2)),
@@ -199,8 +203,8 @@ TASKS = ("arc_easy", "openbookqa", "social_iqa", "boolq")
 
 
 def specs(done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Runs in order: variants, every final arm at its learning rates, the final arms, other
-    tasks.
+    """Runs in order: variants, every swept arm at its learning rates, the final arms, two epochs,
+    other tasks.
     """
     for arm, rate in TRIED:
         yield {"stage": "tune", "task": "banking77", "arm": arm, "learning_rate": rate, "seed": 0}
@@ -349,7 +353,9 @@ def measure(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> dict[str,
 
 
 def marks(right: Sequence[bool]) -> str:
-    """A digit for each row, in an order that is the same for every arm: intervals pair by row."""
+    """A digit for each row, in an order that is the same for every arm: runs can be paired by
+    row.
+    """
     return "".join("01"[one] for one in right)
 
 
@@ -664,7 +670,7 @@ def run(data: Path, minutes: float, dtype: str) -> None:
 
 def table(runs: list[dict[str, Any]], arms: Sequence[str] = TOLD) -> str:
     """Markdown of final runs: accuracy with its interval, and what it cost beside FT on q, k, v."""
-    finals = by_arm(runs)
+    finals = by_arm(runs) | bought()
     if "FT" not in finals:
         return "No final run of FT at its best learning rate yet."
     full = finals["FT"]
@@ -678,28 +684,38 @@ def table(runs: list[dict[str, Any]], arms: Sequence[str] = TOLD) -> str:
         if arm not in finals:
             continue
         mine = finals[arm]
-        targets, rank, wire, *_ = ARMS[arm]
-        same = finals.get("FT gate,up", {}) if targets == MLP else {}
-        beside = (
-            [interval(mine, same), verdict(mine, same)] if same and same is not mine else ["", ""]
-        )
+        targets, rank, wire, *_ = ARMS[mine[min(mine)]["arm"]]
+        rate = f"{mine[min(mine)]['learning_rate']:g}"
+        if arm in ARMS:
+            same = finals["FT gate,up"] if targets == MLP and "FT gate,up" in finals else {}
+            rate += at_the_edge(runs, arm)
+        else:
+            wire += "; base fp32"
+            same = finals.get(TWINS["FT gate,up" if targets == MLP else "FT"], {})
         shown = ", ".join(f"{mine[seed]['accuracy']:.3f}" for seed in sorted(mine))
         mean = statistics.fmean(run["accuracy"] for run in mine.values())
-        lines.append(
-            f"| {arm} | {', '.join(name.removesuffix('_proj') for name in targets)} r={rank} | "
-            f"{wire} | "
-            f"{mine[min(mine)]['learning_rate']:g}{at_the_edge(runs, arm)} | **{mean:.3f}** "
-            f"({shown}) | "
-            f"{interval(mine, full)} | {'' if arm == 'FT' else verdict(mine, full)} | {beside[0]} "
-            f"| {beside[1]} | "
-            f"{share(mine, full, 'bytes'):.1f} | {share(mine, full, 'adapter_flops'):.1f} |"
-        )
+        cells = [
+            f"{', '.join(name.removesuffix('_proj') for name in targets)} r={rank}",
+            *(wire, rate, f"**{mean:.3f}** ({shown})", *judged(mine, full), *judged(mine, same)),
+            *(f"{share(mine, full, name):.1f}" for name in ("bytes", "adapter_flops")),
+        ]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def judged(mine: dict[int, Any], full: dict[int, Any]) -> list[str]:
+    """Two cells: the difference, and the verdict where there is more than one seed to base it
+    on.
+    """
+    seeds = mine.keys() & full.keys()
+    if mine is full or not seeds:
+        return ["", ""]
+    return [interval(mine, full), verdict(mine, full) if len(seeds) > 1 else "one seed"]
 
 
 def appendix(runs: list[dict[str, Any]]) -> list[str]:
     """The long lists: the other final arms, tasks that were looked at, every tuning run."""
-    others = [arm for arm in FINAL if arm not in TOLD]
+    others = [arm for arm in (*FINAL, *bought()) if arm not in TOLD]
     return [table(runs, others), tasks(runs), trials(runs)]
 
 
@@ -760,6 +776,16 @@ def by_arm(runs: list[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
     return found
 
 
+def bought() -> dict[str, dict[int, dict[str, Any]]]:
+    """Name and seed to each whole run of `codecs.py` on Banking77, in the order of the names."""
+    lines = CODECS.read_text().splitlines() if CODECS.exists() else []
+    runs = [run for run in map(json.loads, lines) if run.get("run") and run["task"] == "banking77"]
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for run in sorted(runs, key=lambda run: (run["run"], run["seed"])):
+        found.setdefault(run["run"], {})[run["seed"]] = run
+    return found
+
+
 def at_the_edge(runs: list[dict[str, Any]], arm: str) -> str:
     """A mark where the best learning rate is the largest or smallest that was tried: it may not be
     the best.
@@ -775,7 +801,7 @@ def share(mine: dict[int, Any], full: dict[int, Any], name: str) -> float:
 
 
 def differences(mine: dict[int, Any], full: dict[int, Any]) -> list[float]:
-    """Accuracy less FT's, seed by seed."""
+    """Accuracy less FT's, paired by seed."""
     return [
         mine[seed]["accuracy"] - full[seed]["accuracy"]
         for seed in sorted(mine.keys() & full.keys())
@@ -783,7 +809,7 @@ def differences(mine: dict[int, Any], full: dict[int, Any]) -> list[float]:
 
 
 def interval(mine: dict[int, Any], full: dict[int, Any]) -> str:
-    """Mean difference to FT with the 95 % t-interval over seeds."""
+    """Mean difference to FT with the 95 % t-interval over seeds, which pair the runs."""
     gaps = differences(mine, full)
     if mine is full:
         return ""
@@ -797,39 +823,89 @@ def verdict(mine: dict[int, Any], full: dict[int, Any]) -> str:
     return "PASS" if statistics.fmean(differences(mine, full)) >= -MARGIN else "MISS"
 
 
+KINDS = {  # of arms in the figure, by how their names begin: colour, and words in the legend
+    "FT": ("#333333", "all modules, 16 bits a number, adapters on the edge"),
+    "codecs": ("#1b9e77", "gate,up or q,k,v over a coarser or hosted wire (base in fp32)"),
+    "spread": ("#1f78b4", "evenly spread units that never change"),
+    "KR": ("#d95f02", "Kill and Revive: units chosen by a score"),
+    "other": ("#999999", "random or last units"),
+}
+
+
 def figure(runs: list[dict[str, Any]], file: Path) -> None:
-    """Accuracy against bytes, every arm on it; a bar spans the seeds."""
+    """Accuracy against bytes, every arm on it; a bar goes from the worst seed to the best."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
     finals = by_arm(runs)
-    canvas, panel = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
-    colours = {"KR": "#d95f02", "FT": "#333333", "sp": "#1f78b4"}
-    for arm, mine in finals.items():
-        x = share(mine, finals["FT"], "bytes")
-        values = [run["accuracy"] for run in mine.values()]
-        colour = colours.get(arm[:2], "#999999")
+    full = finals["FT"]
+    cheaper = {name: mine for name, mine in bought().items() if name not in TWINS.values()}
+    canvas, panel = pyplot.subplots(figsize=(11, 7), layout="constrained")
+    points = []
+    for arm, mine in (finals | cheaper).items():
+        x, values = share(mine, full, "bytes"), [run["accuracy"] for run in mine.values()]
+        colour, _ = KINDS.get("codecs" if arm in cheaper else arm.split()[0], KINDS["other"])
         panel.plot([x, x], [min(values), max(values)], color=colour, lw=2)
         panel.plot(x, statistics.fmean(values), "o", color=colour)
-        panel.annotate(
-            arm,
-            (x, statistics.fmean(values)),
-            xytext=(6, -3),
-            textcoords="offset points",
-            fontsize=8,
-        )
+        points.append((x, statistics.fmean(values), arm))
+    for colour, words in KINDS.values():
+        panel.plot([], [], "o", color=colour, label=words)
     panel.axvline(12.5, color="#bbbbbb", ls="--", lw=1)
     panel.set_xscale("log")
-    panel.set_xticks([10, 12.5, 20, 30, 50, 100], ["10", "12.5", "20", "30", "50", "100"])
+    ticks = [x for x in (0.5, 1, 2, 5, 10, 12.5, 20, 30, 50, 100) if x > 0.8 * min(points)[0]]
+    panel.set_xticks(ticks, [f"{x:g}" for x in ticks])
     panel.set_xticks([], minor=True)
-    panel.set_xlim(8, 160)
+    panel.set_xlim(0.8 * min(points)[0], 180)
+    panel.set_ylim(-0.03, 0.85)
     panel.set_xlabel("bytes of the whole run, % of FT on q, k, v (plain wire)")
     panel.set_ylabel("Banking77, exact match on 1500 held-out rows")
     panel.grid(alpha=0.3)
+    panel.legend(fontsize=8, loc="lower left")
+    write_names(canvas, panel, points)
     file.parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(file, dpi=110)
+
+
+def write_names(canvas: Any, panel: Any, points: list[tuple[float, float, str]]) -> None:
+    """A name at every point, where it covers no other name, no point and not the legend: beside
+    it, or further off at the end of a line.
+    """
+    canvas.draw_without_rendering()
+    unit = canvas.dpi / 72  # pixels of a point of type
+    frame = panel.get_window_extent()
+    taken = [panel.get_legend().get_window_extent()]
+    marks = [line for line in panel.lines if len(line.get_xdata()) and line.get_ls() != "--"]
+    taken += [line.get_window_extent().padded(2 * unit) for line in marks]
+    places = [(7, -3, "left"), (-7, -3, "right")]
+    places += [
+        (x, y, side)
+        for far in range(10, 200, 6)
+        for x, side in ((12, "left"), (-12, "right"))
+        for y in (far, -far)
+    ]
+    for x, y, name in sorted(points, key=lambda point: (-point[1], point[0])):
+        at = panel.transData.transform((x, y))
+        for right, up, side in places:
+            text = panel.text(0, 0, name, fontsize=8, ha=side, transform=None)
+            text.set_position((at[0] + right * unit, at[1] + up * unit))
+            box = text.get_window_extent()
+            inside = frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1)
+            text.remove()
+            if inside and not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
+        line = {"arrowstyle": "-", "color": "#999999", "lw": 0.6, "shrinkB": 3}
+        panel.annotate(
+            name,
+            (x, y),
+            xytext=(right, up),
+            textcoords="offset points",
+            fontsize=8,
+            ha=side,
+            arrowprops=line if abs(up) > 3 else None,
+        )
 
 
 if __name__ == "__main__":

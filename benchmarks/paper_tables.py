@@ -135,6 +135,20 @@ def accuracy_table(config: Any, runs: list[Run], model: str) -> str:
     return "\n".join(lines)
 
 
+def gap_lines(config: Any, runs: list[Run], model: str) -> str:
+    """Differences task by task, where both arms have several seeds."""
+    mine = select(single(runs), model=model)
+    found = []
+    for arm in config.arms:
+        for task in config.tasks:
+            some, full = (select(mine, task=task, arm=one) for one in (arm, reference(config, arm)))
+            if some != full and min(len(some), len(full)) > 1:
+                gap, wide = mean(some) - mean(full), gap_half_width(some, full)
+                found.append(f"{arm} on {task} {100 * gap:+.1f} ± {100 * wide:.1f}")
+    told = "Differences on one task, where both arms have several seeds: "
+    return told + ", ".join(found) + "." if found else ""
+
+
 def personal_table(config: Any, runs: list[Run]) -> str:
     """An adapter for each user beside one for all, of the same steps in sum."""
     lines = ["| model, arm | user | adapter of its own | one for all |", "|---|---|---|---|"]
@@ -368,7 +382,7 @@ def tables(config: Any, wanted: list[Run], runs: list[Run]) -> str:
     parts = [
         part(config, runs, model)
         for model in models
-        for part in (accuracy_table, costs_table, variation_lines)
+        for part in (accuracy_table, gap_lines, costs_table, variation_lines)
     ]
     parts += [personal_table(config, runs), missing(config, wanted, runs)]
     return "\n\n".join(part for part in parts if part)

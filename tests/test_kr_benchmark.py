@@ -72,3 +72,27 @@ def test_rows_are_read_in_one_order(kr: ModuleType, tokenizer: PreTrainedTokeniz
         for _ in range(2)
     ]
     assert orders[0] == orders[1] and len(orders[0]) == 120
+
+
+def test_one_seed_gets_no_verdict(
+    kr: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run over a coarser wire is compared with exact runs of its own base, and a single seed of
+    it is not called a pass or a miss.
+    """
+
+    def made(seed: int, accuracy: float, **values: Any) -> dict[str, Any]:
+        cost = {"bytes": 100, "adapter_flops": 100}
+        run = {"stage": "final", "task": "banking77", "arm": "FT", "learning_rate": 8e-3}
+        return run | {"seed": seed, "accuracy": accuracy, **cost, **values}
+
+    runs = [made(0, rate == 8e-3, stage="tune", learning_rate=rate) for rate in kr.SWEPT["FT"]] + [
+        made(seed, 0.6) for seed in range(3)
+    ]
+    exact = [made(seed, 0.7, stage="whole", run=kr.TWINS["FT"]) for seed in range(3)]
+    coarse = made(1, 0.5, stage="whole", run="q,k,v hosted fp16", arm="FT hosted", bytes=4)
+    monkeypatch.setattr(kr, "CODECS", tmp_path / "codecs.jsonl")
+    kr.CODECS.write_text("".join(json.dumps(line) + "\n" for line in (*exact, coarse)))
+    (row,) = kr.table(runs, ["q,k,v hosted fp16"]).splitlines()[2:]
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[5:11] == ["**0.500** (0.500)", "-0.100", "one seed", "-0.200", "one seed", "4.0"]
