@@ -493,6 +493,12 @@ def beside(runs: list[dict[str, Any]], task: str) -> Iterator[str]:
         if seeds := sorted(mine.keys() & full.keys()):
             difference = kr.interval(mine, full)
             yield f"- {coarse}, less {exact}: {difference} ({len(seeds)} seeds)"
+    for name in ARMS:
+        mine = [run for run in runs if (run["task"], run["run"]) == (task, name)]
+        if asked := sorted((run["seed"], run["answers"]) for run in mine if run.get("answers")):
+            shown = ", ".join(f"{found['accuracy']:.3f}" for _, found in asked)
+            mean = statistics.fmean(found["accuracy"] for _, found in asked)
+            yield f"- {name}, its adapters over {asked[0][1]['wire_dtype']}: {mean:.3f} ({shown})"
 
 
 if __name__ == "__main__":
