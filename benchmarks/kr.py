@@ -479,6 +479,7 @@ class Checkpoint:
     ) -> None:
         self.file = RESULT.parent / ".checkpoints" / (name_of(spec) + ".pt")
         self.model, self.optimizer, self.rate, self.reviver = model, optimizer, rate, reviver
+        self.base = str(model.link.cloud.model.dtype)
 
     def save(self, losses: list[float], curve: list[Any], before: Any, seconds: float) -> None:
         """Keep everything that the next step depends on."""
@@ -489,6 +490,7 @@ class Checkpoint:
         half = self.file.with_suffix(".half")
         torch.save(
             {
+                "base": self.base,
                 "parameters": self.parameters(),
                 "optimizer": self.optimizer.state_dict(),
                 "rate": self.rate.state_dict(),
@@ -509,6 +511,8 @@ class Checkpoint:
         if not self.file.exists():
             return None
         kept: dict[str, Any] = torch.load(self.file, weights_only=True)
+        if kept["base"] != self.base:
+            raise SystemExit(f"{self.file} is of a base in {kept['base']}: use that, or delete it")
         with torch.no_grad():
             for name, parameter in self.parameters().items():
                 parameter.copy_(kept["parameters"][name])
@@ -660,6 +664,7 @@ def run(data: Path, minutes: float, dtype: str) -> None:
             return
         with FileLock(RESULT.parent / ".locks" / "results"), RESULT.open("a") as file:
             file.write(json.dumps(found) + "\n")
+        (RESULT.parent / ".checkpoints" / f"{name_of(spec)}.pt").unlink(missing_ok=True)
         lock.release()
         print(
             f"  accuracy {found['accuracy']:.3f}, eval loss {found['eval_loss']:.3f}, "

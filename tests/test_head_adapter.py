@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,10 @@ def test_it_is_described_as_what_fits(link: InProcessLink, tmp_path: Path) -> No
     other.CopyFrom(link.description)
     other.hidden_width += 1
     assert "lm_head has widths" in dict(describe_adapter(tmp_path, other))["fit"]
+    other.CopyFrom(link.description)
+    larger = json.loads(other.config_json) | {"vocab_size": VOCAB + 1}
+    other.config_json = json.dumps(larger)
+    assert f"lm_head has widths (64, {VOCAB})" in dict(describe_adapter(tmp_path, other))["fit"]
 
 
 def test_a_tied_head_is_merged_alone(tmp_path: Path) -> None:

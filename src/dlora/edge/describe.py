@@ -16,6 +16,7 @@ from dlora.edge.bottleneck import BottleneckConfig, is_series
 from dlora.edge.description import has_cache
 from dlora.edge.ends import token_indices
 from dlora.edge.experts import layer_widths, offered_experts
+from dlora.edge.model_config import read_config
 from dlora.edge.sites import allowed_names
 from dlora.edge.wall import wall
 from dlora.errors import UsageError
@@ -25,6 +26,8 @@ from dlora.protocol.text import clean_text
 
 __all__ = ["describe_adapter", "describe_server"]
 
+_HEADS: Final = ("lm_head", "embed_out")
+"""What architectures call the LM head."""
 _PROMPT: Final = "prompt_embeddings"
 """What peft calls the rows of a prompt."""
 
@@ -157,14 +160,13 @@ def _describe_fit(
 ) -> Iterator[tuple[str, str]]:
     """Whether the modules of an adapter are on the server, or here, and as wide."""
     in_series = is_series(config)
-    here = [name for name in names if not any(part.isdigit() for part in name.split("."))]
     sites = [
         site for site in description.sites if any(module.name in names for module in site.modules)
     ]
     fused = {
         name: widths for name, widths in layer_widths(config, description).items() if name in names
     }
-    num_sites = len(names) - len(here) if in_series else len(sites) + len(fused)
+    num_sites = len(names) if in_series else len(sites) + len(fused)
     trips = "1 round trip, on the hosted wire," if fused else f"{num_sites + 1} round trips"
     yield "sites", f"{num_sites} active: {trips} a generated token"
 
@@ -180,9 +182,12 @@ def _describe_fit(
         if module.allowed
     } | fused
 
-    # The LM head is outside of all layers, and on the edge, as is what is trained of it.
-    head_width = description.head_width or description.hidden_width
-    offered |= {name: (head_width, _widths(shapes, name)[1]) for name in here}
+    # The LM head is on the edge, and so is what is trained of it; tokens may have been added.
+    reads = description.head_width or description.hidden_width
+    rows = read_config(description).get_text_config().vocab_size
+    for name in names:
+        if name.rpartition(".")[2] in _HEADS:
+            offered[name] = (reads, max(rows, _widths(shapes, name)[1]))
     missing = [name for name in names if name not in offered]
     misfits = [name for name in names if name in offered and _widths(shapes, name) != offered[name]]
     if missing:

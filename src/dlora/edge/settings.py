@@ -83,7 +83,7 @@ class EdgeSettings(AccessSettings):
     them, in two round trips a micro-batch. It sees the adapter: that needs upload_consent."""
     wire_dtype: Literal["fp32", "fp16", "bf16", "int8", "int4"] = "fp16"
     """How tensors travel. fp32 is exact. fp16 and bf16 halve the traffic. int8 and int4 round what
-    is large, int4 more; factors keep 16 bits, a hosted adapter keeps them with int8.
+    is large, int4 more. Factors keep 16 bits, and so does a hosted adapter, but with int4.
     docs/wire-protocol.md has the bytes and the errors."""
     give_up_after_s: float = RetryPolicy.give_up_after_s
     """How long to wait for a lost server, in seconds."""

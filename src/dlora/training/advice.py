@@ -32,7 +32,7 @@ MIXES: Final = {
     "hosted": (_EXACT, ("int4", "exact")),
 }
 """By wire (wire dtype, input gradient) of what is advised: those whose accuracy was measured in
-whole runs, at all sites where it is coarse, and held (docs/benchmarks.md)."""
+whole runs, at all sites where it is coarse (docs/benchmarks.md says how far it held)."""
 
 WIRE_DTYPES: Final = tuple(sorted({one for mixes in MIXES.values() for one, _ in mixes}))
 """What to calibrate for `choose`."""
@@ -221,7 +221,7 @@ _HEADS: Final = (
 )
 _NUMBERS: Final = range(3, 10)
 """Columns of numbers."""
-_SEES: Final = {"plain": "rows", "factored": "+ B", "hosted": "+ A, B"}
+_SEES: Final = {"plain": "rows", "factored": "+B", "hosted": "+A,B"}
 """`SEEN` in a column."""
 
 

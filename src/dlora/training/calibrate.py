@@ -51,6 +51,9 @@ class HostedStep:
     """Of the cloud."""
     edge_s: float
     """While the edge does not wait: the adapter to messages and back, head, loss, edge layers."""
+    bytes: int
+    """That crossed, both ways."""
+    wire_dtype: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,12 +144,15 @@ def hosted_step(settings: PlanSettings, model: SplitModel) -> HostedStep:
     """
     batch = _random_batch(settings, model, settings.supervised)
     forward_s = backward_s = edge_s = math.inf
+    size = 0
     for took, cost in _passes(model, batch, training=True):
         first_s = sum(wait.cloud_s for wait in model.waits[:1])  # no wait: all layers are here
         forward_s = min(forward_s, first_s)
         backward_s = min(backward_s, cost.cloud_s - first_s)
         edge_s = min(edge_s, took - cost.wait_s)
-    return HostedStep(len(model.active_set.exchanged()), forward_s, backward_s, edge_s)
+        size = cost.sent_bytes + cost.received_bytes
+    sites = len(model.active_set.exchanged())
+    return HostedStep(sites, forward_s, backward_s, edge_s, size, settings.wire_dtype)
 
 
 def _at_the_lowest(

@@ -213,7 +213,8 @@ def _micro_batch(
     wire_s = (wire.sent + wire.received) * measured.per_byte_s[settings.wire_dtype]
     if hosted and measured.hosted is not None:
         share = len(sites) / max(1, measured.hosted.sites)
-        edge_s += share * max(0.0, measured.hosted.edge_s - edge_s - wire_s)
+        its_wire_s = measured.hosted.bytes * measured.per_byte_s[measured.hosted.wire_dtype]
+        edge_s += share * max(0.0, measured.hosted.edge_s - edge_s - its_wire_s)
     elif not hosted:
         edge_s += len(sites) * measured.site_s.get(settings.wire, 0.0)
     edge_s *= 1.0 if training else _FORWARD
