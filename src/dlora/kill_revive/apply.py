@@ -42,7 +42,7 @@ from dlora.kill_revive.decide import (
     needs_probe,
     one_more,
 )
-from dlora.kill_revive.foresee import foresee
+from dlora.kill_revive.foresee import Foreseen, foresee
 from dlora.kill_revive.scores import gradient_size
 from dlora.kill_revive.state_files import check_same, read_state, write_state
 from dlora.kill_revive.units import (
@@ -121,11 +121,8 @@ class KillAndRevive:
     def before_step(self, step: int) -> None:
         """Decide, if it is time, and set what the next forward trains; `step` counts from 0."""
         self.step = step
-        if step == 0:
-            foreseen = foresee(self.config, self.units, self.costs, self.total_steps, self._going())
-            if foreseen.warning:
-                log.warning("%s", foreseen.warning)
-
+        if step == 0 and self.foreseen.warning:
+            log.warning("%s", self.foreseen.warning)
         if is_due(self.config, step, self.total_steps):
             state = self._state(self.spent, self._scores(), probes_of(self.model, self._idle()))
             self._apply(decide(self.config, self.units, self.costs, state))
@@ -209,6 +206,11 @@ class KillAndRevive:
         is_all = self.config.idle == "edge"  # then idle modules are exchanged too
         return self.costs.share(self.layers if is_all else self._exchanged_modules())
 
+    @property
+    def foreseen(self) -> Foreseen:
+        """Before the first step: what the run will train and take."""
+        return foresee(self.config, self.units, self.costs, self.total_steps, self._going())
+
     # ----------------------------------------------------------------- what a decision does
 
     def _apply(self, decision: Decision) -> None:
@@ -233,8 +235,8 @@ class KillAndRevive:
             self.warming.pop(name, None)
         if self.config.idle == "drop" and self.config.drop_steps:
             self.fading |= dict.fromkeys(changed, self.config.drop_steps)
-        elif self.config.idle == "cloud":
-            self.spent += self.costs.upload(changed)
+        elif self.config.idle == "cloud" and changed:  # then it is given all idle ones
+            self.spent += self.costs.upload(set(self._going()) - after, after)
         self._set()
 
     def _set(self) -> None:
@@ -250,8 +252,8 @@ class KillAndRevive:
         return [name for name in self.layers if name in exchanged]
 
     def _going(self) -> list[str]:
-        """Exchanged modules that add something."""
-        return [name for name in self._exchanged_modules() if adds(self.layers[name])]
+        """Modules that add something."""
+        return [name for name, layer in self.layers.items() if adds(layer)]
 
     @property
     def _committed(self) -> float:

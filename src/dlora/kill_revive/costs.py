@@ -63,6 +63,9 @@ class Costs:
     """The numbers that a probe step asks for."""
     uploads: Mapping[str, float] = field(default_factory=dict)
     """By module: what it takes, once, to give it to the cloud as a frozen one."""
+    entry: float = 0.0
+    """Embeddings of one micro-batch: they go up a second time where the cloud lacks a frozen module,
+    and so does a hosted adapter."""
 
     @cached_property
     def everything(self) -> float:
@@ -82,11 +85,14 @@ class Costs:
         lowest = next((size for size, site in self.sites if not site.keys().isdisjoint(modules)), 0)
         return (lowest * self.input_grad + self.norms) / max(1, self.everything)
 
-    def upload(self, modules: Collection[str]) -> float:
-        """What it costs to let the cloud apply these modules from now on, in FT's steps."""
+    def upload(self, idle: Collection[str], modules: Collection[str]) -> float:
+        """What it costs to let the cloud apply idle modules beside trained ones, in FT's steps."""
         if self.kind == "modules":
             return 0.0
-        return sum(self.uploads.get(name, 0.0) for name in modules) / max(1, self.everything)
+        total = self.entry + sum(self.uploads.get(name, 0.0) for name in idle)
+        hosted = [site for size, site in self.sites if not size]
+        total += sum(site[name] for site in hosted for name in site.keys() & set(modules))
+        return total / max(1, self.everything)
 
     def bytes_of(self, modules: set[str]) -> float:
         """Bytes a token that travel, both ways together, when these modules are trained."""

@@ -61,8 +61,7 @@ class State:
     partial: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Of active units that are trained in part: the modules that are."""
     going: Collection[str] = ()
-    """Modules that are exchanged and add something: if they are killed they fade, or are uploaded.
-    """
+    """Modules that add something: if they are killed they fade, or are uploaded."""
 
 
 @dataclass(frozen=True)
@@ -121,50 +120,35 @@ def needs_outputs(config: KillReviveConfig, step: int, total_steps: int) -> bool
 
 def schedule(config: KillReviveConfig, step: int, total_steps: int, spent: float) -> float:
     """The cost that a step may have now; `spent` is the sum of the shares of all steps so far."""
-    warm = config.warmup_steps(total_steps)
     left = max(1, total_steps - step)
-    level = config.budget
-    if _is_average(config):
-        level = (config.budget * total_steps - spent) / left
+    purse = _purse(config, step, total_steps, spent)
+    if _is_level(config, step, total_steps):
+        return max(0.0, purse / left)
 
-    if config.schedule == "cubic":
-        end = _settled(config, total_steps)
-        if step < end:
-            rest = 1 - (step - warm) / (end - warm)
-            final = config.budget
-            if _is_average(config):
-                # What is left pays for a constant, and for the rest of the cube above it.
-                cube = (end - warm) * rest**4 / 4
-                final = max(
-                    0.0, (config.budget * total_steps - spent - cube) / max(1.0, left - cube)
-                )
-            return final + (1 - final) * rest**3
-    return max(0.0, level)
+    # What is left pays for a constant, and for the rest of the cube above it.
+    warm, end = config.warmup_steps(total_steps), _settled(config, total_steps)
+    rest = 1 - (step - warm) / (end - warm)
+    cube = (end - warm) * rest**4 / 4
+    final = max(0.0, (purse - cube) / max(1.0, left - cube))
+    return final + (1 - final) * rest**3
 
 
-def change_cost(
-    config: KillReviveConfig,
-    costs: Costs,
-    modules: Collection[str],
-    going: Collection[str],
-    left: int,
-) -> float:
-    """What it takes to come to these modules from those that are exchanged now, in FT's steps.
+def _purse(config: KillReviveConfig, step: int, total_steps: int, spent: float) -> float:
+    """What is left of the budget, in FT's steps.
 
-    That is what `going` ones that are killed cost while they fade, or to upload. `left` steps are.
+    With idle=edge every step costs all there is: then the budget is only that of what is trained.
     """
-    killed = set(going) - set(modules)
-    if not killed or config.idle == "edge":
-        return 0.0
-    if config.idle == "cloud":
-        return costs.upload(killed)
-    steps = min(config.drop_steps, left)
-    return steps * (costs.share(killed | set(modules)) - costs.share(modules))
+    if config.idle == "edge":
+        return config.budget * (total_steps - step)
+    if config.average:
+        return config.budget * total_steps - spent
+    warm = config.warmup_steps(total_steps)  # such steps cost 1, and are not counted
+    return config.budget * (total_steps - warm) - (spent - warm)
 
 
-def _is_average(config: KillReviveConfig) -> bool:
-    """Whether the budget is the whole run's; with idle=edge every step costs all there is."""
-    return config.average and config.idle != "edge"
+def _is_level(config: KillReviveConfig, step: int, total_steps: int) -> bool:
+    """Whether what is left is for equal steps until the end."""
+    return config.schedule == "constant" or step >= _settled(config, total_steps)
 
 
 def _settled(config: KillReviveConfig, total_steps: int) -> int:
@@ -172,16 +156,35 @@ def _settled(config: KillReviveConfig, total_steps: int) -> int:
     return max(config.warmup_steps(total_steps) + 1, round(config.settle * total_steps))
 
 
-def _is_to_the_end(config: KillReviveConfig, step: int, total_steps: int) -> bool:
-    """Whether what is left is for equal steps until the end."""
-    falls = config.schedule == "cubic" and step < _settled(config, total_steps)
-    return _is_average(config) and not falls
-
-
 def _decides_again(config: KillReviveConfig, step: int, total_steps: int) -> bool:
-    after = range(step + 1, min(total_steps, step + config.interval) + 1)
-    first = step < config.warmup_steps(total_steps)
-    return first or any(is_due(config, one, total_steps) for one in after if one < total_steps)
+    """Whether a later decision may choose other units."""
+    if step < config.warmup_steps(total_steps):
+        return True
+    if config.policy == "kr" and config.revive == "none" and not config.cover:
+        return False  # what is active is paid for, and stays
+    after = range(step + 1, min(total_steps, step + config.interval + 1))
+    return any(is_due(config, one, total_steps) for one in after)
+
+
+def change_cost(
+    config: KillReviveConfig,
+    units: Sequence[Unit],
+    costs: Costs,
+    state: State,
+    modules: Collection[str],
+) -> float:
+    """What it takes to come from the state to these modules, in FT's steps.
+
+    That is what killed ones cost while they fade, or to upload. The cloud is then given all idle
+    ones, those that it had before as well.
+    """
+    idle = set(state.going) - set(modules)
+    if config.idle == "drop":
+        steps = min(config.drop_steps, state.total_steps - state.step)
+        return steps * (costs.share(idle | set(modules)) - costs.share(modules))
+    now = trained_modules(units, state.active, state.partial)
+    uploads = config.idle == "cloud" and not idle.isdisjoint(now)
+    return costs.upload(idle, modules) if uploads else 0.0
 
 
 # ----------------------------------------------------------------- who
@@ -212,15 +215,15 @@ def decide(config: KillReviveConfig, units: Sequence[Unit], costs: Costs, state:
 
     allowed = schedule(config, step, total_steps, state.spent)
     decision = _choose(config, units, costs, state, allowed)
-    if not _is_to_the_end(config, step, total_steps):
+    if not _is_level(config, step, total_steps):
         return decision
 
     # What is killed still takes a little: choose anew with what that leaves of the budget.
     left = max(1, total_steps - step)
-    purse = config.budget * total_steps - state.spent
+    purse = _purse(config, step, total_steps, state.spent)
     for _ in range(_TRIES):
         modules = trained_modules(units, decision.active, decision.partial)
-        change = change_cost(config, costs, modules, state.going, left)
+        change = change_cost(config, units, costs, state, modules)
         if left * costs.share(modules) + change <= purse + 1e-9:
             break
         decision = _choose(config, units, costs, state, max(0.0, (purse - change) / left))
@@ -240,11 +243,10 @@ def one_more(
     `ranked` are names of that decision's units, best first.
     """
     step, total_steps = state.step, state.total_steps
-    if config.policy == "all" or not _is_to_the_end(config, step, total_steps):
+    if config.policy == "all" or not _is_level(config, step, total_steps):
         return None
-    left, purse = max(1, total_steps - step), config.budget * total_steps - state.spent
-    now = trained_modules(units, state.active, state.partial)
-    unspent = purse - left * costs.share(now)
+    left, purse = total_steps - step, _purse(config, step, total_steps, state.spent)
+    unspent = purse - left * costs.share(trained_modules(units, state.active, state.partial))
     if unspent <= _LEFT_OVER * config.budget * total_steps:
         return None
     if _decides_again(config, step, total_steps):

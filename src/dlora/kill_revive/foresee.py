@@ -12,7 +12,7 @@ from typing import Final
 
 from dlora.kill_revive.config import KillReviveConfig
 from dlora.kill_revive.costs import Costs, Unit, trained_modules
-from dlora.kill_revive.decide import State, change_cost, decide
+from dlora.kill_revive.decide import State, change_cost, decide, is_due, schedule
 
 __all__ = ["Foreseen", "foresee"]
 
@@ -47,10 +47,11 @@ def foresee(
     """
     everything = tuple(module for unit in units for module in unit.modules)
     warm = config.warmup_steps(total_steps)
+    left = total_steps - warm
     if config.policy == "all":
         return Foreseen(everything, 1.0, 1.0)
-    if warm >= total_steps:  # nothing is ever decided
-        return Foreseen(everything, 1.0, 1.0, _warning(config, costs, 1.0, warm, 1.0))
+    if left < 1:  # nothing is ever decided
+        return Foreseen(everything, 1.0, 1.0, _warning(config, costs, 1.0, 1.0, warm))
 
     # As the run will decide, but for what scores say.
     chosen_by = config.policy if config.policy in ("random", "redraw", "last") else "spread"
@@ -68,44 +69,57 @@ def foresee(
     decision = decide(same, units, costs, state)
     modules = trained_modules(units, decision.active, decision.partial)
 
-    # A set that takes less becomes larger on the way.
-    share, left = costs.share(modules), total_steps - warm
-    whole = (warm + left * share + change_cost(same, costs, modules, state.going, left)) / (
-        total_steps
-    )
+    # A set that takes less than the budget becomes larger on the way.
+    share = costs.share(modules)
+    took = warm + left * share + change_cost(same, units, costs, state, modules)
+    asked = config.budget * total_steps if config.average else warm + config.budget * left
     if config.idle == "edge":
-        whole = 1.0
-    elif config.average:
-        whole = max(whole, config.budget)
-    return Foreseen(tuple(modules), share, whole, _warning(config, costs, whole, warm, share))
+        took = total_steps
+    elif config.schedule == "cubic":
+        least = min(costs.share(unit.modules) for unit in units)
+        took = _of_a_cube(config, warm, total_steps, least)
+    whole, asked = max(took, asked) / total_steps, asked / total_steps
+    warning = _warning(config, costs, whole, share, warm) if whole > asked * _AS_ASKED else ""
+    return Foreseen(tuple(modules), share, whole, warning)
 
 
-def _warning(config: KillReviveConfig, costs: Costs, whole: float, warm: int, share: float) -> str:
-    """Empty where the run keeps its budget."""
-    takes = whole if config.average or config.idle == "edge" else share
-    if takes <= config.budget * _AS_ASKED:
-        return ""
+def _of_a_cube(config: KillReviveConfig, warm: int, total_steps: int, least: float) -> float:
+    """FT's steps that a cubic budget takes: between two decisions it does not fall."""
+    spent, level = float(warm), 1.0
+    fading = config.drop_steps if config.idle == "drop" else 0
+    for step in range(warm, total_steps):
+        if is_due(config, step, total_steps):
+            now = min(1.0, max(least, schedule(config, step, total_steps, spent)))
+            spent += fading * max(0.0, level - now)
+            level = now
+        spent += level
+    return spent
 
-    # What is in the way, the first of them alone.
+
+def _warning(config: KillReviveConfig, costs: Costs, whole: float, share: float, warm: int) -> str:
+    """What is in the way of a budget, and what to do about it."""
     ends, fading = costs.share([]), config.drop_steps if config.idle == "drop" else 0
     if config.idle == "edge":
         why = "idle=edge exchanges all modules at every step: use idle=drop or cloud"
     elif ends >= config.budget:
         why = (
-            f"embeddings and last hidden states alone, which always travel, take {ends:.1%}: "
-            f"ask for more, or leave Kill and Revive out"
+            f"embeddings and last hidden states, which always travel, take {ends:.1%} by "
+            "themselves: raise the budget, or leave Kill and Revive out"
+        )
+    elif config.schedule == "cubic":
+        why = "a cubic budget falls at decisions alone: raise it, or lower interval or settle"
+    elif share <= config.budget and warm:
+        after = f" and {fading} more, in which killed modules fade," if fading else ""
+        why = (
+            f"{warm} steps of warm-up{after} exchange all modules: raise the budget or the number "
+            "of steps, or lower warmup or drop_steps"
         )
     elif share <= config.budget:
-        after = f" and the {fading} after it, in which what is killed fades," if fading else ""
-        why = (
-            f"the {warm} steps of the warm-up{after} train or exchange everything: ask for more, "
-            "for more steps, or for a smaller warmup or drop_steps"
-        )
+        why = f"what is killed at the beginning fades for {fading} steps: lower drop_steps"
     else:
-        unit = " or unit=module" if config.unit == "site" else ""
-        why = f"it pays for no unit, and one is trained at least: ask for more{unit}"
-    of = "bytes" if costs.kind == "bytes" else "modules"
+        unit = ", or take unit=module" if config.unit == "site" else ""
+        why = f"the smallest set of modules takes {share:.1%} a step: raise the budget{unit}"
     return (
-        f"kr budget: got {config.budget:.1%}, and this run will take about {takes:.1%} of the "
-        f"{of} of training all modules, since {why}"
+        f"kr budget: got {config.budget:.1%}, and this run will take about {whole:.1%} of what "
+        f"training all modules takes, as {why}"
     )

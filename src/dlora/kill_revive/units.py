@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dlora.edge.ends import CLASSIFIERS
 from dlora.edge.lora import product_of
 from dlora.edge.model import SplitModel
+from dlora.edge.options import SplitOptions
 from dlora.kill_revive.config import check_linear
 from dlora.kill_revive.costs import USUAL, Costs, Rows, Unit
 from dlora.kill_revive.scores import Measured, probe_score, score
@@ -61,10 +62,16 @@ def units_of(model: SplitModel, kind: str) -> list[Unit]:
     return units
 
 
-def costs_of(model: SplitModel, kind: Any = "bytes", rows: Rows = USUAL) -> Costs:
-    """What sets of modules cost in a step of such micro-batches, on the model's wire."""
+def costs_of(
+    model: SplitModel,
+    kind: Any = "bytes",
+    rows: Rows = USUAL,
+    options: SplitOptions | None = None,
+) -> Costs:
+    """What sets of modules cost in a step of such micro-batches; `options`: not the model's own."""
+    options = options or model.options
     tokens, supervised = rows.tokens, rows.supervised
-    codecs, sites, uploads = model.options.codecs, [], {}
+    codecs, sites, uploads = options.codecs, [], {}
     factor, x, ends = _bytes(codecs.factors), _bytes(codecs.x), _bytes(codecs.ends)
     answer = (_bytes(codecs.deltas) + _bytes(codecs.delta_grads)) / 2
     for site in model.sites:
@@ -72,25 +79,29 @@ def costs_of(model: SplitModel, kind: Any = "bytes", rows: Rows = USUAL) -> Cost
         for name, layer in zip(site.names, site.layers, strict=True):
             rank = sum(layer.r[adapter] for adapter in layer.active_adapters if adapter in layer.r)
             out = layer.out_features
-            if model.options.wire == "plain":
+            if options.wire == "plain":
                 added[name] = out * answer
-            elif model.options.wire == "factored":
+            elif options.wire == "factored":
                 added[name] = rank * (1 + out / tokens) * factor
             else:  # A and B once an optimizer step, their gradients with every micro-batch
                 times = (1 + 1 / rows.accumulated) / 2
                 added[name] = rank * (width + out) * times / tokens * factor
             frozen = rank * (width + out) * _bytes(pb.FP32)
             uploads[name] = frozen / (tokens * rows.accumulated)
-        sites.append((0.0 if model.options.wire == "hosted" else width * x, added))
+        sites.append((0.0 if options.wire == "hosted" else width * x, added))
 
     # What travels in any case: where the edge holds layers it is hidden states, both ways.
     description = model.link.description
     if model.edge_layers:
         between = description.layers.width
-        values = 2 * between + 2 * (1.0 if model.edge_layers.last else supervised) * between
+        entry, values = (
+            between,
+            2 * between + 2 * (1.0 if model.edge_layers.last else supervised) * between,
+        )
     else:
-        values = description.embedding_width + 2 * supervised * description.hidden_width
-    dropped = model.options.input_grad == "drop"
+        entry = description.embedding_width
+        values = entry + 2 * supervised * description.hidden_width
+    dropped = options.input_grad == "drop"
     return Costs(
         tuple(sites),
         values * ends,
@@ -98,6 +109,7 @@ def costs_of(model: SplitModel, kind: Any = "bytes", rows: Rows = USUAL) -> Cost
         0.0 if dropped else _bytes(codecs.dx) / x,
         norms=_BYTES_OF_NORM * len(uploads) / tokens,
         uploads=uploads,
+        entry=entry * ends / rows.accumulated,
     )
 
 
