@@ -128,7 +128,7 @@ class KillAndRevive:
             self._apply(decide(self.config, self.units, self.costs, state))
             self.snapshot = weights_of(self.layers)
             self._gradients.clear()
-        elif more := one_more(
+        if more := one_more(
             self.config,
             self.units,
             self.costs,

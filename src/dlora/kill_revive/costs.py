@@ -64,8 +64,8 @@ class Costs:
     uploads: Mapping[str, float] = field(default_factory=dict)
     """By module: what it takes, once, to give it to the cloud as a frozen one."""
     entry: float = 0.0
-    """Embeddings of one micro-batch: they go up a second time where the cloud lacks a frozen module,
-    and so does a hosted adapter."""
+    """Embeddings of one micro-batch: they go up once more where the cloud lacks a frozen module.
+    So does a hosted adapter."""
 
     @cached_property
     def everything(self) -> float:

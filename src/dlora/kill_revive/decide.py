@@ -156,12 +156,17 @@ def _settled(config: KillReviveConfig, total_steps: int) -> int:
     return max(config.warmup_steps(total_steps) + 1, round(config.settle * total_steps))
 
 
+def _keeps(config: KillReviveConfig) -> bool:
+    """Whether later decisions keep what is active, as it is paid for."""
+    return config.policy == "kr" and config.revive == "none" and not config.cover
+
+
 def _decides_again(config: KillReviveConfig, step: int, total_steps: int) -> bool:
     """Whether a later decision may choose other units."""
     if step < config.warmup_steps(total_steps):
         return True
-    if config.policy == "kr" and config.revive == "none" and not config.cover:
-        return False  # what is active is paid for, and stays
+    if _keeps(config):
+        return False
     after = range(step + 1, min(total_steps, step + config.interval + 1))
     return any(is_due(config, one, total_steps) for one in after)
 
@@ -289,6 +294,8 @@ def _choose(
         choice = _Choice(chosen, {} if start else state.scores, order, reasons)
 
     order = _rest_order(config, units, choice.chosen, choice.order)
+    if _keeps(config) and state.step > config.warmup_steps(state.total_steps):
+        order = []  # `one_more` makes it larger, as it does with any set that stays
     larger = fill_rest(order, choice.chosen, costs, allowed)
     return _decision(state.step, units, choice, larger)
 

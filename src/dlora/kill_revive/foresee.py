@@ -118,7 +118,7 @@ def _warning(config: KillReviveConfig, costs: Costs, whole: float, share: float,
         why = f"what is killed at the beginning fades for {fading} steps: lower drop_steps"
     else:
         unit = ", or take unit=module" if config.unit == "site" else ""
-        why = f"the smallest set of modules takes {share:.1%} a step: raise the budget{unit}"
+        why = f"one unit at least is trained, which takes {share:.1%}: raise the budget{unit}"
     return (
         f"kr budget: got {config.budget:.1%}, and this run will take about {whole:.1%} of what "
         f"training all modules takes, as {why}"
