@@ -565,7 +565,7 @@ def sets(reviver: Any) -> list[list[Any]]:
     for line in reviver.decision_log:
         if line.active:
             found.setdefault(line.step, []).append(numbers[line.unit])
-    return [[step, sorted(units)] for step, units in sorted(found.items())]
+    return [[step, sorted(set(units))] for step, units in sorted(found.items())]
 
 
 def average_of(made: list[dict[str, Any]]) -> Any:

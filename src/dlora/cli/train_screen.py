@@ -238,7 +238,8 @@ def _costs(settings: TrainSettings, trainer: SplitTrainer, steps: int) -> Iterat
     """What a step sends now, and all of them."""
     model = trainer.model
     one = step_traffic_of(settings, trainer.args, model, trainer.sizes["data"])
-    whole, used, found = one.sent + one.received, "without evaluations", _foreseen(trainer)
+    whole, used = float(one.sent + one.received), "without evaluations"
+    found = _foreseen(trainer)
     if found is not None:
         few = step_traffic_of(
             *(settings, trainer.args, model, trainer.sizes["data"]),

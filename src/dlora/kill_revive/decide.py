@@ -264,8 +264,8 @@ def one_more(
     larger = fill_rest(order, chosen, costs, purse / left)
     if not order or larger == chosen:
         return None
-    choice = _Choice(chosen, {}, [], {order[0].name: "rest"})
-    return _decision(step, order, choice, larger, units)
+    reasons = {unit.name: "kept" for unit in chosen} | {order[0].name: "rest"}
+    return _decision(step, units, _Choice(chosen, {}, [], reasons), larger)
 
 
 def last_ranks(log: Sequence[DecisionLine]) -> list[str]:
@@ -408,18 +408,14 @@ def _best_first(units: Sequence[Unit], scores: Mapping[str, float]) -> list[Unit
 
 
 def _decision(
-    step: int,
-    told: Sequence[Unit],
-    choice: _Choice,
-    chosen: Sequence[Unit],
-    units: Sequence[Unit] | None = None,
+    step: int, units: Sequence[Unit], choice: _Choice, chosen: Sequence[Unit]
 ) -> Decision:
-    """The decision for the `chosen`, of which `choice` gives the reasons, with its log lines.
+    """The decision for the `chosen`, with a log line for every unit.
 
-    Lines are of units that are `told`, all where there are no others.
+    `choice` has the reasons, but for units of which single modules were taken besides.
     """
     ranks = {unit.name: rank for rank, unit in enumerate(choice.order)}
-    whole = {unit.name: len(unit.modules) for unit in units or told}
+    whole = {unit.name: len(unit.modules) for unit in units}
     partial = {unit.name: unit.modules for unit in chosen if len(unit.modules) < whole[unit.name]}
     names = frozenset(unit.name for unit in chosen)
 
@@ -438,6 +434,6 @@ def _decision(
             unit.name in names,
             reason(unit.name),
         )
-        for unit in told
+        for unit in units
     )
     return Decision(names, partial, lines)

@@ -66,8 +66,12 @@ def sites_with(sites: Sequence[ActiveSite], modules: Collection[str]) -> list[Ac
     for site in sites:
         kept = [number for number, name in enumerate(site.names) if name in wanted]
         if kept:
-            parts = (site.modules, site.layers, site.names)
-            chosen = (tuple(part[number] for number in kept) for part in parts)
-            fields = dict(zip(("modules", "layers", "names"), chosen, strict=True))
-            found.append(dataclasses.replace(site, **fields))
+            found.append(
+                dataclasses.replace(
+                    site,
+                    modules=tuple(site.modules[number] for number in kept),
+                    layers=tuple(site.layers[number] for number in kept),
+                    names=tuple(site.names[number] for number in kept),
+                )
+            )
     return found
