@@ -248,6 +248,24 @@ def test_a_plan_is_made_with_the_set_that_is_trained(eight: InProcessLink, wire:
     assert 3 < len(planned) < 24
 
 
+def test_a_unit_in_part_is_in_the_state(eight: InProcessLink) -> None:
+    """A run that goes on trains the modules that were trained, also where that is a part of a unit,
+    and decides as the first would.
+    """
+    config, states, models = KillReviveConfig(budget=0.3), [], []
+    for going_on in (None, 1):
+        models.append(split_over(eight, "plain"))
+        reviver = KillAndRevive(models[-1], config, STEPS)
+        if going_on:
+            reviver.load_state_dict(*states)
+            continue
+        reviver.before_step(0)
+        assert reviver.partial
+        states += [reviver.state_dict(), reviver.snapshot]
+    assert models[0].active_modules == models[1].active_modules
+    assert reviver.state_dict() == states[0]
+
+
 def test_a_state_with_names_of_units_is_taken_up(eight: InProcessLink) -> None:
     """Older versions let units fade and warm up, and trained whole ones alone."""
     model = split_over(eight, "plain")
