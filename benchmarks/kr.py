@@ -580,7 +580,7 @@ def sets(reviver: Any) -> list[list[Any]]:
     for line in reviver.decision_log:
         if line.active:
             found.setdefault(line.step, []).append(numbers[line.unit])
-    return [[step, sorted(units)] for step, units in sorted(found.items())]
+    return [[step, sorted(set(units))] for step, units in sorted(found.items())]
 
 
 def average_of(made: list[dict[str, Any]]) -> Any:
@@ -606,14 +606,8 @@ def budget(model: Any, share: float, rows: Any) -> float:
     full = dlora.get_peft_model(
         model.link, LoraConfig(r=8, target_modules=QKV, task_type="CAUSAL_LM")
     )
-    return min(
-        1.0, share * elements(costs_of(full, rows=rows)) / elements(costs_of(model, rows=rows))
-    )
-
-
-def elements(costs: Any) -> int:
-    """Elements a token of training everything."""
-    return costs.elements({name for _, site in costs.sites for name in site})
+    whole, mine = (costs_of(one, rows=rows).everything for one in (full, model))
+    return min(1.0, share * whole / mine)
 
 
 def claim() -> tuple[dict[str, Any], FileLock] | None:

@@ -25,6 +25,7 @@ from dlora.server.server import Server
 from dlora.training.advice import SEEN, Row, advise, command, mark
 from dlora.training.link_speed import HERE, NAMED, LinkSpeed, link_speed
 from dlora.training.plan_settings import PlanSettings
+from dlora.training.planned_set import planned_sites
 from dlora.training.planned_traffic import Traffic, hosted_transfer_s, staged_s
 from dlora.training.planner import Prediction, planned_model
 from dlora.training.settings import TrainSettings
@@ -51,16 +52,16 @@ def rows(table: tuple[list[Row], Any]) -> list[Row]:
 
 
 def test_every_sensible_choice_is_a_row(rows: list[Row]) -> None:
-    """Every wire stands there with all and an eighth of the sites, alone and in flight or
+    """Every wire stands there with all sites and with Kill and Revive's few, alone and in flight or
     accumulated, with codecs that were measured: coarse ones on the factored wire, at all sites.
     """
-    found = [
-        (row.choice.wire, row.prediction.active_sites, row.prediction.in_flight > 1) for row in rows
-    ]
-    exchanged = ("plain", "factored")
-    assert found[:8] == [(w, n, p) for w in exchanged for n in (9, 1) for p in (False, True)]
-    assert found[8:10] == [("factored", 9, False), ("factored", 9, True)]
-    assert found[10:] == [("hosted", n, False) for n in (9, 9, 1, 1, 9, 9)]
+    found = [(row.choice.wire, row.choice.kr, row.prediction.in_flight > 1) for row in rows]
+    exchanged, both = ("plain", "factored"), ("off", "on")
+    assert found[:8] == [(w, kr, p) for w in exchanged for kr in both for p in (False, True)]
+    assert found[8:10] == [("factored", "off", False), ("factored", "off", True)]
+    assert found[10:] == [("hosted", kr, False) for kr in ("off", "off", "on", "on", "off", "off")]
+    for row in rows:
+        assert (row.prediction.active_sites == 9) == (row.choice.kr == "off")
     assert [row.choice.gradient_accumulation_steps for row in rows[10:]] == [1, 4] * 3
     codecs = [(row.choice.wire_dtype, row.choice.input_grad) for row in rows]
     assert set(codecs[:8] + codecs[10:14]) == {("fp16", "exact")}
@@ -78,7 +79,7 @@ def test_an_adapter_without_few_sites_has_no_row_of_them(server: Server, tmp_pat
         length=20,
         link="home",
     )
-    assert {row.choice.sites for row in advise(settings, link)} == {None}
+    assert {row.choice.kr for row in advise(settings, link)} == {"off"}
     link.close()
 
 
@@ -106,7 +107,10 @@ def test_bytes_of_every_row_are_the_formulas(table: tuple[list[Row], Any]) -> No
     ]
     for row in rows:
         wire, several = row.choice.wire, row.choice.gradient_accumulation_steps
-        sites = every if row.choice.sites is None else [every[4]]
+        few = planned_sites(row.choice, model)
+        sites = every
+        if row.choice.kr == "on":
+            sites = [(one.in_features, [(m.out_features, 8) for m in one.layers]) for one in few]
         factored, hosted = wire == "factored", wire == "hosted"
         shape: Any = (4 * 64, 4 * 8, 64, 64)
         sent, received = step_traffic(
@@ -178,7 +182,7 @@ def test_the_commands_are_commands(rows: list[Row]) -> None:
         assert settings.targets == row.choice.target_modules
         accumulated = row.choice.gradient_accumulation_steps
         assert settings.gradient_accumulation_steps == accumulated
-        assert (settings.kr == "on") == (row.choice.sites is not None)
+        assert settings.kr == row.choice.kr
 
 
 def test_settings_of_the_connection_are_in_the_command() -> None:

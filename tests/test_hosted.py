@@ -661,7 +661,9 @@ def test_kill_and_revive_trains(links: Links) -> None:
     """A run whose active set changes ends with the plain wire's adapter, and its costs count the
     adapter's own bytes.
     """
-    options = KillReviveConfig(budget=0.5, warmup=0.2, interval=1, revive="scored", idle="cloud")
+    options = KillReviveConfig(
+        budget=0.5, cost="modules", warmup=0.2, interval=1, revive="scored", idle="cloud"
+    )
     found, shares = [], []
     for make in (make_split, hosted):
         torch.manual_seed(0)

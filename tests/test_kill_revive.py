@@ -18,7 +18,7 @@ from dlora.errors import UsageError
 from dlora.kill_revive.apply import KillAndRevive
 from dlora.kill_revive.callback import KillReviveCallback
 from dlora.kill_revive.config import PAPER, KillReviveConfig, Policy, from_options
-from dlora.kill_revive.costs import Costs, Rows, Unit
+from dlora.kill_revive.costs import Costs, Rows, Unit, trained_modules
 from dlora.kill_revive.decide import (
     Decision,
     State,
@@ -41,7 +41,7 @@ ALL = frozenset(unit.name for unit in UNITS)
 
 
 def choose(config: KillReviveConfig, **changes: Any) -> Any:
-    """A decision at step 40 of 100, with all units active and u7 best."""
+    """A decision at step 40 of 100, with all units active and u7 best, the budget spent so far."""
     values: dict[str, Any] = {
         "step": 40,
         "total_steps": 100,
@@ -49,9 +49,10 @@ def choose(config: KillReviveConfig, **changes: Any) -> Any:
         "since": dict.fromkeys(ALL, 0),
         "scores": {f"u{i}": float(i) for i in range(8)},
         "probes": {},
-        "spent": 0.0,
-    }
-    return decide(config, UNITS, COSTS, State(**(values | changes)))
+    } | changes
+    return decide(
+        config, UNITS, COSTS, State(**({"spent": config.budget * values["step"]} | values))
+    )
 
 
 def config(**options: Any) -> KillReviveConfig:
@@ -120,7 +121,7 @@ def test_score_per_cost_prefers_what_costs_little() -> None:
             "step": 40,
             "total_steps": 100,
             "probes": {},
-            "spent": 0.0,
+            "spent": 40 * 0.17,
         } | state
         return decide(config(budget=0.17, prefer=prefer), modules, COSTS, State(**values)).active
 
@@ -177,7 +178,7 @@ def test_average_budget_pays_for_the_warmup() -> None:
     """What the warm-up spent is missing later, so that the whole run costs the budget."""
     average = config(budget=0.25, average=True)
     assert schedule(average, 20, 100, spent=20.0) == pytest.approx(5 / 80)
-    assert schedule(config(budget=0.25), 20, 100, spent=20.0) == 0.25
+    assert schedule(config(budget=0.25, warmup=20), 20, 100, spent=20.0) == 0.25
     assert schedule(average, 20, 100, spent=30.0) == 0.0
 
 
@@ -317,7 +318,7 @@ def test_every_policy_trains_and_measures(link: InProcessLink, policy: Any, unit
     """
     split = make_split(link, lora(target_modules="all-linear"))
     reviver = loop(split, KillReviveConfig(policy=policy, unit=unit, idle="cloud", **FAST))
-    active = {module for u in reviver.units if u.name in reviver.active for module in u.modules}
+    active = set(trained_modules(reviver.units, reviver.active, reviver.partial))
     assert set(split.active_modules) == active
     assert (
         len(active) == len(split.adapted_modules)
@@ -623,7 +624,7 @@ def test_state_of_an_older_version_is_read(link: InProcessLink) -> None:
         "records": [line],
     }
     reviver.load_state_dict(state, reviver.snapshot)
-    assert reviver.state_dict() == state
+    assert reviver.state_dict() == state | {"partial": {}}
     assert [vars(entry) for entry in reviver.decision_log] == [line]
     reviver.before_step(4)
     assert split.output_squares is None
@@ -641,4 +642,4 @@ def test_units_and_costs_come_from_the_model(link: InProcessLink) -> None:
     split.set_options(wire="factored")
     factored = costs_of(split)
     one = [sites[2].modules[0]]
-    assert plain.sites[2][1][one[0]] == 64 and factored.sites[2][1][one[0]] < 10
+    assert plain.sites[2][1][one[0]] == 64 * 4 and factored.sites[2][1][one[0]] < 10 * 4

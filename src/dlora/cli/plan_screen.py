@@ -13,6 +13,7 @@ from dlora.training.calibrate import calibrate
 from dlora.training.link_speed import link_speed
 from dlora.training.plan_settings import PlanSettings
 from dlora.training.planned_run import PlannedRun, Total, read_run, total_of
+from dlora.training.planned_set import foreseen
 from dlora.training.planner import Prediction, activate, check, planned_model
 from dlora.training.readable import counted, readable_bytes, readable_time
 
@@ -27,7 +28,7 @@ def plan_lines(settings: PlanSettings, link: Link) -> Iterator[tuple[str, str] |
         yield from _table(settings, planned, link, model, run)
         return
 
-    activate(planned, model)
+    activate(planned, model, run.load)
     step, evaluated, whole = total_of(planned, model, calibrate(planned, model), run)
     yield (
         "model",
@@ -36,7 +37,8 @@ def plan_lines(settings: PlanSettings, link: Link) -> Iterator[tuple[str, str] |
     )
     yield from _data(settings, run)
     yield from _step(planned, run, step)
-    yield from _run(settings, run, evaluated, whole)
+    yield from _run(run, evaluated, whole)
+    yield from _kill_revive(planned, model, run)
     if settings.check:
         model.set_options(in_flight=step.in_flight)
         yield _check(planned, step, *check(planned, model))
@@ -73,9 +75,7 @@ def _step(settings: PlanSettings, run: PlannedRun, step: Prediction) -> Iterator
     )
 
 
-def _run(
-    settings: PlanSettings, run: PlannedRun, evaluated: Total, whole: Total
-) -> Iterator[tuple[str, str]]:
+def _run(run: PlannedRun, evaluated: Total, whole: Total) -> Iterator[tuple[str, str]]:
     """Everything, in units that a person reads."""
     if run.evaluations:
         crossed = evaluated.sent_bytes + evaluated.received_bytes
@@ -89,8 +89,19 @@ def _run(
         f"{counted(run.steps, 'step')}: {readable_bytes(whole.sent_bytes)} up, "
         f"{readable_bytes(whole.received_bytes)} down, about {readable_time(whole.seconds)}",
     )
-    if settings.kr != "off":
-        yield "", f"with {settings.share:.0%} of the sites active at a time"
+
+
+def _kill_revive(
+    settings: PlanSettings, model: SplitModel, run: PlannedRun
+) -> Iterator[tuple[str, str]]:
+    """What is active at a time, and whether the budget can be kept."""
+    found = foreseen(settings, model, run.load, run.steps)
+    if found is None or settings.sites is not None:
+        return
+    modules = f"{len(found.modules)} of {counted(len(model.adapted_modules), 'module')}"
+    yield "", f"with {modules} at a time, {found.whole:.1%} of what training all takes"
+    if found.warning:
+        yield "", found.warning
 
 
 def _check(settings: PlanSettings, step: Prediction, cost: Any, seconds: float) -> tuple[str, str]:

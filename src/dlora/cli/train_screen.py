@@ -19,8 +19,9 @@ from dlora.cli.console import bar_columns, is_terminal
 from dlora.cli.lines import served_at, shell, show
 from dlora.edge.meter import Meter
 from dlora.edge.model import SplitModel
+from dlora.kill_revive.foresee import Foreseen
 from dlora.training.advice import SEEN
-from dlora.training.plan_settings import plan_of
+from dlora.training.planned_set import sites_with
 from dlora.training.readable import clock, counted, readable_bytes, readable_time
 from dlora.training.settings import TrainSettings
 from dlora.training.split_trainer import SplitTrainer
@@ -235,19 +236,33 @@ def _adapter(settings: TrainSettings, model: SplitModel) -> str:
 
 def _costs(settings: TrainSettings, trainer: SplitTrainer, steps: int) -> Iterator[tuple[str, str]]:
     """What a step sends now, and all of them."""
-    one = step_traffic_of(settings, trainer.args, trainer.model, trainer.sizes["data"])
-    kr, share = settings.kr != "off", plan_of(settings).share
+    model = trainer.model
+    one = step_traffic_of(settings, trainer.args, model, trainer.sizes["data"])
+    whole, used = float(one.sent + one.received), "without evaluations"
+    found = _foreseen(trainer)
+    if found is not None:
+        few = step_traffic_of(
+            *(settings, trainer.args, model, trainer.sizes["data"]),
+            sites_with(model.sites, found.modules),
+        )
+        whole = (few.sent + few.received) * found.whole / found.share
+        used = f"{found.whole:.1%} of what training all modules takes"
     most = "up to " if settings.task == "grpo" else ""
     yield (
         "a step",
         f"{most}{readable_bytes(one.sent)} up, {readable_bytes(one.received)} down, "
         f"{one.round_trips} round trips ({settings.wire} wire, {settings.wire_dtype}"
-        f"{', with all modules' if kr else ''})",
+        f"{'' if found is None else ', with all modules'})",
     )
-    budget = f"a budget of {share:.0%}" if kr else "without evaluations"
-    crossed = readable_bytes(share * steps * (one.sent + one.received))
-    yield "in all", f"{most or 'about '}{crossed}, {budget}"
+    yield "in all", f"{most or 'about '}{readable_bytes(steps * whole)}, {used}"
     yield "is seen", f"by the cloud: {SEEN[settings.wire]}"
+
+
+def _foreseen(trainer: SplitTrainer) -> Foreseen | None:
+    """What Kill and Revive will take, where it is on."""
+    if trainer.kill_revive is None or trainer.kill_revive.reviver is None:
+        return None
+    return trainer.kill_revive.reviver.foreseen
 
 
 # ----------------------------------------------------------------- the end

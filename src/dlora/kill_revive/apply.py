@@ -9,48 +9,59 @@ for step, batch in enumerate(batches):     # `KillReviveCallback` does it in Tra
     kr.after_update()
     optimizer.zero_grad()
 
-A unit that is killed with `idle` drop fades: it is exchanged for a few steps more, without
-updates, while its B shrinks to zero. A unit that is revived warms up: its first updates are
-shortened. Scores are in `scores.py`, decisions in `decide.py`.
+A module that is killed with `idle` drop fades: it is exchanged for a few steps more, without
+updates, while its B shrinks to zero. A module that is revived warms up: its first updates are
+shortened. All of that, probes and uploads count as spent. Scores are in `scores.py`, decisions in
+`decide.py`, what a run will take in `foresee.py`.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dlora.edge.lora import product_of
 from dlora.edge.model import SplitModel
 from dlora.errors import UsageError
 from dlora.kill_revive.config import KillReviveConfig
-from dlora.kill_revive.costs import USUAL, Rows
+from dlora.kill_revive.costs import USUAL, Rows, Unit, trained_modules
 from dlora.kill_revive.decide import (
     Decision,
     DecisionLine,
     State,
     decide,
     is_due,
+    last_ranks,
     needs_outputs,
     needs_probe,
+    one_more,
 )
-from dlora.kill_revive.scores import Measured, gradient_size, probe_score, score
-from dlora.kill_revive.units import costs_of, parameters_of, units_of, weights_of
+from dlora.kill_revive.foresee import Foreseen, foresee
+from dlora.kill_revive.scores import gradient_size
+from dlora.kill_revive.state_files import check_same, read_state, write_state
+from dlora.kill_revive.units import (
+    adds,
+    costs_of,
+    layers_of,
+    parameters_of,
+    probes_of,
+    scores_of,
+    units_of,
+    weights_of,
+)
 
 __all__ = ["KillAndRevive", "Noted"]
 
 Noted = tuple[dict[str, Any], int, dict[str, Tensor]]
 """Between two steps: `state_dict` without records, how many records there are, the snapshot."""
 
-_STATE_FILE: Final = "dlora_kr.json"
-_TENSOR_FILE: Final = "dlora_kr.safetensors"
+log = logging.getLogger(__name__)
 
 
 class KillAndRevive:
@@ -63,7 +74,10 @@ class KillAndRevive:
     def __init__(
         self, model: SplitModel, config: KillReviveConfig, total_steps: int, rows: Rows = USUAL
     ) -> None:
-        """`rows` is what the average micro-batch holds: the budget counts its bytes."""
+        """`rows` is what the average micro-batch holds: the budget counts its bytes.
+
+        A run that cannot keep its budget says so in the log, before its first step.
+        """
         if total_steps < 1:
             raise UsageError(
                 f"Kill and Revive wants to know the number of steps, got {total_steps}"
@@ -71,27 +85,24 @@ class KillAndRevive:
         self.model, self.config, self.total_steps = model, config, total_steps
         self.rows, self.units = rows, units_of(model, config.unit)
         self.costs = costs_of(model, config.cost, rows)
-        self.layers: dict[str, LoraLayer] = {
-            name: layer
-            for site in model.sites
-            for name, layer in zip(site.names, site.layers, strict=True)
-        }
-        self.weight_norms = {
-            module.name: module.weight_norm
-            for site in model.link.description.sites
-            for module in site.modules
+        self.layers = layers_of(model)
+        # Modules by the names of their units, and by their own: both are in states.
+        self._modules = {name: (name,) for name in self.layers} | {
+            unit.name: unit.modules for unit in self.units
         }
 
         # Where the run is.
         self.step = 0
         self.spent = 0.0
-        """Sum over all steps so far of their cost as a share of FT's, probes included."""
+        """Sum over all steps so far of their cost as a share of FT's, with probes and uploads."""
         self.active = frozenset(unit.name for unit in self.units)
+        self.partial: dict[str, tuple[str, ...]] = {}
+        """Of active units that are trained in part: the modules that are."""
         self.since = dict.fromkeys(self.active, 0)
         self.fading: dict[str, int] = {}
-        """Killed units that are still exchanged while they fade, and the steps left to them."""
+        """Killed modules that are still exchanged while they fade, and the steps left to them."""
         self.warming: dict[str, int] = {}
-        """Revived units whose updates are not yet full, and the steps done."""
+        """Revived modules whose updates are not yet full, and the steps done."""
         self.decision_log: list[DecisionLine] = []
 
         # What was measured since the last decision.
@@ -110,19 +121,21 @@ class KillAndRevive:
     def before_step(self, step: int) -> None:
         """Decide, if it is time, and set what the next forward trains; `step` counts from 0."""
         self.step = step
+        if step == 0 and self.foreseen.warning:
+            log.warning("%s", self.foreseen.warning)
         if is_due(self.config, step, self.total_steps):
-            state = State(
-                step=step,
-                total_steps=self.total_steps,
-                active=self.active,
-                since=self.since,
-                scores=self._scores(),
-                probes=self._probes(),
-                spent=self.spent,
-            )
+            state = self._state(self.spent, self._scores(), probes_of(self.model, self._idle()))
             self._apply(decide(self.config, self.units, self.costs, state))
             self.snapshot = weights_of(self.layers)
             self._gradients.clear()
+        if more := one_more(
+            self.config,
+            self.units,
+            self.costs,
+            self._state(self._committed),
+            last_ranks(self.decision_log),
+        ):
+            self._apply(more)
 
         # What this step measures for the next decision. Deltas are no longer wanted after theirs.
         if not needs_outputs(self.config, step, self.total_steps):
@@ -133,6 +146,8 @@ class KillAndRevive:
             [module for unit in self.units for module in unit.modules] if probe else []
         )
         self.spent += self.active_share
+        if probe:
+            self.spent += self.costs.probe(self._exchanged_modules())
 
     def before_update(self, optimizer: Any) -> None:
         """Between backward and the optimizer: note gradients, but drop those of fading units.
@@ -174,109 +189,115 @@ class KillAndRevive:
             if done >= self.config.rewarm_steps:
                 del self.warming[name]
 
-        for name, left in list(self.fading.items()):
-            for layer in self._layers(name):
-                for parameter in parameters_of(layer, only_b=True):
-                    parameter.mul_((left - 1) / left)
+        gone = [name for name, left in self.fading.items() if left == 1]
+        for name, left in self.fading.items():
+            for parameter in parameters_of(self.layers[name], only_b=True):
+                parameter.mul_((left - 1) / left)
             self.fading[name] = left - 1
-            if left == 1:  # B is zero: the unit is exchanged no more
-                del self.fading[name]
-                self._set()
+        for name in gone:  # B is zero: the module is exchanged no more
+            del self.fading[name]
+        if gone:
+            self._set()
         self._before = {}
 
     @property
     def active_share(self) -> float:
         """Cost of a step as it is now, as a share of FT's."""
-        return self.costs.share(set(self._exchanged_modules()))
+        is_all = self.config.idle == "edge"  # then idle modules are exchanged too
+        return self.costs.share(self.layers if is_all else self._exchanged_modules())
+
+    @property
+    def foreseen(self) -> Foreseen:
+        """Before the first step: what the run will train and take."""
+        return foresee(self.config, self.units, self.costs, self.total_steps, self._going())
 
     # ----------------------------------------------------------------- what a decision does
 
     def _apply(self, decision: Decision) -> None:
         self.decision_log += decision.lines
-        killed, revived = self.active - decision.active, decision.active - self.active
-        for name in sorted(revived):
-            self.fading.pop(name, None)
+        before = set(self._trained_modules())
+        for name in self.active - decision.active:
+            self.since.pop(name, None)
+        for name in decision.active - self.active:
             self.since[name] = self.step
+        self.active, self.partial = decision.active, dict(decision.partial)
+
+        after = set(self._trained_modules())
+        for name in sorted(after - before):
+            self.fading.pop(name, None)
             self._reset += self._parameters(name)
             if self.config.rewarm_steps:
                 self.warming[name] = 0
 
-        for name in sorted(killed):
-            self.since.pop(name, None)
+        killed = sorted(before - after)
+        changed = [name for name in killed if adds(self.layers[name])]
+        for name in killed:
             self.warming.pop(name, None)
-            trained = any(
-                float(product_of(layer)[1].abs().max()) > 0 for layer in self._layers(name)
-            )
-            if self.config.idle == "drop" and self.config.drop_steps and trained:
-                self.fading[name] = self.config.drop_steps
-
-        self.active = decision.active
+        if self.config.idle == "drop" and self.config.drop_steps:
+            self.fading |= dict.fromkeys(changed, self.config.drop_steps)
+        elif self.config.idle == "cloud" and changed:  # then it is given all idle ones
+            self.spent += self.costs.upload(set(self._going()) - after, after)
         self._set()
 
     def _set(self) -> None:
         self.model.set_active(self._exchanged_modules(), self.config.idle)
 
+    def _trained_modules(self) -> list[str]:
+        """Modules of active units, in the cloud's calling order."""
+        return trained_modules(self.units, self.active, self.partial)
+
     def _exchanged_modules(self) -> list[str]:
-        """Modules of active and fading units, in the cloud's calling order."""
-        return [
-            module
-            for unit in self.units
-            if unit.name in self.active or unit.name in self.fading
-            for module in unit.modules
-        ]
+        """They and fading ones, in the same order."""
+        exchanged = {*self._trained_modules(), *self.fading}
+        return [name for name in self.layers if name in exchanged]
+
+    def _going(self) -> list[str]:
+        """Modules that add something."""
+        return [name for name, layer in self.layers.items() if adds(layer)]
+
+    @property
+    def _committed(self) -> float:
+        """What is spent, and what modules that fade now will still take."""
+        more = self.costs.share(self._exchanged_modules())
+        more -= self.costs.share(self._trained_modules())
+        return self.spent + max(self.fading.values(), default=0) * more
 
     # ----------------------------------------------------------------- what a decision is made of
+
+    def _state(
+        self,
+        spent: float,
+        scores: dict[str, float] | None = None,
+        probes: dict[str, float] | None = None,
+    ) -> State:
+        return State(
+            step=self.step,
+            total_steps=self.total_steps,
+            active=self.active,
+            since=self.since,
+            scores=scores or {},
+            probes=probes or {},
+            spent=spent,
+            partial=self.partial,
+            going=self._going() if scores is not None else (),
+        )
 
     def _scores(self) -> dict[str, float]:
         """Of every active unit: the policy's measure, or the signal's."""
         kind = self.config.signal if self.config.policy in ("kr", "all") else self.config.policy
-        outputs = self._outputs()
-        scores = {}
-        for unit in self.units:
-            if unit.name in self.active:
-                measured = Measured(
-                    gradients=self._gradients[unit.name],
-                    outputs=sum(outputs.get(module, 0.0) for module in unit.modules),
-                    old=[
-                        (self.snapshot[f"{module}.A"], self.snapshot[f"{module}.B"])
-                        for module in unit.modules
-                    ],
-                    new=[product_of(self.layers[module]) for module in unit.modules],
-                    weight_norms=[self.weight_norms[module] for module in unit.modules],
-                )
-                scores[unit.name] = score(kind, measured)
-        return scores
+        units = [unit for unit in self.units if unit.name in self.active]
+        return scores_of(kind, self.model, units, self.snapshot, self._gradients)
 
-    def _outputs(self) -> dict[str, float]:
-        """Sums of squared deltas of each module, where they are measured."""
-        squares = self.model.output_squares or {}
-        return {
-            name: squares[site.index, number]
-            for site in self.model.sites
-            for number, name in zip(site.modules, site.names, strict=True)
-            if (site.index, number) in squares
-        }
-
-    def _probes(self) -> dict[str, float]:
-        """Gradient norms of idle units, over the micro-batches of the last step."""
-        return {
-            unit.name: probe_score(
-                [
-                    norms.get(module, 0.0)
-                    for norms in self.model.probe_norms
-                    for module in unit.modules
-                ]
-            )
-            for unit in self.units
-            if unit.name not in self.active
-        }
-
-    def _layers(self, name: str) -> list[LoraLayer]:
-        unit = next(unit for unit in self.units if unit.name == name)
-        return [self.layers[module] for module in unit.modules]
+    def _idle(self) -> list[Unit]:
+        return [unit for unit in self.units if unit.name not in self.active]
 
     def _parameters(self, name: str) -> list[nn.Parameter]:
-        return [parameter for layer in self._layers(name) for parameter in parameters_of(layer)]
+        """Of a unit or a module."""
+        return [
+            parameter
+            for module in self._modules[name]
+            for parameter in parameters_of(self.layers[module])
+        ]
 
     # ----------------------------------------------------------------- stopping and going on
 
@@ -297,6 +318,7 @@ class KillAndRevive:
             "total_steps": self.total_steps,
             "spent": self.spent,
             "active": sorted(self.active),
+            "partial": {name: list(modules) for name, modules in sorted(self.partial.items())},
             "since": dict(self.since),
             "fading": dict(self.fading),
             "warming": dict(self.warming),
@@ -307,20 +329,12 @@ class KillAndRevive:
 
     def load_state_dict(self, state: dict[str, Any], snapshot: dict[str, Tensor]) -> None:
         """Go on where `state_dict` was taken. Raises UsageError for another configuration."""
-        changed = [
-            name
-            for name, value in asdict(self.config).items()
-            if state["config"].get(name) != value
-        ]
-        if changed or state["total_steps"] != self.total_steps:
-            raise UsageError(
-                "Kill and Revive cannot go on with other settings: "
-                f"{', '.join(changed) or 'total steps'}"
-            )
-
+        check_same(asdict(self.config), self.total_steps, state)
         self.spent, self.active = state["spent"], frozenset(state["active"])
-        self.since, self.fading = dict(state["since"]), dict(state["fading"])
-        self.warming = dict(state["warming"])
+        self.since = dict(state["since"])
+        # Older versions have no units that are trained in part, and names of units for modules.
+        self.partial = {name: tuple(of) for name, of in state.get("partial", {}).items()}
+        self.fading, self.warming = self._of_modules(state["fading"], state["warming"])
         self.decision_log = [DecisionLine(**line) for line in state["records"]]
 
         self.snapshot = snapshot
@@ -333,20 +347,17 @@ class KillAndRevive:
         if len(self.active) < len(self.units):
             self._set()
 
+    def _of_modules(self, *states: dict[str, int]) -> Iterable[dict[str, int]]:
+        """The same by modules, where units are named."""
+        for state in states:
+            yield {module: left for name, left in state.items() for module in self._modules[name]}
+
     def save(self, folder: Path, state: Noted | None = None) -> None:
         """Write state and snapshot into a checkpoint: as they are now, or as `state` noted them."""
         values, num_records, snapshot = state or self.state()
         records = [asdict(line) for line in self.decision_log[:num_records]]
-        save_file(snapshot, folder / _TENSOR_FILE)
-        (folder / _STATE_FILE).write_text(
-            json.dumps(values | {"records": records}), encoding="utf-8"
-        )
+        write_state(folder, values | {"records": records}, snapshot)
 
     def load(self, folder: Path) -> None:
         """Read them from a checkpoint. Raises UsageError if they are not there."""
-        try:
-            state = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
-            snapshot = load_file(folder / _TENSOR_FILE)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{folder} holds no state of Kill and Revive: {error}") from error
-        self.load_state_dict(state, snapshot)
+        self.load_state_dict(*read_state(folder))

@@ -39,9 +39,11 @@ class KillReviveConfig:
     largest gradient, magnitude of B A, sensitivity |weight x gradient| (AdaLoRA), output size
     (LoRA-drop); or redraw: random anew each interval."""
     unit: Literal["site", "module"] = "site"
-    """What is killed and revived as a whole."""
+    """What is killed and revived as a whole. What whole units leave of the budget goes to single
+    modules of others."""
     budget: float = 0.125
-    """Share of FT's cost, in (0, 1]."""
+    """Share of FT's cost, in (0, 1]. Warm-up, probes, fading and uploads are paid from it. A run
+    ends within 2 % of it, or says before its first step what it will take."""
     cost: Literal["bytes", "modules"] = "bytes"
     """What the budget counts: traffic, or the number of active modules."""
     average: bool = True

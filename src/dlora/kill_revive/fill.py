@@ -1,7 +1,8 @@
 """Kill and Revive: filling a budget with units. Pure functions over plain numbers.
 
 `allowed` is the cost that the chosen units may have together, as a share of FT's (see `Costs`).
-Every function chooses at least one unit, even where the budget pays for none.
+Every function chooses at least one unit, even where the budget pays for none. What whole units
+leave over goes to single modules of further ones (`fill_rest`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Final
 from dlora.kill_revive.config import KillReviveConfig
 from dlora.kill_revive.costs import Costs, Unit, modules_of
 
-__all__ = ["fill", "fill_bands", "fill_best", "fill_by_worth", "spread"]
+__all__ = ["farthest", "fill", "fill_bands", "fill_best", "fill_by_worth", "fill_rest", "spread"]
 
 _ROUNDING: Final = 1e-9  # a set that costs just the budget fits
 
@@ -87,6 +88,63 @@ def fill_best(
     if config.prefer == "score_per_cost":
         return fill_by_worth(order, already, costs, allowed, scores)
     return fill(order, already, costs, allowed)
+
+
+def fill_rest(
+    order: Iterable[Unit], chosen: Sequence[Unit], costs: Costs, allowed: float
+) -> list[Unit]:
+    """The chosen units, and of those in order every single module that still fits.
+
+    A unit of which not all modules fit is one with those that do. So is a unit that was chosen
+    though it does not fit, where a part of it does.
+    """
+    modules = modules_of(chosen)
+    if len(chosen) == 1 and costs.share(modules) > allowed + _ROUNDING:
+        part = _fitting(chosen[0], set(), costs, allowed)
+        return [_part_of(chosen[0], part)] if part else list(chosen)
+
+    # Names stay where they are; what is new comes behind.
+    found = {unit.name: unit for unit in chosen}
+    for unit in order:
+        if added := _fitting(unit, modules, costs, allowed):
+            modules |= added
+            found[unit.name] = _part_of(unit, modules)
+    return list(found.values())
+
+
+def farthest(units: Sequence[Unit], chosen: Iterable[Unit]) -> list[Unit]:
+    """Units that are not chosen, each the one farthest from all before it, of equals the highest.
+
+    The highest, because backward ends at the lowest.
+    """
+    names = {unit.name for unit in chosen}
+    taken = [i for i, unit in enumerate(units) if unit.name in names]
+    distances = {
+        i: min((abs(i - other) for other in taken), default=len(units))
+        for i, unit in enumerate(units)
+        if unit.name not in names
+    }
+
+    ordered = []
+    while distances:
+        best = max(distances, key=lambda i: (distances[i], i))
+        del distances[best]
+        distances = {i: min(distance, abs(i - best)) for i, distance in distances.items()}
+        ordered.append(units[best])
+    return ordered
+
+
+def _fitting(unit: Unit, modules: set[str], costs: Costs, allowed: float) -> set[str]:
+    """The unit's modules that fit beside these, one after another."""
+    added: set[str] = set()
+    for name in unit.modules:
+        if name not in modules and costs.share(modules | added | {name}) <= allowed + _ROUNDING:
+            added.add(name)
+    return added
+
+
+def _part_of(unit: Unit, modules: set[str]) -> Unit:
+    return Unit(unit.name, tuple(name for name in unit.modules if name in modules), unit.layer)
 
 
 def fill_bands(

@@ -46,7 +46,6 @@ SEEN: Final = {
 what those before it show."""
 
 _PARTS: Final = (2, 4)
-_SHARE: Final = 8  # one site in so many is Kill and Revive's budget
 _ACCUMULATED: Final = 4
 
 
@@ -104,7 +103,7 @@ def choose(
 
 
 def _row(base: PlanSettings, choice: PlanSettings, prediction: Prediction) -> Row:
-    same = ("sites", "gradient_accumulation_steps")
+    same = ("sites", "kr", "gradient_accumulation_steps")
     is_exact = (choice.wire_dtype, choice.input_grad) == _EXACT
     return Row(
         choice=choice,
@@ -116,20 +115,20 @@ def _row(base: PlanSettings, choice: PlanSettings, prediction: Prediction) -> Ro
 
 def _choices(base: PlanSettings, model: SplitModel, wires: Sequence[str]) -> Iterator[PlanSettings]:
     """The rows of the table, and all numbers of parts, of which the best will be taken."""
-    few = () if _refuses_few(model) else (max(1, round(len(model.sites) / _SHARE)),)
+    few = not _refuses_few(model)
     offered = set(model.link.description.wire_dtypes)
     for wire in wires:
         for wire_dtype, input_grad in MIXES[wire]:
             if not mix(wire_dtype, wire).dtypes <= offered or (input_grad == "drop" and not few):
                 continue
             is_exact = (wire_dtype, input_grad) == _EXACT
-            for sites in (None, *few) if is_exact else (None,):
+            for kr in ("off", "on") if is_exact and few else ("off",):
                 made: dict[str, Any] = {
                     "wire": wire,
                     "upload_consent": wire == "hosted",
                     "wire_dtype": wire_dtype,
                     "input_grad": input_grad,
-                    "sites": sites,
+                    "kr": kr,
                 }
                 yield replace(base, **made)
                 if wire != "hosted":
@@ -188,8 +187,6 @@ def command(row: Row, data: str | None = None) -> list[str]:
             words.append(f"--{one.name}")
             if value is not True:
                 words.append(_word(value))
-    if row.choice.sites is not None:
-        words += ["--kr", "on"]
     return words
 
 

@@ -17,7 +17,6 @@ from dlora.edge.options import (
 from dlora.edge.settings import EdgeSettings, target_names
 from dlora.edge.task_forms import Task
 from dlora.errors import UsageError
-from dlora.kill_revive.config import from_options
 from dlora.training.link_speed import link_speed
 from dlora.training.settings import TrainSettings
 
@@ -83,7 +82,7 @@ class PlanSettings(EdgeSettings):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Ranks for modules whose name matches a pattern."""
     kr: Literal["off", "on", "paper"] = TrainSettings.kr
-    """Few modules at a time, as for training: so many sites as its budget has are planned."""
+    """Few modules at a time, as for training: a set that its budget pays for is planned."""
     kr_options: dict[str, Any] = field(default_factory=dict)
     """Settings of Kill and Revive by name, as for training."""
     target_modules: list[str] | str | None = None
@@ -97,7 +96,8 @@ class PlanSettings(EdgeSettings):
     r: int = TrainSettings.r
     """LoRA rank."""
     sites: int | None = None
-    """Number of active sites, evenly spread. Default: all, or with Kill and Revive its budget."""
+    """Number of active sites, evenly spread. Default: all, or what Kill and Revive's budget pays
+    for."""
     batch_size: int = TrainSettings.batch_size
     """Rows of a micro-batch."""
     gradient_accumulation_steps: int = 1
@@ -109,7 +109,7 @@ class PlanSettings(EdgeSettings):
     link: str | None = None
     """A table of the ways to train over a link, the fastest of them and the command to use: lan,
     fibre, home, mobile, here (the link there is), or UP/DOWN/RTT in Mbit/s, Mbit/s and ms. All
-    wires are in the table, with parts in flight, an eighth of the sites, and codecs that held
+    wires are in the table, with parts in flight, Kill and Revive's eighth, and codecs that held
     accuracy."""
     rtt_ms: float | None = None
     """Round trip time of a link in place of the one there is. Default: as measured."""
@@ -180,12 +180,6 @@ class PlanSettings(EdgeSettings):
             name: type(self).__dataclass_fields__[name].default for name in _OF_A_RUN
         }
         return replace(self, **fresh, kr_options={}, upload_consent=False)
-
-    @property
-    def share(self) -> float:
-        """Of the sites, those that are active at a time."""
-        config = None if self.kr == "off" else from_options(self.kr, self.kr_options)
-        return 1.0 if config is None or config.policy == "all" else config.budget
 
     @property
     def targets(self) -> list[str] | str | None:

@@ -13,15 +13,13 @@ from dlora.edge.model import SplitModel
 from dlora.protocol.layer_files import files_for
 from dlora.training.calibrate import Calibration
 from dlora.training.plan_settings import PlanSettings, run_of
+from dlora.training.planned_set import STEPS, foreseen
 from dlora.training.planned_traffic import Load
 from dlora.training.planner import Prediction, line_of, predict, predict_evaluation
 from dlora.training.row_sizes import RowSizes
 from dlora.training.trainer import build_trainer
 
 __all__ = ["PlannedRun", "Total", "load_of", "read_run", "total_of"]
-
-_STEPS = 1000
-"""Of a run without data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +54,7 @@ def read_run(
     """
     size = _download_bytes(link, model)
     if settings.data is None:
-        steps = _STEPS if settings.max_steps < 1 else settings.max_steps
+        steps = STEPS if settings.max_steps < 1 else settings.max_steps
         run = PlannedRun(
             rows=None, held_out=None, steps=steps, evaluations=0, download_bytes=size, load=None
         )
@@ -113,7 +111,7 @@ def total_of(
     evaluated = Total(sent_bytes=0, received_bytes=0, seconds=0)
     if run.held_out is not None and run.evaluations:
         load = load_of(run.held_out, model, settings.eval_batch_size, settings.pad_to)
-        one = predict_evaluation(settings, model, measured, load)
+        one = predict_evaluation(settings, model, measured, load, run.load)
         number = run.evaluations * run.held_out.micro_batches(settings.eval_batch_size)
         evaluated = Total(
             sent_bytes=number * one.sent_bytes,
@@ -121,12 +119,15 @@ def total_of(
             seconds=number * one.seconds,
         )
 
+    # The set of a run with Kill and Revive is a little larger for a part of its steps.
+    found, steps = foreseen(settings, model, run.load, run.steps), float(run.steps)
+    if found is not None and settings.sites is None:
+        steps *= found.whole / found.share
+
     _, _, down_s = line_of(settings, measured)
     whole = Total(
-        sent_bytes=run.steps * step.sent_bytes + evaluated.sent_bytes,
-        received_bytes=run.steps * step.received_bytes
-        + evaluated.received_bytes
-        + run.download_bytes,
-        seconds=run.steps * step.seconds + evaluated.seconds + run.download_bytes * down_s,
+        sent_bytes=steps * step.sent_bytes + evaluated.sent_bytes,
+        received_bytes=steps * step.received_bytes + evaluated.received_bytes + run.download_bytes,
+        seconds=steps * step.seconds + evaluated.seconds + run.download_bytes * down_s,
     )
     return step, evaluated, whole

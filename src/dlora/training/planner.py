@@ -27,8 +27,9 @@ from dlora.formulas import adapter_flops, forward_flops, seconds_in_flight
 from dlora.kill_revive.config import OF_LORA
 from dlora.kill_revive.units import check_measurable
 from dlora.protocol.layers import layer_of
-from dlora.training.calibrate import Calibration, calibrate, check, evenly_spread, hosted_step
+from dlora.training.calibrate import Calibration, calibrate, check, hosted_step
 from dlora.training.plan_settings import PlanSettings
+from dlora.training.planned_set import planned_sites
 from dlora.training.planned_traffic import Load, hosted_transfer_s, traffic
 
 __all__ = [
@@ -83,13 +84,13 @@ def plan(settings: PlanSettings, link: Link) -> tuple[SplitModel, Prediction]:
     return model, prediction
 
 
-def activate(settings: PlanSettings, model: SplitModel) -> None:
-    """Let the planned sites alone be active. Raises UsageError if the adapter has fewer."""
+def activate(settings: PlanSettings, model: SplitModel, load: Load | None = None) -> None:
+    """Let the planned modules alone be active. Raises UsageError if the adapter has fewer."""
     if settings.sites is not None and not 1 <= settings.sites <= len(model.sites):
         raise UsageError(f"sites: got {settings.sites}, this adapter has {len(model.sites)}")
-    chosen = _planned_sites(settings, model)
-    if len(chosen) < len(model.sites):
-        model.set_active([name for site in chosen for name in site.names])
+    chosen = [name for site in planned_sites(settings, model, load) for name in site.names]
+    if len(chosen) < len(model.adapted_modules):
+        model.set_active(chosen)
 
 
 def planned_model(settings: PlanSettings, link: Link) -> SplitModel:
@@ -155,7 +156,7 @@ def predict(
     parts in flight. Of several micro-batches the first alone carries a hosted adapter. `load` is
     what travels of a micro-batch, where `length` has padding in it.
     """
-    sites = _planned_sites(settings, model)
+    sites = planned_sites(settings, model, load)
     first = _micro_batch(settings, model, sites, measured, load)
     more = settings.gradient_accumulation_steps - 1
     if not more:
@@ -170,17 +171,18 @@ def predict(
 
 
 def predict_evaluation(
-    settings: PlanSettings, model: SplitModel, measured: Calibration, load: Load
+    settings: PlanSettings,
+    model: SplitModel,
+    measured: Calibration,
+    load: Load,
+    trained: Load | None = None,
 ) -> Prediction:
-    """Predict a micro-batch of an evaluation, with `load` travelling: a forward pass alone."""
-    sites = _planned_sites(settings, model)
+    """Predict a micro-batch of an evaluation, with `load` travelling: a forward pass alone.
+
+    `trained` is what travels of one that is trained with.
+    """
+    sites = planned_sites(settings, model, trained)
     return _micro_batch(settings, model, sites, measured, load, training=False)
-
-
-def _planned_sites(settings: PlanSettings, model: SplitModel) -> list[ActiveSite]:
-    share = max(1, round(settings.share * len(model.sites)))
-    number = share if settings.sites is None else settings.sites
-    return evenly_spread(model, min(number, len(model.sites)))
 
 
 def _micro_batch(

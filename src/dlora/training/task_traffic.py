@@ -18,29 +18,40 @@ __all__ = ["step_traffic_of"]
 
 
 def step_traffic_of(
-    settings: TrainSettings, arguments: Any, model: SplitModel, sizes: RowSizes
+    settings: TrainSettings,
+    arguments: Any,
+    model: SplitModel,
+    sizes: RowSizes,
+    sites: Sequence[ActiveSite] | None = None,
 ) -> Traffic:
-    """Of an optimizer step with all modules active; with grpo, if every answer is as long as it
-    may become. `arguments` are the trainer's.
+    """Of an optimizer step with these sites, or all modules, active; with grpo, if every answer is
+    as long as it may become. `arguments` are the trainer's.
     """
+    sites = model.sites if sites is None else sites
     plan, several = plan_of(settings), settings.gradient_accumulation_steps
     plan = replace(plan, batch_size=settings.batch_size * sizes.sequences)
     parts = settings.in_flight if isinstance(settings.in_flight, int) else 1
     parts = min(parts, plan.batch_size)
     load = load_of(sizes, model, settings.batch_size, settings.pad_to)
-    micro_batches = [traffic(plan, model, model.sites, parts=parts, load=load)]
-    micro_batches += _beside(settings, arguments, plan, model, load)
+    micro_batches = [traffic(plan, model, sites, parts=parts, load=load)]
+    micro_batches += _beside(settings, arguments, plan, model, sites, load)
     total = _sum(several, micro_batches)
     if settings.task != "grpo":
         return total
 
     # Answers are drawn once for so many micro-batches.
     times = several / (arguments.steps_per_generation * arguments.num_iterations)
-    return _sum(1, [total, *(_sum(times, [one]) for one in _drawn(arguments, plan, model, sizes))])
+    drawn = _drawn(arguments, plan, model, sites, sizes)
+    return _sum(1, [total, *(_sum(times, [one]) for one in drawn)])
 
 
 def _beside(
-    settings: TrainSettings, arguments: Any, plan: PlanSettings, model: SplitModel, load: Load
+    settings: TrainSettings,
+    arguments: Any,
+    plan: PlanSettings,
+    model: SplitModel,
+    sites: Sequence[ActiveSite],
+    load: Load,
 ) -> Iterator[Traffic]:
     """Forward passes of a micro-batch that nothing is learned from."""
     # Without a copy of the adapter the reference is the model without any.
@@ -51,17 +62,21 @@ def _beside(
         yield _forward(plan, model, of_reference, load)
         if arguments.loss_type != "apo_zero_unpaired":  # completions with the prompts of others
             yield _forward(plan, model, of_reference, load)
-            yield _forward(plan, model, model.sites, load)
+            yield _forward(plan, model, sites, load)
 
 
 def _drawn(
-    arguments: Any, plan: PlanSettings, model: SplitModel, sizes: RowSizes
+    arguments: Any,
+    plan: PlanSettings,
+    model: SplitModel,
+    sites: Sequence[ActiveSite],
+    sizes: RowSizes,
 ) -> Iterator[Traffic]:
     """A pass over the prompts, and one for each token of an answer but the last."""
     rows, answer = arguments.generation_batch_size, sizes.learned[0]
     prompts = rows * sum(length - answer for length in sizes.lengths) / len(sizes.lengths)
-    yield _forward(plan, model, model.sites, Load(prompts, rows))
-    yield _sum(answer - 1, [_forward(plan, model, model.sites, Load(rows, rows))])
+    yield _forward(plan, model, sites, Load(prompts, rows))
+    yield _sum(answer - 1, [_forward(plan, model, sites, Load(rows, rows))])
 
 
 def _forward(
