@@ -176,6 +176,37 @@ def test_drafts_stream_the_same(split: Any, tokenizer: PreTrainedTokenizerFast) 
     assert whole == local_answer(tokenizer, QUESTION, max_new_tokens=24)
 
 
+def test_the_hosted_wire_answers_the_same(split: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Where the cloud computes the adapter, chats and completions, streamed, sampled, or several at
+    once, are local peft's, and a token takes one round trip.
+    """
+    hosted = make_split(split.link, lora(), wire="hosted", upload_consent=True).eval()
+    hosted.generation_config.suppress_tokens = unreadable(tokenizer)
+    app = build_app(hosted, tokenizer, name="mine", max_new_tokens=6)
+    greedy: dict[str, Any] = {"model": "mine", "temperature": 0}
+    with (
+        ApiServer(app, "127.0.0.1", 0).running() as url,
+        openai.OpenAI(base_url=url, api_key="-", max_retries=0) as client,
+    ):
+        chats, texts = client.chat.completions, client.completions
+        want = local_answer(tokenizer, QUESTION, max_new_tokens=6)
+        for _ in range(2):  # the second time from the cache of the first
+            assert chats.create(messages=QUESTION, **greedy).choices[0].message.content == want
+        stream = chats.create(messages=QUESTION, stream=True, **greedy)
+        assert "".join(one.choices[0].delta.content or "" for one in stream if one.choices) == want
+
+        prompts = ["the desk", "the message of the desk"]
+        alone = [local_answer(tokenizer, prompt, max_new_tokens=6) for prompt in prompts]
+        before = hosted.meter.copy()
+        assert [one.text for one in texts.create(prompt=prompts, **greedy).choices] == alone
+        assert (hosted.meter - before).round_trips == 6
+
+        options: dict[str, Any] = {"temperature": 0.9, "top_p": 0.8}
+        got = chats.create(model="mine", messages=QUESTION, seed=5, **options)
+    want = local_answer(tokenizer, QUESTION, max_new_tokens=6, do_sample=True, top_k=0, **options)
+    assert got.choices[0].message.content == want
+
+
 REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"model": "other"}, "pinned to 'mine'"),
     ({"n": 2}, "n=2 is not supported"),

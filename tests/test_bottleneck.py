@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import NO_DRAIN, adapter, batches, lora, make_base, make_split
-from helpers import FlopCount
+from helpers import FlopCount, assert_same_after_twenty_steps
 from peft import PeftModel
 
 import dlora
@@ -75,7 +75,7 @@ def by_hooks(
         handle.remove()
 
 
-@pytest.mark.parametrize("wire", ["plain", "factored"])
+@pytest.mark.parametrize("wire", ["plain", "factored", "hosted"])
 @pytest.mark.parametrize("kind", ["series", "parallel"])
 @pytest.mark.parametrize("family", TARGETS)
 def test_gradients_equal_a_plain_reference(
@@ -85,7 +85,8 @@ def test_gradients_equal_a_plain_reference(
     differ.
     """
     link = InProcessLink(cloud_models(family))
-    model = make_split(link, config(family, kind), wire=wire).train()
+    consent = wire == "hosted"
+    model = make_split(link, config(family, kind), wire=wire, upload_consent=consent).train()
     random_biases(model)
     base = make_base(family)
     (batch,) = batches()
@@ -99,6 +100,21 @@ def test_gradients_equal_a_plain_reference(
     assert got.keys() == weights.keys()
     for name, grad in got.items():
         torch.testing.assert_close(grad, weights[name].grad, rtol=1e-3, atol=1e-6, msg=name)
+    link.close()
+
+
+@pytest.mark.parametrize("kind", ["series", "parallel"])
+def test_twenty_hosted_steps_match_local(cloud_models: Any, kind: str) -> None:
+    """Trained where the cloud computes them, their weights and biases change as those of the same
+    adapters on a local model.
+    """
+    link = InProcessLink(cloud_models("gpt2"))
+    split = make_split(link, config("gpt2", kind), wire="hosted", upload_consent=True).train()
+    random_biases(split)
+    local = apply_bottleneck(make_base("gpt2"), config("gpt2", kind)).train()
+    weights = {name: value for name, value in split.state_dict().items() if "lora_" in name}
+    assert not local.load_state_dict(weights, strict=False).unexpected_keys
+    assert_same_after_twenty_steps(local, split)
     link.close()
 
 

@@ -11,8 +11,11 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from importlib.util import module_from_spec, spec_from_file_location
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +80,12 @@ class FaultyLink:
     """A real link that calls `fault` once in each micro-batch of `plan`.
 
     `plan` maps the number of a micro-batch to (operation, count): "open", "send" or "receive",
-    and how many of those come first. `number` is set by who trains.
+    and how many of those come first. `number` is set by who trains. `passed` tells which frames
+    had gone by.
     """
+
+    drops_arrived = False
+    """A fault before a frame is read takes all that has come by then with it."""
 
     def __init__(
         self, link: Any, plan: dict[int, tuple[str, int]], fault: Callable[[], None]
@@ -86,6 +93,7 @@ class FaultyLink:
         self.link, self.plan, self.fault = link, dict(plan), fault
         self.description, self.address = link.description, link.address
         self.number = 0
+        self.passed: dict[int, str] = {}
 
     def edge_files(self) -> Path:
         return self.link.edge_files()
@@ -93,6 +101,7 @@ class FaultyLink:
     def open(self) -> Any:
         where = self.plan.pop(self.number, None)
         if where == ("open", 0):
+            self.passed[self.number] = ""
             self.fault()
         return _FaultyStream(self.link.open(), where, self)
 
@@ -104,33 +113,47 @@ class _FaultyStream:
     def __init__(self, stream: Any, where: tuple[str, int] | None, owner: FaultyLink) -> None:
         self.stream, self.where, self.owner = stream, where, owner
         self.counts = {"send": 0, "receive": 0}
+        self.kinds: list[str] = []
 
-    def _step(self, operation: str) -> None:
-        if self.where == (operation, self.counts[operation]):
+    def _step(self, operation: str) -> bool:
+        """Whether the fault came."""
+        is_here = self.where == (operation, self.counts[operation])
+        if is_here:
+            runs = ((kind, len(list(run))) for kind, run in groupby(self.kinds))
+            told = " ".join(f"{count} {kind}" if count > 1 else kind for kind, count in runs)
+            self.owner.passed[self.owner.number] = told
             self.owner.fault()
         self.counts[operation] += 1
+        return is_here
 
     def send(self, frame: pb.EdgeFrame) -> None:
         self._step("send")
         self.stream.send(frame)
+        self.kinds.append(str(frame.WhichOneof("kind")))
 
     def receive(self) -> pb.CloudFrame:
-        self._step("receive")
-        return self.stream.receive()
+        is_here = self._step("receive")
+        while is_here and self.owner.drops_arrived:  # until the stream says that it is lost
+            self.stream.receive()
+        frame = self.stream.receive()
+        self.kinds.append(str(frame.WhichOneof("kind")))
+        return frame
 
     def close(self) -> None:
         self.stream.close()
 
 
-def run(link: Any, cache: Path, wire: Any = "plain") -> tuple[list[torch.Tensor], dlora.SplitModel]:
-    """Train six micro-batches with LoRA dropout; two make an optimizer step."""
+def run(
+    link: Any, cache: Path, wire: Any = "plain", count: int = 6
+) -> tuple[list[torch.Tensor], dlora.SplitModel]:
+    """Train so many micro-batches with LoRA dropout; two make an optimizer step."""
     torch.manual_seed(1)
     retry = RetryPolicy(give_up_after_s=60.0, first_delay_s=0.02, longest_delay_s=0.2)
     options = {"wire": wire, "wire_dtype": "fp32", "upload_consent": wire == "hosted"}
     split = dlora.get_peft_model(link, lora(lora_dropout=0.3), retry=retry, **options)
     optimizer = torch.optim.AdamW(adapter(split).values(), lr=1e-2)
     torch.manual_seed(2)
-    for number, batch in enumerate(batches(6)):
+    for number, batch in enumerate(batches(count)):
         if isinstance(link, FaultyLink):
             link.number = number
         split(**batch).loss.backward()
@@ -151,34 +174,56 @@ PHASES = {
 }
 
 
-# Hosted there are two of each. The second micro-batch of a step refers to an adapter that the
-# server has kept, from the second step on.
+# Where these are: the frames before the fault, which the server's answers are behind.
+_FORWARD = "begin input deltas input deltas input deltas"
+PASSED = [
+    "",
+    "begin input deltas input",
+    _FORWARD,
+    f"{_FORWARD} hidden",
+    f"{_FORWARD} hidden hidden_grad delta_grads input_grad",
+    f"{_FORWARD} hidden hidden_grad delta_grads input_grad delta_grads input_grad delta_grads",
+]
+
+
+# Hosted the adapter goes in eight frames behind the first, and gradients of it come in four before
+# the last word, which has the rest. From the second step on the second micro-batch refers to an
+# adapter that the server has kept, which a kill takes away.
+_SENT = "begin 8 modules"
 HOSTED_PHASES = {
-    0: ("send", 0),
-    1: ("receive", 0),  # before the last hidden states
-    2: ("send", 1),  # after the loss, before backward
-    3: ("open", 0),  # between two micro-batches: what was kept is gone
-    4: ("receive", 1),  # the gradients are under way
-    5: ("send", 1),
+    0: (("send", 1), "begin"),  # before the adapter's frames
+    1: (("send", 5), "begin 4 modules"),  # between them
+    2: (("receive", 0), _SENT),  # before the last hidden states
+    3: (("open", 0), ""),  # between two micro-batches
+    4: (("send", 9), f"{_SENT} hidden"),  # after the loss, before its gradient goes
+    5: (("receive", 1), "begin hidden hidden_grad"),  # when it has gone, of a kept adapter
+    6: (("receive", 5), f"{_SENT} hidden hidden_grad 4 module_grads"),  # before the last word
+    7: (("receive", 5), "begin hidden hidden_grad 4 module_grads"),  # the same, of a kept adapter
 }
 
 
-@pytest.mark.parametrize(("wire", "phases"), [("plain", PHASES), ("hosted", HOSTED_PHASES)])
+@pytest.mark.parametrize(
+    ("wire", "phases"),
+    [
+        ("plain", dict(enumerate(zip(PHASES.values(), PASSED, strict=True)))),
+        ("hosted", HOSTED_PHASES),
+    ],
+)
 def test_server_killed_in_every_phase(
-    mortal: Mortal, tmp_path: Path, wire: str, phases: dict[int, tuple[str, int]]
+    mortal: Mortal, tmp_path: Path, wire: str, phases: dict[int, tuple[tuple[str, int], str]]
 ) -> None:
-    """Six kills, one in each phase, cost no step and change no bit, dropout and accumulation
-    included.
-    """
+    """A kill in each phase costs no step and changes no bit, dropout and accumulation included."""
     link = dlora.connect(f"127.0.0.1:{mortal.port}", cache=tmp_path)
-    want, calm = run(link, tmp_path, wire)
-    faulty = FaultyLink(link, phases, mortal.kill)
-    got, shaken = run(faulty, tmp_path, wire)
+    want, calm = run(link, tmp_path, wire, len(phases))
+    faulty = FaultyLink(link, {number: where for number, (where, _) in phases.items()}, mortal.kill)
+    faulty.drops_arrived = True
+    got, shaken = run(faulty, tmp_path, wire, len(phases))
     link.close()
-    assert not faulty.plan, "every fault must have happened"
+    assert faulty.passed == {number: passed for number, (_, passed) in phases.items()}
     assert calm.meter.retries == 0
-    assert shaken.meter.retries >= 4  # the first and last kill may come where nothing is lost
-    assert shaken.meter.micro_batches == calm.meter.micro_batches
+    # Between two micro-batches nothing may be lost.
+    assert shaken.meter.retries >= len(phases) - 1
+    assert shaken.meter.micro_batches == calm.meter.micro_batches == len(phases)
     assert all(torch.equal(one, other) for one, other in zip(want, got, strict=True))
 
 
@@ -226,9 +271,23 @@ def test_a_micro_batch_that_ran_twice_is_measured_once(
     assert len(got["probes"]) == 2 and all(got["squares"].values())
 
 
-@pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": True, "top_k": 50}])
+# A pass sends 1 + 3 frames and receives 3 + 1; hosted one each, behind the adapter's eight.
+IN_AN_ANSWER = {
+    "plain": {0: ("receive", 2), 1: ("send", 4 * 5), 2: ("receive", 4 * 4 + 2)},
+    "hosted": {0: ("send", 4), 1: ("send", 1 + 8 + 4), 2: ("receive", 4)},
+}
+
+
+@pytest.mark.parametrize(
+    ("wire", "options"),
+    [
+        ("plain", {"do_sample": False}),
+        ("plain", {"do_sample": True, "top_k": 50}),
+        ("hosted", {"do_sample": True, "top_k": 50}),
+    ],
+)
 def test_server_killed_in_an_answer(
-    mortal: Mortal, tmp_path: Path, options: dict[str, Any]
+    mortal: Mortal, tmp_path: Path, wire: Any, options: dict[str, Any]
 ) -> None:
     """Kills in prefill, between two tokens and within one leave the tokens of an unbroken run,
     sampled ones too.
@@ -241,23 +300,22 @@ def test_server_killed_in_an_answer(
 
     def answer(link: Any) -> tuple[torch.Tensor, Any]:
         torch.manual_seed(1)
-        split = dlora.get_peft_model(link, lora(), wire_dtype="fp32", retry=retry).eval()
+        how: Any = {"wire": wire, "wire_dtype": "fp32", "upload_consent": wire == "hosted"}
+        split = dlora.get_peft_model(link, lora(), retry=retry, **how).eval()
         torch.manual_seed(2)
         return split.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=12, **options
         ), split
 
     want, _ = answer(link)
-    # A pass sends 1 + 3 frames and receives 3 + 1. Each new stream is the next "micro-batch".
-    streams = {0: ("receive", 2), 1: ("send", 4 * 5), 2: ("receive", 4 * 4 + 2)}
 
-    class Counting(FaultyLink):
+    class Counting(FaultyLink):  # each new stream is the next "micro-batch"
         def open(self) -> Any:
             stream = super().open()
             self.number += 1
             return stream
 
-    faulty = Counting(link, streams, mortal.kill)
+    faulty = Counting(link, IN_AN_ANSWER[wire], mortal.kill)
     got, shaken = answer(faulty)
     link.close()
     assert not faulty.plan, "every fault must have happened"
@@ -349,6 +407,7 @@ class AwayLink(FaultyLink):
 RANDOM: dict[str, tuple[Any, dict[str, Any]]] = {
     "LoRA dropout": (lora(lora_dropout=0.3), {}),
     "LoRA dropout, factored": (lora(lora_dropout=0.3), {"wire": "factored"}),
+    "LoRA dropout, hosted": (lora(lora_dropout=0.3), {"wire": "hosted", "upload_consent": True}),
     "bottleneck dropout": (
         BottleneckConfig(
             kind="series",
@@ -529,6 +588,43 @@ def test_faults_on_the_way_cost_no_step(fault: str) -> None:
     (found,) = _benchmark("faults").run([(fault, "LoRA with dropout", 5)])
     assert found["equal"] and found["injected"] >= 3 and found["micro_batches_lost"] == 0
     assert found["retries"] > 0 or fault.startswith("delay")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "lines", "size"),
+    [((60, 0, 0), 1, 1), ((20, 4, 8), 2, 100_000)],
+    ids=["round trip", "bandwidth that two connections share"],
+)
+def test_bytes_take_their_time_on_a_link(
+    numbers: tuple[float, float, float], lines: int, size: int
+) -> None:
+    """What goes through the relay comes unchanged in both directions, and no earlier than its round
+    trip time and bandwidths allow.
+    """
+    there, back = (random.Random(seed).randbytes(size) for seed in (1, 2))
+    with ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        server.settimeout(30)
+        link = _benchmark("relay").link_to(f"127.0.0.1:{server.getsockname()[1]}", *numbers)
+        host, _, port = stack.enter_context(link).rpartition(":")
+        near, far = [], []
+        for _ in range(lines):
+            near.append(stack.enter_context(socket.create_connection((host, int(port)), 30)))
+            far.append(stack.enter_context(server.accept()[0]))
+            far[-1].settimeout(30)
+
+        # All of it is in buffers, of which the relay's are empty: a thread is enough.
+        start = time.monotonic()
+        for ends, data in ((near, there), (far, back)):
+            for end in ends:
+                end.sendall(data)
+            for end in far if ends is near else near:
+                assert stack.enter_context(end.makefile("rb")).read(size) == data
+        seconds = time.monotonic() - start
+
+    rtt_ms, *mbits = numbers
+    wanted_s = rtt_ms / 1000 + sum(8 * size * lines / (1e6 * mbit) for mbit in mbits if mbit)
+    assert seconds > wanted_s - 0.001  # a timer may be early by its resolution
 
 
 def test_faults_in_the_server_cost_no_step() -> None:

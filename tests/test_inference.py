@@ -24,7 +24,7 @@ import dlora
 from dlora.cli.main import main
 from dlora.edge.data import ChoiceRow, check_choices
 from dlora.errors import DataError, UsageError
-from dlora.inference.answer import Continuing, complete
+from dlora.inference.answer import Continuing, complete, load_for_inference
 from dlora.inference.chat import Chat
 from dlora.inference.evaluate import choice_scores, evaluate, wilson
 from dlora.inference.settings import EvalSettings
@@ -50,15 +50,27 @@ def folder(link: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def split(link: Any, folder: Path) -> Any:
-    """The split model with it, on the exact wire."""
-    return dlora.load_adapter(link, folder, is_trainable=False, wire_dtype="fp32")
+def wire() -> str:
+    """Where the adapter is computed; the same answers on another, says `on_each_wire`."""
+    return "plain"
+
+
+on_each_wire = pytest.mark.parametrize("wire", ["plain", "hosted"])
 
 
 @pytest.fixture
-def words(server: Server, folder: Path) -> list[str]:
+def split(link: Any, folder: Path, wire: Any) -> Any:
+    """The split model with it, on the exact wire."""
+    return load_for_inference(
+        link, folder, wire=wire, wire_dtype="fp32", upload_consent=wire == "hosted"
+    )
+
+
+@pytest.fixture
+def words(server: Server, folder: Path, wire: str) -> list[str]:
     """The flags that every command needs."""
-    return ["--server", server.address, "--adapter", str(folder), "--wire_dtype", "fp32"]
+    flags = ["--server", server.address, "--adapter", str(folder), "--wire_dtype", "fp32"]
+    return [*flags, "--wire", wire, "--upload_consent", str(wire == "hosted").lower()]
 
 
 def local_answer(
@@ -82,8 +94,10 @@ def local_answer(
 # ----------------------------------------------------------------- generate
 
 
+@on_each_wire
 def test_generate_answers_a_prompt_and_standard_input(
     words: list[str],
+    wire: str,
     tokenizer: PreTrainedTokenizerFast,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -93,12 +107,14 @@ def test_generate_answers_a_prompt_and_standard_input(
     assert main(["generate", *words, "--prompt", "the desk", "--max_new_tokens", "6"]) == 0
     captured = capsys.readouterr()
     assert captured.out == want + "\n"
-    assert "6 tokens" in captured.err and "4.0 round trips" in captured.err
+    trips = {"plain": "4.0 round trips", "hosted": "1.0 round trips"}[wire]
+    assert "6 tokens" in captured.err and trips in captured.err
     monkeypatch.setattr(sys, "stdin", io.StringIO("the desk"))
     assert main(["generate", *words, "--max_new_tokens", "6"]) == 0
     assert capsys.readouterr().out == want + "\n"
 
 
+@on_each_wire
 def test_generate_continues_a_file(
     words: list[str],
     tokenizer: PreTrainedTokenizerFast,
@@ -267,6 +283,7 @@ def test_generate_refuses_with_one_line(
 # ----------------------------------------------------------------- chat
 
 
+@on_each_wire
 def test_chat_reads_only_what_is_new(split: Any, tokenizer: PreTrainedTokenizerFast) -> None:
     """Each turn answers as local peft does on the whole history, and sends only the tokens since
     the last one.
@@ -380,6 +397,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(words: list[str]) -> None:
     )
 
 
+@on_each_wire
 def test_continuing_takes_up_any_other_sequence(split: Any) -> None:
     """The kept cache never shows: sequences that share all, some or nothing with it get a fresh
     one's answers.
@@ -434,6 +452,7 @@ def test_one_token_choices_take_one_pass(split: Any, tokenizer: PreTrainedTokeni
     assert scores[0][0] != scores[0][1]
 
 
+@on_each_wire
 def test_eval_command_scores_choices(
     words: list[str],
     tmp_path: Path,
@@ -470,6 +489,7 @@ def test_eval_command_scores_choices(
     assert "accuracy" in capsys.readouterr().out
 
 
+@on_each_wire
 def test_eval_measures_loss_and_exact_match(
     words: list[str], tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -115,10 +115,17 @@ def folder(link: Any, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def words(server: Server, folder: Path, tasks_path: Path) -> list[str]:
+def wire() -> str:
+    """Where the adapter is computed."""
+    return "plain"
+
+
+@pytest.fixture
+def words(server: Server, folder: Path, tasks_path: Path, wire: str) -> list[str]:
     """The flags of every command here."""
     served = ["eval", "--server", server.address, "--adapter", str(folder), "--wire_dtype", "fp32"]
-    return [*served, "--tasks_path", str(tasks_path)]
+    consent = ["--wire", wire, "--upload_consent", str(wire == "hosted").lower()]
+    return [*served, *consent, "--tasks_path", str(tasks_path)]
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +139,7 @@ def local(tasks_path: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any
     return found
 
 
+@pytest.mark.parametrize("wire", ["plain", "hosted"])
 def test_the_command_gives_the_harness_numbers_on_local_peft(
     words: list[str],
     folder: Path,
@@ -188,17 +196,20 @@ def measured(
 
 
 @pytest.mark.parametrize(
-    ("limits", "batch_size", "scored", "answered"),
+    ("wire", "limits", "batch_size", "scored", "answered"),
     [
-        ({}, 3, 8, 3),
-        ({"max_tokens": 200}, "auto", 3, 1),
-        ({"max_tokens": 90}, 64, 5, 2),
-        ({"max_message_bytes": 200_000}, "auto", 3, 1),
+        ("plain", {}, 3, 8, 3),
+        ("plain", {"max_tokens": 200}, "auto", 3, 1),
+        ("plain", {"max_tokens": 90}, 64, 5, 2),
+        ("plain", {"max_message_bytes": 200_000}, "auto", 3, 1),
+        ("hosted", {"max_tokens": 90}, 64, 5, 2),
+        ("hosted", {"max_message_bytes": 100_000}, "auto", 3, 1),
     ],
 )
 def test_micro_batches_fill_what_the_server_takes(
     tasks_path: Path,
     tokenizer: PreTrainedTokenizerFast,
+    wire: str,
     limits: dict[str, int],
     batch_size: Any,
     scored: int,
@@ -209,7 +220,7 @@ def test_micro_batches_fill_what_the_server_takes(
     """
     cloud = CloudModel(make_base("llama"), model_id="example-org/llama", limits=Limits(**limits))
     with closing(InProcessLink(cloud, tokenizer)) as link:
-        split = make_split(link, lora()).eval()
+        split = make_split(link, lora(), wire=wire, upload_consent=wire == "hosted").eval()
         whole = load_tasks(settings(tasks_path, "choose", "answer"))
         lm = SplitLM(split, tokenizer, batch_size=batch_size)
         found = evaluate(lm, whole, bootstrap_iters=0, log_samples=False)
