@@ -250,15 +250,18 @@ def test_a_hosted_adapter_and_its_gradients_travel(sent: Travelling, data: st.Da
         if frame.WhichOneof("kind") == "modules":
             cloud.take(pb.EdgeFrame.FromString(message).modules)
 
-    def as_sent(tensor: torch.Tensor) -> torch.Tensor:
-        return decode(encode(tensor, sent.edge.dtype), tensor.shape, "thing")
+    def as_sent(tensor: torch.Tensor, turned: bool) -> torch.Tensor:
+        whole = tensor.T if turned else tensor
+        found = decode(encode(whole, sent.edge.dtype), whole.shape, "thing")
+        return found.T if turned else found
 
     leaves = [leaf for module in cloud.modules for leaf in module.leaves]
-    for leaf, (parameter, scale) in zip(leaves, sent.parameters, strict=True):
-        assert torch.equal(leaf, as_sent(parameter.detach() * scale))
+    turned = [number == 1 for module in cloud.modules for number, _ in enumerate(module.leaves)]
+    for leaf, is_b, (parameter, scale) in zip(leaves, turned, sent.parameters, strict=True):
+        assert torch.equal(leaf, as_sent(parameter.detach() * scale, is_b))
         leaf.grad = torch.randn(leaf.shape)
-    pairs = zip(leaves, sent.parameters, strict=True)
-    want = [as_sent(leaf.grad) * scale for leaf, (_, scale) in pairs]
+    each = zip(leaves, turned, sent.parameters, strict=True)
+    want = [as_sent(leaf.grad, is_b) * scale for leaf, is_b, (_, scale) in each]
 
     codecs: Any = SimpleNamespace(factors=sent.edge.dtype)
     exchange: Any = SimpleNamespace(request=SimpleNamespace(codecs=codecs))
