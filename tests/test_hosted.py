@@ -420,14 +420,17 @@ def test_edge_layers_keep_their_adapters(own: Watched) -> None:
     link.close()
 
 
-@pytest.mark.parametrize("wire_dtype", ["int8", "int4"])
-def test_coarse_wires_leave_the_adapter_16_bits(own: Watched, wire_dtype: str) -> None:
-    """Where rows travel in few bits, A, B and their gradients do not."""
+@pytest.mark.parametrize(("wire_dtype", "factors"), [("int8", pb.FP16), ("int4", pb.ROTATED_INT4)])
+def test_coarse_wires_round_the_adapter_with_int4_alone(
+    own: Watched, wire_dtype: str, factors: pb.DType
+) -> None:
+    """Where rows travel in eight bits A and B keep sixteen; in four they are rounded as well."""
     split = hosted(own, lora(), wire_dtype=wire_dtype)
     split(**batches()[0]).loss.backward()
     (begin,) = own.begins
     assert begin.embeddings.dtype not in (pb.FP32, pb.FP16)
-    assert {one.a.dtype for frame in own.modules for one in frame.modules} == {pb.FP16}
+    dtypes = [(one.a.dtype, one.b.dtype) for frame in own.modules for one in frame.modules]
+    assert set(dtypes) == {(factors, factors)}
 
 
 # ----------------------------------------------------------------- what a server refuses

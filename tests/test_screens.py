@@ -168,7 +168,8 @@ def test_the_bar_fits_and_is_glued_to_nothing(run: tuple[Path, str, Terminal]) -
     assert sum(line.startswith("step ") for line in seen) == 1
     told = [line for line in seen if "eval loss" in line]
     assert re.fullmatch(r"\S+ step 6: eval loss \d\.\d{4}, the best so far", told[0])
-    assert any(re.fullmatch(r"\S+ a round trip takes .* 7 of them: .* s", line) for line in seen)
+    trips = r"\S+ a round trip takes .* 7 of them, .* s, and for its bytes"
+    assert any(re.fullmatch(trips, line) for line in seen)
     assert not [line for line in seen if "evaluating" in line]
 
 
