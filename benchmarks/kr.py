@@ -147,7 +147,8 @@ FINAL = (
     *("spread gate,up at 1/5", "spread gate,up at 3/10"),
 )
 TOLD = (  # the ten that tell the story, two of them by codecs.py
-    *("FT", "FT gate,up", "gate,up factored int4, dx dropped", "gate,up hosted fp16"),
+    *("FT", "FT gate,up", "gate,up factored int4, dx dropped"),
+    "gate,up hosted int4, adapter int4, rank 4",
     *("spread gate,up", "KR gate,up cover", "spread v", "spread", "random", "KR"),
 )
 # codecs.py's runs of an arm of FINAL with the base in fp32: what its other runs are compared with.
