@@ -253,6 +253,7 @@ BESIDE = (  # (arm, less which other)
     ("q,k,v hosted fp16", "q,k,v plain fp16"),
     ("q,k,v plain fp32", "q,k,v plain fp16"),
 )
+SAVED = "gate,up factored fp16"  # what adapters that were saved are compared with, on any wire
 TASKS = BOTH
 FIRST = 5
 """Of the arms: those that have all of their runs before any other has one."""
@@ -493,12 +494,14 @@ def beside(runs: list[dict[str, Any]], task: str) -> Iterator[str]:
         if seeds := sorted(mine.keys() & full.keys()):
             difference = kr.interval(mine, full)
             yield f"- {coarse}, less {exact}: {difference} ({len(seeds)} seeds)"
+    exact = {run["seed"]: run for run in runs if (run["task"], run["run"]) == (task, SAVED)}
     for name in ARMS:
         mine = [run for run in runs if (run["task"], run["run"]) == (task, name)]
-        if asked := sorted((run["seed"], run["answers"]) for run in mine if run.get("answers")):
-            shown = ", ".join(f"{found['accuracy']:.3f}" for _, found in asked)
-            mean = statistics.fmean(found["accuracy"] for _, found in asked)
-            yield f"- {name}, its adapters over {asked[0][1]['wire_dtype']}: {mean:.3f} ({shown})"
+        if asked := {run["seed"]: run["answers"] for run in mine if run.get("answers")}:
+            dtype = next(iter(asked.values()))["wire_dtype"]
+            shown = ", ".join(f"{asked[seed]['accuracy']:.3f}" for seed in sorted(asked))
+            yield f"- {name}, answering over {dtype} ({shown}),"
+            yield f"  less {SAVED}: {kr.interval(asked, exact)}"
 
 
 if __name__ == "__main__":
