@@ -193,8 +193,15 @@ def errors(want: dict[str, Any], got: dict[str, Any]) -> dict[str, float]:
 
 # ----------------------------------------------------------------- whole runs
 
-# name -> (arm of kr.py, options of the split model, tasks)
 BOTH, ONE = ("banking77", "arc_easy"), ("banking77",)
+
+
+def hosted_int4(arm: str, factors: str) -> tuple[str, dict[str, Any], tuple[str, ...]]:
+    """An arm of kr.py with ends of four bits, and the adapter in a codec of its own."""
+    return arm, {"wire_dtype": "int4", "factors": factors}, ONE
+
+
+# name -> (arm of kr.py, options of the split model, tasks)
 ARMS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "gate,up factored fp16": ("FT gate,up", {"wire_dtype": "fp16"}, BOTH),
     "gate,up factored int4, dx dropped": (
@@ -205,36 +212,12 @@ ARMS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "q,k,v hosted fp16": ("FT hosted", {"wire_dtype": "fp16"}, ONE),
     "gate,up hosted fp16": ("FT gate,up hosted", {"wire_dtype": "fp16"}, ONE),
     "q,k,v plain fp16": ("FT", {"wire_dtype": "fp16"}, ONE),
-    "gate,up hosted int4, adapter int4, rank 4": (
-        "FT gate,up hosted rank 4",
-        {"wire_dtype": "int4", "factors": "int4"},
-        ONE,
-    ),
-    "gate,up hosted int4, adapter int8, rank 2": (
-        "FT gate,up hosted rank 2",
-        {"wire_dtype": "int4", "factors": "int8"},
-        ONE,
-    ),
-    "gate,up hosted int4, adapter int8": (
-        "FT gate,up hosted",
-        {"wire_dtype": "int4", "factors": "int8"},
-        ONE,
-    ),
-    "gate,up hosted int4, adapter int8, rank 4": (
-        "FT gate,up hosted rank 4",
-        {"wire_dtype": "int4", "factors": "int8"},
-        ONE,
-    ),
-    "gate,up hosted int4, adapter int4": (
-        "FT gate,up hosted",
-        {"wire_dtype": "int4", "factors": "int4"},
-        ONE,
-    ),
-    "gate,up hosted int4, adapter fp16, rank 1": (
-        "FT gate,up hosted rank 1",
-        {"wire_dtype": "int4", "factors": "fp16"},
-        ONE,
-    ),
+    "gate,up hosted int4, adapter int4, rank 4": hosted_int4("FT gate,up hosted rank 4", "int4"),
+    "gate,up hosted int4, adapter int8, rank 2": hosted_int4("FT gate,up hosted rank 2", "int8"),
+    "gate,up hosted int4, adapter int8": hosted_int4("FT gate,up hosted", "int8"),
+    "gate,up hosted int4, adapter int8, rank 4": hosted_int4("FT gate,up hosted rank 4", "int8"),
+    "gate,up hosted int4, adapter int4": hosted_int4("FT gate,up hosted", "int4"),
+    "gate,up hosted int4, adapter fp16, rank 1": hosted_int4("FT gate,up hosted rank 1", "fp16"),
     "q,k,v plain fp32": ("FT", {"wire_dtype": "fp32"}, ONE),
     "gate,up factored int8": ("FT gate,up", {"wire_dtype": "int8"}, ONE),
     "gate,up factored int4": ("FT gate,up", {"wire_dtype": "int4"}, ONE),

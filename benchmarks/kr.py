@@ -73,8 +73,6 @@ ARMS: dict[str, tuple[list[str], int, str, dict[str, Any] | None, tuple[float, .
     "FT gate,up hosted rank 4": (MLP, 4, "hosted", None, MANY),
     "FT gate,up hosted rank 2": (MLP, 2, "hosted", None, MANY),
     "FT gate,up hosted rank 1": (MLP, 1, "hosted", None, MANY),
-    "spread gate,up hosted rank 2, a half": (MLP, 2, "hosted", {**SPREAD, "budget": 0.5}, FEW_MLP),
-    "spread gate,up hosted rank 4, a fifth": (MLP, 4, "hosted", {**SPREAD, "budget": 0.2}, FEW_MLP),
     # an eighth of FT's bytes on q, k, v, plain wire
     "KR": (QKV, 12, "plain", KR, FEW),
     "KR paper": (QKV, 8, "plain", {"preset": "paper", "average": True}, FEW),

@@ -102,8 +102,7 @@ class HostedAdapter:
         messages = []
         for site, number in self.places:
             with torch.no_grad():
-                a, b, *biases = _tensors(site.layers[number])
-            tensors = (a, b.T, *biases)
+                tensors = _tensors(site.layers[number])
             parts = {
                 field: encode(tensor, self.dtype)
                 for field, tensor in zip(_FIELDS, tensors, strict=True)
@@ -213,8 +212,7 @@ class HostedAdapter:
             message = by_number[number]
             # What travelled is linear in the parameters: autograd takes the gradients apart.
             with torch.enable_grad():
-                a, b, *biases = _tensors(site.layers[index])
-                tensors = (a, b.T, *biases)
+                tensors = _tensors(site.layers[index])
             name = site.names[index]
             pairs = [
                 (tensor, decode(getattr(message, field), tuple(tensor.shape), f"{field} of {name}"))
@@ -230,17 +228,18 @@ class HostedAdapter:
 
 
 def _tensors(layer: LoraLayer) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """A [R, D], scaled B [O, R], and their biases if there are any, float32.
+    """A [R, D], scaled B turned [R, O], and their biases if there are any, float32.
 
-    The sum of the active adapters: A one under the other, B side by side. Of a fused weight A
-    [E R, D] and B [O, R E].
+    The sum of the active adapters: A and turned B each one under the other. Of a fused weight A
+    [E R, D] and turned B [R E, O].
     """
     if experts := experts_of(layer):
         pairs = (
             (layer.lora_A[name].weight.float(), layer.lora_B[name].weight.float() * scaling)
             for name, scaling in ((name, layer.scaling[name]) for name in active_names(layer))
         )
-        return *joined(pairs, experts), None, None
+        a, b = joined(pairs, experts)
+        return a, b.T, None, None
     downs, ups, offsets, shifts = [], [], [], []
     for name in active_names(layer):
         lora_A, lora_B, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
@@ -254,7 +253,7 @@ def _tensors(layer: LoraLayer) -> tuple[Tensor, Tensor, Tensor | None, Tensor | 
         raise AssertionError("bottleneck adapters stand alone")
     return (
         torch.cat(downs),
-        torch.cat(ups, dim=1),
+        torch.cat(ups, dim=1).T,
         torch.cat(offsets) if offsets else None,
         torch.stack(shifts).sum(dim=0) if shifts else None,
     )

@@ -109,8 +109,8 @@ class PlanSettings(EdgeSettings):
     link: str | None = None
     """A table of the ways to train over a link, the fastest of them and the command to use: lan,
     fibre, home, mobile, here (the link there is), or UP/DOWN/RTT in Mbit/s, Mbit/s and ms. All
-    wires are in the table, with parts in flight, Kill and Revive's eighth, and codecs that held
-    accuracy."""
+    wires are in the table, with parts in flight, Kill and Revive's eighth, and codecs that were
+    measured in whole runs."""
     rtt_ms: float | None = None
     """Round trip time of a link in place of the one there is. Default: as measured."""
     up_mbit: float | None = None
