@@ -13,10 +13,12 @@ byte that is counted; the base is bf16, or fp32 with `--dtype fp32`, where a pro
 bf16 (each line says what it was); adapters and loss are fp32, the wire fp16. Stages: `tune` picks
 each arm's learning rate and sweeps variants on rows held back from training; `final` runs the arms
 that are compared, on the eval rows, with three seeds, at the learning rate that tuned best;
-`length` trains for two epochs with an evaluation every 125 steps, after which it may be stopped and
-go on; `task` looks for commonsense tasks on which FT learns. The margin of a PASS was fixed before
-any final run. `table` and `figure` also show what `codecs.py` has run on Banking77, over coarser
-and hosted wires.
+`length` trains for 150, 600 and 1,250 steps (two epochs); `task` looks for commonsense tasks on
+which FT learns. Runs of `length` of one arm share a trunk: the learning rate is constant, until the
+last fifth of a run takes it to zero, and a longer run goes on where that of a shorter one began to
+fall. They are evaluated every 125 steps, after which they may be stopped and go on. The margin of a
+PASS was fixed before any final run. `table` and `figure` also show what `codecs.py` has run on
+Banking77, over coarser and hosted wires.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import json
 import math
 import os
 import random
+import shutil
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -41,7 +44,8 @@ CODECS = HERE / "results" / "codecs.jsonl"
 MARGIN = 0.02  # points of accuracy that an arm may lose against FT and still PASS
 SEEDS = (0, 1, 2)
 STEPS, BATCH_SIZE, TUNE_ROWS = 150, 16, 800
-LENGTH_STEPS, CURVE_STEPS, CURVE_ROWS = 1250, 125, 300  # two epochs of Banking77, and its curve
+LENGTHS, CURVE_STEPS, CURVE_ROWS = (150, 600, 1250), 125, 300  # up to two epochs of Banking77
+LENGTH_WARMUP = 30  # steps in which the learning rate grows, whatever the length
 TASK_BATCH_SIZE, TASK_ROWS = 8, 400  # commonsense rows are longer
 
 QKV = ["q_proj", "k_proj", "v_proj"]
@@ -189,14 +193,13 @@ TRIED = (  # variants that got no sweep: (arm, learning rates)
         ("sensitivity once", 6e-3),
     ),
 )
-# Two epochs: (arm, learning rates), first those that tuned best at 150 steps, then lower ones.
+# At every length: (arm, learning rate, seed). The rates are half of those that tuned best at 150
+# steps of a rate that falls from its first step on: of about the same mean.
 LENGTH = (
-    *(("FT", 8e-3), ("spread v", 2.4e-2), ("KR v cover", 2.4e-2), ("KR", 1.2e-2)),
-    *(("spread gate,up", 8e-3), ("FT gate,up", 8e-3), ("KR gate,up cover", 8e-3)),
-    *(("spread", 1.2e-2), ("last", 6e-3)),
-    *(("random", 1.2e-2), ("KR paper", 1.2e-2), ("KR gate,up", 1.6e-2)),
-    *(("FT", 4e-3), ("spread gate,up", 4e-3), ("spread v", 1.2e-2), ("KR", 6e-3)),
-    *(("FT", 2e-3), ("spread gate,up", 2e-3), ("spread", 6e-3), ("FT gate,up", 4e-3)),
+    *(("FT", 4e-3, 0), ("spread v", 1.2e-2, 0), ("KR v cover", 1.2e-2, 0)),
+    *(("spread v", 1.2e-2, 1), ("KR v cover", 1.2e-2, 1)),
+    *(("spread v", 1.2e-2, 2), ("KR v cover", 1.2e-2, 2)),
+    *(("FT", 4e-3, 1), ("FT", 4e-3, 2)),
 )
 TASKS = ("arc_easy", "openbookqa", "social_iqa", "boolq")
 
@@ -226,14 +229,16 @@ def specs(done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 "learning_rate": rate,
                 "seed": seed,
             }
-    for arm, rate in LENGTH:
-        yield {
-            "stage": "length",
-            "task": "banking77",
-            "arm": arm,
-            "learning_rate": rate,
-            "seed": 0,
-        }
+    for arm, rate, seed in LENGTH:
+        for steps in LENGTHS:
+            yield {
+                "stage": "length",
+                "task": "banking77",
+                "arm": arm,
+                "learning_rate": rate,
+                "seed": seed,
+                "steps": steps,
+            }
     for task, rate in (*((task, MANY[0]) for task in TASKS), (TASKS[0], MANY[2])):
         yield {"stage": "task", "task": task, "arm": "FT", "learning_rate": rate, "seed": 0}
 
@@ -249,7 +254,8 @@ def best_rate(done: list[dict[str, Any]], arm: str) -> float | None:
 
 def key(run: dict[str, Any]) -> tuple[Any, ...]:
     """What makes two runs the same."""
-    return run["stage"], run["task"], run["arm"], run["learning_rate"], run["seed"]
+    names = ("stage", "task", "arm", "learning_rate", "seed", "steps")
+    return tuple(run[name] for name in names if name in run)
 
 
 def load_results() -> list[dict[str, Any]]:
@@ -382,6 +388,7 @@ def one(
     import torch
     from peft import LoraConfig
     from provenance import provenance
+    from torch.optim.lr_scheduler import LambdaLR
     from transformers import get_linear_schedule_with_warmup
 
     import dlora
@@ -396,7 +403,8 @@ def one(
         held = read(data, spec["task"], "eval")
         if spec["task"] != "banking77":
             held = held[:TASK_ROWS]
-    steps = LENGTH_STEPS if spec["stage"] == "length" else STEPS
+    is_long = spec["stage"] == "length"
+    steps, planned = (spec["steps"], LENGTHS[-1]) if is_long else (STEPS, STEPS)
     size = BATCH_SIZE if spec["task"] == "banking77" else TASK_BATCH_SIZE
     torch.manual_seed(spec["seed"])
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
@@ -407,34 +415,47 @@ def one(
         measure(model, tokenizer, held) if spec["stage"] == "task" and spec["arm"] == "FT" else {}
     )
     model.train()
-    reviver, made = None, batches(rows, tokenizer, steps, size, spec["seed"])
+    reviver, made = None, batches(rows, tokenizer, planned, size, spec["seed"])
     if options is not None:
         options, average = dict(options), average_of(made)
         preset = options.pop("preset", "on")
         if share := options.pop("share_of_ft", None):
             options["budget"] = budget(model, share, average)
         chosen = from_options(preset, options | {"seed": spec["seed"]})
-        reviver = KillAndRevive(model, chosen, steps, average)
+        reviver = KillAndRevive(model, chosen, planned, average)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=spec["learning_rate"],
         weight_decay=0.0,
     )
-    rate = get_linear_schedule_with_warmup(optimizer, round(0.05 * steps), steps)
+    fork = steps - round(steps / 5)  # from there on the learning rate of a long run falls
+    rate = (
+        LambdaLR(
+            optimizer,
+            lambda step: min((step + 1) / LENGTH_WARMUP, 1, (steps - step) / (steps - fork)),
+        )
+        if is_long
+        else get_linear_schedule_with_warmup(optimizer, round(0.05 * steps), steps)
+    )
     curve: list[dict[str, Any]] = []
     losses: list[float] = []
     before, start = model.meter.copy(), time.monotonic()
     checkpoint = Checkpoint(spec, model, optimizer, rate, reviver)
-    if spec["stage"] == "length" and (kept := checkpoint.load()):
+    if is_long and (kept := checkpoint.load(planned if steps == planned else fork)):
         losses, curve = kept["losses"], kept["curve"]
         before, start = type(model.meter)(), start - kept["seconds"]
     for step in range(len(losses), steps):
+        if is_long and step == fork and reviver:
+            reviver.total_steps = steps  # so that nothing changes any more
         losses.append(take_step(model, made[step], step, optimizer, rate, reviver))
-        if spec["stage"] == "length" and (step + 1) % CURVE_STEPS == 0:
-            curve.append(point(model, tokenizer, held[:CURVE_ROWS], step + 1, before))
+        done = step + 1
+        if is_long and done % CURVE_STEPS == 0:
+            curve.append(point(model, tokenizer, held[:CURVE_ROWS], done, before))
             print(f"  {curve[-1]}", flush=True)
+        is_kept = is_long and (done == fork or done % CURVE_STEPS == 0)
+        if is_kept and done < steps and (done <= fork or steps == planned):
             checkpoint.save(losses, curve, before, time.monotonic() - start)
-            if time.monotonic() > until and step + 1 < steps:
+            if time.monotonic() > until:
                 return None
     seconds, cost = time.monotonic() - start, model.meter - before
     found = measure(model, tokenizer, held)
@@ -468,7 +489,7 @@ def one(
 
 
 class Checkpoint:
-    """State of a long run at a point of its curve, in a folder that git does not see.
+    """States of the long runs of an arm, in files that git does not see.
 
     A run that goes on sends modules that the cloud held idle once more.
     """
@@ -476,7 +497,7 @@ class Checkpoint:
     def __init__(
         self, spec: dict[str, Any], model: Any, optimizer: Any, rate: Any, reviver: Any
     ) -> None:
-        self.file = RESULT.parent / ".checkpoints" / (name_of(spec) + ".pt")
+        self.folder = RESULT.parent / ".checkpoints" / trunk_of(spec)
         self.model, self.optimizer, self.rate, self.reviver = model, optimizer, rate, reviver
         self.base = str(model.link.cloud.model.dtype)
 
@@ -485,8 +506,8 @@ class Checkpoint:
         import torch
 
         reviver = self.reviver and (self.reviver.state_dict(), dict(self.reviver.snapshot))
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        half = self.file.with_suffix(".half")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        half, file = self.folder / "half", self.folder / f"{len(losses)}.pt"
         torch.save(
             {
                 "base": self.base,
@@ -501,17 +522,21 @@ class Checkpoint:
             },
             half,
         )
-        half.replace(self.file)
+        half.replace(file)
 
-    def load(self) -> dict[str, Any] | None:
-        """Go on where `save` was called; losses, curve and seconds until then, or None."""
+    def load(self, most: int) -> dict[str, Any] | None:
+        """Go on where `save` was called last, but for states of more steps than `most`; losses,
+        curve and seconds until then, or None.
+        """
         import torch
 
-        if not self.file.exists():
+        there = [int(file.stem) for file in self.folder.glob("*.pt") if int(file.stem) <= most]
+        if not there:
             return None
-        kept: dict[str, Any] = torch.load(self.file, weights_only=True)
+        file = self.folder / f"{max(there)}.pt"
+        kept: dict[str, Any] = torch.load(file, weights_only=True)
         if kept["base"] != self.base:
-            raise SystemExit(f"{self.file} is of a base in {kept['base']}: use that, or delete it")
+            raise SystemExit(f"{file} is of a base in {kept['base']}: use that, or delete it")
         with torch.no_grad():
             for name, parameter in self.parameters().items():
                 parameter.copy_(kept["parameters"][name])
@@ -527,9 +552,9 @@ class Checkpoint:
         return dict(self.model.named_parameters())
 
 
-def name_of(spec: dict[str, Any]) -> str:
-    """A run's name as one of a file."""
-    return "-".join(map(str, key(spec))).replace(" ", "_")
+def trunk_of(spec: dict[str, Any]) -> str:
+    """A run's name as one of a file; runs that share a trunk have the same."""
+    return "-".join(map(str, key(spec)[:5])).replace(" ", "_")
 
 
 def point(
@@ -618,7 +643,7 @@ def claim() -> tuple[dict[str, Any], FileLock] | None:
     for spec in specs(done):
         if key(spec) in finished or spec["learning_rate"] is None:
             continue
-        lock = FileLock(RESULT.parent / ".locks" / name_of(spec))
+        lock = FileLock(RESULT.parent / ".locks" / trunk_of(spec))
         try:
             lock.acquire(blocking=False)
         except Timeout:
@@ -657,7 +682,8 @@ def run(data: Path, minutes: float, dtype: str) -> None:
             return
         with FileLock(RESULT.parent / ".locks" / "results"), RESULT.open("a") as file:
             file.write(json.dumps(found) + "\n")
-        (RESULT.parent / ".checkpoints" / f"{name_of(spec)}.pt").unlink(missing_ok=True)
+        if spec.get("steps") == LENGTHS[-1]:
+            shutil.rmtree(RESULT.parent / ".checkpoints" / trunk_of(spec))
         lock.release()
         print(
             f"  accuracy {found['accuracy']:.3f}, eval loss {found['eval_loss']:.3f}, "

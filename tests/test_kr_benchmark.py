@@ -23,7 +23,7 @@ def kr(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     import kr
 
     monkeypatch.setattr(kr, "RESULT", tmp_path / "kr.jsonl")
-    for name, value in {"LENGTH_STEPS": 6, "CURVE_STEPS": 2, "CURVE_ROWS": 2}.items():
+    for name, value in {"LENGTHS": (5, 10), "CURVE_STEPS": 2, "CURVE_ROWS": 2}.items():
         monkeypatch.setattr(kr, name, value)
     often = {**kr.START, "interval": 1, "budget": 0.5, "unit": "module"}
     monkeypatch.setitem(kr.ARMS, "often", (["q_proj", "v_proj"], 2, "plain", often, ()))
@@ -33,31 +33,43 @@ def kr(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 def test_a_stopped_run_goes_on_to_the_same_result(
     kr: ModuleType, tmp_path: Path, link: InProcessLink, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Left at every point of its curve, a long run has the losses, sets and scores of one that was
-    not, and the bytes but for modules that a new cloud is sent again.
+    """Left wherever it may be, and behind a shorter run with which it shares its trunk, a long run
+    has the losses, sets and scores of one that was not, and the bytes but for modules that a new
+    cloud is sent again.
     """
     (tmp_path / "banking77").mkdir()
-    rows = [{"prompt": f"a parcel {n} for", "completion": f" desk {n % 3}"} for n in range(120)]
+    rows = [{"prompt": f"a parcel {n} for", "completion": f" desk {n % 3}"} for n in range(200)]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     for part in ("train", "eval"):
         (tmp_path / f"banking77/{part}.jsonl").write_text(text)
-    spec = {"stage": "length", "task": "banking77", "seed": 0, "learning_rate": 1e-2}
+    spec = {
+        "stage": "length",
+        "task": "banking77",
+        "seed": 0,
+        "learning_rate": 1e-2,
+        "arm": "often",
+    }
 
-    def run(seed: int, until: float) -> dict[str, Any] | None:
-        return kr.one(spec | {"arm": "often", "seed": seed}, link, tokenizer, tmp_path, until)
+    def run(steps: int, until: float) -> dict[str, Any] | None:
+        return kr.one(spec | {"steps": steps}, link, tokenizer, tmp_path, until)
 
-    parts = [run(0, -math.inf) for _ in range(3)]
+    parts = [run(5, -math.inf) for _ in range(3)] + [run(10, -math.inf) for _ in range(3)]
+    kept = sorted(file.name for file in (tmp_path / ".checkpoints").glob("*/*"))
     (tmp_path / ".checkpoints").rename(tmp_path / "done")
-    whole = run(0, math.inf)
-    last = parts[-1]
+    whole = {10: run(10, math.inf)}
+    (tmp_path / ".checkpoints").rename(tmp_path / "too")
+    whole[5] = run(5, math.inf)
 
-    assert parts[:2] == [None, None]
-    assert last is not None and whole is not None
-    assert len(whole["curve"]) == 3 and len(whole["sets"]) > 2
-    for name in ("losses", "train_loss", "sets", "accuracy", "eval_loss", "adapter_flops"):
-        assert last[name] == whole[name], name
-    assert [one["step"] for one in last["curve"]] == [2, 4, 6]
-    assert whole["bytes"] <= last["bytes"] < 1.5 * whole["bytes"]
+    assert [one is None for one in parts] == [True, True, False, True, True, False]
+    assert kept == ["2.pt", "4.pt", "6.pt", "8.pt"]
+    for last in (parts[2], parts[5]):
+        assert last is not None
+        same = whole[last["steps"]]
+        assert same is not None and len(same["sets"]) > 2
+        for name in ("losses", "train_loss", "sets", "accuracy", "eval_loss", "adapter_flops"):
+            assert last[name] == same[name], name
+        assert [one["step"] for one in last["curve"]] == list(range(2, last["steps"] + 1, 2))
+        assert same["bytes"] <= last["bytes"] < 1.5 * same["bytes"]
 
 
 def test_rows_are_read_in_one_order(kr: ModuleType, tokenizer: PreTrainedTokenizerFast) -> None:
