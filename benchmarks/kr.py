@@ -86,6 +86,8 @@ ARMS: dict[str, tuple[list[str], int, str, dict[str, Any] | None, tuple[float, .
     "KR v start": (V, 20, "plain", {**START, **OURS}, FEW),
     "KR v cover": (V, 20, "plain", {**COVER, **OURS}, FEW),
     # ours: any modules, any exact wire, no more bytes than an eighth of FT on q, k, v
+    # an eighth without a choice: all modules of v, coarser, and no gradient of x
+    "v int4, dx dropped": (V, 6, "plain", None, (2e-3, 4e-3, 8e-3, 1.6e-2)),
     "FT gate,up": (MLP, 8, "factored", None, MANY),
     "spread gate,up": (MLP, 8, "factored", {**SPREAD, **OURS}, FEW_MLP),
     "KR gate,up start": (MLP, 8, "factored", {**START, **OURS}, FEW_MLP),
@@ -143,6 +145,11 @@ ARMS: dict[str, tuple[list[str], int, str, dict[str, Any] | None, tuple[float, .
     "spread gate,up at 1/5": (MLP, 8, "factored", {**SPREAD, "share_of_ft": 0.2}, FEW_MLP),
     "spread gate,up at 3/10": (MLP, 8, "factored", {**SPREAD, "share_of_ft": 0.3}, FEW_MLP),
 }
+# What a split model of an arm takes beside its wire.
+SPLIT: dict[str, dict[str, Any]] = {
+    "v int4, dx dropped": {"wire_dtype": "int4", "input_grad": "drop"},
+    "FT gate,up hosted rank 4": {"wire_dtype": "int4"},
+}
 FINAL = (
     *("FT", "FT gate,up", "KR", "KR paper", "random", "redraw", "last", "spread"),
     *("spread v", "KR gate,up", "spread gate,up", "KR gate,up cover", "FT rank 1"),
@@ -197,6 +204,7 @@ TRIED = (  # variants that got no sweep: (arm, learning rates)
 # steps of a rate that falls from its first step on: of about the same mean.
 LENGTH = (
     *(("FT", 4e-3, 0), ("spread v", 1.2e-2, 0), ("KR v cover", 1.2e-2, 0)),
+    *(("v int4, dx dropped", 8e-3, 0), ("FT gate,up hosted rank 4", 4e-3, 0)),
     *(("spread v", 1.2e-2, 1), ("KR v cover", 1.2e-2, 1)),
     *(("spread v", 1.2e-2, 2), ("KR v cover", 1.2e-2, 2)),
     *(("FT", 4e-3, 1), ("FT", 4e-3, 2)),
@@ -238,7 +246,7 @@ def specs(done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 "learning_rate": rate,
                 "seed": seed,
                 "steps": steps,
-            }
+            } | ({"options": SPLIT[arm]} if arm in SPLIT else {})
     for task, rate in (*((task, MANY[0]) for task in TASKS), (TASKS[0], MANY[2])):
         yield {"stage": "task", "task": task, "arm": "FT", "learning_rate": rate, "seed": 0}
 
