@@ -479,6 +479,7 @@ def one(
             "losses": [round(statistics.fmean(losses[i : i + 10]), 4) for i in range(0, steps, 10)],
             "bytes": cost.sent_bytes + cost.received_bytes,
             "adapter_flops": cost.adapter_flops,
+            "edge_flops": cost.edge_flops,
             "cloud_flops": cost.cloud_forward_flops + cost.cloud_backward_flops,
             "round_trips": cost.round_trips,
             "sets": sets(reviver) if reviver else None,
