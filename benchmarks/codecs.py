@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import kr
+import kr_report
 from filelock import FileLock, Timeout
 
 HERE = Path(__file__).parent
@@ -442,7 +443,7 @@ def traffic(run: dict[str, Any]) -> int:
 def whole_table(runs: list[dict[str, Any]]) -> str:
     """Markdown: accuracy by seed, and bytes, on Banking77 beside those of FT on q, k, v, plain."""
     parts = []
-    full = kr.by_arm(kr.load_results())["FT"]
+    full = kr_report.by_arm(kr.load_results())["FT"]
     for task in TASKS:
         lines = [
             f"| {task} | accuracy (seeds) | eval loss | MB | of FT on q, k, v, plain, % |",
@@ -457,7 +458,7 @@ def whole_table(runs: list[dict[str, Any]]) -> str:
             loss = f"{statistics.fmean(losses):.3f}" if losses else ""
             seeds = ", ".join(f"{mine[seed]['accuracy']:.3f}" for seed in sorted(mine))
             size = statistics.fmean(traffic(run) for run in mine.values()) / 1e6
-            share = f"{kr.share(mine, full, 'bytes'):.2f}" if task == "banking77" else ""
+            share = f"{kr_report.share(mine, full, 'bytes'):.2f}" if task == "banking77" else ""
             lines.append(
                 f"| {name} | **{accuracy:.3f}** ({seeds}) | {loss} | {size:.1f} | {share} |"
             )
@@ -475,7 +476,7 @@ def beside(runs: list[dict[str, Any]], task: str) -> Iterator[str]:
             for name in (coarse, exact)
         )
         if seeds := sorted(mine.keys() & full.keys()):
-            difference = kr.interval(mine, full)
+            difference = kr_report.interval(mine, full)
             yield f"- {coarse}, less {exact}: {difference} ({len(seeds)} seeds)"
     exact = {run["seed"]: run for run in runs if (run["task"], run["run"]) == (task, SAVED)}
     for name in ARMS:
@@ -484,7 +485,7 @@ def beside(runs: list[dict[str, Any]], task: str) -> Iterator[str]:
             dtype = next(iter(asked.values()))["wire_dtype"]
             shown = ", ".join(f"{asked[seed]['accuracy']:.3f}" for seed in sorted(asked))
             yield f"- {name}, answering over {dtype} ({shown}),"
-            yield f"  less {SAVED}: {kr.interval(asked, exact)}"
+            yield f"  less {SAVED}: {kr_report.interval(asked, exact)}"
 
 
 if __name__ == "__main__":

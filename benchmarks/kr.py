@@ -40,8 +40,6 @@ from filelock import FileLock, Timeout
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "kr.jsonl"
-CODECS = HERE / "results" / "codecs.jsonl"
-MARGIN = 0.02  # points of accuracy that an arm may lose against FT and still PASS
 SEEDS = (0, 1, 2)
 STEPS, BATCH_SIZE, TUNE_ROWS = 150, 16, 800
 LENGTHS, CURVE_STEPS, CURVE_ROWS = (150, 600, 1250), 125, 300  # up to two epochs of Banking77
@@ -155,13 +153,6 @@ FINAL = (
     *("spread v", "KR gate,up", "spread gate,up", "KR gate,up cover", "FT rank 1"),
     *("spread gate,up at 1/5", "spread gate,up at 3/10"),
 )
-TOLD = (  # the ten that tell the story, two of them by codecs.py
-    *("FT", "FT gate,up", "gate,up factored int4, dx dropped"),
-    "gate,up hosted int4, adapter int4, rank 4",
-    *("spread gate,up", "KR gate,up cover", "spread v", "spread", "random", "KR"),
-)
-# codecs.py's runs of an arm of FINAL with the base in fp32: what its other runs are compared with.
-TWINS = {"FT": "q,k,v plain fp16", "FT gate,up": "gate,up factored fp16"}
 # The learning rates at which these are tried. They go on until the best is not the largest or the
 # smallest, but for KR v cover, FT v and KR paper, whose best is the largest.
 SWEPT = {
@@ -701,246 +692,6 @@ def run(data: Path, minutes: float, dtype: str) -> None:
         )
 
 
-def table(runs: list[dict[str, Any]], arms: Sequence[str] = TOLD) -> str:
-    """Markdown of final runs: accuracy with its interval, and what it cost beside FT on q, k, v."""
-    finals = by_arm(runs) | bought()
-    if "FT" not in finals:
-        return "No final run of FT at its best learning rate yet."
-    full = finals["FT"]
-    lines = [
-        "| arm | on | wire | learning rate | accuracy (seeds) | against FT | | against FT on the "
-        "same modules | | "
-        "bytes, % | adapter FLOPs, % |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for arm in arms:
-        if arm not in finals:
-            continue
-        mine = finals[arm]
-        targets, rank, wire, *_ = ARMS[mine[min(mine)]["arm"]]
-        rate = f"{mine[min(mine)]['learning_rate']:g}"
-        if arm in ARMS:
-            same = finals["FT gate,up"] if targets == MLP and "FT gate,up" in finals else {}
-            rate += at_the_edge(runs, arm)
-        else:
-            wire += "; base fp32"
-            same = finals.get(TWINS["FT gate,up" if targets == MLP else "FT"], {})
-        shown = ", ".join(f"{mine[seed]['accuracy']:.3f}" for seed in sorted(mine))
-        mean = statistics.fmean(run["accuracy"] for run in mine.values())
-        cells = [
-            f"{', '.join(name.removesuffix('_proj') for name in targets)} r={rank}",
-            *(wire, rate, f"**{mean:.3f}** ({shown})", *judged(mine, full), *judged(mine, same)),
-            *(f"{share(mine, full, name):.1f}" for name in ("bytes", "adapter_flops")),
-        ]
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def judged(mine: dict[int, Any], full: dict[int, Any]) -> list[str]:
-    """Two cells: the difference, and the verdict where there is more than one seed to base it
-    on.
-    """
-    seeds = mine.keys() & full.keys()
-    if mine is full or not seeds:
-        return ["", ""]
-    return [interval(mine, full), verdict(mine, full) if len(seeds) > 1 else "one seed"]
-
-
-def appendix(runs: list[dict[str, Any]]) -> list[str]:
-    """The long lists: the other final arms, tasks that were looked at, every tuning run."""
-    others = [arm for arm in (*FINAL, *bought()) if arm not in TOLD]
-    return [table(runs, others), tasks(runs), trials(runs)]
-
-
-def trials(runs: list[dict[str, Any]]) -> str:
-    """Markdown of every tuning run, best first: the variants that failed are here too."""
-    tuned = sorted(
-        (run for run in runs if run["stage"] == "tune"), key=lambda run: -run["accuracy"]
-    )
-    full = next(run for run in tuned if run["arm"] == "FT")
-    lines = [
-        "| arm | learning rate | accuracy | eval loss | bytes, % of FT |",
-        "|---|---|---|---|---|",
-    ]
-    for run in tuned:
-        lines.append(
-            f"| {run['arm']} | {run['learning_rate']:g} | {run['accuracy']:.3f} | "
-            f"{run['eval_loss']:.3f} | "
-            f"{100 * run['bytes'] / full['bytes']:.1f} |"
-        )
-    return "\n".join(lines)
-
-
-def tasks(runs: list[dict[str, Any]]) -> str:
-    """Markdown of the choice tasks on which FT was tried."""
-    lines = [
-        "| task | rows | majority | base | FT, learning rate 0.001 | 0.004 |",
-        "|---|---|---|---|---|---|",
-    ]
-    for task in TASKS:
-        mine = {
-            run["learning_rate"]: run
-            for run in runs
-            if run["stage"] == "task" and run["task"] == task
-        }
-        if mine:
-            one = next(iter(mine.values()))
-            cells = [
-                f"{mine[rate]['accuracy']:.3f}" if rate in mine else ""
-                for rate in (MANY[0], MANY[2])
-            ]
-            lines.append(
-                f"| {task} | {one['rows']} | {one['majority']:.3f} | {one['base_accuracy']:.3f} | "
-                f"{' | '.join(cells)} |"
-            )
-    return "\n".join(lines)
-
-
-def by_arm(runs: list[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
-    """Arm and seed to its final run at the learning rate that tuned best."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    for run in runs:
-        if (
-            run["stage"] == "final"
-            and run["arm"] in FINAL
-            and run["learning_rate"] == best_rate(runs, run["arm"])
-        ):
-            found.setdefault(run["arm"], {})[run["seed"]] = run
-    return found
-
-
-def bought() -> dict[str, dict[int, dict[str, Any]]]:
-    """Name and seed to each whole run of `codecs.py` on Banking77, in the order of the names."""
-    lines = CODECS.read_text().splitlines() if CODECS.exists() else []
-    runs = [run for run in map(json.loads, lines) if run.get("run") and run["task"] == "banking77"]
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    for run in sorted(runs, key=lambda run: (run["run"], run["seed"])):
-        found.setdefault(run["run"], {})[run["seed"]] = run
-    return found
-
-
-def at_the_edge(runs: list[dict[str, Any]], arm: str) -> str:
-    """A mark where the best learning rate is the largest or smallest that was tried: it may not be
-    the best.
-    """
-    tried = {run["learning_rate"] for run in runs if run["stage"] == "tune" and run["arm"] == arm}
-    return " (edge)" if best_rate(runs, arm) in (min(tried), max(tried)) else ""
-
-
-def share(mine: dict[int, Any], full: dict[int, Any], name: str) -> float:
-    """Percent of FT, over the seeds that both have."""
-    seeds = mine.keys() & full.keys()
-    return 100 * sum(mine[seed][name] for seed in seeds) / sum(full[seed][name] for seed in seeds)
-
-
-def differences(mine: dict[int, Any], full: dict[int, Any]) -> list[float]:
-    """Accuracy less FT's, paired by seed."""
-    return [
-        mine[seed]["accuracy"] - full[seed]["accuracy"]
-        for seed in sorted(mine.keys() & full.keys())
-    ]
-
-
-def interval(mine: dict[int, Any], full: dict[int, Any]) -> str:
-    """Mean difference to FT with the 95 % t-interval over seeds, which pair the runs."""
-    gaps = differences(mine, full)
-    if mine is full:
-        return ""
-    quantile = {2: 12.71, 3: 4.30}.get(len(gaps))
-    half = f" ± {quantile * statistics.stdev(gaps) / math.sqrt(len(gaps)):.3f}" if quantile else ""
-    return f"{statistics.fmean(gaps):+.3f}{half}"
-
-
-def verdict(mine: dict[int, Any], full: dict[int, Any]) -> str:
-    """PASS: the mean over seeds is at most the margin below FT."""
-    return "PASS" if statistics.fmean(differences(mine, full)) >= -MARGIN else "MISS"
-
-
-KINDS = {  # of arms in the figure, by how their names begin: colour, and words in the legend
-    "FT": ("#333333", "all modules, 16 bits a number, adapters on the edge"),
-    "codecs": ("#1b9e77", "gate,up or q,k,v over a coarser or hosted wire (base in fp32)"),
-    "spread": ("#1f78b4", "evenly spread units that never change"),
-    "KR": ("#d95f02", "Kill and Revive: units chosen by a score"),
-    "other": ("#999999", "random or last units"),
-}
-
-
-def figure(runs: list[dict[str, Any]], file: Path) -> None:
-    """Accuracy against bytes, every arm on it; a bar goes from the worst seed to the best."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    finals = by_arm(runs)
-    full = finals["FT"]
-    cheaper = {name: mine for name, mine in bought().items() if name not in TWINS.values()}
-    canvas, panel = pyplot.subplots(figsize=(11, 7), layout="constrained")
-    points = []
-    for arm, mine in (finals | cheaper).items():
-        x, values = share(mine, full, "bytes"), [run["accuracy"] for run in mine.values()]
-        colour, _ = KINDS.get("codecs" if arm in cheaper else arm.split()[0], KINDS["other"])
-        panel.plot([x, x], [min(values), max(values)], color=colour, lw=2)
-        panel.plot(x, statistics.fmean(values), "o", color=colour)
-        points.append((x, statistics.fmean(values), arm))
-    for colour, words in KINDS.values():
-        panel.plot([], [], "o", color=colour, label=words)
-    panel.axvline(12.5, color="#bbbbbb", ls="--", lw=1)
-    panel.set_xscale("log")
-    ticks = [x for x in (0.5, 1, 2, 5, 10, 12.5, 20, 30, 50, 100) if x > 0.8 * min(points)[0]]
-    panel.set_xticks(ticks, [f"{x:g}" for x in ticks])
-    panel.set_xticks([], minor=True)
-    panel.set_xlim(0.8 * min(points)[0], 180)
-    panel.set_ylim(-0.03, 0.85)
-    panel.set_xlabel("bytes of the whole run, % of FT on q, k, v (plain wire)")
-    panel.set_ylabel("Banking77, exact match on 1500 held-out rows")
-    panel.grid(alpha=0.3)
-    panel.legend(fontsize=8, loc="lower left")
-    write_names(canvas, panel, points)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(file, dpi=110)
-
-
-def write_names(canvas: Any, panel: Any, points: list[tuple[float, float, str]]) -> None:
-    """A name at every point, where it covers no other name, no point and not the legend: beside
-    it, or further off at the end of a line.
-    """
-    canvas.draw_without_rendering()
-    unit = canvas.dpi / 72  # pixels of a point of type
-    frame = panel.get_window_extent()
-    taken = [panel.get_legend().get_window_extent()]
-    marks = [line for line in panel.lines if len(line.get_xdata()) and line.get_ls() != "--"]
-    taken += [line.get_window_extent().padded(2 * unit) for line in marks]
-    places = [(7, -3, "left"), (-7, -3, "right")]
-    places += [
-        (x, y, side)
-        for far in range(10, 200, 6)
-        for x, side in ((12, "left"), (-12, "right"))
-        for y in (far, -far)
-    ]
-    for x, y, name in sorted(points, key=lambda point: (-point[1], point[0])):
-        at = panel.transData.transform((x, y))
-        for right, up, side in places:
-            text = panel.text(0, 0, name, fontsize=8, ha=side, transform=None)
-            text.set_position((at[0] + right * unit, at[1] + up * unit))
-            box = text.get_window_extent()
-            inside = frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1)
-            text.remove()
-            if inside and not any(box.overlaps(other) for other in taken):
-                break
-        taken.append(box)
-        line = {"arrowstyle": "-", "color": "#999999", "lw": 0.6, "shrinkB": 3}
-        panel.annotate(
-            name,
-            (x, y),
-            xytext=(right, up),
-            textcoords="offset points",
-            fontsize=8,
-            ha=side,
-            arrowprops=line if abs(up) > 3 else None,
-        )
-
-
 if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = argparse.ArgumentParser(
@@ -955,7 +706,7 @@ if __name__ == "__main__":
         parser.error("run wants --data FOLDER")
     if arguments.what == "run":
         run(arguments.data, arguments.minutes, arguments.dtype)
-    elif arguments.what == "figure":
-        figure(load_results(), HERE.parent / "docs/images/kr-front.png")
     else:
-        print("\n\n".join([table(load_results()), *appendix(load_results())]))
+        import kr_report
+
+        kr_report.show(arguments.what, load_results())

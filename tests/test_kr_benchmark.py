@@ -98,13 +98,63 @@ def test_one_seed_gets_no_verdict(
         run = {"stage": "final", "task": "banking77", "arm": "FT", "learning_rate": 8e-3}
         return run | {"seed": seed, "accuracy": accuracy, **cost, **values}
 
+    import kr_report
+
     runs = [made(0, rate == 8e-3, stage="tune", learning_rate=rate) for rate in kr.SWEPT["FT"]] + [
         made(seed, 0.6) for seed in range(3)
     ]
-    exact = [made(seed, 0.7, stage="whole", run=kr.TWINS["FT"]) for seed in range(3)]
+    exact = [made(seed, 0.7, stage="whole", run=kr_report.TWINS["FT"]) for seed in range(3)]
     coarse = made(1, 0.5, stage="whole", run="q,k,v hosted fp16", arm="FT hosted", bytes=4)
-    monkeypatch.setattr(kr, "CODECS", tmp_path / "codecs.jsonl")
-    kr.CODECS.write_text("".join(json.dumps(line) + "\n" for line in (*exact, coarse)))
-    (row,) = kr.table(runs, ["q,k,v hosted fp16"]).splitlines()[2:]
+    monkeypatch.setattr(kr_report, "CODECS", tmp_path / "codecs.jsonl")
+    kr_report.CODECS.write_text("".join(json.dumps(line) + "\n" for line in (*exact, coarse)))
+    (row,) = kr_report.short_table(runs, ["q,k,v hosted fp16"]).splitlines()[2:]
     cells = [cell.strip() for cell in row.split("|")]
     assert cells[5:11] == ["**0.500** (0.500)", "-0.100", "one seed", "-0.200", "one seed", "4.0"]
+
+
+def long_run(arm: str, steps: int, right: str, **values: Any) -> dict[str, Any]:
+    """A line of a result file."""
+    cost = {"bytes": 100 * steps, "adapter_flops": 100 * steps, "edge_flops": 100 * steps}
+    shares = {"accuracy": right.count("1") / len(right), "rows": len(right), "right": right}
+    run = {"stage": "length", "task": "banking77", "arm": arm, "learning_rate": 4e-3, "seed": 0}
+    return run | {"steps": steps} | cost | shares | values
+
+
+def test_claims_by_length(kr: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A claim is judged by the best arm within its bytes and FLOPs, on the rows that it and FT both
+    answered, at each length that both were run for; what was not run says so.
+    """
+    import kr_report
+
+    monkeypatch.setattr(kr, "LENGTHS", (150, 600, 1250))
+    arms = ("FT", "spread v", "v int4, dx dropped", "FT gate,up hosted rank 4")
+    monkeypatch.setattr(kr, "LENGTH", [(arm, 4e-3, 0) for arm in arms])
+    few = {"bytes": 1800, "adapter_flops": 2700}
+    runs = [
+        *(long_run("FT", steps, "1" * 90 + "0" * 10) for steps in (150, 600)),
+        long_run("spread v", 150, "1" * 50 + "0" * 50, **few),
+        long_run("v int4, dx dropped", 150, "0" + "1" * 88 + "0" * 11, **few),
+        long_run("FT gate,up hosted rank 4", 150, "1" * 100, **few),
+        long_run("v int4, dx dropped", 600, "1" * 100, bytes=9000, adapter_flops=9000),
+    ]
+    rows = [line.split("|") for line in kr_report.table(runs).splitlines()]
+    cells = [[cell.strip() for cell in row] for row in rows]
+
+    (paper, choice, cheap), table = cells[2:5], {row[1]: row for row in cells[8:]}
+    assert paper[2] == "**PASS**: -0.020 ± 0.027 (`v int4, dx dropped`, one seed, not settled)"
+    assert choice[2] == "**MISS**: -0.400 ± 0.096 (`spread v`, one seed)"
+    assert cheap[2] == "**PASS**: +0.100 ± 0.059 (`FT gate,up hosted rank 4`, one seed)"
+    assert paper[3:5] == ["not run yet", "not run yet"]  # too many bytes
+    assert table["FT"][8:10] == ["**0.900**", "**0.900**"]
+    assert table["v int4, dx dropped"][5:7] == ["15.0", "15.0"]
+
+
+def test_gap_by_row_is_of_pairs(kr: ModuleType) -> None:
+    """The interval is that of the rows on which two runs differ, not of two independent shares."""
+    import kr_report
+
+    mine, full = (
+        {seed: {"right": marks} for seed in range(2)} for marks in ("1100" * 50, "1010" * 50)
+    )
+    gap, half = kr_report.gap_by_row(mine, full)
+    assert gap == 0 and half == pytest.approx(1.96 * math.sqrt(0.5 / 200))

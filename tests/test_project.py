@@ -86,7 +86,7 @@ def test_every_promise_of_the_threat_model_names_its_evidence() -> None:
         ("attacks", "security"),
         ("hostile_clouds", "security"),
         ("soak", "security"),
-        ("kr", "kill-and-revive"),
+        ("kr_report", "kill-and-revive"),
     ],
 )
 def test_benchmark_document_shows_the_result_file(
