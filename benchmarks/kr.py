@@ -105,6 +105,12 @@ ARMS: dict[str, tuple[list[str], int, str, dict[str, Any] | None, tuple[float, .
     "KR v start random": (V, 20, "plain", {**START, **OURS, "revive": "random"}, FEW),
     "KR q,k,v,gate,up start": (QKV + MLP, 8, "factored", {**START, **OURS}, FEW_MLP),
     "KR v": (V, 20, "plain", {**KR, **OURS}, FEW),
+    "rotate v": (V, 20, "plain", {"policy": "rotate", "warmup": 0, **STAY, **OURS}, FEW),
+    "rotate v, moments kept": (
+        *(V, 20, "plain"),
+        {"policy": "rotate", "warmup": 0, "moments": "keep", **STAY, **OURS},
+        FEW,
+    ),
     "KR v redraw": (V, 20, "plain", {"policy": "redraw", "warmup": 0, **STAY, **OURS}, FEW),
     "KR drop scored": (QKV, 12, "plain", {"warmup": 0.03, "revive": "scored"}, FEW),
     "KR gradient": (QKV, 12, "plain", {**KR, "signal": "gradient"}, FEW),

@@ -222,11 +222,18 @@ def test_baselines_keep_to_the_same_budget(policy: Any) -> None:
     expected = {
         "last": {"u4", "u5", "u6", "u7"},
         "spread": {"u1", "u3", "u5", "u7"},
+        "rotate": {"u1", "u3", "u5", "u7"},
         "gradient": {"u4", "u5", "u6", "u7"},
     }
     assert found.active == expected.get(policy, found.active)
     later = choose(config(policy=policy), step=60)
-    assert (later.active == found.active) == (policy != "redraw")
+    assert (later.active == found.active) == (policy not in ("redraw", "rotate"))
+
+
+def test_rotation_trains_every_unit_in_turn() -> None:
+    """Each interval the set is spread as before and one unit further, so that all are trained."""
+    sets = [choose(config(policy="rotate", budget=0.25), step=step).active for step in (0, 20, 40)]
+    assert sets == [{"u2", "u6"}, {"u3", "u7"}, {"u4", "u0"}]
 
 
 def test_deltas_are_measured_until_they_are_decided_by() -> None:
@@ -404,6 +411,24 @@ def test_dropped_units_fade_and_revived_ones_start_anew(link: InProcessLink) -> 
     moved = (layer.lora_B["default"].weight.detach()).abs().max().item()
     assert 0 < moved < 2 * 1e-2, "two steps of Adam at full size would move further"
     assert torch.equal(before, parameter) or (before - parameter).abs().max() < 2e-2
+
+
+def test_a_revived_unit_may_keep_its_moments(link: InProcessLink) -> None:
+    """With `moments` keep, Adam goes on where it left a unit that was killed in between."""
+    split = make_split(link, lora())
+    optimizer = torch.optim.AdamW(list(adapter(split).values()), lr=1e-2)
+    options = {"policy": "rotate", "idle": "cloud", "moments": "keep", "budget": 0.6}
+    reviver = KillAndRevive(split, KillReviveConfig(**(FAST | options)), 100)
+    updates = 0
+    for number, batch in enumerate(batches(12)):
+        reviver.before_step(number)
+        updates += 2 * len(split.active_modules or reviver.layers)
+        split(**batch).loss.backward()
+        reviver.before_update(optimizer)
+        optimizer.step()
+        reviver.after_update()
+        optimizer.zero_grad()
+    assert sum(int(state["step"]) for state in optimizer.state.values()) == updates
 
 
 def test_budget_holds_for_measured_bytes(link: InProcessLink) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from dlora.cloud.model import CloudModel
 from dlora.embedded import InProcessLink
+from dlora.errors import UsageError
 from dlora.kill_revive.apply import KillAndRevive
 from dlora.kill_revive.config import KillReviveConfig
 from dlora.kill_revive.costs import Costs, Rows, Unit, trained_modules
@@ -266,7 +267,9 @@ def test_a_unit_in_part_is_in_the_state(six: InProcessLink) -> None:
 
 
 def test_a_state_with_names_of_units_is_taken_up(six: InProcessLink) -> None:
-    """Older versions let units fade and warm up, and trained whole ones alone."""
+    """Older versions let units fade and warm up, trained whole ones alone and had fewer options;
+    one that they lacked and that is not as it was is named.
+    """
     model = split_over(six, "plain")
     reviver = KillAndRevive(model, KillReviveConfig(), STEPS)
     reviver.before_step(0)
@@ -277,3 +280,9 @@ def test_a_state_with_names_of_units_is_taken_up(six: InProcessLink) -> None:
     assert reviver.fading == dict.fromkeys(first.modules, 3)
     assert reviver.warming == dict.fromkeys(second.modules, 1)
     assert reviver.partial == {} and set(first.modules) < set(model.active_modules)
+
+    del old["config"]["moments"]
+    reviver.load_state_dict(old, reviver.snapshot)
+    other = KillAndRevive(model, KillReviveConfig(moments="keep"), STEPS)
+    with pytest.raises(UsageError, match=r"go on with other settings: moments"):
+        other.load_state_dict(old, other.snapshot)

@@ -152,7 +152,8 @@ class KillAndRevive:
     def before_update(self, optimizer: Any) -> None:
         """Between backward and the optimizer: note gradients, but drop those of fading units.
 
-        What the optimizer remembers of a revived unit's parameters is forgotten.
+        What the optimizer remembers of a revived unit's parameters is forgotten, or kept (option
+        `moments`).
         """
         for parameter in self._reset:
             optimizer.state.pop(parameter, None)
@@ -225,7 +226,8 @@ class KillAndRevive:
         after = set(self._trained_modules())
         for name in sorted(after - before):
             self.fading.pop(name, None)
-            self._reset += self._parameters(name)
+            if self.config.moments == "reset":
+                self._reset += self._parameters(name)
             if self.config.rewarm_steps:
                 self.warming[name] = 0
 

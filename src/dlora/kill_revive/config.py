@@ -21,6 +21,7 @@ Policy = Literal[
     "all",
     "random",
     "redraw",
+    "rotate",
     "last",
     "spread",
     "gradient",
@@ -30,6 +31,10 @@ Policy = Literal[
 ]
 
 
+SCORELESS: Final = ("random", "redraw", "rotate", "last", "spread")
+"""Baselines that choose without having measured anything."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class KillReviveConfig:
     """Settings of Kill and Revive, and of the baselines behind the same interface."""
@@ -37,7 +42,8 @@ class KillReviveConfig:
     policy: Policy = "kr"
     """kr; or chosen once after the warm-up: all (FT), random, last layers, evenly spread layers,
     largest gradient, magnitude of B A, sensitivity |weight x gradient| (AdaLoRA), output size
-    (LoRA-drop); or redraw: random anew each interval."""
+    (LoRA-drop); or anew each interval: redraw, at random; rotate, evenly spread layers, each time
+    one further (in the manner of BAdam, arXiv:2404.02827, and LISA, arXiv:2403.17919)."""
     unit: Literal["site", "module"] = "site"
     """What is killed and revived as a whole. What whole units leave of the budget goes to single
     modules of others."""
@@ -89,6 +95,8 @@ class KillReviveConfig:
     """With idle drop: steps in which a killed module fades to nothing."""
     rewarm_steps: int = 5
     """Steps in which the updates of a revived module grow to full size."""
+    moments: Literal["reset", "keep"] = "reset"
+    """What the optimizer knows of a module that comes back: forgotten, or as it was."""
     seed: int = 0
     """Seed of random draws."""
 
@@ -112,9 +120,7 @@ class KillReviveConfig:
     def warmup_steps(self, total_steps: int) -> int:
         """Steps with all modules active. At least one, where a baseline needs a score to choose."""
         steps = round(self.warmup * total_steps) if self.warmup < 1 else int(self.warmup)
-        return max(
-            steps, 0 if self.policy in ("kr", "all", "random", "redraw", "last", "spread") else 1
-        )
+        return max(steps, 0 if self.policy in ("kr", "all", *SCORELESS) else 1)
 
 
 PAPER: Final = KillReviveConfig(

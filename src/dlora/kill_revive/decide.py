@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 
 from dlora.kill_revive.config import KillReviveConfig
 from dlora.kill_revive.costs import Costs, Unit, trained_modules
-from dlora.kill_revive.fill import farthest, fill, fill_bands, fill_best, fill_rest, spread
+from dlora.kill_revive.fill import farthest, fill, fill_bands, fill_best, fill_rest, rotated, spread
 
 __all__ = [
     "Decision",
@@ -94,7 +94,7 @@ def is_due(config: KillReviveConfig, step: int, total_steps: int) -> bool:
     warm = config.warmup_steps(total_steps)
     if step == warm:
         return True
-    if config.policy not in ("kr", "redraw", "all") or step < warm:
+    if config.policy not in ("kr", "redraw", "rotate", "all") or step < warm:
         return False
     ends = total_steps if config.policy == "all" else (1 - config.final) * total_steps
     return (step - warm) % config.interval == 0 and step < ends
@@ -285,11 +285,13 @@ def _choose(
     else:
         start = config.policy == "kr"  # without warm-up: nothing is known yet
         order = [] if start else _baseline_order(config, units, state.scores, draws)
-        chosen = (
-            spread(units, costs, allowed)
-            if start or config.policy == "spread"
-            else fill(order, [], costs, allowed)
-        )
+        if start or config.policy == "spread":
+            chosen = spread(units, costs, allowed)
+        elif config.policy == "rotate":
+            turn = (state.step - config.warmup_steps(state.total_steps)) // config.interval
+            chosen = rotated(units, costs, allowed, turn)
+        else:
+            chosen = fill(order, [], costs, allowed)
         reasons = {unit.name: "start" if start else config.policy for unit in chosen}
         choice = _Choice(chosen, {} if start else state.scores, order, reasons)
 
@@ -365,7 +367,7 @@ def _rest_order(
         if unit.name in now and len(now[unit.name].modules) < len(unit.modules)
     ]
     others = {unit.name: unit for unit in units if unit.name not in now}
-    if config.policy == "spread" or config.cover:
+    if config.policy in ("spread", "rotate") or config.cover:
         ranked = []
     best = [others[unit.name] for unit in ranked if unit.name in others]
     return [*in_part, *best, *farthest(units, [*chosen, *best])]

@@ -14,7 +14,16 @@ from typing import Final
 from dlora.kill_revive.config import KillReviveConfig
 from dlora.kill_revive.costs import Costs, Unit, modules_of
 
-__all__ = ["farthest", "fill", "fill_bands", "fill_best", "fill_by_worth", "fill_rest", "spread"]
+__all__ = [
+    "farthest",
+    "fill",
+    "fill_bands",
+    "fill_best",
+    "fill_by_worth",
+    "fill_rest",
+    "rotated",
+    "spread",
+]
 
 _ROUNDING: Final = 1e-9  # a set that costs just the budget fits
 
@@ -26,6 +35,15 @@ def spread(units: Sequence[Unit], costs: Costs, allowed: float) -> list[Unit]:
         if costs.share(modules_of(chosen)) <= allowed + _ROUNDING:
             return chosen
     return [units[len(units) // 2]]
+
+
+def rotated(units: Sequence[Unit], costs: Costs, allowed: float, turn: int) -> list[Unit]:
+    """`spread`, each unit moved on by as many as there were turns, the last to the beginning."""
+    places = {unit.name: i for i, unit in enumerate(units)}
+    moved = [
+        units[(places[unit.name] + turn) % len(units)] for unit in spread(units, costs, allowed)
+    ]
+    return fill(moved, [], costs, allowed)
 
 
 def fill(

@@ -69,7 +69,7 @@ def score(kind: str, unit: Measured) -> float:
         case "norm_delta":
             return _norm([b - a for a, b in zip(_flat(unit.old), _flat(unit.new), strict=True)])
         # Policies that choose without a score have this one in their log.
-        case "delta_norm" | "random" | "redraw" | "last" | "spread":
+        case "delta_norm" | "random" | "redraw" | "rotate" | "last" | "spread":
             return abs(_norm(_flat(unit.new)) - _norm(_flat(unit.old)))
     raise ValueError(f"score: got kind {kind!r}, want a signal or a policy")
 

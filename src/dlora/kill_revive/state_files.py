@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dlora.errors import UsageError
+from dlora.kill_revive.config import KillReviveConfig
 
 __all__ = ["check_same", "read_state", "write_state"]
 
@@ -18,8 +20,12 @@ _TENSOR_FILE: Final = "dlora_kr.safetensors"
 
 
 def check_same(config: dict[str, Any], total_steps: int, state: dict[str, Any]) -> None:
-    """Raises UsageError for a state of another configuration, or of a run of another length."""
-    changed = [name for name, value in config.items() if state["config"].get(name) != value]
+    """Raises UsageError for a state of another configuration, or of a run of another length.
+
+    Options that are newer than the state had their defaults.
+    """
+    was = asdict(KillReviveConfig()) | state["config"]
+    changed = [name for name, value in config.items() if was[name] != value]
     if changed or state["total_steps"] != total_steps:
         raise UsageError(
             "Kill and Revive cannot go on with other settings: "
