@@ -555,7 +555,9 @@ class Checkpoint:
 
     def parameters(self) -> dict[str, Any]:
         """The whole adapter, by name."""
-        return dict(self.model.named_parameters())
+        return {
+            name: parameter for name, parameter in self.model.named_parameters() if "lora_" in name
+        }
 
 
 def trunk_of(spec: dict[str, Any]) -> str:
