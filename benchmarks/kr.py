@@ -197,14 +197,17 @@ TRIED = (  # variants that got no sweep: (arm, learning rates)
         ("sensitivity once", 6e-3),
     ),
 )
-# At every length: (arm, learning rate, seed). The rates are half of those that tuned best at 150
-# steps of a rate that falls from its first step on: of about the same mean.
-LENGTH = (
-    *(("FT", 4e-3, 0), ("spread v", 1.2e-2, 0), ("KR v cover", 1.2e-2, 0)),
-    *(("v int4, dx dropped", 8e-3, 0), ("FT gate,up hosted rank 4", 4e-3, 0)),
-    *(("spread v", 1.2e-2, 1), ("KR v cover", 1.2e-2, 1)),
-    *(("spread v", 1.2e-2, 2), ("KR v cover", 1.2e-2, 2)),
-    *(("FT", 4e-3, 1), ("FT", 4e-3, 2)),
+# Runs of all lengths. The rates are half of those that tuned best at 150 steps of a rate that falls
+# from its first step on: of about the same mean.
+LENGTH = {
+    **{"FT": 4e-3, "spread v": 1.2e-2, "KR v cover": 1.2e-2, "v int4, dx dropped": 8e-3},
+    **{"FT gate,up hosted rank 4": 4e-3, "rotate v, moments kept": 1.2e-2},
+}
+# Arm, seed and steps of each, in order: a shorter run of an arm goes before a longer one.
+LONG = (
+    *((arm, 0, steps) for steps in LENGTHS for arm in list(LENGTH)[:4]),
+    *((arm, 0, steps) for steps in LENGTHS for arm in list(LENGTH)[4:]),
+    *((arm, seed, LENGTHS[-1]) for seed in SEEDS[1:] for arm in ("spread v", "KR v cover")),
 )
 TASKS = ("arc_easy", "openbookqa", "social_iqa", "boolq")
 
@@ -234,16 +237,15 @@ def specs(done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 "learning_rate": rate,
                 "seed": seed,
             }
-    for arm, rate, seed in LENGTH:
-        for steps in LENGTHS:
-            yield {
-                "stage": "length",
-                "task": "banking77",
-                "arm": arm,
-                "learning_rate": rate,
-                "seed": seed,
-                "steps": steps,
-            } | ({"options": SPLIT[arm]} if arm in SPLIT else {})
+    for arm, seed, steps in LONG:
+        yield {
+            "stage": "length",
+            "task": "banking77",
+            "arm": arm,
+            "learning_rate": LENGTH[arm],
+            "seed": seed,
+            "steps": steps,
+        } | ({"options": SPLIT[arm]} if arm in SPLIT else {})
     for task, rate in (*((task, MANY[0]) for task in TASKS), (TASKS[0], MANY[2])):
         yield {"stage": "task", "task": task, "arm": "FT", "learning_rate": rate, "seed": 0}
 

@@ -48,13 +48,12 @@ Seeds = dict[int, dict[str, Any]]
 
 
 def by_length(runs: list[dict[str, Any]]) -> dict[str, dict[int, Seeds]]:
-    """Arm, steps and seed to a run of stage `length`, at the arm's learning rate there."""
+    """Arm, steps and seed to a run of stage `length`, at the arm's learning rate."""
     found: dict[str, dict[int, Seeds]] = {}
-    for arm, rate, seed in kr.LENGTH:
+    for arm, rate in kr.LENGTH.items():
         for run in runs:
-            wanted = {"stage": "length", "arm": arm, "learning_rate": rate, "seed": seed}
-            if run.items() >= wanted.items():
-                found.setdefault(arm, {}).setdefault(run["steps"], {})[seed] = run
+            if run.items() >= {"stage": "length", "arm": arm, "learning_rate": rate}.items():
+                found.setdefault(arm, {}).setdefault(run["steps"], {})[run["seed"]] = run
     return found
 
 

@@ -128,7 +128,7 @@ def test_claims_by_length(kr: ModuleType, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(kr, "LENGTHS", (150, 600, 1250))
     arms = ("FT", "spread v", "v int4, dx dropped", "FT gate,up hosted rank 4")
-    monkeypatch.setattr(kr, "LENGTH", [(arm, 4e-3, 0) for arm in arms])
+    monkeypatch.setattr(kr, "LENGTH", dict.fromkeys(arms, 4e-3))
     few = {"bytes": 1800, "adapter_flops": 2700}
     runs = [
         *(long_run("FT", steps, "1" * 90 + "0" * 10) for steps in (150, 600)),
