@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 RESULT = HERE / "results" / "codecs.jsonl"
 LOCKS = RESULT.parent / ".locks"
 STEPS, BATCH_SIZE, SEEDS = 150, 16, (0, 1, 2)
-RATE = 8e-3  # the best of kr.py's for all of these arms
+RATE = 8e-3  # tuned best in kr.py for FT and FT gate,up; hosted arms and low ranks were not tuned
 
 # ----------------------------------------------------------------- gradients
 

@@ -3,7 +3,7 @@ SmolLM2-135M-Instruct.
 
     python benchmarks/kr.py run --data FOLDER --minutes 60  # for about this long; again to continue
     python benchmarks/kr.py table                            # what there is so far
-    python benchmarks/kr.py figure                           # docs/images/kr-front.png
+    python benchmarks/kr.py figure                           # docs/images/kr-*.png
 
 FOLDER holds banking77/{train,eval}.jsonl with `prompt` and `completion`, and
 commonsense/TASK/{train,eval}.jsonl with `instruction`, `choices` and `answer`. One JSON line a
@@ -16,9 +16,9 @@ that are compared, on the eval rows, with three seeds, at the learning rate that
 `length` trains for 150, 600 and 1,250 steps (two epochs); `task` looks for commonsense tasks on
 which FT learns. Runs of `length` of one arm share a trunk: the learning rate is constant, until the
 last fifth of a run takes it to zero, and a longer run goes on where that of a shorter one began to
-fall. They are evaluated every 125 steps, after which they may be stopped and go on. The margin of a
-PASS was fixed before any final run. `table` and `figure` also show what `codecs.py` has run on
-Banking77, over coarser and hosted wires.
+fall. They are evaluated every 125 steps; stopped, they go on where they last were evaluated or
+began to fall. The margin of a PASS was fixed before any final run. `table` and `figure` also show
+what `codecs.py` has run on Banking77, over coarser and hosted wires.
 """
 
 from __future__ import annotations
@@ -83,9 +83,10 @@ ARMS: dict[str, tuple[list[str], int, str, dict[str, Any] | None, tuple[float, .
     "spread v": (V, 20, "plain", {**SPREAD, **OURS}, FEW),
     "KR v start": (V, 20, "plain", {**START, **OURS}, FEW),
     "KR v cover": (V, 20, "plain", {**COVER, **OURS}, FEW),
+    # less than an eighth without a choice: all modules, coarser (SPLIT)
+    "v int4, dx dropped": (V, 6, "plain", None, (8e-3,)),
+    "gate,up hosted int4": (MLP, 4, "hosted", None, (4e-3,)),
     # ours: any modules, any exact wire, no more bytes than an eighth of FT on q, k, v
-    # an eighth without a choice: all modules of v, coarser, and no gradient of x
-    "v int4, dx dropped": (V, 6, "plain", None, (2e-3, 4e-3, 8e-3, 1.6e-2)),
     "FT gate,up": (MLP, 8, "factored", None, MANY),
     "spread gate,up": (MLP, 8, "factored", {**SPREAD, **OURS}, FEW_MLP),
     "KR gate,up start": (MLP, 8, "factored", {**START, **OURS}, FEW_MLP),
@@ -105,7 +106,6 @@ ARMS: dict[str, tuple[list[str], int, str, dict[str, Any] | None, tuple[float, .
     "KR v start random": (V, 20, "plain", {**START, **OURS, "revive": "random"}, FEW),
     "KR q,k,v,gate,up start": (QKV + MLP, 8, "factored", {**START, **OURS}, FEW_MLP),
     "KR v": (V, 20, "plain", {**KR, **OURS}, FEW),
-    "rotate v": (V, 20, "plain", {"policy": "rotate", "warmup": 0, **STAY, **OURS}, FEW),
     "rotate v, moments kept": (
         *(V, 20, "plain"),
         {"policy": "rotate", "warmup": 0, "moments": "keep", **STAY, **OURS},
@@ -152,7 +152,7 @@ ARMS: dict[str, tuple[list[str], int, str, dict[str, Any] | None, tuple[float, .
 # What a split model of an arm takes beside its wire.
 SPLIT: dict[str, dict[str, Any]] = {
     "v int4, dx dropped": {"wire_dtype": "int4", "input_grad": "drop"},
-    "FT gate,up hosted rank 4": {"wire_dtype": "int4"},
+    "gate,up hosted int4": {"wire_dtype": "int4"},
 }
 FINAL = (
     *("FT", "FT gate,up", "KR", "KR paper", "random", "redraw", "last", "spread"),
@@ -197,24 +197,22 @@ TRIED = (  # variants that got no sweep: (arm, learning rates)
         ("sensitivity once", 6e-3),
     ),
 )
-# Runs of all lengths. The rates are half of those that tuned best at 150 steps of a rate that falls
-# from its first step on: of about the same mean.
-LENGTH = {
-    **{"FT": 4e-3, "spread v": 1.2e-2, "KR v cover": 1.2e-2, "v int4, dx dropped": 8e-3},
-    **{"FT gate,up hosted rank 4": 4e-3, "rotate v, moments kept": 1.2e-2},
-}
-# Arm, seed and steps of each, in order: a shorter run of an arm goes before a longer one.
-LONG = (
-    *((arm, 0, steps) for steps in LENGTHS for arm in list(LENGTH)[:4]),
-    *((arm, 0, steps) for steps in LENGTHS for arm in list(LENGTH)[4:]),
+# Arms of stage `length`, and their rates: half of what tuned best at 150 steps of a rate that falls
+# from its first step on, for the arm or the nearest that was tuned (FT v, FT gate,up, spread v).
+FIRST = {"FT": 4e-3, "spread v": 1.2e-2, "KR v cover": 1.2e-2, "v int4, dx dropped": 8e-3}
+RATES = FIRST | {"gate,up hosted int4": 4e-3, "rotate v, moments kept": 1.2e-2}
+# Its runs in order: arm, seed and steps. A shorter run of an arm goes before a longer one.
+LONG_RUNS = (
+    *((arm, 0, steps) for steps in LENGTHS for arm in FIRST),
+    *((arm, 0, steps) for steps in LENGTHS for arm in RATES if arm not in FIRST),
     *((arm, seed, LENGTHS[-1]) for seed in SEEDS[1:] for arm in ("spread v", "KR v cover")),
 )
 TASKS = ("arc_easy", "openbookqa", "social_iqa", "boolq")
 
 
 def specs(done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Runs in order: variants, every swept arm at its learning rates, the final arms, two epochs,
-    other tasks.
+    """Runs in order: variants, every swept arm at its learning rates, the final arms, all
+    lengths, other tasks.
     """
     for arm, rate in TRIED:
         yield {"stage": "tune", "task": "banking77", "arm": arm, "learning_rate": rate, "seed": 0}
@@ -237,15 +235,15 @@ def specs(done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 "learning_rate": rate,
                 "seed": seed,
             }
-    for arm, seed, steps in LONG:
+    for arm, seed, steps in LONG_RUNS:
         yield {
             "stage": "length",
             "task": "banking77",
             "arm": arm,
-            "learning_rate": LENGTH[arm],
+            "learning_rate": RATES[arm],
             "seed": seed,
             "steps": steps,
-        } | ({"options": SPLIT[arm]} if arm in SPLIT else {})
+        }
     for task, rate in (*((task, MANY[0]) for task in TASKS), (TASKS[0], MANY[2])):
         yield {"stage": "task", "task": task, "arm": "FT", "learning_rate": rate, "seed": 0}
 
@@ -389,7 +387,7 @@ def one(
     spec: dict[str, Any], link: Any, tokenizer: Any, data: Path, until: float = math.inf
 ) -> dict[str, Any] | None:
     """Train and measure one arm; None if a run of `length` was left at a checkpoint, as it is at
-    the first point of its curve after `until` (of `time.monotonic`). `spec["answers"]` is a wire
+    the first that it makes after `until` (of `time.monotonic`). `spec["answers"]` is a wire
     dtype over which the adapter is measured as well.
     """
     import torch
@@ -402,6 +400,7 @@ def one(
     from dlora.kill_revive.apply import KillAndRevive
     from dlora.kill_revive.config import from_options
 
+    made_by = provenance()  # of the code that runs: later the checkout may be another
     targets, rank, wire, options, _ = ARMS[spec["arm"]]
     rows = read(data, spec["task"], "train")
     if spec["stage"] == "tune":
@@ -415,7 +414,8 @@ def one(
     size = BATCH_SIZE if spec["task"] == "banking77" else TASK_BATCH_SIZE
     torch.manual_seed(spec["seed"])
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
-    split = {"upload_consent": wire == "hosted", **spec.get("options", {})}
+    coarser = SPLIT.get(spec["arm"], {}) | spec.get("options", {})
+    split = {"upload_consent": wire == "hosted", **coarser}
     model = dlora.get_peft_model(link, config, wire=wire, **split)
     model.set_options(head_positions="supervised")
     base = (
@@ -435,12 +435,9 @@ def one(
         lr=spec["learning_rate"],
         weight_decay=0.0,
     )
-    fork = steps - round(steps / 5)  # from there on the learning rate of a long run falls
+    fork = fork_of(steps)
     rate = (
-        LambdaLR(
-            optimizer,
-            lambda step: min((step + 1) / LENGTH_WARMUP, 1, (steps - step) / (steps - fork)),
-        )
+        LambdaLR(optimizer, lambda step: share_of_rate(step, steps))
         if is_long
         else get_linear_schedule_with_warmup(optimizer, round(0.05 * steps), steps)
     )
@@ -453,7 +450,7 @@ def one(
         before, start = type(model.meter)(), start - kept["seconds"]
     for step in range(len(losses), steps):
         if is_long and step == fork and reviver:
-            reviver.total_steps = steps  # so that nothing changes any more
+            reviver.total_steps = steps  # it decides no more, but spends what it has left
         losses.append(take_step(model, made[step], step, optimizer, rate, reviver))
         done = step + 1
         if is_long and done % CURVE_STEPS == 0:
@@ -471,6 +468,7 @@ def one(
         found["answers"] = {"wire_dtype": dtype, **measure(model, tokenizer, held)}
     return (
         spec
+        | ({"options": coarser} if coarser else {})
         | found
         | {f"base_{name}": base[name] for name in ("accuracy", "eval_loss") if base}
         | {
@@ -490,10 +488,21 @@ def one(
                 "base_dtype": str(link.cloud.model.dtype).removeprefix("torch."),
                 "attention": link.cloud.model.config._attn_implementation,
             },
-            **provenance(),
+            **made_by,
         }
         | ({"curve": curve} if curve else {})
     )
+
+
+def fork_of(steps: int) -> int:
+    """The step from which on the learning rate of a run of stage `length` falls."""
+    return steps - round(steps / 5)
+
+
+def share_of_rate(step: int, steps: int) -> float:
+    """Of the learning rate of such a run, before a step."""
+    falling = (steps - step) / (steps - fork_of(steps))
+    return min((step + 1) / LENGTH_WARMUP, 1.0, falling)
 
 
 class Checkpoint:

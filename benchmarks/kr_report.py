@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ __all__ = ["appendix", "load_results", "show", "table"]
 CODECS = kr.HERE / "results" / "codecs.jsonl"
 IMAGES = kr.HERE.parent / "docs" / "images"
 MARGIN = 0.02  # points of accuracy that an arm may lose against FT and still PASS
-BYTES, ADAPTER_FLOPS = 12.5, 18.0  # percent of FT on q, k, v: what the claims allow
+BYTES, ADAPTER_FLOPS = 12.5, 18.0  # percent of FT on q, k, v: what a claim allows
 SLACK = 1.02  # a budget is kept to 2 % of it
-TOLD = (  # the ten that tell the story, two of them by codecs.py
+TOLD = (  # ten of 150 steps of a falling rate, two of them by codecs.py
     *("FT", "FT gate,up", "gate,up factored int4, dx dropped"),
     "gate,up hosted int4, adapter int4, rank 4",
     *("spread gate,up", "KR gate,up cover", "spread v", "spread", "random", "KR"),
@@ -50,7 +50,7 @@ Seeds = dict[int, dict[str, Any]]
 def by_length(runs: list[dict[str, Any]]) -> dict[str, dict[int, Seeds]]:
     """Arm, steps and seed to a run of stage `length`, at the arm's learning rate."""
     found: dict[str, dict[int, Seeds]] = {}
-    for arm, rate in kr.LENGTH.items():
+    for arm, rate in kr.RATES.items():
         for run in runs:
             if run.items() >= {"stage": "length", "arm": arm, "learning_rate": rate}.items():
                 found.setdefault(arm, {}).setdefault(run["steps"], {})[run["seed"]] = run
@@ -63,12 +63,14 @@ def table(runs: list[dict[str, Any]]) -> str:
     full = arms.get("FT", {})
     head = "|".join(f" {steps:,} steps " for steps in kr.LENGTHS)
     claims = [
-        f"| at no more than an eighth of FT's bytes |{head}|",
+        f"| at an eighth of FT's bytes or less |{head}|",
         "|---" * (len(kr.LENGTHS) + 1) + "|",
     ]
     for name, choose in CLAIMS.items():
         cells = [best(arms, steps, choose) for steps in kr.LENGTHS]
         claims.append(f"| {name} | {' | '.join(cells)} |")
+    cells = [moved_or_not(arms, steps) for steps in kr.LENGTHS]
+    claims.append(f"| sets that change, beside the set that never changes | {' | '.join(cells)} |")
     lines = [
         "| arm | on | wire | learning rate | bytes, % | adapter FLOPs, % | all edge FLOPs, % |"
         f"{head}|",
@@ -83,7 +85,12 @@ def table(runs: list[dict[str, Any]]) -> str:
             f"{', '.join(name.removesuffix('_proj') for name in targets)} r={rank}",
             wire,
             f"{some['learning_rate']:g}",
-            *(share(mine[last], full[last], name) if last else "" for name in costs),
+            *(
+                share(mine[last], full[last], name)
+                if last and all(name in run for run in [*mine[last].values(), *full[last].values()])
+                else ""
+                for name in costs
+            ),
             *(
                 accuracy(mine[steps], {} if arm == "FT" else full.get(steps, {}))
                 if steps in mine
@@ -97,18 +104,18 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def accuracy(mine: Seeds, full: Seeds) -> str:
-    """The mean and how many seeds it has, and the difference to FT, paired by row."""
+    """The mean, and the difference to FT, each with how many seeds it has."""
     mean = statistics.fmean(run["accuracy"] for run in mine.values())
-    seeds = "" if len(mine) == 1 else f" ({len(mine)} seeds)"
-    return f"**{mean:.3f}**{seeds}" + (
-        f" {paired(mine, full)}" if mine.keys() & full.keys() else ""
-    )
+    shown = f"**{mean:.3f}**" + ("" if len(mine) == 1 else f" ({len(mine)} seeds)")
+    if seeds := mine.keys() & full.keys():
+        gap, half = gap_by_row(mine, full)
+        shown += f" {gap:+.3f} ± {half:.3f}" + (f" ({number(seeds)})" if len(mine) > 1 else "")
+    return shown
 
 
-def paired(mine: Seeds, full: Seeds) -> str:
-    """Mean difference, with its 95 % interval over the rows, which pair the runs."""
-    gap, half = gap_by_row(mine, full)
-    return f"{gap:+.3f} ± {half:.3f}"
+def number(seeds: Collection[int]) -> str:
+    """In words."""
+    return "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
 
 
 def gap_by_row(mine: Seeds, full: Seeds) -> tuple[float, float]:
@@ -135,43 +142,61 @@ def is_of_the_paper(arm: str, cost: dict[str, float]) -> bool:
 
 
 def is_choice(arm: str, cost: dict[str, float]) -> bool:
-    """The same, where not all modules are trained at once over an exact wire."""
+    """The same, and not all modules are trained."""
     return is_of_the_paper(arm, cost) and kr.ARMS[arm][3] is not None
 
 
 def is_cheap(arm: str, cost: dict[str, float]) -> bool:
-    """Any modules and any wire, within the bytes."""
+    """Any modules, wire and codec, within the bytes."""
     return cost["bytes"] <= BYTES * SLACK
 
 
+STILL, MOVING = "spread v", ("KR v cover", "rotate v, moments kept")
 CLAIMS = {
-    "(a) the paper's claim: modules among q, k, v, plain wire, beside FT": is_of_the_paper,
-    "the same, by a choice of modules alone": is_choice,
-    "(b) the best that there is: any modules, any wire, beside FT": is_cheap,
+    "(a) the paper's claim: modules among q, k, v, plain wire, at 18 % of the adapters' FLOPs or "
+    "less; beside FT": is_of_the_paper,
+    "the same, and not all modules are trained": is_choice,
+    "(b) any modules, wire and codec; beside FT": is_cheap,
 }
 
 
 def best(arms: dict[str, dict[int, Seeds]], steps: int, choose: Any) -> str:
     """A cell of the claims: the verdict of the most accurate arm of those that it may be."""
     full = arms.get("FT", {}).get(steps, {})
-    found = []
-    for arm, mine in arms.items():
-        seeds = mine.get(steps, {}).keys() & full.keys()
-        if arm != "FT" and seeds:
-            cost = {name: share(mine[steps], full, name) for name in ("bytes", "adapter_flops")}
-            if choose(arm, cost):
-                found.append((gap_by_row(mine[steps], full), arm, len(seeds)))
+    mine = {
+        arm: seeds[steps]
+        for arm, seeds in arms.items()
+        if arm != "FT" and seeds.get(steps, {}).keys() & full.keys()
+    }
+    costs = {
+        arm: {name: share(runs, full, name) for name in ("bytes", "adapter_flops")}
+        for arm, runs in mine.items()
+    }
+    found = [(gap_by_row(mine[arm], full), arm) for arm, cost in costs.items() if choose(arm, cost)]
     if not found:
-        return "not run yet"
-    (gap, half), arm, seeds = max(found)
+        return "none of those that were run" if mine else "not run yet"
+    (gap, half), arm = max(found)
     word = "PASS" if gap >= -MARGIN else "MISS"
     settled = "" if (gap - half >= -MARGIN) == (gap + half >= -MARGIN) else ", not settled"
-    several = f"{seeds} seeds" if seeds > 1 else "one seed"
+    several = number(mine[arm].keys() & full.keys())
     return f"**{word}**: {gap:+.3f} ± {half:.3f} (`{arm}`, {several}{settled})"
 
 
+def moved_or_not(arms: dict[str, dict[int, Seeds]], steps: int) -> str:
+    """A cell of the claims: each arm whose set changes, less the one whose does not."""
+    still = arms.get(STILL, {}).get(steps, {})
+    found = []
+    for arm in MOVING:
+        mine = arms.get(arm, {}).get(steps, {})
+        if seeds := mine.keys() & still.keys():
+            gap, half = gap_by_row(mine, still)
+            word = "no difference" if abs(gap) <= half else ("better" if gap > 0 else "worse")
+            found.append(f"`{arm}` {gap:+.3f} ± {half:.3f} ({number(seeds)}: {word})")
+    return "; ".join(found) or "not run yet"
+
+
 def reached(runs: list[dict[str, Any]]) -> str:
-    """Markdown: when an arm's curve first has what FT has at the end of each length."""
+    """Markdown: when an arm's curve of seed 0 first has what FT has at the end of each length."""
     arms = by_length(runs)
     full = arms.get("FT", {})
     lengths = [steps for steps in kr.LENGTHS if 0 in full.get(steps, {})]
@@ -197,9 +222,14 @@ def curve_of(mine: dict[int, Seeds]) -> list[tuple[int, float]]:
     ends = {steps: seeds[0] for steps, seeds in mine.items() if 0 in seeds}
     if not ends:
         return []
-    way = {point["step"]: point["accuracy"] for point in ends[max(ends)].get("curve", [])}
+    way = {point["step"]: point["accuracy"] for point in on_the_way(ends[max(ends)])}
     way |= {steps: run["accuracy"] for steps, run in ends.items()}
     return sorted(way.items())
+
+
+def on_the_way(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """Points of a run's curve before its learning rate began to fall."""
+    return [point for point in run["curve"] if point["step"] <= kr.fork_of(run["steps"])]
 
 
 def length_figure(runs: list[dict[str, Any]], file: Path) -> None:
@@ -216,7 +246,7 @@ def length_figure(runs: list[dict[str, Any]], file: Path) -> None:
         colour = f"C{number}"
         longest = mine[max(mine)]
         for run in longest.values():
-            way = [point for point in run.get("curve", []) if point["step"] <= 0.8 * max(mine)]
+            way = on_the_way(run)
             for panel, name in zip(panels, ("bytes", "step"), strict=True):
                 scale = 1e9 if name == "bytes" else 1
                 x = [point[name] / scale for point in way]
@@ -293,7 +323,7 @@ def judged(mine: dict[int, Any], full: dict[int, Any]) -> list[str]:
 
 
 def appendix(runs: list[dict[str, Any]]) -> list[str]:
-    """The long lists: the other final arms, tasks that were looked at, every tuning run."""
+    """The long lists: when FT is reached, final arms of 150 steps, tasks, every tuning run."""
     others = [arm for arm in (*kr.FINAL, *bought()) if arm not in TOLD]
     return [reached(runs), short_table(runs), short_table(runs, others), tasks(runs), trials(runs)]
 

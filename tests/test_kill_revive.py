@@ -28,6 +28,7 @@ from dlora.kill_revive.decide import (
     needs_probe,
     schedule,
 )
+from dlora.kill_revive.fill import rotated
 from dlora.kill_revive.scores import Measured, score
 from dlora.kill_revive.units import costs_of, units_of
 from dlora.training.plan_settings import PlanSettings
@@ -231,9 +232,17 @@ def test_baselines_keep_to_the_same_budget(policy: Any) -> None:
 
 
 def test_rotation_trains_every_unit_in_turn() -> None:
-    """Each interval the set is spread as before and one unit further, so that all are trained."""
-    sets = [choose(config(policy="rotate", budget=0.25), step=step).active for step in (0, 20, 40)]
-    assert sets == [{"u2", "u6"}, {"u3", "u7"}, {"u4", "u0"}]
+    """Each interval the set is spread as before and one unit further, so that all are trained; a
+    turn that costs too much leaves units out.
+    """
+    sets = [
+        choose(config(policy="rotate", budget=0.25), step=step).active for step in range(0, 80, 20)
+    ]
+    assert sets == [{"u2", "u6"}, {"u3", "u7"}, {"u4", "u0"}, {"u5", "u1"}]
+
+    dear = Costs((*COSTS.sites[:7], (100, {"u7.q": 50, "u7.v": 50})))
+    turns = [[unit.name for unit in rotated(UNITS, dear, 0.25, turn)] for turn in range(2)]
+    assert turns == [["u1", "u4", "u6"], ["u2", "u5"]]
 
 
 def test_deltas_are_measured_until_they_are_decided_by() -> None:

@@ -1,4 +1,6 @@
-"""The command that trains for two epochs: a run that is stopped goes on as if it had not been."""
+"""The command that trains at several lengths: a run that is stopped goes on as if it had not been,
+and what its tables say of made-up runs is what can be worked out by hand.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ def kr(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     import kr
 
     monkeypatch.setattr(kr, "RESULT", tmp_path / "kr.jsonl")
-    for name, value in {"LENGTHS": (5, 10), "CURVE_STEPS": 2, "CURVE_ROWS": 2}.items():
+    small = {"LENGTHS": (5, 10), "LENGTH_WARMUP": 2, "CURVE_STEPS": 2, "CURVE_ROWS": 2}
+    for name, value in small.items():
         monkeypatch.setattr(kr, name, value)
     often = {**kr.START, "interval": 1, "budget": 0.5, "unit": "module"}
     monkeypatch.setitem(kr.ARMS, "often", (["q_proj", "v_proj"], 2, "plain", often, ()))
@@ -120,6 +123,9 @@ def long_run(arm: str, steps: int, right: str, **values: Any) -> dict[str, Any]:
     return run | {"steps": steps} | cost | shares | values
 
 
+FEW = {"bytes": 1800, "adapter_flops": 2700}  # an eighth, and 18 %, of FT's 150 steps below
+
+
 def test_claims_by_length(kr: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """A claim is judged by the best arm within its bytes and FLOPs, on the rows that it and FT both
     answered, at each length that both were run for; what was not run says so.
@@ -127,14 +133,12 @@ def test_claims_by_length(kr: ModuleType, monkeypatch: pytest.MonkeyPatch) -> No
     import kr_report
 
     monkeypatch.setattr(kr, "LENGTHS", (150, 600, 1250))
-    arms = ("FT", "spread v", "v int4, dx dropped", "FT gate,up hosted rank 4")
-    monkeypatch.setattr(kr, "LENGTH", dict.fromkeys(arms, 4e-3))
-    few = {"bytes": 1800, "adapter_flops": 2700}
+    monkeypatch.setattr(kr, "RATES", dict.fromkeys(kr.RATES, 4e-3))
     runs = [
         *(long_run("FT", steps, "1" * 90 + "0" * 10) for steps in (150, 600)),
-        long_run("spread v", 150, "1" * 50 + "0" * 50, **few),
-        long_run("v int4, dx dropped", 150, "0" + "1" * 88 + "0" * 11, **few),
-        long_run("FT gate,up hosted rank 4", 150, "1" * 100, **few),
+        long_run("spread v", 150, "1" * 50 + "0" * 50, **FEW),
+        long_run("v int4, dx dropped", 150, "0" + "1" * 88 + "0" * 11, **FEW),
+        long_run("gate,up hosted int4", 150, "1" * 100, **FEW),
         long_run("v int4, dx dropped", 600, "1" * 100, bytes=9000, adapter_flops=9000),
     ]
     rows = [line.split("|") for line in kr_report.table(runs).splitlines()]
@@ -143,18 +147,90 @@ def test_claims_by_length(kr: ModuleType, monkeypatch: pytest.MonkeyPatch) -> No
     (paper, choice, cheap), table = cells[2:5], {row[1]: row for row in cells[8:]}
     assert paper[2] == "**PASS**: -0.020 ± 0.027 (`v int4, dx dropped`, one seed, not settled)"
     assert choice[2] == "**MISS**: -0.400 ± 0.096 (`spread v`, one seed)"
-    assert cheap[2] == "**PASS**: +0.100 ± 0.059 (`FT gate,up hosted rank 4`, one seed)"
-    assert paper[3:5] == ["not run yet", "not run yet"]  # too many bytes
+    assert cheap[2] == "**PASS**: +0.100 ± 0.059 (`gate,up hosted int4`, one seed)"
+    assert paper[3:5] == ["none of those that were run", "not run yet"]  # too many bytes
     assert table["FT"][8:10] == ["**0.900**", "**0.900**"]
     assert table["v int4, dx dropped"][5:7] == ["15.0", "15.0"]
 
 
-def test_gap_by_row_is_of_pairs(kr: ModuleType) -> None:
-    """The interval is that of the rows on which two runs differ, not of two independent shares."""
+@pytest.mark.parametrize(
+    ("arm", "cost", "of_the_paper", "cheap"),
+    [
+        ("spread v", {}, True, True),
+        ("spread v", {"bytes": 1900}, True, True),  # a budget is kept to 2 %
+        ("spread v", {"bytes": 1950}, False, False),
+        ("spread v", {"adapter_flops": 3000}, False, True),
+        ("gate,up hosted int4", {}, False, True),
+    ],
+)
+def test_limits_of_a_claim(
+    kr: ModuleType, arm: str, cost: dict[str, int], of_the_paper: bool, cheap: bool
+) -> None:
+    """Bytes, adapter FLOPs, wire and modules each shut an arm out of the claim that they limit."""
     import kr_report
 
-    mine, full = (
-        {seed: {"right": marks} for seed in range(2)} for marks in ("1100" * 50, "1010" * 50)
-    )
+    run, full = long_run(arm, 150, "1", **FEW | cost), long_run("FT", 150, "1")
+    shares = {name: kr_report.share({0: run}, {0: full}, name) for name in FEW}
+    assert kr_report.is_of_the_paper(arm, shares) == of_the_paper
+    assert kr_report.is_cheap(arm, shares) == cheap
+
+
+def test_sets_that_change_are_compared_with_the_one_that_does_not(
+    kr: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the seeds that both have, and a cell says how many those are, as the accuracies' do."""
+    import kr_report
+
+    monkeypatch.setattr(kr, "LENGTHS", (150,))
+    monkeypatch.setattr(kr, "RATES", dict.fromkeys(kr.RATES, 4e-3))
+    still = [long_run("spread v", 150, "1" * 6 + "0" * 4, **FEW, seed=seed) for seed in range(2)]
+    moving = [long_run("KR v cover", 150, "0" * 10, **FEW, seed=seed) for seed in range(3)]
+    text = kr_report.table([long_run("FT", 150, "1" * 9 + "0"), *still, *moving])
+    assert "`KR v cover` -0.600 ± 0.304 (2 seeds: worse)" in text
+    assert "**0.600** (2 seeds) -0.300 ± 0.284 (one seed)" in text
+    assert "**0.000** (3 seeds) -0.900 ± 0.186 (one seed)" in text
+
+
+def test_gap_by_row_is_of_pairs(kr: ModuleType) -> None:
+    """The interval is that of the rows on which two runs differ, averaged over seeds, not of two
+    independent shares.
+    """
+    import kr_report
+
+    mine = {0: {"right": "1110" * 50}, 1: {"right": "1100" * 50}}
+    full = {0: {"right": "1101" * 50}, 1: {"right": "1100" * 50}}
     gap, half = kr_report.gap_by_row(mine, full)
-    assert gap == 0 and half == pytest.approx(1.96 * math.sqrt(0.5 / 200))
+    assert gap == 0 and half == pytest.approx(1.96 * math.sqrt((0.25 + 0.25) / 4 / 200))
+
+
+def test_when_a_curve_reaches_full_tuning(kr: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first point with FT's accuracy counts, but for those at which the rate had begun to
+    fall.
+    """
+    import kr_report
+
+    monkeypatch.setattr(kr, "LENGTHS", (150, 600))
+    monkeypatch.setattr(kr, "RATES", dict.fromkeys(kr.RATES, 4e-3))
+    accuracies = {125: 0.3, 250: 0.5, 375: 0.6, 500: 0.9}
+    curve = [{"step": step, "accuracy": value} for step, value in accuracies.items()]
+    runs = [long_run("FT", 150, "1100"), long_run("FT", 600, "1111")]
+    runs += [long_run("spread v", 600, "1110", curve=curve)]
+    assert kr_report.reached(runs).splitlines()[-1] == "| spread v | 250 | not in 600 |"
+
+
+def test_rate_of_a_long_run(kr: ModuleType) -> None:
+    """The rate grows, is constant until a fifth is left, and then falls to zero: until there it is
+    the same whatever the length.
+    """
+    monkey = [kr.share_of_rate(step, 10) for step in range(11)]
+    assert monkey == [0.5, *[1.0] * 8, 0.5, 0.0]
+    short = [kr.share_of_rate(step, 5) for step in range(6)]
+    assert short == [*monkey[:5], 0.0]
+
+
+def test_long_runs_come_shorter_first(kr: ModuleType) -> None:
+    """A run that may begin where a shorter one forked comes behind it in the list."""
+    runs = [kr.key(spec) for spec in kr.specs([]) if spec["stage"] == "length"]
+    assert len(runs) == len(set(runs))
+    for number, run in enumerate(runs):
+        assert not [other for other in runs[number:] if other[:5] == run[:5] and other < run]

@@ -31,7 +31,7 @@ Policy = Literal[
 ]
 
 
-SCORELESS: Final = ("random", "redraw", "rotate", "last", "spread")
+_SCORELESS: Final = ("random", "redraw", "rotate", "last", "spread")
 """Baselines that choose without having measured anything."""
 
 
@@ -42,8 +42,8 @@ class KillReviveConfig:
     policy: Policy = "kr"
     """kr; or chosen once after the warm-up: all (FT), random, last layers, evenly spread layers,
     largest gradient, magnitude of B A, sensitivity |weight x gradient| (AdaLoRA), output size
-    (LoRA-drop); or anew each interval: redraw, at random; rotate, evenly spread layers, each time
-    one further (in the manner of BAdam, arXiv:2404.02827, and LISA, arXiv:2403.17919)."""
+    (LoRA-drop); or anew each interval: redraw, at random, as LISA does (arXiv:2403.17919); rotate,
+    evenly spread layers, each time one further, block by block as BAdam (arXiv:2404.02827)."""
     unit: Literal["site", "module"] = "site"
     """What is killed and revived as a whole. What whole units leave of the budget goes to single
     modules of others."""
@@ -120,7 +120,7 @@ class KillReviveConfig:
     def warmup_steps(self, total_steps: int) -> int:
         """Steps with all modules active. At least one, where a baseline needs a score to choose."""
         steps = round(self.warmup * total_steps) if self.warmup < 1 else int(self.warmup)
-        return max(steps, 0 if self.policy in ("kr", "all", *SCORELESS) else 1)
+        return max(steps, 0 if self.policy in ("kr", "all", *_SCORELESS) else 1)
 
 
 PAPER: Final = KillReviveConfig(
