@@ -203,8 +203,9 @@ FIRST = {"FT": 4e-3, "spread v": 1.2e-2, "KR v cover": 1.2e-2, "v int4, dx dropp
 RATES = FIRST | {"gate,up hosted int4": 4e-3, "rotate v, moments kept": 1.2e-2}
 # Its runs in order: arm, seed and steps. A shorter run of an arm goes before a longer one.
 LONG_RUNS = (
-    *((arm, 0, steps) for steps in LENGTHS for arm in FIRST),
-    *((arm, 0, steps) for steps in LENGTHS for arm in RATES if arm not in FIRST),
+    *((arm, 0, steps) for steps in LENGTHS[:1] for arm in RATES),
+    *((arm, 0, steps) for steps in LENGTHS[1:] for arm in FIRST),
+    *((arm, 0, steps) for steps in LENGTHS[1:] for arm in RATES if arm not in FIRST),
     *((arm, seed, LENGTHS[-1]) for seed in SEEDS[1:] for arm in ("spread v", "KR v cover")),
 )
 TASKS = ("arc_easy", "openbookqa", "social_iqa", "boolq")

@@ -170,6 +170,15 @@ def batches(
     return made
 
 
+# For tests of many cases: families that are built as another one here is are for `make slow`.
+BY_FAMILY = [
+    pytest.param(family, marks=pytest.mark.slow)
+    if family in ("mistral", "qwen2", "gemma3")
+    else family
+    for family in FAMILIES
+]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first; the order within a file stays."""
     place = {name: number for number, name in enumerate(_LONG)}

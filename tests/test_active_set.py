@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, NO_DRAIN, adapter, batches, lora, make_local, make_split
+from conftest import BY_FAMILY, FAMILIES, NO_DRAIN, adapter, batches, lora, make_local, make_split
 from helpers import FlopCount
 from peft.tuners.lora import LoraLayer
 
@@ -49,7 +49,7 @@ def random_sets(names: list[str], count: int, seed: int = 0) -> Iterator[set[str
 
 @pytest.mark.parametrize("wire", ["plain", "factored"])
 @pytest.mark.parametrize("idle", ["drop", "cloud", "edge"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BY_FAMILY)
 def test_any_set_gives_local_gradients(links: Links, family: str, idle: Any, wire: str) -> None:
     """Loss and gradients equal local peft's with the same set, which changes at every step of a
     training run.

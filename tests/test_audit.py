@@ -640,7 +640,10 @@ def test_attacker_and_victim_share_no_text(link: InProcessLink, data: Path, tmp_
     assert not set(texts(known)) & set(texts(attacked))
 
 
-@pytest.mark.parametrize(("kind", "targets"), [("series", "o_proj"), ("parallel", "q_proj")])
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [("series", "o_proj"), pytest.param("parallel", "q_proj", marks=pytest.mark.slow)],
+)
 def test_audit_of_bottlenecks(
     link: InProcessLink, data: Path, tmp_path: Path, kind: Any, targets: str
 ) -> None:

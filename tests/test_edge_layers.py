@@ -12,7 +12,17 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import FAMILIES, NO_DRAIN, adapter, batches, lora, make_base, make_local, make_split
+from conftest import (
+    BY_FAMILY,
+    FAMILIES,
+    NO_DRAIN,
+    adapter,
+    batches,
+    lora,
+    make_base,
+    make_local,
+    make_split,
+)
 from helpers import FlopCount
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
@@ -61,7 +71,7 @@ def grads_of(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, dict[st
 
 
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", BY_FAMILY)
 def test_gradients_equal_local_peft(held: Any, family: str, split: tuple[int, int]) -> None:
     """Were a held layer run with other masks, positions or weights, loss or gradients would not be
     local peft's.
@@ -99,7 +109,7 @@ def test_adapters_on_held_layers_alone(held: Any, targets: str) -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", BY_FAMILY)
 def test_greedy_tokens_equal_local_peft(held: Any, family: str, split: tuple[int, int]) -> None:
     """Were the two halves' KV caches of different lengths, or left padding lost, other tokens would
     come out.

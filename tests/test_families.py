@@ -93,6 +93,7 @@ def test_architecture_trains_and_answers_as_local_peft(families: Any, architectu
     assert record["cache"], record
 
 
+@pytest.mark.slow
 def test_server_of_a_mixture_killed_in_a_step(families: Any, tmp_path: Path) -> None:
     """Over a socket, kills in forward and in backward change no bit of a mixture's adapter."""
     import_module("tiny_models").build("mixtral").save_pretrained(tmp_path / "mixtral")

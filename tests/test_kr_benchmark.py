@@ -148,7 +148,7 @@ def test_claims_by_length(kr: ModuleType, monkeypatch: pytest.MonkeyPatch) -> No
     assert paper[2] == "**PASS**: -0.020 ± 0.027 (`v int4, dx dropped`, one seed, not settled)"
     assert choice[2] == "**MISS**: -0.400 ± 0.096 (`spread v`, one seed)"
     assert cheap[2] == "**PASS**: +0.100 ± 0.059 (`gate,up hosted int4`, one seed)"
-    assert paper[3:5] == ["none of those that were run", "not run yet"]  # too many bytes
+    assert paper[3:5] == ["no run keeps to it yet", "not run yet"]  # too many bytes
     assert table["FT"][8:10] == ["**0.900**", "**0.900**"]
     assert table["v int4, dx dropped"][5:7] == ["15.0", "15.0"]
 
@@ -156,11 +156,14 @@ def test_claims_by_length(kr: ModuleType, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("arm", "cost", "of_the_paper", "cheap"),
     [
-        ("spread v", {}, True, True),
-        ("spread v", {"bytes": 1900}, True, True),  # a budget is kept to 2 %
+        ("spread v", {}, True, False),
+        ("spread v", {"bytes": 1900}, True, False),  # a budget is kept to 2 %
         ("spread v", {"bytes": 1950}, False, False),
-        ("spread v", {"adapter_flops": 3000}, False, True),
+        ("spread v", {"adapter_flops": 3000}, False, False),
         ("gate,up hosted int4", {}, False, True),
+        ("gate,up hosted int4", {"bytes": 1900, "adapter_flops": 9000}, False, True),
+        ("gate,up hosted int4", {"bytes": 1950}, False, False),
+        ("FT hosted", {}, False, True),
     ],
 )
 def test_limits_of_a_claim(

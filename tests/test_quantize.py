@@ -246,6 +246,7 @@ def test_what_cannot_be_quantised_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     _bitsandbytes.cache_clear()
 
 
+@pytest.mark.slow
 def test_serve_command(model_folder: Path, tmp_path: Path) -> None:
     """`dlora serve --quantize` serves a low-bit base over a socket, trains an edge, and says what
     it is.

@@ -326,6 +326,7 @@ def test_a_second_run_breathes_and_ends_with_its_stream(pair: SimpleNamespace) -
     cloud.run(request, ZeroEdge(request))
 
 
+@pytest.mark.slow
 def test_a_killed_server_costs_no_bit(
     mortal: Mortal, pair: SimpleNamespace, tmp_path: Path
 ) -> None:

@@ -719,6 +719,7 @@ def test_settings_that_cannot_work_are_refused(
         settings(tmp_path, **changes)
 
 
+@pytest.mark.slow
 def test_reinforcement_raises_the_reward(client: Any) -> None:
     """The loop of an RL program (sample, reward, advantages, a pass, a step) raises what is
     rewarded: here tokens from the first half of the vocabulary.
