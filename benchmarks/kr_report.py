@@ -8,12 +8,12 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import intervals
 import kr
 from kr import load_results
 
@@ -82,7 +82,7 @@ def table(runs: list[dict[str, Any]]) -> str:
         costs = ("bytes", "adapter_flops", "edge_flops")
         some = next(iter(mine[max(mine)].values()))
         cells = [
-            f"{', '.join(name.removesuffix('_proj') for name in targets)} r={rank}",
+            modules_of(targets, rank),
             wire,
             f"{some['learning_rate']:g}",
             *(
@@ -101,6 +101,11 @@ def table(runs: list[dict[str, Any]]) -> str:
         cells = [cell if isinstance(cell, str) else f"{cell:.1f}" for cell in cells]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(claims) + "\n\n" + "\n".join(lines)
+
+
+def modules_of(targets: Sequence[str], rank: int) -> str:
+    """A cell: what an arm trains."""
+    return f"{', '.join(name.removesuffix('_proj') for name in targets)} r={rank}"
 
 
 def accuracy(mine: Seeds, full: Seeds) -> str:
@@ -127,7 +132,7 @@ def gap_by_row(mine: Seeds, full: Seeds) -> tuple[float, float]:
         for seed in sorted(mine.keys() & full.keys())
     ]
     gaps = [statistics.fmean(row) for row in zip(*marks, strict=True)]
-    return statistics.fmean(gaps), 1.96 * statistics.pstdev(gaps) / math.sqrt(len(gaps))
+    return statistics.fmean(gaps), intervals.over_rows(gaps)
 
 
 def is_of_the_paper(arm: str, cost: dict[str, float]) -> bool:
@@ -244,8 +249,8 @@ def length_figure(runs: list[dict[str, Any]], file: Path) -> None:
     from matplotlib import pyplot
 
     canvas, panels = pyplot.subplots(1, 2, figsize=(13, 6), layout="constrained", sharey=True)
-    for number, (arm, mine) in enumerate(by_length(runs).items()):
-        colour = f"C{number}"
+    for place, (arm, mine) in enumerate(by_length(runs).items()):
+        colour = f"C{place}"
         longest = mine[max(mine)]
         for run in longest.values():
             way = on_the_way(run)
@@ -258,7 +263,7 @@ def length_figure(runs: list[dict[str, Any]], file: Path) -> None:
             scale = 1e9 if name == "bytes" else 1
             x = [statistics.fmean(run[name] for run in mine[at].values()) / scale for at in mine]
             y = [statistics.fmean(run["accuracy"] for run in mine[at].values()) for at in mine]
-            bars = [1.96 * math.sqrt(p * (1 - p) / rows_of(mine)) for p in y]
+            bars = [intervals.of_share(p, rows_of(mine)) for p in y]
             panel.errorbar(x, y, bars, fmt="o", color=colour, capsize=3, label=arm)
     panels[0].set_xscale("log")
     panels[0].set_xlabel("GB of the run, both directions")
@@ -306,7 +311,7 @@ def short_table(runs: list[dict[str, Any]], arms: Sequence[str] = TOLD) -> str:
         shown = ", ".join(f"{mine[seed]['accuracy']:.3f}" for seed in sorted(mine))
         mean = statistics.fmean(run["accuracy"] for run in mine.values())
         cells = [
-            f"{', '.join(name.removesuffix('_proj') for name in targets)} r={rank}",
+            modules_of(targets, rank),
             *(wire, rate, f"**{mean:.3f}** ({shown})", *judged(mine, full), *judged(mine, same)),
             *(f"{share(mine, full, name):.1f}" for name in ("bytes", "adapter_flops")),
         ]
@@ -424,8 +429,7 @@ def interval(mine: dict[int, Any], full: dict[int, Any]) -> str:
     gaps = differences(mine, full)
     if mine is full:
         return ""
-    quantile = {2: 12.71, 3: 4.30}.get(len(gaps))
-    half = f" ± {quantile * statistics.stdev(gaps) / math.sqrt(len(gaps)):.3f}" if quantile else ""
+    half = f" ± {intervals.over_seeds(gaps):.3f}" if len(gaps) > 1 else ""
     return f"{statistics.fmean(gaps):+.3f}{half}"
 
 

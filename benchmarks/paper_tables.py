@@ -11,9 +11,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import intervals
+
 Run = dict[str, Any]
 QKV = ["q_proj", "k_proj", "v_proj"]
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # quantiles of t, by the number of seeds
 # A step of the projection: micro-batch, tokens of a row, supervised tokens of a row, LoRA rank
 STEP = {"batch": 16, "length": 96, "supervised": 3, "r": 8}
 _WIDE = {"hidden_size": 4096, "num_attention_heads": 32, "num_hidden_layers": 32}
@@ -45,8 +46,8 @@ def half_width(runs: list[Run]) -> float:
     """Of the 95 % interval of the mean accuracy: t over seeds, or binomial for a single one."""
     shares = [run["accuracy"] for run in runs]
     if len(shares) > 1:
-        return T_95.get(len(shares), 2.0) * statistics.stdev(shares) / math.sqrt(len(shares))
-    return 1.96 * math.sqrt(shares[0] * (1 - shares[0]) / runs[0]["rows"])
+        return intervals.over_seeds(shares)
+    return intervals.of_share(shares[0], runs[0]["rows"])
 
 
 def gap_half_width(mine: list[Run], theirs: list[Run]) -> float:
@@ -59,10 +60,10 @@ def gap_half_width(mine: list[Run], theirs: list[Run]) -> float:
     whole = len(pairs) == len(mine) == len(theirs)
     if whole and len(pairs) > 1:
         gaps = [a["accuracy"] - b["accuracy"] for a, b in pairs]
-        return T_95.get(len(gaps), 2.0) * statistics.stdev(gaps) / math.sqrt(len(gaps))
+        return intervals.over_seeds(gaps)
     if whole and all(one.get("right") for one in pairs[0]):
         gaps = [int(a) - int(b) for a, b in zip(*(one["right"] for one in pairs[0]), strict=True)]
-        return 1.96 * statistics.pstdev(gaps) / math.sqrt(len(gaps))
+        return intervals.over_rows(gaps)
     return math.hypot(half_width(mine), half_width(theirs))
 
 

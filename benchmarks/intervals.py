@@ -1,0 +1,24 @@
+"""Half of a 95 % interval, of what the tables of `kr.py` and `paper.py` show."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # quantiles of t, by the number of seeds
+
+
+def over_seeds(values: Sequence[float]) -> float:
+    """Of the mean of a few seeds, two at least: t."""
+    return T_95.get(len(values), 2.0) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def over_rows(gaps: Sequence[float]) -> float:
+    """Of the mean of many rows; of differences of right and wrong, as McNemar's test has it."""
+    return 1.96 * statistics.pstdev(gaps) / math.sqrt(len(gaps))
+
+
+def of_share(share: float, rows: int) -> float:
+    """Of a share of so many rows: binomial."""
+    return 1.96 * math.sqrt(share * (1 - share) / rows)
