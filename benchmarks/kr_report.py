@@ -124,15 +124,9 @@ def number(seeds: Collection[int]) -> str:
 
 
 def gap_by_row(mine: Seeds, full: Seeds) -> tuple[float, float]:
-    """Mean difference and half of its 95 % interval: of a single seed as McNemar's test has it; of
-    several over the rows' means of them, so that it says nothing about other seeds.
-    """
-    marks = [
-        [int(a) - int(b) for a, b in zip(mine[seed]["right"], full[seed]["right"], strict=True)]
-        for seed in sorted(mine.keys() & full.keys())
-    ]
-    gaps = [statistics.fmean(row) for row in zip(*marks, strict=True)]
-    return statistics.fmean(gaps), intervals.over_rows(gaps)
+    """Mean difference and half of its interval, over the rows of the seeds that both have."""
+    seeds = mine.keys() & full.keys()
+    return intervals.by_row(*([side[seed]["right"] for seed in seeds] for side in (mine, full)))
 
 
 def is_of_the_paper(arm: str, cost: dict[str, float]) -> bool:
@@ -235,8 +229,9 @@ def curve_of(mine: dict[int, Seeds]) -> list[tuple[int, float]]:
 
 
 def on_the_way(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """Points of a run's curve before its learning rate began to fall."""
-    return [point for point in run["curve"] if point["step"] <= kr.fork_of(run["steps"])]
+    """Points of a run's curve before its learning rate began to fall; only seed 0 has one."""
+    curve = run.get("curve", [])
+    return [point for point in curve if point["step"] <= kr.fork_of(run["steps"])]
 
 
 def length_figure(runs: list[dict[str, Any]], file: Path) -> None:

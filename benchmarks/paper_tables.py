@@ -53,17 +53,15 @@ def half_width(runs: list[Run]) -> float:
 def gap_half_width(mine: list[Run], theirs: list[Run]) -> float:
     """Of the 95 % interval of a difference of accuracy between two arms on one task.
 
-    Paired by seed where both have the same several seeds (t). Of a single one paired by row where
-    both runs kept which rows were right, as McNemar's test does; else as if independent.
+    Paired by row where all runs kept which rows were right; else by seed where both arms have the
+    same several (t); else as if errors were independent.
     """
-    pairs = [(a, b) for a in mine for b in theirs if a["seed"] == b["seed"]]
-    whole = len(pairs) == len(mine) == len(theirs)
-    if whole and len(pairs) > 1:
-        gaps = [a["accuracy"] - b["accuracy"] for a, b in pairs]
+    rows = [[run.get("right", "") for run in side] for side in (mine, theirs)]
+    if all(all(side) for side in rows):
+        return intervals.by_row(*rows)[1]
+    gaps = [a["accuracy"] - b["accuracy"] for a in mine for b in theirs if a["seed"] == b["seed"]]
+    if len(gaps) == len(mine) == len(theirs) > 1:
         return intervals.over_seeds(gaps)
-    if whole and all(one.get("right") for one in pairs[0]):
-        gaps = [int(a) - int(b) for a, b in zip(*(one["right"] for one in pairs[0]), strict=True)]
-        return intervals.over_rows(gaps)
     return math.hypot(half_width(mine), half_width(theirs))
 
 

@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -484,14 +484,14 @@ def test_by_number_every_run_is_kept_and_none_is_open(paper: ModuleType) -> None
 
 
 def test_intervals_pair_what_can_be_paired(paper: ModuleType) -> None:
-    """A difference is paired by seed where both arms have several, by row where both kept which
-    rows were right, and is as of independent runs elsewhere.
+    """A difference is paired by row where all runs kept which rows were right, by seed where some
+    did not and both arms have several, and is as of independent runs elsewhere.
     """
     half_width = paper.paper_tables.gap_half_width
 
-    def made(*shares: float, right: str = "") -> list[dict[str, Any]]:
+    def made(*shares: float, right: Sequence[str] = ("",) * 3) -> list[dict[str, Any]]:
         return [
-            {"seed": seed, "accuracy": share, "rows": 100, "right": right}
+            {"seed": seed, "accuracy": share, "rows": 100, "right": right[seed]}
             for seed, share in enumerate(shares)
         ]
 
@@ -499,8 +499,12 @@ def test_intervals_pair_what_can_be_paired(paper: ModuleType) -> None:
     assert half_width(made(0.11, 0.52, 0.93), made(0.1, 0.5, 0.9)) == pytest.approx(
         4.30 * 0.01 / math.sqrt(3)
     )
-    mine, theirs = made(0.5, right="1010" * 25), made(0.25, right="1000" * 25)
+    mine, theirs = made(0.5, right=["1010" * 25]), made(0.25, right=["1000" * 25])
     assert half_width(mine, theirs) == pytest.approx(1.96 * math.sqrt(0.25 * 0.75 / 100))
+    two = made(0.5, 0.25, right=["1010" * 25, "1000" * 25])
+    assert half_width(two, theirs) == pytest.approx(1.96 * math.sqrt(0.25 * 0.75 / 4 / 100))
+    two[1]["right"] = ""
+    assert half_width(two, made(0.25, 0.25)) == pytest.approx(12.71 * 0.25 / 2)
     alone = 1.96 * math.sqrt((0.5 * 0.5 + 0.25 * 0.75) / 100)
     assert half_width(mine, made(0.25)) == pytest.approx(alone)
     assert half_width(made(0.5), made(0.25)) == pytest.approx(alone)
