@@ -204,11 +204,18 @@ RATES = {
     **{"gate,up hosted int4": 4e-3, "rotate v, moments kept": 1.2e-2},
 }
 LAST = "rotate v, moments kept"
-# Its runs in order: arm, seed and steps. A shorter run of an arm goes before a longer one.
+# Its runs in order: arm, rate, seed and steps. A shorter run of an arm goes before a longer one.
+# FT, to which all are compared, is tried at half of its rate as well.
 LONG_RUNS = (
-    *((arm, 0, steps) for steps in LENGTHS for arm in RATES if arm != LAST),
-    *((arm, seed, LENGTHS[-1]) for seed in SEEDS[1:] for arm in ("spread v", "KR v cover")),
-    *((LAST, 0, steps) for steps in LENGTHS),
+    *((arm, RATES[arm], 0, steps) for steps in LENGTHS[:2] for arm in RATES if arm != LAST),
+    ("FT", RATES["FT"] / 2, 0, LENGTHS[-1]),
+    *((arm, RATES[arm], 0, LENGTHS[-1]) for arm in RATES if arm != LAST),
+    *(
+        (arm, RATES[arm], seed, LENGTHS[-1])
+        for seed in SEEDS[1:]
+        for arm in ("spread v", "KR v cover")
+    ),
+    *((LAST, RATES[LAST], 0, steps) for steps in LENGTHS),
 )
 TASKS = ("arc_easy", "openbookqa", "social_iqa", "boolq")
 
@@ -238,12 +245,12 @@ def specs(done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 "learning_rate": rate,
                 "seed": seed,
             }
-    for arm, seed, steps in LONG_RUNS:
+    for arm, rate, seed, steps in LONG_RUNS:
         yield {
             "stage": "length",
             "task": "banking77",
             "arm": arm,
-            "learning_rate": RATES[arm],
+            "learning_rate": rate,
             "seed": seed,
             "steps": steps,
         }

@@ -47,14 +47,43 @@ def show(what: str, runs: list[dict[str, Any]]) -> None:
 Seeds = dict[int, dict[str, Any]]
 
 
-def by_length(runs: list[dict[str, Any]]) -> dict[str, dict[int, Seeds]]:
-    """Arm, steps and seed to a run of stage `length`, at the arm's learning rate."""
-    found: dict[str, dict[int, Seeds]] = {}
-    for arm, rate in kr.RATES.items():
-        for run in runs:
-            if run.items() >= {"stage": "length", "arm": arm, "learning_rate": rate}.items():
-                found.setdefault(arm, {}).setdefault(run["steps"], {})[run["seed"]] = run
+def tried(runs: list[dict[str, Any]], arm: str, steps: int) -> dict[float, Seeds]:
+    """Learning rate and seed to a run of stage `length`."""
+    wanted = {"stage": "length", "arm": arm, "steps": steps}
+    found: dict[float, Seeds] = {}
+    for run in runs:
+        if run.items() >= wanted.items():
+            found.setdefault(run["learning_rate"], {})[run["seed"]] = run
     return found
+
+
+def by_length(runs: list[dict[str, Any]]) -> dict[str, dict[int, Seeds]]:
+    """Arm, steps and seed to a run of stage `length`, at the rate that came out best there."""
+    found = {
+        arm: {
+            steps: max(some.values(), key=mean)
+            for steps in kr.LENGTHS
+            if (some := tried(runs, arm, steps))
+        }
+        for arm in kr.RATES
+    }
+    return {arm: mine for arm, mine in found.items() if mine}
+
+
+def mean(mine: Seeds) -> float:
+    """Accuracy over seeds."""
+    return statistics.fmean(run["accuracy"] for run in mine.values())
+
+
+def rates(runs: list[dict[str, Any]]) -> str:
+    """Markdown of the arms that were run at more than one learning rate at a length."""
+    lines = ["| arm | steps | learning rate | accuracy |", "|---|---|---|---|"]
+    for arm in kr.RATES:
+        for steps in kr.LENGTHS:
+            some = tried(runs, arm, steps)
+            for rate, mine in sorted(some.items()) if len(some) > 1 else ():
+                lines.append(f"| {arm} | {steps:,} | {rate:g} | {accuracy(mine, {})} |")
+    return "\n".join(lines) if len(lines) > 2 else "No arm was run at more than one rate."
 
 
 def table(runs: list[dict[str, Any]]) -> str:
@@ -80,11 +109,11 @@ def table(runs: list[dict[str, Any]]) -> str:
         targets, rank, wire, *_ = kr.ARMS[arm]
         last = max(mine.keys() & full.keys(), default=None)
         costs = ("bytes", "adapter_flops", "edge_flops")
-        some = next(iter(mine[max(mine)].values()))
+        at = [next(iter(seeds.values()))["learning_rate"] for seeds in mine.values()]
         cells = [
             modules_of(targets, rank),
             wire,
-            f"{some['learning_rate']:g}",
+            ", ".join(f"{one:g}" for one in (at if len(set(at)) > 1 else at[:1])),
             *(
                 share(mine[last], full[last], name)
                 if last and all(name in run for run in [*mine[last].values(), *full[last].values()])
@@ -110,8 +139,7 @@ def modules_of(targets: Sequence[str], rank: int) -> str:
 
 def accuracy(mine: Seeds, full: Seeds) -> str:
     """The mean, and the difference to FT, each with how many seeds it has."""
-    mean = statistics.fmean(run["accuracy"] for run in mine.values())
-    shown = f"**{mean:.3f}**" + ("" if len(mine) == 1 else f" ({len(mine)} seeds)")
+    shown = f"**{mean(mine):.3f}**" + ("" if len(mine) == 1 else f" ({len(mine)} seeds)")
     if seeds := mine.keys() & full.keys():
         gap, half = gap_by_row(mine, full)
         shown += f" {gap:+.3f} ± {half:.3f}" + (f" ({number(seeds)})" if len(mine) > 1 else "")
@@ -257,7 +285,7 @@ def length_figure(runs: list[dict[str, Any]], file: Path) -> None:
         for panel, name in zip(panels, ("bytes", "steps"), strict=True):
             scale = 1e9 if name == "bytes" else 1
             x = [statistics.fmean(run[name] for run in mine[at].values()) / scale for at in mine]
-            y = [statistics.fmean(run["accuracy"] for run in mine[at].values()) for at in mine]
+            y = [mean(seeds) for seeds in mine.values()]
             bars = [intervals.of_share(p, rows_of(mine)) for p in y]
             panel.errorbar(x, y, bars, fmt="o", color=colour, capsize=3, label=arm)
     panels[0].set_xscale("log")
@@ -304,10 +332,15 @@ def short_table(runs: list[dict[str, Any]], arms: Sequence[str] = TOLD) -> str:
             wire += "; base fp32"
             same = finals.get(TWINS["FT gate,up" if targets == kr.MLP else "FT"], {})
         shown = ", ".join(f"{mine[seed]['accuracy']:.3f}" for seed in sorted(mine))
-        mean = statistics.fmean(run["accuracy"] for run in mine.values())
         cells = [
             modules_of(targets, rank),
-            *(wire, rate, f"**{mean:.3f}** ({shown})", *judged(mine, full), *judged(mine, same)),
+            *(
+                wire,
+                rate,
+                f"**{mean(mine):.3f}** ({shown})",
+                *judged(mine, full),
+                *judged(mine, same),
+            ),
             *(f"{share(mine, full, name):.1f}" for name in ("bytes", "adapter_flops")),
         ]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
@@ -327,7 +360,14 @@ def judged(mine: dict[int, Any], full: dict[int, Any]) -> list[str]:
 def appendix(runs: list[dict[str, Any]]) -> list[str]:
     """The long lists: when FT is reached, final arms of 150 steps, tasks, every tuning run."""
     others = [arm for arm in (*kr.FINAL, *bought()) if arm not in TOLD]
-    return [reached(runs), short_table(runs), short_table(runs, others), tasks(runs), trials(runs)]
+    return [
+        reached(runs),
+        rates(runs),
+        short_table(runs),
+        short_table(runs, others),
+        tasks(runs),
+        trials(runs),
+    ]
 
 
 def trials(runs: list[dict[str, Any]]) -> str:
