@@ -76,13 +76,17 @@ def mean(mine: Seeds) -> float:
 
 
 def rates(runs: list[dict[str, Any]]) -> str:
-    """Markdown of the arms that were run at more than one learning rate at a length."""
+    """Markdown of the arms that were run at more than one learning rate at a length, beside FT at
+    its best.
+    """
     lines = ["| arm | steps | learning rate | accuracy |", "|---|---|---|---|"]
+    full = by_length(runs).get("FT", {})
     for arm in kr.RATES:
         for steps in kr.LENGTHS:
             some = tried(runs, arm, steps)
             for rate, mine in sorted(some.items()) if len(some) > 1 else ():
-                lines.append(f"| {arm} | {steps:,} | {rate:g} | {accuracy(mine, {})} |")
+                cell = accuracy(mine, {} if arm == "FT" else full.get(steps, {}))
+                lines.append(f"| {arm} | {steps:,} | {rate:g} | {cell} |")
     return "\n".join(lines) if len(lines) > 2 else "No arm was run at more than one rate."
 
 
