@@ -199,22 +199,26 @@ TRIED = (  # variants that got no sweep: (arm, learning rates)
 )
 # Arms of stage `length`, and their rates: half of what tuned best at 150 steps of a rate that falls
 # from its first step on, for the arm or the nearest that was tuned (FT v, FT gate,up, spread v).
+ROTATING = "rotate v, moments kept"
 RATES = {
-    **{"FT": 4e-3, "spread v": 1.2e-2, "KR v cover": 1.2e-2, "v int4, dx dropped": 8e-3},
-    **{"gate,up hosted int4": 4e-3, "rotate v, moments kept": 1.2e-2},
+    "FT": 4e-3,
+    "spread v": 1.2e-2,
+    "KR v cover": 1.2e-2,
+    "v int4, dx dropped": 8e-3,
+    "gate,up hosted int4": 4e-3,
+    ROTATING: 1.2e-2,
 }
-LAST = "rotate v, moments kept"
 # Its runs in order: arm, rate, seed and steps. A shorter run of an arm goes before a longer one.
 # At the full length FT and what is compared with three seeds are tried at half of their rate too.
 LONG_RUNS = (
-    *((arm, RATES[arm], 0, steps) for steps in LENGTHS for arm in RATES if arm != LAST),
+    *((arm, RATES[arm], 0, steps) for steps in LENGTHS for arm in RATES if arm != ROTATING),
     ("FT", RATES["FT"] / 2, 0, LENGTHS[-1]),
     *(
         (arm, RATES[arm] / 2, seed, LENGTHS[-1])
         for seed in SEEDS
         for arm in ("spread v", "KR v cover")
     ),
-    *((LAST, RATES[LAST], 0, steps) for steps in LENGTHS),
+    *((ROTATING, RATES[ROTATING], 0, steps) for steps in LENGTHS),
 )
 TASKS = ("arc_easy", "openbookqa", "social_iqa", "boolq")
 

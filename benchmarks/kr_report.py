@@ -184,7 +184,7 @@ def is_cheap(arm: str, cost: dict[str, float]) -> bool:
     return others and cost["bytes"] <= BYTES * SLACK
 
 
-STILL, MOVING = "spread v", ("KR v cover", "rotate v, moments kept")
+STILL, MOVING = "spread v", ("KR v cover", kr.ROTATING)
 CLAIMS = {
     "(a) the paper's claim: modules among q, k, v, plain wire, at 18 % of the adapters' FLOPs or "
     "less; beside FT": is_of_the_paper,

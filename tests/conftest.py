@@ -170,7 +170,7 @@ def batches(
     return made
 
 
-# For tests of many cases: families that are built as another one here is are for `make slow`.
+# For tests of many cases: `make slow` has the families that are built like another one here.
 BY_FAMILY = [
     pytest.param(family, marks=pytest.mark.slow)
     if family in ("mistral", "qwen2", "gemma3")

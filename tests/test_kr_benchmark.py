@@ -133,7 +133,6 @@ def test_claims_by_length(kr: ModuleType, monkeypatch: pytest.MonkeyPatch) -> No
     import kr_report
 
     monkeypatch.setattr(kr, "LENGTHS", (150, 600, 1250))
-    monkeypatch.setattr(kr, "RATES", dict.fromkeys(kr.RATES, 4e-3))
     runs = [
         *(long_run("FT", steps, "1" * 90 + "0" * 10) for steps in (150, 600)),
         long_run("spread v", 150, "1" * 50 + "0" * 50, **FEW),
@@ -185,7 +184,6 @@ def test_sets_that_change_are_compared_with_the_one_that_does_not(
     import kr_report
 
     monkeypatch.setattr(kr, "LENGTHS", (150,))
-    monkeypatch.setattr(kr, "RATES", dict.fromkeys(kr.RATES, 4e-3))
     still = [long_run("spread v", 150, "1" * 6 + "0" * 4, **FEW, seed=seed) for seed in range(2)]
     moving = [long_run("KR v cover", 150, "0" * 10, **FEW, seed=seed) for seed in range(3)]
     text = kr_report.table([long_run("FT", 150, "1" * 9 + "0"), *still, *moving])
@@ -213,7 +211,6 @@ def test_when_a_curve_reaches_full_tuning(kr: ModuleType, monkeypatch: pytest.Mo
     import kr_report
 
     monkeypatch.setattr(kr, "LENGTHS", (150, 600))
-    monkeypatch.setattr(kr, "RATES", dict.fromkeys(kr.RATES, 4e-3))
     accuracies = {125: 0.3, 250: 0.5, 375: 0.6, 500: 0.9}
     curve = [{"step": step, "accuracy": value} for step, value in accuracies.items()]
     runs = [long_run("FT", 150, "1100"), long_run("FT", 600, "1111")]
