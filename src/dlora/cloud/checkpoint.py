@@ -216,7 +216,8 @@ def check_foreign_kernels(model: nn.Module, name: str) -> None:
     """Compare every low-bit linear of bitsandbytes with its dequantised weight, where it is.
 
     Outputs and gradients of the input: both halves of a split would be wrong alike, so that no
-    comparison of the two shows it. Raises ModelError.
+    comparison of the two shows it. Some kernels, such as those for CPUs with AVX512-BF16, have no
+    gradient at all. Raises ModelError.
     """
     for path, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -225,7 +226,14 @@ def check_foreign_kernels(model: nn.Module, name: str) -> None:
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
         plain = dequantize_bnb_weight(weight, getattr(module, "state", None)).float()
-        off = _worst(_with_gradient(module, plain), _with_gradient(_Plain(plain, module), plain))
+        try:
+            got = _with_gradient(module, plain)
+        except RuntimeError as error:
+            raise ModelError(
+                f"{name}: {path} gives no result with a gradient on this device "
+                f"({first_line(error)}): serve the unquantised model, with --quantize"
+            ) from error
+        off = _worst(got, _with_gradient(_Plain(plain, module), plain))
         if not off <= _KERNEL_TOLERANCE:
             raise ModelError(
                 f"{name}: {path} gives results that differ by {off:.1%} from its dequantised "
