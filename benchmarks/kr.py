@@ -209,15 +209,13 @@ RATES = {
     ROTATING: 1.2e-2,
 }
 # Its runs in order: arm, rate, seed and steps. A shorter run of an arm goes before a longer one.
-# At the full length FT and what is compared with three seeds are tried at half of their rate too.
+# At the full length lower rates are tried too, and three seeds of what answers the claims.
+COMPARED = ("FT", "spread v", "KR v cover")
 LONG_RUNS = (
     *((arm, RATES[arm], 0, steps) for steps in LENGTHS for arm in RATES if arm != ROTATING),
-    ("FT", RATES["FT"] / 2, 0, LENGTHS[-1]),
-    *(
-        (arm, RATES[arm] / 2, seed, LENGTHS[-1])
-        for seed in SEEDS
-        for arm in ("spread v", "KR v cover")
-    ),
+    *((arm, RATES[arm] / 2, seed, LENGTHS[-1]) for seed in SEEDS for arm in COMPARED),
+    *((arm, RATES[arm] / 4, 0, LENGTHS[-1]) for arm in reversed(COMPARED)),
+    *((arm, RATES[arm] / 2, 0, LENGTHS[-1]) for arm in RATES if arm not in (*COMPARED, ROTATING)),
     *((ROTATING, RATES[ROTATING], 0, steps) for steps in LENGTHS),
 )
 TASKS = ("arc_easy", "openbookqa", "social_iqa", "boolq")

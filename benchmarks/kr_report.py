@@ -60,14 +60,16 @@ def tried(runs: list[dict[str, Any]], arm: str, steps: int) -> dict[float, Seeds
 def by_length(runs: list[dict[str, Any]]) -> dict[str, dict[int, Seeds]]:
     """Arm, steps and seed to a run of stage `length`, at the rate that came out best there."""
     found = {
-        arm: {
-            steps: max(some.values(), key=mean)
-            for steps in kr.LENGTHS
-            if (some := tried(runs, arm, steps))
-        }
+        arm: {steps: at_best(some) for steps in kr.LENGTHS if (some := tried(runs, arm, steps))}
         for arm in kr.RATES
     }
     return {arm: mine for arm, mine in found.items() if mine}
+
+
+def at_best(some: dict[float, Seeds]) -> Seeds:
+    """The runs of the rate that is best over the seeds that all rates have."""
+    seeds = set.intersection(*(set(mine) for mine in some.values()))
+    return max(some.values(), key=lambda mine: mean({seed: mine[seed] for seed in seeds} or mine))
 
 
 def mean(mine: Seeds) -> float:
