@@ -4,6 +4,7 @@ SmolLM2-135M-Instruct.
     python benchmarks/kr.py run --data FOLDER --minutes 60  # for about this long; again to continue
     python benchmarks/kr.py table                            # what there is so far
     python benchmarks/kr.py figure                           # docs/images/kr-*.png
+    python benchmarks/kr.py sites --data FOLDER             # gradients by site: results/sites.json
 
 FOLDER holds banking77/{train,eval}.jsonl with `prompt` and `completion`, and
 commonsense/TASK/{train,eval}.jsonl with `instruction`, `choices` and `answer`. One JSON line a
@@ -37,9 +38,11 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "kr.jsonl"
+SITES = HERE / "results" / "sites.json"
 SEEDS = (0, 1, 2)
 STEPS, BATCH_SIZE, TUNE_ROWS = 150, 16, 800
 LENGTHS, CURVE_STEPS, CURVE_ROWS = (150, 600, 1250), 125, 300  # up to two epochs of Banking77
@@ -149,6 +152,22 @@ ARMS: dict[str, tuple[list[str], int, str, dict[str, Any] | None, tuple[float, .
     "spread gate,up at 1/5": (MLP, 8, "factored", {**SPREAD, "share_of_ft": 0.2}, FEW_MLP),
     "spread gate,up at 3/10": (MLP, 8, "factored", {**SPREAD, "share_of_ft": 0.3}, FEW_MLP),
 }
+# All modules of a group of sites: what `sites` finds is held against what training gives.
+ARMS |= {
+    "FT o": (["o_proj"], 8, "plain", None, MANY),
+    "FT down": (["down_proj"], 8, "plain", None, MANY),
+}
+PROBED, PROBE_BATCHES = ("FT", "FT v", "FT o", "FT gate,up", "FT down"), 4
+# What may make modules learn faster and costs no byte: LoRA+ (arXiv:2402.12354: a rate for B that
+# is so many times A's), rsLoRA (arXiv:2312.03732: alpha / sqrt(r)), and A that begins with singular
+# vectors of the first batch's gradient (after LoRA-GA, arXiv:2407.05000; B begins with zero).
+HELPS: dict[str, dict[str, Any]] = {
+    "LoRA+ 4": {"ratio": 4.0},
+    "LoRA+ 16": {"ratio": 16.0},
+    "rsLoRA": {"use_rslora": True},
+    "spectral": {"spectral": True},
+}
+ARMS |= {f"{arm}, {name}": ARMS[arm] for arm in ("spread v", "FT") for name in HELPS}
 # What a split model of an arm takes beside its wire.
 SPLIT: dict[str, dict[str, Any]] = {
     "v int4, dx dropped": {"wire_dtype": "int4", "input_grad": "drop"},
@@ -196,6 +215,12 @@ TRIED = (  # variants that got no sweep: (arm, learning rates)
         ("random gate,up", 4e-3),
         ("sensitivity once", 6e-3),
     ),
+    *(("spread v, LoRA+ 4", 6e-3), ("spread v, LoRA+ 4", 1.2e-2)),
+    *(("spread v, LoRA+ 16", 3e-3), ("spread v, rsLoRA", 6e-3)),
+    *(("spread v, spectral", 1.2e-2), ("spread v, spectral", 2.4e-2)),
+    *(("FT, LoRA+ 4", 2e-3), ("FT, LoRA+ 4", 4e-3), ("FT, LoRA+ 16", 1e-3)),
+    *(("FT, rsLoRA", 4e-3), ("FT, spectral", 4e-3), ("FT, spectral", 8e-3)),
+    *((arm, rate) for arm in ("FT o", "FT down") for rate in (4e-3, 8e-3)),
 )
 # Arms of stage `length`, and their rates: half of what tuned best at 150 steps of a rate that falls
 # from its first step on, for the arm or the nearest that was tuned (FT v, FT gate,up, spread v).
@@ -424,7 +449,14 @@ def one(
     steps, planned = (spec["steps"], LENGTHS[-1]) if is_long else (STEPS, STEPS)
     size = BATCH_SIZE if spec["task"] == "banking77" else TASK_BATCH_SIZE
     torch.manual_seed(spec["seed"])
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
+    helps = HELPS.get(spec["arm"].partition(", ")[2], {})
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        use_rslora="use_rslora" in helps,
+    )
     coarser = SPLIT.get(spec["arm"], {}) | spec.get("options", {})
     split = {"upload_consent": wire == "hosted", **coarser}
     model = dlora.get_peft_model(link, config, wire=wire, **split)
@@ -441,10 +473,10 @@ def one(
             options["budget"] = budget(model, share, average)
         chosen = from_options(preset, options | {"seed": spec["seed"]})
         reviver = KillAndRevive(model, chosen, planned, average)
+    if "spectral" in helps:
+        spectral_start(model, made[0])
     optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=spec["learning_rate"],
-        weight_decay=0.0,
+        groups(model, spec["learning_rate"], helps.get("ratio", 1.0)), weight_decay=0.0
     )
     fork = fork_of(steps)
     rate = (
@@ -493,6 +525,7 @@ def one(
             "sets": sets(reviver) if reviver else None,
             "seconds": round(seconds, 1),
             "configuration": {"targets": targets, "r": rank, "wire": wire, "options": options}
+            | helps
             | {
                 "steps": steps,
                 "batch_size": size,
@@ -503,6 +536,99 @@ def one(
         }
         | ({"curve": curve} if curve else {})
     )
+
+
+def groups(model: Any, learning_rate: float, ratio: float) -> list[dict[str, Any]]:
+    """What an optimizer is told: all that is trained, B at so many times A's learning rate."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if ratio == 1.0:
+        return [{"params": [p for _, p in trained], "lr": learning_rate}]
+    sides: list[list[Any]] = [[], []]
+    for name, p in trained:
+        sides["lora_B" in name].append(p)
+    rates = (learning_rate, ratio * learning_rate)
+    return [{"params": side, "lr": lr} for side, lr in zip(sides, rates, strict=True)]
+
+
+def weight_gradients(base: Any, batch: dict[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
+    """Of every module of these kinds, by its path: g^T x [out, in], in float32. An edge has the
+    same numbers after one exchange, as it holds x and g of every site.
+    """
+    import torch
+
+    weights = {
+        path: module.weight
+        for path, module in base.named_modules()
+        if path.rpartition(".")[2] in kinds
+    }
+    for weight in weights.values():
+        weight.requires_grad_()
+    try:
+        loss = base(**{name: value for name, value in batch.items() if name != "rows"}).loss
+        found = torch.autograd.grad(loss, list(weights.values()))
+    finally:
+        for weight in weights.values():
+            weight.requires_grad_(False)
+    return {path: value.float() for path, value in zip(weights, found, strict=True)}
+
+
+def spectral_start(model: Any, batch: dict[str, Any]) -> None:
+    """A's rows become the first right singular vectors of the weight's gradient, each as long as a
+    row of peft's own start; B stays zero, so that the function does.
+    """
+    import torch
+
+    base = model.link.cloud.model
+    sides = {name: p for name, p in model.named_parameters() if ".lora_A." in name}
+    kinds = {name.partition(".lora_A.")[0].rpartition(".")[2] for name in sides}
+    gradients = weight_gradients(base, batch, sorted(kinds))
+    with torch.no_grad():
+        for name, a in sides.items():
+            path = name.partition(".lora_A.")[0].removeprefix("base_model.model.")
+            *_, right = torch.linalg.svd(gradients[path], full_matrices=False)
+            a.copy_(right[: len(a)] * a.norm(dim=1, keepdim=True))
+
+
+def sites(link: Any, tokenizer: Any, data: Path) -> dict[str, Any]:
+    """What a probing pass over a few batches says of the groups of modules that an arm trains all
+    of: the norm of g^T x, summed over the modules, and the bytes of a step on each wire.
+    """
+    import torch
+    from peft import LoraConfig
+    from provenance import provenance
+
+    import dlora
+    from dlora.kill_revive.units import costs_of
+
+    rows = read(data, "banking77", "train")[TUNE_ROWS:]
+    made = batches(rows, tokenizer, PROBE_BATCHES, BATCH_SIZE, 0)
+    kinds = sorted({kind for arm in PROBED for kind in ARMS[arm][0]})
+    norms = dict.fromkeys(kinds, 0.0)
+    for batch in tqdm(made, desc="probe", disable=None):
+        for path, value in weight_gradients(link.cloud.model, batch, kinds).items():
+            norms[path.rpartition(".")[2]] += float(torch.linalg.norm(value)) / len(made)
+    average, found = average_of(made), {}
+    for arm in PROBED:
+        targets, rank, *_ = ARMS[arm]
+        config = LoraConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM")
+        found[arm] = {
+            "norm": sum(norms[kind] for kind in targets),
+            "bytes": {
+                wire: average.tokens
+                * costs_of(
+                    dlora.get_peft_model(link, config, wire=wire, upload_consent=True), rows=average
+                ).everything
+                for wire in ("plain", "factored", "hosted")
+            },
+        }
+    return {
+        "norms": norms,
+        "arms": found,
+        "batches": PROBE_BATCHES,
+        "batch_size": BATCH_SIZE,
+        "base_dtype": str(link.cloud.model.dtype).removeprefix("torch."),
+        **provenance(),
+    }
 
 
 def fork_of(steps: int) -> int:
@@ -684,20 +810,25 @@ def claim() -> tuple[dict[str, Any], FileLock] | None:
     return None
 
 
-def run(data: Path, minutes: float, dtype: str) -> None:
-    """Go on with the list of runs until the time is up."""
+def open_link(dtype: str) -> tuple[Any, Any]:
+    """A link to the model, computed by one thread, and its tokenizer."""
     import torch
 
     import dlora
     from dlora.cloud.load import load_model
 
     torch.set_num_threads(1)
-    end = time.monotonic() + 60 * minutes
     loaded = load_model("smollm2", dtype=dtype)
-    loaded.model.set_attn_implementation(
-        "eager"
-    )  # on CPUs and short rows the fused backward in bf16 is slower
+    # On CPUs and short rows the fused backward in bf16 is slower.
+    loaded.model.set_attn_implementation("eager")
     link = dlora.in_process(loaded.model, loaded.tokenizer, model_id=loaded.model_id)
+    return link, loaded.tokenizer
+
+
+def run(data: Path, minutes: float, dtype: str) -> None:
+    """Go on with the list of runs until the time is up."""
+    end = time.monotonic() + 60 * minutes
+    link, tokenizer = open_link(dtype)
     (RESULT.parent / ".locks").mkdir(parents=True, exist_ok=True)
     while time.monotonic() < end:
         claimed = claim()
@@ -706,7 +837,7 @@ def run(data: Path, minutes: float, dtype: str) -> None:
             return
         spec, lock = claimed
         print(spec, flush=True)
-        found = one(spec, link, loaded.tokenizer, data, until=end)
+        found = one(spec, link, tokenizer, data, until=end)
         if found is None:
             print("  left at a checkpoint")
             return
@@ -727,15 +858,17 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("run", "table", "figure"))
+    parser.add_argument("what", choices=("run", "table", "figure", "sites"))
     parser.add_argument("--data", type=Path, help="folder of the task data")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after so long")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the base")
     arguments = parser.parse_args()
-    if arguments.what == "run" and arguments.data is None:
-        parser.error("run wants --data FOLDER")
+    if arguments.what in ("run", "sites") and arguments.data is None:
+        parser.error(f"{arguments.what} wants --data FOLDER")
     if arguments.what == "run":
         run(arguments.data, arguments.minutes, arguments.dtype)
+    elif arguments.what == "sites":
+        SITES.write_text(json.dumps(sites(*open_link(arguments.dtype), arguments.data)) + "\n")
     else:
         import kr_report
 

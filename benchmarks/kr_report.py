@@ -372,8 +372,33 @@ def appendix(runs: list[dict[str, Any]]) -> list[str]:
         short_table(runs),
         short_table(runs, others),
         tasks(runs),
+        *([probed(runs, json.loads(kr.SITES.read_text()))] if kr.SITES.exists() else []),
         trials(runs),
     ]
+
+
+def probed(runs: list[dict[str, Any]], found: dict[str, Any]) -> str:
+    """Markdown of `sites`: groups of modules by the norm of their gradient for each byte, beside
+    what training all of a group came to.
+    """
+    wires = ("plain", "factored", "hosted")
+    lines = [
+        f"| arm | on | norm of g^T x | MB a step: {', '.join(wires)} | norm a MB: "
+        f"{', '.join(wires)} | best tuning run |",
+        "|---|---|---|---|---|---|",
+    ]
+    for arm, of in found["arms"].items():
+        tuned = [run for run in runs if run["stage"] == "tune" and run["arm"] == arm]
+        megabytes = [of["bytes"][wire] / 1e6 for wire in wires]
+        cells = [
+            ", ".join(name.removesuffix("_proj") for name in kr.ARMS[arm][0]),
+            f"{of['norm']:.0f}",
+            ", ".join(f"{value:.1f}" for value in megabytes),
+            ", ".join(f"{of['norm'] / value:.1f}" for value in megabytes),
+            f"{max(run['accuracy'] for run in tuned):.3f}" if tuned else "",
+        ]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def trials(runs: list[dict[str, Any]]) -> str:

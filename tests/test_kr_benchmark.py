@@ -11,8 +11,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from conftest import make_base
+from peft import LoraConfig
 from transformers import PreTrainedTokenizerFast
 
+import dlora
 from dlora.embedded import InProcessLink
 
 ROOT = Path(__file__).parents[1]
@@ -253,3 +257,66 @@ def test_long_runs_come_shorter_first(kr: ModuleType) -> None:
     assert len(runs) == len(set(runs))
     for number, run in enumerate(runs):
         assert not [other for other in runs[number:] if other[:5] == run[:5] and other < run]
+
+
+def test_sites_are_told_by_their_gradient(kr: ModuleType) -> None:
+    """What `sites` shows of a group is its gradient's norm for each megabyte of every wire."""
+    import kr_report
+
+    of = {"norm": 20.0, "bytes": {"plain": 10e6, "factored": 4e6, "hosted": 1e6}}
+    runs = [{"stage": "tune", "arm": "FT v", "accuracy": value} for value in (0.25, 0.5)]
+    assert kr_report.probed(runs, {"arms": {"FT v": of}}).splitlines()[-1] == (
+        "| FT v | v | 20 | 10.0, 4.0, 1.0 | 2.0, 5.0, 20.0 | 0.500 |"
+    )
+
+
+def batch_of_one() -> dict[str, Any]:
+    """What a step is given, for a tiny model."""
+    ids = torch.tensor([[5, 6, 7]])
+    return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def test_gradient_of_a_site_is_the_weights(kr: ModuleType) -> None:
+    """`weight_gradients` is what backward leaves in a weight, and it leaves the base as it was."""
+    base, batch = make_base("llama").requires_grad_(False), batch_of_one()
+    found = kr.weight_gradients(base, batch | {"rows": []}, ["v_proj"])
+    weights = {path: one.weight for path, one in base.named_modules() if path.endswith("v_proj")}
+    assert not any(weight.requires_grad for weight in weights.values())
+    for weight in weights.values():
+        weight.requires_grad_()
+    base(**batch).loss.backward()
+    assert found.keys() == weights.keys()
+    for path, weight in weights.items():
+        torch.testing.assert_close(found[path], weight.grad)
+
+
+def test_spectral_start_keeps_the_function(kr: ModuleType) -> None:
+    """A begins with the directions of x in which the first batch's gradient is largest, as long as
+    before, and the model's loss is that of the base.
+    """
+    base, batch = make_base("llama"), batch_of_one()
+    model = dlora.get_peft_model(dlora.in_process(base), LoraConfig(r=2, target_modules=["v_proj"]))
+    sides = {name: p for name, p in model.named_parameters() if ".lora_A." in name}
+    lengths = {name: p.norm(dim=1) for name, p in sides.items()}
+    before = model(**batch).loss
+    kr.spectral_start(model, batch)
+    torch.testing.assert_close(model(**batch).loss, before)
+    gradients = kr.weight_gradients(base, batch, ["v_proj"])
+    for (name, a), gradient in zip(sides.items(), gradients.values(), strict=True):
+        torch.testing.assert_close(a.norm(dim=1), lengths[name])
+        directions = torch.nn.functional.normalize(a)
+        values = torch.linalg.svdvals(gradient)[:2]
+        torch.testing.assert_close((gradient @ directions.T).norm(dim=0), values)
+
+
+def test_b_has_a_rate_of_its_own(kr: ModuleType) -> None:
+    """With a ratio every B, and nothing else, is trained at so many times the rate."""
+    model = dlora.get_peft_model(
+        dlora.in_process(make_base("llama")), LoraConfig(r=2, target_modules=["v_proj"])
+    )
+    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    (rest, slow), (sides, fast) = (one.values() for one in kr.groups(model, 0.1, 4.0))
+    assert (slow, fast) == (0.1, 0.4)
+    assert {"lora_B" in names[id(p)] for p in sides} == {True}
+    assert {"lora_A" in names[id(p)] for p in rest} == {True}
+    assert len(rest) + len(sides) == len(names)
