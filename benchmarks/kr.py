@@ -158,16 +158,17 @@ ARMS |= {
     "FT down": (["down_proj"], 8, "plain", None, MANY),
 }
 PROBED, PROBE_BATCHES = ("FT", "FT v", "FT o", "FT gate,up", "FT down"), 4
-# What may make modules learn faster and costs no byte: LoRA+ (arXiv:2402.12354: a rate for B that
-# is so many times A's), rsLoRA (arXiv:2312.03732: alpha / sqrt(r)), and A that begins with singular
-# vectors of the first batch's gradient (after LoRA-GA, arXiv:2407.05000; B begins with zero).
+# What may make modules learn faster for next to no byte: LoRA+ (arXiv:2402.12354: a rate for B that
+# is so many times A's), rsLoRA (arXiv:2312.03732: alpha / sqrt(r)), and a spectral start from the
+# first batch (which costs that micro-batch once more).
 HELPS: dict[str, dict[str, Any]] = {
     "LoRA+ 4": {"ratio": 4.0},
     "LoRA+ 16": {"ratio": 16.0},
     "rsLoRA": {"use_rslora": True},
     "spectral": {"spectral": True},
 }
-ARMS |= {f"{arm}, {name}": ARMS[arm] for arm in ("spread v", "FT") for name in HELPS}
+ARMS |= {f"spread v, {name}": ARMS["spread v"] for name in HELPS}
+ARMS["FT, spectral"] = ARMS["FT"]
 # What a split model of an arm takes beside its wire.
 SPLIT: dict[str, dict[str, Any]] = {
     "v int4, dx dropped": {"wire_dtype": "int4", "input_grad": "drop"},
@@ -217,30 +218,38 @@ TRIED = (  # variants that got no sweep: (arm, learning rates)
     ),
     *(("spread v, LoRA+ 4", 6e-3), ("spread v, LoRA+ 4", 1.2e-2)),
     *(("spread v, LoRA+ 16", 3e-3), ("spread v, rsLoRA", 6e-3)),
-    *(("spread v, spectral", 1.2e-2), ("spread v, spectral", 2.4e-2)),
-    *(("FT, LoRA+ 4", 2e-3), ("FT, LoRA+ 4", 4e-3), ("FT, LoRA+ 16", 1e-3)),
-    *(("FT, rsLoRA", 4e-3), ("FT, spectral", 4e-3), ("FT, spectral", 8e-3)),
-    *((arm, rate) for arm in ("FT o", "FT down") for rate in (4e-3, 8e-3)),
+    *(("FT, spectral", rate) for rate in (4e-3, 8e-3)),
+    *(("spread v, spectral", rate) for rate in (1.2e-2, 2.4e-2, 6e-3)),
 )
 # Arms of stage `length`, and their rates: half of what tuned best at 150 steps of a rate that falls
 # from its first step on, for the arm or the nearest that was tuned (FT v, FT gate,up, spread v).
+COMPARED, SPECTRAL = ("FT", "spread v", "KR v cover"), ("spread v, spectral", "FT, spectral")
 ROTATING = "rotate v, moments kept"
 RATES = {
     "FT": 4e-3,
+    "FT, spectral": 4e-3,
     "spread v": 1.2e-2,
+    "spread v, spectral": 1.2e-2,
     "KR v cover": 1.2e-2,
     "v int4, dx dropped": 8e-3,
     "gate,up hosted int4": 4e-3,
     ROTATING: 1.2e-2,
 }
+BUYING = ("v int4, dx dropped", "gate,up hosted int4")
 # Its runs in order: arm, rate, seed and steps. A shorter run of an arm goes before a longer one.
 # At the full length lower rates are tried too, and three seeds of what answers the claims.
-COMPARED = ("FT", "spread v", "KR v cover")
 LONG_RUNS = (
-    *((arm, RATES[arm], 0, steps) for steps in LENGTHS for arm in RATES if arm != ROTATING),
+    *((arm, RATES[arm], 0, steps) for steps in LENGTHS for arm in (*COMPARED, *BUYING)),
+    *(
+        (arm, rate, 0, steps)
+        for arm in SPECTRAL
+        for steps, rate in zip(LENGTHS, (RATES[arm], RATES[arm], RATES[arm] / 2), strict=True)
+    ),
     *((arm, RATES[arm] / 2, seed, LENGTHS[-1]) for seed in SEEDS for arm in COMPARED),
+    *((SPECTRAL[0], RATES[SPECTRAL[0]] / 2, seed, LENGTHS[-1]) for seed in SEEDS[1:]),
+    *((arm, RATES[arm], 0, LENGTHS[-1]) for arm in SPECTRAL),
     *((arm, RATES[arm] / 4, 0, LENGTHS[-1]) for arm in reversed(COMPARED)),
-    *((arm, RATES[arm] / 2, 0, LENGTHS[-1]) for arm in RATES if arm not in (*COMPARED, ROTATING)),
+    *((arm, RATES[arm] / 2, 0, LENGTHS[-1]) for arm in BUYING),
     *((ROTATING, RATES[ROTATING], 0, steps) for steps in LENGTHS),
 )
 TASKS = ("arc_easy", "openbookqa", "social_iqa", "boolq")
@@ -282,6 +291,8 @@ def specs(done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         }
     for task, rate in (*((task, MANY[0]) for task in TASKS), (TASKS[0], MANY[2])):
         yield {"stage": "task", "task": task, "arm": "FT", "learning_rate": rate, "seed": 0}
+    for arm in ("FT o", "FT down"):
+        yield {"stage": "tune", "task": "banking77", "arm": arm, "learning_rate": 8e-3, "seed": 0}
 
 
 def best_rate(done: list[dict[str, Any]], arm: str) -> float | None:
@@ -473,8 +484,6 @@ def one(
             options["budget"] = budget(model, share, average)
         chosen = from_options(preset, options | {"seed": spec["seed"]})
         reviver = KillAndRevive(model, chosen, planned, average)
-    if "spectral" in helps:
-        spectral_start(model, made[0])
     optimizer = torch.optim.AdamW(
         groups(model, spec["learning_rate"], helps.get("ratio", 1.0)), weight_decay=0.0
     )
@@ -494,7 +503,8 @@ def one(
     for step in range(len(losses), steps):
         if is_long and step == fork and reviver:
             reviver.total_steps = steps  # it decides no more, but spends what it has left
-        losses.append(take_step(model, made[step], step, optimizer, rate, reviver))
+        turned = "spectral" in helps and step == 0
+        losses.append(take_step(model, made[step], step, optimizer, rate, reviver, turned=turned))
         done = step + 1
         if is_long and done % CURVE_STEPS == 0 and spec["seed"] == SEEDS[0]:
             curve.append(point(model, tokenizer, held[:CURVE_ROWS], done, before))
@@ -570,23 +580,6 @@ def weight_gradients(base: Any, batch: dict[str, Any], kinds: Sequence[str]) -> 
         for weight in weights.values():
             weight.requires_grad_(False)
     return {path: value.float() for path, value in zip(weights, found, strict=True)}
-
-
-def spectral_start(model: Any, batch: dict[str, Any]) -> None:
-    """A's rows become the first right singular vectors of the weight's gradient, each as long as a
-    row of peft's own start; B stays zero, so that the function does.
-    """
-    import torch
-
-    base = model.link.cloud.model
-    sides = {name: p for name, p in model.named_parameters() if ".lora_A." in name}
-    kinds = {name.partition(".lora_A.")[0].rpartition(".")[2] for name in sides}
-    gradients = weight_gradients(base, batch, sorted(kinds))
-    with torch.no_grad():
-        for name, a in sides.items():
-            path = name.partition(".lora_A.")[0].removeprefix("base_model.model.")
-            *_, right = torch.linalg.svd(gradients[path], full_matrices=False)
-            a.copy_(right[: len(a)] * a.norm(dim=1, keepdim=True))
 
 
 def sites(link: Any, tokenizer: Any, data: Path) -> dict[str, Any]:
@@ -731,16 +724,28 @@ def point(
 
 
 def take_step(
-    model: Any, batch: dict[str, Any], step: int, optimizer: Any, rate: Any, reviver: Any
+    model: Any,
+    batch: dict[str, Any],
+    step: int,
+    optimizer: Any,
+    rate: Any,
+    reviver: Any,
+    *,
+    turned: bool = False,
 ) -> float:
     """One optimizer step on a batch of `batches`, around it Kill and Revive if there is one; its
-    loss.
+    loss. `turned`: with a spectral start before it, which is a micro-batch more.
     """
     import torch
 
+    import dlora
+
+    batch = {name: value for name, value in batch.items() if name != "rows"}
     if reviver:
         reviver.before_step(step)
-    loss = model(**{name: value for name, value in batch.items() if name != "rows"}).loss
+    if turned:
+        dlora.initialize_spectral(model, batch)
+    loss = model(**batch).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
     if reviver:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import adapter, batches, lora, make_local, make_split
+from conftest import adapter, batches, lora, make_base, make_local, make_split
 from helpers import assert_same_grads
 from peft import EvaConfig, LoftQConfig, LoraConfig, initialize_lora_eva_weights
 
@@ -97,3 +97,60 @@ def test_beginnings_with_base_weights_are_refused(link: InProcessLink, init: Any
     with pytest.raises(UsageError, match=f"{why}.*They stay in the cloud: use 'eva'"):
         config = LoftQConfig() if init == "loftq" else {}
         dlora.get_peft_model(link, lora(init_lora_weights=init, loftq_config=config))
+
+
+def test_spectral_start_follows_the_weights_gradient(link: InProcessLink) -> None:
+    """A's rows become the first right singular vectors of the gradient that a local model has for
+    the weight, as long as they were; loss, gradients and random numbers to come stay as they were,
+    whatever the dropout.
+    """
+    batch, split = (
+        batches(1, rows=4)[0],
+        make_split(link, lora(lora_dropout=0.5, init_lora_weights=True)),
+    )
+    lengths = {name: p.norm(dim=1) for name, p in adapter(split).items() if ".lora_A." in name}
+    before, state = split.eval()(**batch).loss, torch.get_rng_state()
+    dlora.initialize_spectral(split, batch)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not split.training and all(p.grad is None for p in split.parameters())
+    torch.testing.assert_close(split(**batch).loss, before)
+
+    base = make_base("llama")
+    base(**batch).loss.backward()
+    for name, length in lengths.items():
+        a = adapter(split)[name]
+        weight = base.get_submodule(
+            name.partition(".lora_A")[0].removeprefix("base_model.model.")
+        ).weight
+        torch.testing.assert_close(a.norm(dim=1), length)
+        reached = (weight.grad @ torch.nn.functional.normalize(a).T).norm(dim=0)
+        want = torch.linalg.svdvals(weight.grad)[: len(a)]
+        torch.testing.assert_close(reached, want, rtol=1e-3, atol=1e-6)
+
+
+def test_spectral_start_leaves_idle_modules_alone(link: InProcessLink) -> None:
+    """Only modules that exchange anything are turned: others have no gradient here."""
+    split = make_split(link, lora(target_modules=["q_proj"], init_lora_weights=True))
+    sides = {name: p for name, p in adapter(split).items() if ".lora_A." in name}
+    before = {name: p.clone() for name, p in sides.items()}
+    split.set_active(split.adapted_modules[:1])
+    dlora.initialize_spectral(split, batches(1)[0])
+    changed = [name for name, p in sides.items() if not torch.equal(p, before[name])]
+    assert changed == list(sides)[:1]
+
+
+def test_what_a_spectral_start_cannot_read_is_refused(link: InProcessLink) -> None:
+    """Off the plain wire, without labels, of an adapter that adds something, and of bottlenecks."""
+    batch = batches(1)[0]
+
+    with pytest.raises(UsageError, match="wire=factored does not bring here.*wire=plain"):
+        dlora.initialize_spectral(make_split(link, lora(), wire="factored"), batch)
+    split = make_split(link, lora())
+    with pytest.raises(UsageError, match="give it with labels"):
+        dlora.initialize_spectral(split, {"input_ids": batch["input_ids"]})
+    next(p for name, p in adapter(split).items() if ".lora_B." in name).data[0] = 1
+    with pytest.raises(UsageError, match="fresh adapter: B of this one is not zero"):
+        dlora.initialize_spectral(split, batch)
+    bottleneck = dlora.BottleneckConfig(r=2, target_modules=["o_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(UsageError, match="this model has none"):
+        dlora.initialize_spectral(make_split(link, bottleneck), batch)

@@ -37,6 +37,15 @@ def kr(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     return kr
 
 
+def write_rows(data: Path) -> None:
+    """A task of one desk in three."""
+    (data / "banking77").mkdir()
+    rows = [{"prompt": f"a parcel {n} for", "completion": f" desk {n % 3}"} for n in range(200)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    for part in ("train", "eval"):
+        (data / f"banking77/{part}.jsonl").write_text(text)
+
+
 def test_a_stopped_run_goes_on_to_the_same_result(
     kr: ModuleType, tmp_path: Path, link: InProcessLink, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -44,11 +53,7 @@ def test_a_stopped_run_goes_on_to_the_same_result(
     has the losses, sets and scores of one that was not, and the bytes but for modules that a new
     cloud is sent again.
     """
-    (tmp_path / "banking77").mkdir()
-    rows = [{"prompt": f"a parcel {n} for", "completion": f" desk {n % 3}"} for n in range(200)]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    for part in ("train", "eval"):
-        (tmp_path / f"banking77/{part}.jsonl").write_text(text)
+    write_rows(tmp_path)
     spec = {
         "stage": "length",
         "task": "banking77",
@@ -290,23 +295,23 @@ def test_gradient_of_a_site_is_the_weights(kr: ModuleType) -> None:
         torch.testing.assert_close(found[path], weight.grad)
 
 
-def test_spectral_start_keeps_the_function(kr: ModuleType) -> None:
-    """A begins with the directions of x in which the first batch's gradient is largest, as long as
-    before, and the model's loss is that of the base.
-    """
-    base, batch = make_base("llama"), batch_of_one()
-    model = dlora.get_peft_model(dlora.in_process(base), LoraConfig(r=2, target_modules=["v_proj"]))
-    sides = {name: p for name, p in model.named_parameters() if ".lora_A." in name}
-    lengths = {name: p.norm(dim=1) for name, p in sides.items()}
-    before = model(**batch).loss
-    kr.spectral_start(model, batch)
-    torch.testing.assert_close(model(**batch).loss, before)
-    gradients = kr.weight_gradients(base, batch, ["v_proj"])
-    for (name, a), gradient in zip(sides.items(), gradients.values(), strict=True):
-        torch.testing.assert_close(a.norm(dim=1), lengths[name])
-        directions = torch.nn.functional.normalize(a)
-        values = torch.linalg.svdvals(gradient)[:2]
-        torch.testing.assert_close((gradient @ directions.T).norm(dim=0), values)
+def test_a_spectral_start_comes_before_the_first_step(
+    kr: ModuleType,
+    link: InProcessLink,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An arm with one begins with another A, at the price of one micro-batch more."""
+    monkeypatch.setitem(kr.ARMS, "often, spectral", kr.ARMS["often"])
+    write_rows(tmp_path)
+    wanted = {"stage": "length", "task": "banking77", "seed": 0, "learning_rate": 0.01, "steps": 5}
+    plain, turned = (
+        kr.one(wanted | {"arm": arm}, link, tokenizer, tmp_path)
+        for arm in ("often", "often, spectral")
+    )
+    assert plain["losses"] != turned["losses"]
+    assert plain["bytes"] < turned["bytes"] < 1.5 * plain["bytes"]
 
 
 def test_b_has_a_rate_of_its_own(kr: ModuleType) -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from dlora.edge.model import SplitModel
     from dlora.edge.noise import Noise
     from dlora.edge.options import SplitOptions
+    from dlora.edge.spectral import initialize_spectral
     from dlora.embedded import in_process
     from dlora.kill_revive.apply import KillAndRevive
     from dlora.kill_revive.callback import KillReviveCallback
@@ -63,6 +64,7 @@ __all__ = [
     "get_peft_model",
     "in_process",
     "initialize_eva",
+    "initialize_spectral",
     "load_adapter",
     "load_tokenizer",
 ]
@@ -82,6 +84,7 @@ _HOMES = {
     "get_peft_model": "dlora.edge.load",
     "in_process": "dlora.embedded",
     "initialize_eva": "dlora.edge.eva",
+    "initialize_spectral": "dlora.edge.spectral",
     "load_adapter": "dlora.edge.load",
     "load_tokenizer": "dlora.edge.load",
 }
