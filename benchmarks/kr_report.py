@@ -104,6 +104,8 @@ def table(runs: list[dict[str, Any]]) -> str:
     for name, choose in CLAIMS.items():
         cells = [best(arms, steps, choose) for steps in kr.LENGTHS]
         claims.append(f"| {name} | {' | '.join(cells)} |")
+    cells = [judge(*(arms.get(arm, {}).get(steps, {}) for arm in HELPED)) for steps in kr.LENGTHS]
+    claims.append(f"| `{HELPED[0]}` beside `{HELPED[1]}` | {' | '.join(cells)} |")
     cells = [moved_or_not(arms, steps) for steps in kr.LENGTHS]
     claims.append(f"| sets that change, beside the set that never changes | {' | '.join(cells)} |")
     lines = [
@@ -186,6 +188,7 @@ def is_cheap(arm: str, cost: dict[str, float]) -> bool:
     return others and cost["bytes"] <= BYTES * SLACK
 
 
+HELPED = ("spread v, spectral", "FT, spectral")
 STILL, MOVING = "spread v", ("KR v cover", kr.ROTATING)
 CLAIMS = {
     "(a) the paper's claim: modules among q, k, v, plain wire, at 18 % of the adapters' FLOPs or "
@@ -210,11 +213,18 @@ def best(arms: dict[str, dict[int, Seeds]], steps: int, choose: Any) -> str:
     found = [(gap_by_row(mine[arm], full), arm) for arm, cost in costs.items() if choose(arm, cost)]
     if not found:
         return "no run keeps to it yet" if mine else "not run yet"
-    (gap, half), arm = max(found)
+    _, arm = max(found)
+    return judge(mine[arm], full, f"`{arm}`, ")
+
+
+def judge(mine: Seeds, full: Seeds, of: str = "") -> str:
+    """A cell: PASS or MISS beside all modules, and whether the interval settles it."""
+    if not mine.keys() & full.keys():
+        return "not run yet"
+    gap, half = gap_by_row(mine, full)
     word = "PASS" if gap >= -MARGIN else "MISS"
     settled = "" if (gap - half >= -MARGIN) == (gap + half >= -MARGIN) else ", not settled"
-    several = number(mine[arm].keys() & full.keys())
-    return f"**{word}**: {gap:+.3f} ± {half:.3f} (`{arm}`, {several}{settled})"
+    return f"**{word}**: {gap:+.3f} ± {half:.3f} ({of}{number(mine.keys() & full.keys())}{settled})"
 
 
 def moved_or_not(arms: dict[str, dict[int, Seeds]], steps: int) -> str:

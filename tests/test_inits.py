@@ -145,7 +145,7 @@ def test_what_a_spectral_start_cannot_read_is_refused(link: InProcessLink) -> No
 
     with pytest.raises(UsageError, match="wire=factored does not bring here.*wire=plain"):
         dlora.initialize_spectral(make_split(link, lora(), wire="factored"), batch)
-    split = make_split(link, lora())
+    split = make_split(link, lora(init_lora_weights=True))
     with pytest.raises(UsageError, match="give it with labels"):
         dlora.initialize_spectral(split, {"input_ids": batch["input_ids"]})
     next(p for name, p in adapter(split).items() if ".lora_B." in name).data[0] = 1

@@ -19,6 +19,7 @@ import torch
 from conftest import make_base
 from helpers import cli, same
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 import dlora
@@ -32,6 +33,7 @@ from dlora.training import run as training
 from dlora.training.run import train
 from dlora.training.settings import TrainSettings
 
+ADAPTER = "adapter_model.safetensors"
 DESKS = ("north", "south", "east", "west")
 
 
@@ -142,6 +144,57 @@ def test_resumed_run_equals_one_never_stopped(
     assert same(tmp_path / "whole", tmp_path / "run")
     for name in ("sent_bytes", "tokens", "micro_batches", "adapter_flops"):
         assert resumed["cost"][name] == whole["cost"][name], name
+
+
+def test_a_run_turns_a_once_before_its_first_step(
+    link: InProcessLink, data: Path, tmp_path: Path, interrupt_at: Callable[..., None]
+) -> None:
+    """`spectral_start` costs one micro-batch more of the first set's sites, turns the A of these
+    and of no others, and a resumed run does not turn it again.
+    """
+    few = {"kr": "on", "kr_options": {"budget": 0.5}}
+    still = few | {"learning_rate": 1e-9, "max_steps": 1, "save_steps": 1}
+    runs = {
+        turned: train(settings(data, tmp_path / str(turned), spectral_start=turned, **still), link)
+        for turned in (False, True)
+    }
+    plain, turned = (load_file(tmp_path / f"{one}/{ADAPTER}") for one in (False, True))
+    sides = [name for name in plain if ".lora_A." in name]
+    changed = [name for name in sides if not torch.allclose(plain[name], turned[name], atol=1e-6)]
+    assert 0 < len(changed) < len(sides)
+    for name in sides:
+        torch.testing.assert_close(turned[name].norm(dim=1), plain[name].norm(dim=1))
+    sent = [run["cost"]["sent_bytes"] for run in runs.values()]
+    assert 1.3 * sent[0] < sent[1] < 1.7 * sent[0]  # three micro-batches, and not two
+
+    whole = train(settings(data, tmp_path / "whole", spectral_start=True, **few), link)
+    assert whole["cost"]["micro_batches"] == 12 + 1
+    interrupt_at(0)
+    train(settings(data, tmp_path / "run", spectral_start=True, **few), link)
+    interrupt_at(None)
+    train(settings(data, tmp_path / "run", spectral_start=True, resume=True, **few), link)
+    assert same(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"record": 1}, {"task": "dpo"}, {"kind": "series", "target_modules": ["o_proj"]}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_spectral_start_elsewhere_is_refused(data: Path, changes: dict[str, Any]) -> None:
+    """Settings with which there is none are named before anything is loaded."""
+    name, value = next(iter(changes.items()))
+    with pytest.raises(UsageError, match=f"fresh LoRA with task sft.*: got {name} {value}"):
+        settings(data, Path("nowhere"), spectral_start=True, **changes)
+
+
+def test_a_spectral_start_over_another_wire_is_refused(
+    link: InProcessLink, data: Path, tmp_path: Path
+) -> None:
+    """The wire is named before the run's folder is made."""
+    with pytest.raises(UsageError, match="wire=factored does not bring here"):
+        train(settings(data, tmp_path / "run", spectral_start=True, wire="factored"), link)
+    assert not (tmp_path / "run").exists()
 
 
 def test_half_written_checkpoint_is_passed_over(

@@ -54,7 +54,8 @@ _INIT_REASONS: Final = {
     "mica": "it begins with the smallest directions of the base weights",
     "corda": "it decomposes the base weights by what modules read, and leaves them the rest",
     "loftq": "it makes up for the rounding of base weights in low bits, of which it needs both",
-    "lora_ga": "it begins with gradients of the base weights, and takes them off the weights",
+    "lora_ga": "it begins with gradients of the base weights, and takes them off the weights "
+    "(dlora.initialize_spectral begins with their directions alone)",
 }
 
 

@@ -24,7 +24,7 @@ from dlora.edge.lora import active_names
 from dlora.edge.model import SplitModel
 from dlora.errors import UsageError
 
-__all__ = ["initialize_spectral"]
+__all__ = ["check_spectral", "initialize_spectral"]
 
 _MORE: Final = 8
 """Directions looked for beside those that are used: so the last of these are found, too."""
@@ -41,16 +41,10 @@ def initialize_spectral(model: SplitModel, batch: Mapping[str, Tensor]) -> None:
     UsageError off the plain wire, where the edge lacks x or g; without labels; and for an adapter
     that adds something already.
     """
-    if model.options.wire != "plain":
-        raise UsageError(
-            f"a spectral start reads gradients that wire={model.options.wire} does not bring here: "
-            "build the model with wire=plain, and set_options(wire=...) afterwards"
-        )
+    check_spectral(model)
     if batch.get("labels") is None:
         raise UsageError("a spectral start follows the loss of a batch: give it with labels")
-    layers = [layer for site in model.sites for layer in site.layers]
-    _check_fresh(model, layers)
-
+    layers = _layers(model)
     kept = {p: p.grad for p in model.parameters() if p.requires_grad}
     parts, model.part_count.number = model.part_count.number, 1  # x of whole micro-batches
     was_training, found = model.training, dict[nn.Parameter, Tensor]()
@@ -74,9 +68,15 @@ def initialize_spectral(model: SplitModel, batch: Mapping[str, Tensor]) -> None:
             some.copy_(directions_QD[: len(some)] * some.norm(dim=1, keepdim=True))
 
 
-def _check_fresh(model: SplitModel, layers: list[LoraLayer]) -> None:
-    config = model.peft_config["default"]
-    if isinstance(config, BottleneckConfig) or not layers:
+def check_spectral(model: SplitModel) -> None:
+    """Raises UsageError where a spectral start cannot be made."""
+    if model.options.wire != "plain":
+        raise UsageError(
+            f"a spectral start reads gradients that wire={model.options.wire} does not bring here: "
+            "build the model with wire=plain, and set_options(wire=...) afterwards"
+        )
+    layers = _layers(model)
+    if isinstance(model.peft_config["default"], BottleneckConfig) or not layers:
         raise UsageError("a spectral start is of LoRA on linear modules: this model has none")
     for layer in layers:
         if any(layer.lora_B[name].weight.any() for name in active_names(layer)):
@@ -84,6 +84,10 @@ def _check_fresh(model: SplitModel, layers: list[LoraLayer]) -> None:
                 "a spectral start is of a fresh adapter: B of this one is not zero, and another A "
                 "would change what it does"
             )
+
+
+def _layers(model: SplitModel) -> list[LoraLayer]:
+    return [layer for site in model.sites for layer in site.layers]
 
 
 def _watch(

@@ -21,6 +21,7 @@ from dlora.edge.link import Link, RetryPolicy
 from dlora.edge.load import get_peft_model, load_adapter, load_tokenizer
 from dlora.edge.model import SplitModel
 from dlora.edge.sites import refuse_head
+from dlora.edge.spectral import check_spectral
 from dlora.errors import PeerLost
 from dlora.kill_revive.config import OF_LORA
 from dlora.kill_revive.units import check_measurable
@@ -135,6 +136,8 @@ def _build_model(settings: TrainSettings, link: Link) -> SplitModel:
     else:
         model = get_peft_model(link, _config(settings), **options)
     refuse_head(model, link.description)
+    if settings.spectral_start:
+        check_spectral(model)
     return model
 
 

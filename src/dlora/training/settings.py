@@ -38,8 +38,8 @@ class TrainSettings(EdgeSettings):
         "task": "task reward",
         "data": "data columns val_size max_length overlong batch_size",
         "adapter": "adapter kind r lora_alpha lora_dropout target_modules target_parameters "
-        "modules_to_save trainable_token_indices use_rslora rank_pattern alpha_pattern activation "
-        "scale",
+        "modules_to_save trainable_token_indices use_rslora rank_pattern alpha_pattern "
+        "spectral_start activation scale",
         "optimizer": "learning_rate epochs max_steps gradient_accumulation_steps optim "
         "lr_scheduler_type warmup_steps weight_decay max_grad_norm seed trainer",
         "evaluation": "eval_data eval_batch_size eval_steps keep_best early_stopping_patience",
@@ -110,6 +110,9 @@ class TrainSettings(EdgeSettings):
     """Ranks for modules whose name matches a pattern."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Alphas for modules whose name matches a pattern."""
+    spectral_start: bool = False
+    """Begin LoRA's A with the directions in which the first micro-batch wants change, from one
+    exchange of it more. All learn faster by it, and few modules the most. Over the plain wire."""
     noise_tail: float = Noise.tail
     """Normal noise on the gradient of the last hidden states, as a share of its rows' median
     length. It blurs labels."""
@@ -207,6 +210,7 @@ class TrainSettings(EdgeSettings):
         if zero := [key for key, alpha in self.alpha_pattern.items() if alpha == 0]:
             raise UsageError(f"alpha_pattern: {zero[0]}: got 0, with which it does nothing")
         check_experts(self.wire, self.target_parameters or ())
+        self._check_spectral_start()
         if not 0 <= self.lora_dropout < 1:
             raise UsageError(f"lora_dropout: got {self.lora_dropout}, want a value in [0, 1)")
         if self.kind == "lora":
@@ -221,6 +225,16 @@ class TrainSettings(EdgeSettings):
         of_lora = (*OF_LORA, "use_rslora", "rank_pattern", "alpha_pattern")
         if given := [name for name in of_lora if getattr(self, name)]:
             raise UsageError(f"kind={self.kind}: {given[0]} is of LoRA")
+
+    def _check_spectral_start(self) -> None:
+        if not self.spectral_start:
+            return
+        for name, wanted in {"kind": "lora", "task": "sft", "adapter": None, "record": 0}.items():
+            if (value := getattr(self, name)) != wanted:
+                raise UsageError(
+                    f"spectral_start is for fresh LoRA with task sft, and is not recorded: got "
+                    f"{name} {value}"
+                )
 
     def _check_amounts(self) -> None:
         """Rows, tokens and steps."""

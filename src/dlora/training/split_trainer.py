@@ -12,6 +12,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer
 from trl import SFTTrainer
 
+from dlora.edge.spectral import initialize_spectral
 from dlora.files import write_json
 from dlora.kill_revive.callback import KillReviveCallback
 from dlora.runs import KEPT_FILE, damage
@@ -51,10 +52,12 @@ class SplitTrainer(Trainer):
         early_stopping: EarlyStoppingCallback | None = None,
         log_file: Path,
         save_minutes: float = 0.0,
+        spectral_start: bool = False,
         **arguments: Any,
     ) -> None:
         """`arguments` are trl's trainer's. `log_file` holds the whole log, a JSON object a line."""
         self.accounting, self.kill_revive, self.log_file = accounting, kill_revive, log_file
+        self._spectral_start = spectral_start
         self.stop = StopOnSignal()
         self.finished = LastFinished(kill_revive, self.changed_in_steps)
         self.run: dict[str, Any] = {}
@@ -107,6 +110,17 @@ class SplitTrainer(Trainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **options)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
+        """A micro-batch; the first of a run turns A before it, where that was asked for.
+
+        Kill and Revive has chosen its first set by then: only that is exchanged.
+        """
+        if self._spectral_start and self.state.global_step == 0:
+            self._spectral_start = False
+            names = ("input_ids", "attention_mask", "labels")
+            initialize_spectral(self.model, {name: inputs[name] for name in names})
+        return super().training_step(model, inputs, *args, **options)
 
     def _evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         self.finished.evaluating = True

@@ -64,6 +64,7 @@ def build_trainer(
             early_stopping=early_stopping,
             log_file=folder.log_file,
             save_minutes=settings.save_minutes,
+            spectral_start=settings.spectral_start,
             **own,
         )
 
