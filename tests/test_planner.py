@@ -19,6 +19,7 @@ from dlora.cloud.model import CloudModel
 from dlora.server.server import Server
 from dlora.training.calibrate import HostedStep, calibrate
 from dlora.training.plan_settings import PlanSettings
+from dlora.training.planned_run import read_run, total_of
 from dlora.training.planner import check, plan, planned_model, predict
 
 
@@ -193,6 +194,25 @@ def test_the_link_is_in_the_seconds(server: Server, tmp_path: Path) -> None:
     assert far.link_s == pytest.approx(5 * far.round_trips, rel=0.1)
     slow = plan(PlanSettings(**common, rtt_ms=0, up_mbit=0.01, down_mbit=0.02), link)[1]
     assert slow.link_s == pytest.approx(slow.sent_bytes * 8e-4 + slow.received_bytes * 4e-4)
+    link.close()
+
+
+def test_a_spectral_start_is_one_micro_batch_more(server: Server, tmp_path: Path) -> None:
+    """A planned run of two steps of two micro-batches has five with it, and not four."""
+    link = dlora.connect(server.address, cache=tmp_path)
+    plain = PlanSettings(
+        server=server.address,
+        target_modules="q_proj",
+        max_steps=2,
+        gradient_accumulation_steps=2,
+        length=20,
+    )
+    model = planned_model(plain, link)
+    measured, (planned, run) = calibrate(plain, model), read_run(plain, link, model)
+    step, _, whole = total_of(planned, model, measured, run)
+    *_, turned = total_of(replace(planned, spectral_start=True), model, measured, run)
+    assert whole.sent_bytes == 2 * step.sent_bytes
+    assert turned.sent_bytes == 2.5 * step.sent_bytes
     link.close()
 
 

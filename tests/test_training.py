@@ -30,6 +30,7 @@ from dlora.embedded import InProcessLink
 from dlora.errors import DataError, DivergedError, UsageError
 from dlora.server.server import Server
 from dlora.training import run as training
+from dlora.training.plan_settings import PlanSettings
 from dlora.training.run import train
 from dlora.training.settings import TrainSettings
 
@@ -178,23 +179,37 @@ def test_a_run_turns_a_once_before_its_first_step(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"record": 1}, {"task": "dpo"}, {"kind": "series", "target_modules": ["o_proj"]}],
+    [
+        *({"wire": "factored"}, {"record": 1}, {"task": "dpo"}, {"adapter": Path("mine")}),
+        {"kind": "series", "target_modules": ["o_proj"]},
+    ],
     ids=lambda changes: next(iter(changes)),
 )
 def test_a_spectral_start_elsewhere_is_refused(data: Path, changes: dict[str, Any]) -> None:
-    """Settings with which there is none are named before anything is loaded."""
+    """Settings with which there is none are named before anything is loaded, of a plan too."""
     name, value = next(iter(changes.items()))
-    with pytest.raises(UsageError, match=f"fresh LoRA with task sft.*: got {name} {value}"):
+    refused = pytest.raises(UsageError, match=f"^spectral_start is for fresh.*: got {name} {value}")
+    with refused:
         settings(data, Path("nowhere"), spectral_start=True, **changes)
+    if name in ("wire", "kind", "adapter"):
+        with refused:
+            PlanSettings(server="in-process", spectral_start=True, **changes)
+    with pytest.raises(UsageError, match="^link: its table has all wires, spectral_start goes"):
+        PlanSettings(server="in-process", spectral_start=True, link="home")
 
 
-def test_a_spectral_start_over_another_wire_is_refused(
+def test_change_is_measured_from_the_spectral_start_on(
     link: InProcessLink, data: Path, tmp_path: Path
 ) -> None:
-    """The wire is named before the run's folder is made."""
-    with pytest.raises(UsageError, match="wire=factored does not bring here"):
-        train(settings(data, tmp_path / "run", spectral_start=True, wire="factored"), link)
-    assert not (tmp_path / "run").exists()
+    """Of the first decision no score counts what turned A: with next to no learning all are next
+    to nothing, by the change of A and B themselves.
+    """
+    by_change = {"signal": "norm_delta", "warmup": 1, "interval": 1, "final": 0, "unit": "module"}
+    scored = {"kr": "on", "kr_options": by_change | {"budget": 0.6}, "learning_rate": 1e-9}
+    train(settings(data, tmp_path / "run", spectral_start=True, **scored), link)
+    lines = (tmp_path / "run/kr.jsonl").read_text().splitlines()
+    scores = [line["score"] for line in map(json.loads, lines) if line["score"] is not None]
+    assert scores and max(scores) < 1e-3
 
 
 def test_half_written_checkpoint_is_passed_over(

@@ -126,15 +126,9 @@ class KillAndRevive:
         if is_due(self.config, step, self.total_steps):
             state = self._state(self.spent, self._scores(), probes_of(self.model, self._idle()))
             self._apply(decide(self.config, self.units, self.costs, state))
-            self.snapshot = weights_of(self.layers)
-            self._gradients.clear()
-        if more := one_more(
-            self.config,
-            self.units,
-            self.costs,
-            self._state(self._committed),
-            last_ranks(self.decision_log),
-        ):
+            self.measure_anew()
+        state, ranks = self._state(self._committed), last_ranks(self.decision_log)
+        if more := one_more(self.config, self.units, self.costs, state, ranks):
             self._apply(more)
 
         # What this step measures for the next decision. Deltas are no longer wanted after theirs.
@@ -148,6 +142,11 @@ class KillAndRevive:
         self.spent += self.active_share
         if probe:
             self.spent += self.costs.probe(self._exchanged_modules())
+
+    def measure_anew(self) -> None:
+        """Measure changes from here on: what another than the optimizer did is nobody's merit."""
+        self.snapshot = weights_of(self.layers)
+        self._gradients.clear()
 
     def before_update(self, optimizer: Any) -> None:
         """Between backward and the optimizer: note gradients, but drop those of fading units.

@@ -18,7 +18,7 @@ from dlora.edge.settings import EdgeSettings, target_names
 from dlora.edge.task_forms import Task
 from dlora.errors import UsageError
 from dlora.training.link_speed import link_speed
-from dlora.training.settings import TrainSettings
+from dlora.training.settings import TrainSettings, check_spectral_start
 
 __all__ = ["PlanSettings", "plan_of", "run_of"]
 
@@ -39,7 +39,7 @@ class PlanSettings(EdgeSettings):
         "pad_to batch_size gradient_accumulation_steps epochs max_steps seed",
         "rows without data": "length supervised",
         "adapter": "adapter kind r target_modules target_parameters modules_to_save "
-        "trainable_token_indices rank_pattern",
+        "trainable_token_indices rank_pattern spectral_start",
         "Kill and Revive": "kr kr_options sites",
         "link": "link rtt_ms up_mbit down_mbit",
         "how good the plan is": "check",
@@ -81,6 +81,8 @@ class PlanSettings(EdgeSettings):
     """LoRA, or bottleneck adapters, as for training."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Ranks for modules whose name matches a pattern."""
+    spectral_start: bool = TrainSettings.spectral_start
+    """One micro-batch more at the beginning, as for training."""
     kr: Literal["off", "on", "paper"] = TrainSettings.kr
     """Few modules at a time, as for training: a set that its budget pays for is planned."""
     kr_options: dict[str, Any] = field(default_factory=dict)
@@ -139,6 +141,11 @@ class PlanSettings(EdgeSettings):
         if self.target_parameters and self.link is not None:
             raise UsageError("link: its table has all wires, target_parameters go on one: leave it")
         check_experts(self.wire, self.target_parameters or ())
+        if self.spectral_start and self.link is not None:
+            raise UsageError(
+                "link: its table has all wires, spectral_start goes over one: leave it"
+            )
+        check_spectral_start(self)
         if self.data is not None:
             self._check_run()
         for name in ("r", "batch_size", "gradient_accumulation_steps", "length"):

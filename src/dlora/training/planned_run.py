@@ -123,6 +123,8 @@ def total_of(
     found, steps = foreseen(settings, model, run.load, run.steps), float(run.steps)
     if found is not None and settings.sites is None:
         steps *= found.whole / found.share
+    if settings.spectral_start:
+        steps += 1 / settings.gradient_accumulation_steps
 
     _, _, down_s = line_of(settings, measured)
     whole = Total(

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Final, Literal
 
 from dlora.edge.noise import Noise
 from dlora.edge.options import (
@@ -26,7 +26,7 @@ from dlora.kill_revive.config import OF_LORA, KillReviveConfig, check_linear, fr
 from dlora.training.tasks import Task, check_task
 from dlora.training.trainer_settings import check_trainer
 
-__all__ = ["ReportSettings", "TrainSettings"]
+__all__ = ["ReportSettings", "TrainSettings", "check_spectral_start"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +111,8 @@ class TrainSettings(EdgeSettings):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Alphas for modules whose name matches a pattern."""
     spectral_start: bool = False
-    """Begin LoRA's A with the directions in which the first micro-batch wants change, from one
-    exchange of it more. All learn faster by it, and few modules the most. Over the plain wire."""
+    """Begin LoRA's A with the directions in which the first micro-batch wants change, for the price
+    of one micro-batch more. Few modules learn faster by it. Over the plain wire."""
     noise_tail: float = Noise.tail
     """Normal noise on the gradient of the last hidden states, as a share of its rows' median
     length. It blurs labels."""
@@ -210,7 +210,7 @@ class TrainSettings(EdgeSettings):
         if zero := [key for key, alpha in self.alpha_pattern.items() if alpha == 0]:
             raise UsageError(f"alpha_pattern: {zero[0]}: got 0, with which it does nothing")
         check_experts(self.wire, self.target_parameters or ())
-        self._check_spectral_start()
+        check_spectral_start(self)
         if not 0 <= self.lora_dropout < 1:
             raise UsageError(f"lora_dropout: got {self.lora_dropout}, want a value in [0, 1)")
         if self.kind == "lora":
@@ -225,16 +225,6 @@ class TrainSettings(EdgeSettings):
         of_lora = (*OF_LORA, "use_rslora", "rank_pattern", "alpha_pattern")
         if given := [name for name in of_lora if getattr(self, name)]:
             raise UsageError(f"kind={self.kind}: {given[0]} is of LoRA")
-
-    def _check_spectral_start(self) -> None:
-        if not self.spectral_start:
-            return
-        for name, wanted in {"kind": "lora", "task": "sft", "adapter": None, "record": 0}.items():
-            if (value := getattr(self, name)) != wanted:
-                raise UsageError(
-                    f"spectral_start is for fresh LoRA with task sft, and is not recorded: got "
-                    f"{name} {value}"
-                )
 
     def _check_amounts(self) -> None:
         """Rows, tokens and steps."""
@@ -336,6 +326,25 @@ def _differences(settings: TrainSettings, other: dict[str, Any]) -> list[str]:
         for name, value in settings.as_dict().items()
         if name not in free and other.get(name, defaults[name]) != value
     ]
+
+
+_FOR_SPECTRAL: Final = {
+    "wire": "plain",
+    "kind": "lora",
+    "task": "sft",
+    "adapter": None,
+    "record": 0,
+}
+
+
+def check_spectral_start(settings: Any) -> None:
+    """Raises UsageError for settings of a run, or of its plan, with which there is none."""
+    for name, wanted in _FOR_SPECTRAL.items() if settings.spectral_start else ():
+        if (value := getattr(settings, name, wanted)) != wanted:
+            raise UsageError(
+                "spectral_start is for fresh LoRA over the plain wire, with task sft, and is not "
+                f"recorded: got {name} {value}"
+            )
 
 
 def _check_held_out(val_size: float, eval_data: str | None) -> None:

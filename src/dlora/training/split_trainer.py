@@ -120,6 +120,8 @@ class SplitTrainer(Trainer):
             self._spectral_start = False
             names = ("input_ids", "attention_mask", "labels")
             initialize_spectral(self.model, {name: inputs[name] for name in names})
+            if self.kill_revive is not None and self.kill_revive.reviver is not None:
+                self.kill_revive.reviver.measure_anew()
         return super().training_step(model, inputs, *args, **options)
 
     def _evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
