@@ -240,16 +240,10 @@ BUYING = ("v int4, dx dropped", "gate,up hosted int4")
 # At the full length lower rates are tried too, and three seeds of what answers the claims.
 LONG_RUNS = (
     *((arm, RATES[arm], 0, steps) for steps in LENGTHS for arm in (*COMPARED, *BUYING)),
-    *(
-        (arm, rate, 0, steps)
-        for arm in SPECTRAL
-        for steps, rate in zip(LENGTHS, (RATES[arm], RATES[arm], RATES[arm] / 2), strict=True)
-    ),
+    *((arm, RATES[arm], 0, steps) for arm in SPECTRAL for steps in LENGTHS[:-1]),
     *((arm, RATES[arm] / 2, seed, LENGTHS[-1]) for seed in SEEDS for arm in COMPARED),
-    *((SPECTRAL[0], RATES[SPECTRAL[0]] / 2, seed, LENGTHS[-1]) for seed in SEEDS[1:]),
-    *((arm, RATES[arm], 0, LENGTHS[-1]) for arm in SPECTRAL),
-    *((arm, RATES[arm] / 4, 0, LENGTHS[-1]) for arm in reversed(COMPARED)),
-    *((arm, RATES[arm] / 2, 0, LENGTHS[-1]) for arm in BUYING),
+    *((arm, RATES[arm] / 4, 0, LENGTHS[-1]) for arm in COMPARED),
+    *((arm, RATES[arm] / 2, 0, LENGTHS[-1]) for arm in (*SPECTRAL, *BUYING)),
     *((ROTATING, RATES[ROTATING], 0, steps) for steps in LENGTHS),
 )
 TASKS = ("arc_easy", "openbookqa", "social_iqa", "boolq")
