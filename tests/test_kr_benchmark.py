@@ -161,6 +161,14 @@ def test_claims_by_length(kr: ModuleType, monkeypatch: pytest.MonkeyPatch) -> No
     assert table["v int4, dx dropped"][5:7] == ["15.0", "15.0"]
 
 
+def test_no_rounding_decides_a_verdict(kr: ModuleType) -> None:
+    """Exactly the margin below FT is within it, however a mean of floats comes out."""
+    import kr_report
+
+    assert kr_report.is_within(-kr_report.MARGIN - 4e-18)
+    assert not kr_report.is_within(-kr_report.MARGIN - 1 / 4500)  # a row of three runs
+
+
 @pytest.mark.parametrize(
     ("arm", "cost", "of_the_paper", "cheap"),
     [
