@@ -143,6 +143,14 @@ def test_train_says_what_begins_and_what_came_of_it(run: tuple[Path, str, Termin
         assert re.search(pattern, flat(out), re.MULTILINE), (pattern, out)
 
 
+def test_a_spectral_start_is_said(
+    server: Server, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that begins with one says so beside its adapter, with what it costs."""
+    assert main([*train_words(server, place, "turned"), "--spectral_start", "true"]) == 0
+    assert "at 3 sites; a spectral start costs a micro-batch more" in flat(capsys.readouterr().out)
+
+
 def test_bytes_are_said_before_they_are_sent(run: tuple[Path, str, Terminal]) -> None:
     """The step that is announced is, on average, the step that was run: within 3 % up and down."""
     output, out, _ = run

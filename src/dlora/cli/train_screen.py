@@ -228,9 +228,10 @@ def _adapter(settings: TrainSettings, model: SplitModel) -> str:
     kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
     config = model.peft_config["default"]
     kind = "LoRA" if settings.kind == "lora" else f"{settings.kind} bottleneck"
+    begins = "; a spectral start costs a micro-batch more" if settings.spectral_start else ""
     return (
         f"{kind} of rank {config.r} on {kinds}: {counted(trained, 'parameter')}, "
-        f"{counted(len(names), 'module')} at {counted(len(model.sites), 'site')}"
+        f"{counted(len(names), 'module')} at {counted(len(model.sites), 'site')}{begins}"
     )
 
 
