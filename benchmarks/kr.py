@@ -221,10 +221,11 @@ TRIED = (  # variants that got no sweep: (arm, learning rates)
     *(("FT, spectral", rate) for rate in (4e-3, 8e-3)),
     *(("spread v, spectral", rate) for rate in (1.2e-2, 2.4e-2, 6e-3)),
 )
+# Groups of the arms of stage `length`: with three seeds, with a spectral start, with all modules.
+COMPARED, SPECTRAL = ("FT", "spread v", "KR v cover"), ("spread v, spectral", "FT, spectral")
+BUYING, ROTATING = ("v int4, dx dropped", "gate,up hosted int4"), "rotate v, moments kept"
 # Arms of stage `length`, and their rates: half of what tuned best at 150 steps of a rate that falls
 # from its first step on, for the arm or the nearest that was tuned (FT v, FT gate,up, spread v).
-COMPARED, SPECTRAL = ("FT", "spread v", "KR v cover"), ("spread v, spectral", "FT, spectral")
-ROTATING = "rotate v, moments kept"
 RATES = {
     "FT": 4e-3,
     "FT, spectral": 4e-3,
@@ -235,7 +236,6 @@ RATES = {
     "gate,up hosted int4": 4e-3,
     ROTATING: 1.2e-2,
 }
-BUYING = ("v int4, dx dropped", "gate,up hosted int4")
 # Its runs in order: arm, rate, seed and steps. A shorter run of an arm goes before a longer one.
 # At the full length lower rates are tried too, and three seeds of what answers the claims.
 LONG_RUNS = (
@@ -360,6 +360,11 @@ def batches(
             }
         )
     return found
+
+
+def inputs_of(batch: dict[str, Any]) -> dict[str, Any]:
+    """Of a batch what a model takes."""
+    return {name: value for name, value in batch.items() if name != "rows"}
 
 
 def measure(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -568,7 +573,7 @@ def weight_gradients(base: Any, batch: dict[str, Any], kinds: Sequence[str]) -> 
     for weight in weights.values():
         weight.requires_grad_()
     try:
-        loss = base(**{name: value for name, value in batch.items() if name != "rows"}).loss
+        loss = base(**inputs_of(batch)).loss
         found = torch.autograd.grad(loss, list(weights.values()))
     finally:
         for weight in weights.values():
@@ -734,12 +739,12 @@ def take_step(
 
     import dlora
 
-    batch = {name: value for name, value in batch.items() if name != "rows"}
+    inputs = inputs_of(batch)
     if reviver:
         reviver.before_step(step)
     if turned:
-        dlora.initialize_spectral(model, batch)
-    loss = model(**batch).loss
+        dlora.initialize_spectral(model, inputs)
+    loss = model(**inputs).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
     if reviver:

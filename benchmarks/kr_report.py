@@ -104,8 +104,10 @@ def table(runs: list[dict[str, Any]]) -> str:
     for name, choose in CLAIMS.items():
         cells = [best(arms, steps, choose) for steps in kr.LENGTHS]
         claims.append(f"| {name} | {' | '.join(cells)} |")
-    cells = [judge(*(arms.get(arm, {}).get(steps, {}) for arm in HELPED)) for steps in kr.LENGTHS]
-    claims.append(f"| `{HELPED[0]}` beside `{HELPED[1]}` | {' | '.join(cells)} |")
+    cells = [
+        judge(*(arms.get(arm, {}).get(steps, {}) for arm in kr.SPECTRAL)) for steps in kr.LENGTHS
+    ]
+    claims.append(f"| `{kr.SPECTRAL[0]}` beside `{kr.SPECTRAL[1]}` | {' | '.join(cells)} |")
     cells = [moved_or_not(arms, steps) for steps in kr.LENGTHS]
     claims.append(f"| sets that change, beside the set that never changes | {' | '.join(cells)} |")
     lines = [
@@ -188,7 +190,6 @@ def is_cheap(arm: str, cost: dict[str, float]) -> bool:
     return others and cost["bytes"] <= BYTES * SLACK
 
 
-HELPED = ("spread v, spectral", "FT, spectral")
 STILL, MOVING = "spread v", ("KR v cover", kr.ROTATING)
 CLAIMS = {
     "(a) the paper's claim: modules among q, k, v, plain wire, at 18 % of the adapters' FLOPs or "
@@ -238,6 +239,36 @@ def moved_or_not(arms: dict[str, dict[int, Seeds]], steps: int) -> str:
             word = "no difference" if abs(gap) <= half else ("better" if gap > 0 else "worse")
             found.append(f"`{arm}` {gap:+.3f} ± {half:.3f} ({number(seeds)}: {word})")
     return "; ".join(found) or "not run yet"
+
+
+# Arms that the text compares, beside FT: what is bought or helped, and what is chosen.
+PAIRS = (
+    *((kr.SPECTRAL[0], STILL), (kr.BUYING[0], STILL), (kr.SPECTRAL[0], kr.BUYING[0])),
+    *((arm, STILL) for arm in MOVING),
+)
+
+
+def pairs(runs: list[dict[str, Any]]) -> str:
+    """Markdown: differences of arms at every length, over the rows of the seeds that both have, and
+    where these are several by seed, with the t-interval over them.
+    """
+    arms = by_length(runs)
+    head = "|".join(f" {steps:,} steps " for steps in kr.LENGTHS)
+    lines = [f"| arm | less |{head}|", "|---" * (len(kr.LENGTHS) + 2) + "|"]
+    for arm, other in PAIRS:
+        cells = []
+        for steps in kr.LENGTHS:
+            mine, full = (arms.get(one, {}).get(steps, {}) for one in (arm, other))
+            if not mine.keys() & full.keys():
+                cells.append("")
+                continue
+            gap, half = gap_by_row(mine, full)
+            cells.append(f"{gap:+.3f} ± {half:.3f}")
+            if len(gaps := differences(mine, full)) > 1:
+                each = ", ".join(f"{one:+.3f}" for one in gaps)
+                cells[-1] += f" (by seed {each}: ± {intervals.over_seeds(gaps):.3f})"
+        lines.append(f"| {arm} | {other} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def reached(runs: list[dict[str, Any]]) -> str:
@@ -374,11 +405,14 @@ def judged(mine: dict[int, Any], full: dict[int, Any]) -> list[str]:
 
 
 def appendix(runs: list[dict[str, Any]]) -> list[str]:
-    """The long lists: when FT is reached, final arms of 150 steps, tasks, every tuning run."""
+    """The long lists: when FT is reached, other rates, differences, final arms of 150 steps, tasks,
+    sites, every tuning run.
+    """
     others = [arm for arm in (*kr.FINAL, *bought()) if arm not in TOLD]
     return [
         reached(runs),
         rates(runs),
+        pairs(runs),
         short_table(runs),
         short_table(runs, others),
         tasks(runs),

@@ -235,6 +235,27 @@ def test_when_a_curve_reaches_full_tuning(kr: ModuleType, monkeypatch: pytest.Mo
     assert kr_report.reached(runs).splitlines()[-1] == "| spread v | 250 | not in 600 |"
 
 
+def test_arms_are_compared_by_row_and_by_seed(
+    kr: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The difference of two arms is over the rows of the seeds that both have, at each length; of
+    several seeds it says each, and the t-interval over them.
+    """
+    import kr_report
+
+    monkeypatch.setattr(kr, "LENGTHS", (150, 600))
+    runs = [long_run("spread v", 150, "1100"), long_run("KR v cover", 150, "1100")]
+    runs += [long_run("spread v", 600, "1100", seed=seed) for seed in range(2)]
+    runs += [long_run("KR v cover", 600, right, seed=n) for n, right in enumerate(("1000", "1100"))]
+    (line,) = (line for line in kr_report.pairs(runs).splitlines() if "KR v cover" in line)
+    by_row = 1.96 * math.sqrt(3 / 64) / math.sqrt(4)  # of the rows' gaps: 0, -0.5, 0, 0
+    by_seed = 12.71 * 0.25 / 2
+    assert line == (
+        f"| KR v cover | spread v | +0.000 ± 0.000 | -0.125 ± {by_row:.3f} "
+        f"(by seed -0.250, +0.000: ± {by_seed:.3f}) |"
+    )
+
+
 def test_the_best_of_several_rates_counts(kr: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """At each length an arm has the learning rate that is best over the seeds that all rates have;
     all that were tried there are in a table of their own.
