@@ -483,9 +483,7 @@ def one(
             options["budget"] = budget(model, share, average)
         chosen = from_options(preset, options | {"seed": spec["seed"]})
         reviver = KillAndRevive(model, chosen, planned, average)
-    optimizer = torch.optim.AdamW(
-        groups(model, spec["learning_rate"], helps.get("ratio", 1.0)), weight_decay=0.0
-    )
+    optimizer = optimizer_of(model, spec["learning_rate"], helps.get("ratio"))
     fork = fork_of(steps)
     rate = (
         LambdaLR(optimizer, lambda step: share_of_rate(step, steps))
@@ -547,16 +545,17 @@ def one(
     )
 
 
-def groups(model: Any, learning_rate: float, ratio: float) -> list[dict[str, Any]]:
-    """What an optimizer is told: all that is trained, B at so many times A's learning rate."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if ratio == 1.0:
-        return [{"params": [p for _, p in trained], "lr": learning_rate}]
-    sides: list[list[Any]] = [[], []]
-    for name, p in trained:
-        sides["lora_B" in name].append(p)
-    rates = (learning_rate, ratio * learning_rate)
-    return [{"params": side, "lr": lr} for side, lr in zip(sides, rates, strict=True)]
+def optimizer_of(model: Any, learning_rate: float, ratio: float | None) -> Any:
+    """AdamW on all that is trained; with a ratio LoRA+, B at so many times A's learning rate."""
+    import torch
+    from peft.optimizers import create_loraplus_optimizer
+
+    if ratio is None:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
+    return create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=learning_rate, loraplus_lr_ratio=ratio, weight_decay=0.0
+    )
 
 
 def weight_gradients(base: Any, batch: dict[str, Any], kinds: Sequence[str]) -> dict[str, Any]:

@@ -349,7 +349,8 @@ def test_b_has_a_rate_of_its_own(kr: ModuleType) -> None:
         dlora.in_process(make_base("llama")), LoraConfig(r=2, target_modules=["v_proj"])
     )
     names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    (rest, slow), (sides, fast) = (one.values() for one in kr.groups(model, 0.1, 4.0))
+    groups = kr.optimizer_of(model, 0.1, 4.0).param_groups
+    (rest, slow), (sides, fast) = ((one["params"], one["lr"]) for one in groups if one["params"])
     assert (slow, fast) == (0.1, 0.4)
     assert {"lora_B" in names[id(p)] for p in sides} == {True}
     assert {"lora_A" in names[id(p)] for p in rest} == {True}
